@@ -1,0 +1,27 @@
+"""The one exception that reaches a user: a single line that says where, what and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class VilaDeployError(Exception):
+    """A problem that the user can act on.
+
+    Args:
+        what: the rule that is broken and what was found.
+        where: file, config key or tensor that it concerns.
+        fix: what to do about it.
+    """
+
+    def __init__(self, what: str, *, where: str | Path | None = None, fix: str | None = None):
+        self.what, self.where, self.fix = what, where, fix
+        line = what if where is None else f"{where}: {what}"
+        if fix:
+            line = f"{line}; {fix}"
+        super().__init__(printable(line))
+
+
+def printable(text: str) -> str:
+    """`text` as one line, control characters escaped: hostile names never reach a terminal raw."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
