@@ -1,0 +1,45 @@
+"""What every backend offers to run a built engine: the same calls, numpy in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+class Session(Protocol):
+    """A running engine with one conversation's key/value cache.
+
+    `position` counts the cached tokens; `max_seq_len` is the most that fit.
+    """
+
+    position: int
+    max_seq_len: int
+
+    def encode_images(self, pixels: Floats) -> Floats:
+        """[images, 3, size, size] → projected features [images, tokens, hidden]."""
+        ...
+
+    def embed_tokens(self, tokens: Sequence[int]) -> Floats:
+        """Token ids → rows of the embedding table [tokens, hidden]."""
+        ...
+
+    def prefill(self, embeds: Floats) -> Floats:
+        """Appends [tokens, hidden] to the cache → logits of the last token [vocab]."""
+        ...
+
+    def decode(self, token: int) -> Floats:
+        """Appends one token to the cache → logits [vocab]."""
+        ...
+
+    def reset(self) -> None:
+        """Forgets the conversation: position 0, cache kept allocated."""
+        ...
+
+    def close(self) -> None:
+        """Frees the engine; the session can't be used afterwards."""
+        ...
