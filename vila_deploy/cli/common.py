@@ -1,0 +1,61 @@
+"""What every command shares: how problems end it, and how results go to programs."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, NoReturn, ParamSpec
+
+import click
+
+from vila_deploy.errors import VilaDeployError, printable
+
+P = ParamSpec("P")
+EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
+
+
+def command_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Ends a command with one line on stderr instead of a traceback; SIGTERM counts as Ctrl-C."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            command(*args, **kwargs)
+        except VilaDeployError as error:
+            fail(str(error))
+        except BrokenPipeError:
+            # The reader of our output has gone; Python would complain again while closing stdout.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(EXIT_FAILED)
+        except KeyboardInterrupt:
+            click.echo("interrupted: nothing was left behind", err=True)
+            sys.exit(EXIT_INTERRUPTED)
+        except MemoryError:
+            fail("out of memory; close other programs or use a computer with more memory")
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            fail(f"{error.filename or 'disk'}: no space left; free some space and run again")
+
+    return run
+
+
+def fail(message: str) -> NoReturn:
+    """Prints `message` as one line and ends with exit code 1."""
+    click.echo(f"error: {printable(message)}", err=True)
+    sys.exit(EXIT_FAILED)
+
+
+def echo_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,133 @@
+"""The reference language model: transformers' decoder layers, one at a time or all together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+
+from vila_deploy.checkpoint.config import LlmConfig
+from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.model.weights import WeightSource
+
+LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def transformers_config(config: LlmConfig) -> LlamaConfig:
+    """The same model in transformers' terms; attention written out, so that a mask is explicit."""
+    built = LlamaConfig(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        rms_norm_eps=config.rms_norm_eps,
+        max_position_embeddings=config.max_position_embeddings,
+        tie_word_embeddings=config.tie_word_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+    )
+    built._attn_implementation = "eager"
+    return built
+
+
+def dense_weight(weights: WeightSource, prefix: str, dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] of a linear layer, dequantized where it is stored in 4 bits."""
+    linear = weights.linear(prefix)
+    return (linear.dequantize() if isinstance(linear, QuantizedLinear) else linear).to(dtype)
+
+
+def load_decoder_layer(
+    config: LlmConfig, weights: WeightSource, index: int, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """Decoder layer `index` with its weights alone in memory."""
+    with torch.device("meta"):
+        layer = LlamaDecoderLayer(transformers_config(config), index)
+    prefix = f"model.layers.{index}."
+    state = {f"{n}.weight": dense_weight(weights, prefix + n, dtype) for n in LINEARS}
+    state |= {f"{n}.weight": weights.tensor(f"{prefix}{n}.weight").to(dtype) for n in NORMS}
+    layer.load_state_dict(state, strict=True, assign=True)
+    return layer.eval().requires_grad_(False)
+
+
+def rotary(config: LlmConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [1, tokens, head_dim], float32, for integer `positions` [tokens]."""
+    embedding = LlamaRotaryEmbedding(transformers_config(config))
+    return embedding(torch.zeros(1), positions[None])
+
+
+def causal_mask(queries: int, keys: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Additive mask [1, 1, queries, keys]; the last query sees every key."""
+    blocked = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
+    return torch.zeros(queries, keys, dtype=dtype).masked_fill(blocked, torch.finfo(dtype).min)[
+        None, None
+    ]
+
+
+def run_layer(
+    layer: nn.Module,
+    hidden: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor | None = None,
+    cache: object | None = None,
+) -> Tensor:
+    """Hidden states [batch, tokens, hidden] through one decoder layer, causal unless `mask` is given.
+
+    Args:
+        cos, sin: from `rotary`, for the positions of these tokens.
+        cache: a transformers cache that earlier tokens of this sequence went through.
+    """
+    if mask is None:
+        mask = causal_mask(hidden.shape[1], hidden.shape[1], hidden.dtype)
+    output = layer(
+        hidden, attention_mask=mask, position_embeddings=(cos, sin), past_key_values=cache
+    )
+    return output[0] if isinstance(output, tuple) else output
+
+
+class LanguageModel(nn.Module):
+    """The whole decoder: embeddings [tokens, hidden] in, logits out, with a growing cache."""
+
+    def __init__(
+        self, config: LlmConfig, weights: WeightSource, dtype: torch.dtype = torch.float32
+    ):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = weights.tensor("model.embed_tokens.weight").to(dtype)
+        self.layers = nn.ModuleList(
+            load_decoder_layer(config, weights, i, dtype) for i in range(config.num_layers)
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm.weight = nn.Parameter(
+            weights.tensor("model.norm.weight").to(dtype), requires_grad=False
+        )
+        tied = config.tie_word_embeddings
+        self.lm_head = self.embed_tokens if tied else weights.tensor("lm_head.weight").to(dtype)
+
+    @torch.inference_mode()
+    def forward(self, embeds: Tensor, cache: object | None = None, position: int = 0) -> Tensor:
+        """[tokens, hidden], the first at `position` → logits [tokens, vocab]."""
+        count = embeds.shape[0]
+        cos, sin = rotary(self.config, torch.arange(position, position + count))
+        cos, sin = cos.to(embeds.dtype), sin.to(embeds.dtype)
+        mask = causal_mask(count, position + count, embeds.dtype)
+        hidden = embeds[None]
+        for layer in self.layers:
+            hidden = run_layer(layer, hidden, cos, sin, mask, cache)
+        return nn.functional.linear(self.norm(hidden[0]), self.lm_head)
