@@ -87,7 +87,7 @@ def run_layer(
     mask: Tensor | None = None,
     cache: object | None = None,
 ) -> Tensor:
-    """Hidden states [batch, tokens, hidden] through one decoder layer, causal unless `mask` is given.
+    """Hidden states [batch, tokens, hidden] through one decoder layer; causal by default.
 
     Args:
         cos, sin: from `rotary`, for the positions of these tokens.

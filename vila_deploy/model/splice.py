@@ -1,0 +1,42 @@
+"""A prompt with pictures in it as one sequence of embeddings, the way VILA1.5 splices them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vila_deploy.engine.session import Floats
+from vila_deploy.model.prompts import IMAGE_MARKER
+from vila_deploy.model.tokenizer import Tokenizer
+
+
+def prompt_pieces(tokenizer: Tokenizer, prompt: str) -> list[list[int]]:
+    """Token ids of each stretch of text between image markers, BOS once in front."""
+    pieces = [tokenizer.encode(text) for text in prompt.split(IMAGE_MARKER)]
+    pieces[0] = tokenizer.bos_ids + pieces[0]
+    return pieces
+
+
+def splice(
+    pieces: Sequence[Sequence[int]],
+    features: Floats,
+    embed_tokens: Callable[[Sequence[int]], Floats],
+) -> Floats:
+    """Token embeddings with a picture's features between each two pieces → [tokens, hidden].
+
+    Args:
+        pieces: from `prompt_pieces`; one more than there are pictures.
+        features: [images, tokens, hidden].
+        embed_tokens: ids → [tokens, hidden].
+    """
+    assert len(pieces) == len(features) + 1
+    parts = [embed_tokens(pieces[0])]
+    for image, piece in zip(features, pieces[1:], strict=True):
+        parts += [image, embed_tokens(piece)]
+    return np.concatenate(parts)
+
+
+def prompt_length(pieces: Sequence[Sequence[int]], tokens_per_image: int) -> int:
+    """How many positions the spliced prompt takes."""
+    return sum(map(len, pieces)) + tokens_per_image * (len(pieces) - 1)

@@ -1,0 +1,53 @@
+"""The reference VILA in PyTorch: a Session that every engine is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.engine.session import Floats
+from vila_deploy.model.llm import LanguageModel
+from vila_deploy.model.vision import VisionEncoder
+
+
+class ReferenceSession:
+    """Runs a checkpoint as it is, 4-bit layers dequantized, in `dtype` on the CPU.
+
+    Implements `vila_deploy.engine.session.Session`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32):
+        config = checkpoint.config
+        self.dtype = dtype
+        self.llm = LanguageModel(config.llm, checkpoint.llm, dtype)
+        self.vision = VisionEncoder(config, checkpoint.vision, checkpoint.projector, dtype)
+        self.max_seq_len = config.llm.max_position_embeddings
+        self.reset()
+
+    def encode_images(self, pixels: Floats) -> Floats:
+        return self.vision(torch.from_numpy(pixels).to(self.dtype)).float().numpy()
+
+    def embed_tokens(self, tokens: Sequence[int]) -> Floats:
+        ids = torch.tensor(list(tokens), dtype=torch.int64)
+        return self.llm.embed_tokens[ids].float().numpy()
+
+    def prefill(self, embeds: Floats) -> Floats:
+        tokens = torch.from_numpy(np.ascontiguousarray(embeds)).to(self.dtype)
+        logits = self.llm(tokens, self._cache, self.position)
+        self.position += len(tokens)
+        return logits[-1].float().numpy()
+
+    def decode(self, token: int) -> Floats:
+        return self.prefill(self.embed_tokens([token]))
+
+    def reset(self) -> None:
+        self.position = 0
+        self._cache: Any = DynamicCache()
+
+    def close(self) -> None:
+        self.reset()
