@@ -55,7 +55,7 @@ def preprocess(images: list[Image.Image], config: ImageConfig) -> NDArray[np.flo
     """
     side = config.size
     pixels = np.empty((len(images), 3, side, side), np.float32)
-    mean, std = np.float32(config.mean), np.float32(config.std)
+    mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
     for out, image in zip(pixels, images, strict=True):
         square = image.convert("RGB").resize((side, side), Image.Resampling(config.resample))
         values = np.asarray(square, np.float32) * np.float32(config.rescale)

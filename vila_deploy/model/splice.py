@@ -20,14 +20,14 @@ def prompt_pieces(tokenizer: Tokenizer, prompt: str) -> list[list[int]]:
 
 def splice(
     pieces: Sequence[Sequence[int]],
-    features: Floats,
+    features: Sequence[Floats],
     embed_tokens: Callable[[Sequence[int]], Floats],
 ) -> Floats:
     """Token embeddings with a picture's features between each two pieces → [tokens, hidden].
 
     Args:
         pieces: from `prompt_pieces`; one more than there are pictures.
-        features: [images, tokens, hidden].
+        features: [tokens, hidden] of each picture.
         embed_tokens: ids → [tokens, hidden].
     """
     assert len(pieces) == len(features) + 1

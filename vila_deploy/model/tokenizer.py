@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -44,7 +44,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         VilaDeployError: neither tokenizer.json nor tokenizer.model is there, or it is damaged.
     """
-    kinds = {"tokenizer.json": JsonTokenizer, "tokenizer.model": SentencePieceTokenizer}
+    kinds: dict[str, Callable[[Path], Tokenizer]] = {
+        "tokenizer.json": JsonTokenizer,
+        "tokenizer.model": SentencePieceTokenizer,
+    }
     for name, kind in kinds.items():
         path = folder / name
         if not path.is_file():

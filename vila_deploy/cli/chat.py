@@ -1,0 +1,121 @@
+"""vila-chat: asks an engine about pictures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vila_deploy.cli.common import command_errors, echo_json
+
+if TYPE_CHECKING:
+    from vila_deploy.generate import Conversation, Sampling
+
+HELP_INTERACTIVE = "/image FILE adds a picture to the next question, /reset begins anew, /quit ends"
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option(
+    "--image", "images", type=click.Path(path_type=Path), multiple=True, help="Picture; repeatable."
+)
+@click.option("-p", "--prompt", help="Question; <image> in it marks where each picture goes.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True)
+@click.option(
+    "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True,
+    help="0 always takes the most likely token.",
+)  # fmt: skip
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
+    help="Draw only from the most likely tokens that hold this share of probability.",
+)  # fmt: skip
+@click.option("--seed", type=int, help="Makes draws repeatable.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; needs -p.")
+@command_errors
+def main(
+    engine: Path,
+    images: tuple[Path, ...],
+    prompt: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    """Ask ENGINE, a folder made by vila-build-engine, about pictures.
+
+    Without -p it is interactive.
+
+    \b
+    vila-chat ENGINE --image cat.jpg -p "What is this?"
+    vila-chat ENGINE --image a.jpg --image b.jpg -p "<image> <image> Which one is darker?"
+    """
+    if as_json and prompt is None:
+        raise click.UsageError("--json needs -p")
+
+    from vila_deploy.backends import open_engine
+    from vila_deploy.generate import Conversation, Sampling
+    from vila_deploy.model.images import open_image
+
+    pictures = [open_image(path) for path in images]
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    with open_engine(engine) as opened:
+        conversation = Conversation(
+            opened.session, opened.tokenizer, opened.model, opened.max_input_len
+        )
+        if prompt is None:
+            _interactive(conversation, pictures, sampling)
+            return
+        answer = conversation.ask(
+            prompt, pictures, sampling, on_text=(lambda text: None) if as_json else _show
+        )
+    if as_json:
+        echo_json(
+            {
+                "text": answer.text,
+                "tokens": answer.tokens,
+                "prompt_tokens": answer.prompt_tokens,
+                "finish_reason": answer.finish_reason,
+                "timings_ms": answer.timings_ms,
+                "decode_tokens_per_s": answer.decode_tokens_per_s,
+            }
+        )
+    else:
+        click.echo()
+
+
+def _interactive(conversation: Conversation, pictures: list, sampling: Sampling) -> None:
+    from vila_deploy.errors import VilaDeployError
+    from vila_deploy.model.images import open_image
+
+    click.echo(HELP_INTERACTIVE, err=True)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        command, _, argument = line.partition(" ")
+        try:
+            if command == "/quit":
+                return
+            if command == "/reset":
+                conversation.reset()
+                pictures = []
+            elif command == "/image":
+                pictures = [*pictures, open_image(Path(argument.strip()))]
+            elif line.startswith("/"):
+                click.echo(HELP_INTERACTIVE, err=True)
+            elif line:
+                conversation.ask(line, pictures, sampling, on_text=_show)
+                click.echo()
+                pictures = []
+        # A wrong path or a full context must not end the conversation.
+        except VilaDeployError as error:
+            click.echo(f"error: {error}", err=True)
+
+
+def _show(text: str) -> None:
+    click.echo(text, nl=False)
+    sys.stdout.flush()
