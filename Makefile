@@ -1,0 +1,36 @@
+# Everything installs into .venv; nothing else on the computer is touched.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test bench lint format clean
+
+demo: $(VENV)/.installed  ## quantize, build, ask and time the small trained model in examples/tiny-vila
+	$(BIN)/python examples/tiny-vila/demo.py
+
+test: $(VENV)/.installed-dev  ## lint, types and all tests that need no GPU
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/pytest -n 2 --dist loadscope
+
+bench: $(VENV)/.installed  ## decode speed at VILA1.5-3b's true shapes, random weights, fp16 and int4
+	$(BIN)/vila-bench --model VILA1.5-3b --precision int4 --precision fp16 --target cpu --random-weights
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vila-deploy needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	touch $@
