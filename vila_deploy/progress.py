@@ -1,0 +1,86 @@
+"""Progress of a long job on stderr: a bar with ETA on a terminal, one plain line a step otherwise."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+MIN_SECONDS_BETWEEN_LINES = 1.0
+
+Advance = Callable[..., None]
+"""advance(text="", steps=1): `steps` more are done; `text` says what is being worked on now."""
+
+
+@contextmanager
+def progress(total: int, description: str) -> Iterator[Advance]:
+    """Yields `advance(text="", steps=1)`; `advance(text, steps=0)` only changes the text.
+
+    Args:
+        total: steps until done.
+        description: what is being done, e.g. "quantizing".
+    """
+    show = _terminal if sys.stderr.isatty() else _plain
+    with show(max(total, 1), description) as advance:
+        yield advance
+
+
+@contextmanager
+def _terminal(total: int, description: str) -> Iterator[Advance]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=False) as bar:
+        task = bar.add_task(description, total=total, text="")
+
+        def advance(text: str = "", steps: int = 1) -> None:
+            bar.update(task, advance=steps, text=text)
+
+        yield advance
+
+
+@contextmanager
+def _plain(total: int, description: str) -> Iterator[Advance]:
+    start = time.monotonic()
+    done, last_line = 0, start - MIN_SECONDS_BETWEEN_LINES
+
+    def advance(text: str = "", steps: int = 1) -> None:
+        nonlocal done, last_line
+        done += steps
+        now = time.monotonic()
+        if now - last_line < MIN_SECONDS_BETWEEN_LINES and done < total:
+            return
+        last_line = now
+        elapsed = now - start
+        eta = f", ETA {clock(elapsed * (total - done) / done)}" if 0 < done < total else ""
+        suffix = f" ({text})" if text else ""
+        line = f"{description} {done}/{total}, elapsed {clock(elapsed)}{eta}{suffix}"
+        print(line, file=sys.stderr, flush=True)
+
+    yield advance
+
+
+def clock(seconds: float) -> str:
+    """12.3 → "12s", 754 → "12:34", 4000 → "1:06:40"."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}" if minutes else f"{rest}s"
