@@ -1,0 +1,155 @@
+"""Measures one engine in this process: time to first token, decoding, memory, bandwidth."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vila_deploy import __version__
+from vila_deploy.backends import OpenedEngine, open_engine
+from vila_deploy.bench.bandwidth import read_bandwidth_bytes_per_s
+from vila_deploy.engine.session import Floats
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.model.images import preprocess
+from vila_deploy.model.prompts import PROMPT_TEMPLATES, render, with_markers
+from vila_deploy.model.splice import prompt_pieces, splice
+
+DECODE_TOKENS = 256
+QUESTION = "Describe the picture."
+# A model with random weights has no tokenizer; this many tokens stand for the prompt's two halves.
+UNTOKENIZED_PIECES = ([1] * 40, [1] * 20)
+REPEAT_UNTIL_S, MAX_REPEATS = 3.0, 5
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """One row of `vila-bench -o json` for the engine in `folder`; every figure measured here.
+
+    Decoding: 256 greedy tokens, batch 1, after one picture. Time to first token: median of up to
+    five runs. Memory: the largest resident set of this process up to the end of decoding.
+    """
+    with open_engine(folder) as engine:
+        _check_room(engine)
+        ttft_ms, logits = _first_token(engine)
+        decode_s = _decode(engine, logits)
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    manifest = engine.manifest
+    weight_bytes = manifest.weight_bytes_per_token
+    bandwidth = read_bandwidth_bytes_per_s(weight_bytes)
+    tokens_per_s = DECODE_TOKENS / sum(decode_s)
+    return {
+        "label": "measured",
+        "model": manifest.name,
+        "precision": manifest.precision,
+        "target": manifest.target,
+        "backend": manifest.backend,
+        "device": device_name(),
+        "weights": manifest.weights,
+        "decode_tokens_per_s": tokens_per_s,
+        "decode_ms_median": statistics.median(decode_s) * 1e3,
+        "ttft_ms": ttft_ms,
+        "prompt_tokens": engine.session.position - DECODE_TOKENS,
+        "peak_memory_bytes": peak_bytes,
+        "weight_bytes_per_token": weight_bytes,
+        "read_bandwidth_bytes_per_s": bandwidth,
+        "roofline_fraction": weight_bytes * tokens_per_s / bandwidth,
+        "versions": _versions(),
+        "commit": _commit(),
+    }
+
+
+def _check_room(engine: OpenedEngine) -> None:
+    needed = sum(map(len, _prompt_pieces(engine))) + engine.model.tokens_per_image + DECODE_TOKENS
+    if needed > engine.session.max_seq_len:
+        raise VilaDeployError(
+            f"the benchmark needs {needed} positions, this engine has {engine.session.max_seq_len}",
+            fix=f"build it with --max-seq-len {needed} or more",
+        )
+
+
+def _prompt_pieces(engine: OpenedEngine) -> list[list[int]]:
+    if engine.tokenizer is None:
+        return [list(piece) for piece in UNTOKENIZED_PIECES]
+    template = PROMPT_TEMPLATES[engine.model.prompt]
+    return prompt_pieces(engine.tokenizer, render(template, [], with_markers(QUESTION, 1)))
+
+
+def _first_token(engine: OpenedEngine) -> tuple[dict[str, float], Floats]:
+    """Median milliseconds of preprocessing, vision, prefill and their total; the last logits."""
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+    image, session = Image.fromarray(noise), engine.session
+    pieces = _prompt_pieces(engine)
+    runs: list[dict[str, float]] = []
+    start = time.perf_counter()
+    while not runs or (len(runs) < MAX_REPEATS and time.perf_counter() - start < REPEAT_UNTIL_S):
+        session.reset()
+        preprocess_ms, pixels = _timed_ms(lambda: preprocess([image], engine.model.image))
+        vision_ms, features = _timed_ms(lambda: session.encode_images(pixels))  # noqa: B023
+        prefill_ms, logits = _timed_ms(
+            lambda: session.prefill(splice(pieces, features, session.embed_tokens))  # noqa: B023
+        )
+        runs.append({"preprocess": preprocess_ms, "vision": vision_ms, "prefill": prefill_ms})
+    medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    return medians | {"total": sum(medians.values())}, logits
+
+
+def _timed_ms(call: Callable[[], Floats]) -> tuple[float, Floats]:
+    start = time.perf_counter()
+    result = call()
+    return (time.perf_counter() - start) * 1e3, result
+
+
+def _decode(engine: OpenedEngine, logits: Floats) -> list[float]:
+    """Seconds of each of DECODE_TOKENS greedy steps; stop tokens do not stop it."""
+    seconds = []
+    for _ in range(DECODE_TOKENS):
+        start = time.perf_counter()
+        logits = engine.session.decode(int(logits.argmax()))
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def device_name() -> str:
+    """Processor, cores in use and clock as found, e.g. `AMD EPYC (2 cores, 3100 MHz)`."""
+    facts = {"model name": platform.machine(), "cpu MHz": "?"}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in facts:
+                facts[key.strip()] = value.strip()
+    cores = len(os.sched_getaffinity(0))
+    return f"{facts['model name']} ({cores} cores, {facts['cpu MHz'].partition('.')[0]} MHz)"
+
+
+def _versions() -> dict[str, str]:
+    names = ("onnxruntime", "numpy")
+    return {
+        "vila-deploy": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, if it runs from one."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"],
+            capture_output=True, text=True, timeout=5,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None

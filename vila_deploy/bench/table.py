@@ -1,0 +1,69 @@
+"""Benchmark rows as Markdown, CSV or JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "model": lambda row: row["model"],
+    "precision": lambda row: row["precision"],
+    "target": lambda row: row["target"],
+    "backend": lambda row: row["backend"],
+    "weights": lambda row: row["weights"],
+    "tokens/s": lambda row: f"{row['decode_tokens_per_s']:.1f}",
+    "first token ms": lambda row: f"{row['ttft_ms']['total']:.0f}",
+    "(preprocess + vision + prefill)": lambda row: " + ".join(
+        f"{row['ttft_ms'][part]:.0f}" for part in ("preprocess", "vision", "prefill")
+    ),
+    "peak MB": lambda row: f"{row['peak_memory_bytes'] / 1e6:.0f}",
+    "MB/token": lambda row: f"{row['weight_bytes_per_token'] / 1e6:.1f}",
+    "of read bandwidth": lambda row: (
+        f"{row['roofline_fraction']:.0%} of {row['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"
+    ),
+}
+
+
+def render_rows(rows: Sequence[Row], style: str) -> str:
+    """`rows` as "md", "csv" (flat keys, full precision) or "json"."""
+    return {"md": _markdown, "csv": _csv, "json": _json}[style](rows)
+
+
+def _json(rows: Sequence[Row]) -> str:
+    return json.dumps(list(rows), indent=2)
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    cells = [list(COLUMNS), *([cell(row) for cell in COLUMNS.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in cells
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    devices = "; ".join(dict.fromkeys(f"{row['label']} on {row['device']}" for row in rows))
+    return "\n".join([lines[0], rule, *lines[1:], "", devices])
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    flat = [_flatten(row) for row in rows]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, fieldnames=list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue().rstrip("\n")
+
+
+def _flatten(row: Row) -> Row:
+    flat: Row = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": item for inner, item in value.items()}
+        else:
+            flat[key] = value
+    return flat
