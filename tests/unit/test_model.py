@@ -1,0 +1,98 @@
+"""The reference model against transformers' whole models, and its parts against plain loops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.tiny import make_checkpoint
+from transformers import LlamaForCausalLM, SiglipVisionModel
+
+from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.model import llm as llm_module
+from vila_deploy.model import vision as vision_module
+from vila_deploy.model.projector import Downsample
+from vila_deploy.model.vila import ReferenceSession
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_logits_equal_transformers_llama(tmp_path: Path, kv_heads: int) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", kv_heads=kv_heads))
+    config = checkpoint.config.llm
+    model = LlamaForCausalLM(llm_module.transformers_config(config)).eval()
+    state = {n: checkpoint.llm.tensor(n).float() for n in model.state_dict()}
+    model.load_state_dict(state)
+    tokens = torch.randint(3, config.vocab_size, (1, 20))
+    with torch.inference_mode():
+        expected = model(tokens).logits[0].numpy()
+
+    session = ReferenceSession(checkpoint)
+    embeds = session.embed_tokens(tokens[0].tolist())
+    at_once = session.prefill(embeds)
+    np.testing.assert_allclose(at_once, expected[-1], atol=1e-4)
+
+    session.reset()
+    stepwise = [session.prefill(embeds[:7]), session.prefill(embeds[7:12])]
+    stepwise += [session.decode(token) for token in tokens[0, 12:].tolist()]
+    np.testing.assert_allclose(stepwise[0], expected[6], atol=1e-4)
+    np.testing.assert_allclose(stepwise[-1], expected[-1], atol=1e-4)
+    assert session.position == 20
+
+
+def test_vision_selects_the_second_last_hidden_state(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", vision_layers=4))
+    config = vision_module.transformers_config(checkpoint.config.vision)
+    config.vision_use_head = False
+    tower = SiglipVisionModel(config).eval()
+    names = {n: n if n.startswith("vision_model.") else f"vision_model.{n}"
+             for n in tower.state_dict()}  # fmt: skip
+    tower.load_state_dict({n: checkpoint.vision.tensor(d).float() for n, d in names.items()})
+    pixels = torch.randn(2, 3, 42, 42)
+    with torch.inference_mode():
+        hidden = tower(pixels, output_hidden_states=True).hidden_states[-2]
+    session = ReferenceSession(checkpoint)
+    expected = session.vision.projector(hidden).numpy()
+    np.testing.assert_allclose(session.encode_images(pixels.numpy()), expected, atol=1e-4)
+
+
+def test_unused_tower_layers_need_not_exist(tmp_path: Path) -> None:
+    kept = ReferenceSession(open_checkpoint(make_checkpoint(tmp_path / "a")))
+    absent = ReferenceSession(open_checkpoint(make_checkpoint(tmp_path / "b", unused_tower=False)))
+    pixels = np.random.default_rng(0).normal(size=(1, 3, 42, 42)).astype(np.float32)
+    assert len(kept.vision.layers) == 2
+    np.testing.assert_array_equal(kept.encode_images(pixels), absent.encode_images(pixels))
+
+
+@pytest.mark.parametrize("order", ["row", "column"])
+@pytest.mark.parametrize("side", [4, 5])
+@pytest.mark.parametrize("window", [2, 3])
+def test_downsample_equals_plain_loops(side: int, order: str, window: int) -> None:
+    features = torch.randn(1, side * side, 3)
+    out = -(-side // window)
+    padded = torch.zeros(out * window, out * window, 3)
+    padded[:side, :side] = features[0].view(side, side, 3)
+    cells = [(r, c) for r in range(out) for c in range(out)]
+    if order == "column":
+        cells = [(r, c) for c in range(out) for r in range(out)]
+    expected = torch.stack(
+        [
+            torch.cat([
+                padded[r * window + i, c * window + j] for i in range(window) for j in range(window)
+            ])
+            for r, c in cells
+        ]
+    )  # fmt: skip
+    torch.testing.assert_close(Downsample(window, order)(features)[0], expected)
+
+
+def test_quantized_checkpoint_uses_its_dequantized_weights(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=True))
+    layer = llm_module.load_decoder_layer(checkpoint.config.llm, checkpoint.llm, 1)
+    stored = checkpoint.llm.linear("model.layers.1.mlp.down_proj")
+    group = stored.group_size
+    weight = layer.mlp.down_proj.weight
+    for row, column in ((0, 0), (5, group), (17, 2 * group - 1)):
+        level = int(stored.q[row, column]) - int(stored.zero[row, column // group])
+        assert float(weight[row, column]) == level * float(stored.scale[row, column // group])
