@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tests.tiny import make_checkpoint
+from tiny import make_checkpoint
 
 from vila_deploy.checkpoint.config import load_config
 from vila_deploy.engine.description import describe

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.tiny import make_checkpoint
+from tiny import make_checkpoint
 from transformers import LlamaForCausalLM, SiglipVisionModel
 
 from vila_deploy.checkpoint import open_checkpoint

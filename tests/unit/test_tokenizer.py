@@ -6,7 +6,7 @@ import pydoc
 from pathlib import Path
 
 import pytest
-from tests.tiny import make_checkpoint
+from tiny import make_checkpoint
 
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.model.tokenizer import TextStream, load_tokenizer
