@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
+from typing import Any
 
 
 class VilaDeployError(Exception):
@@ -25,3 +27,14 @@ class VilaDeployError(Exception):
 def printable(text: str) -> str:
     """`text` as one line, control characters escaped: hostile names never reach a terminal raw."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def short(value: Any) -> str:
+    """`repr` of a value from outside, however long, deep or large, cut to fit into a line."""
+    text = _REPR.repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 60
+_REPR.maxlevel = 3

@@ -1,0 +1,115 @@
+"""Checkpoints in the three-folder VILA1.5 layout: found, checked in full, then read lazily."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from vila_deploy.checkpoint.checksums import ChecksumError, verify_checksums
+from vila_deploy.checkpoint.config import PARTS, VilaConfig, load_config
+from vila_deploy.checkpoint.expected import (
+    EMBEDDING,
+    HEAD,
+    check_llm,
+    check_projector,
+    check_tower,
+)
+from vila_deploy.checkpoint.tensors import TensorReader, find_tensors
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.files import sha256_file
+
+IDENTIFYING_SUFFIXES = (".json", ".model", ".txt", ".jinja")
+
+
+class Checkpoint:
+    """A checkpoint whose layout, configs and tensors have been checked; made by open_checkpoint.
+
+    `llm`, `vision` and `projector` read the tensors of its parts.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        config: VilaConfig,
+        llm: TensorReader,
+        vision: TensorReader,
+        projector: TensorReader,
+        digests: dict[Path, str],
+    ):
+        self.root, self.config = root, config
+        self.llm, self.vision, self.projector = llm, vision, projector
+        self._digests = digests
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names and contents of configs, tokenizer and weights.
+
+        Reads every file once, unless opening has done so already.
+        """
+        files = [self.root / "config.json"]
+        for part in PARTS:
+            files += [
+                path
+                for path in (self.root / part).iterdir()
+                if path.suffix in IDENTIFYING_SUFFIXES and path.is_file()
+            ]
+        for reader in (self.llm, self.vision, self.projector):
+            files += reader.files()
+        total = hashlib.sha256()
+        for file in sorted(files):
+            if file not in self._digests:
+                self._digests[file] = sha256_file(file)
+            total.update(f"{self._digests[file]}  ".encode())
+            total.update(os.fsencode(file.relative_to(self.root).as_posix()) + b"\n")
+        return total.hexdigest()
+
+
+def open_checkpoint(root: Path) -> Checkpoint:
+    """Checks everything that can be checked before work starts; reads no weights but to hash them.
+
+    That is: layout, configs, index, every safetensors header, every tensor's name, shape and
+    dtype, and SHA256SUMS if there is one.
+
+    Raises:
+        VilaDeployError: names the file, key or tensor that is wrong.
+    """
+    try:
+        return _open(root)
+    except OSError as error:
+        raise VilaDeployError(
+            f"cannot be read ({error.strerror or error})",
+            where=error.filename or root,
+            fix="check its permissions and its disk",
+        ) from error
+
+
+def _open(root: Path) -> Checkpoint:
+    config = load_config(root)
+    found = {part: find_tensors(root / part) for part in PARTS}
+    check_llm(config.llm, found["llm"], root / "llm")
+    check_tower(config, found["vision_tower"], root / "vision_tower")
+    check_projector(config, found["mm_projector"], root / "mm_projector")
+    quantization = config.llm.quantization
+    llm = TensorReader(
+        found["llm"],
+        group_size=quantization.group_size if quantization else None,
+        aliases={HEAD: EMBEDDING} if config.llm.tie_word_embeddings else None,
+    )
+    vision, projector = TensorReader(found["vision_tower"]), TensorReader(found["mm_projector"])
+    readers = (llm, vision, projector)
+    # Last, since the other checks say more precisely what is wrong.
+    try:
+        digests = verify_checksums(root, [file for reader in readers for file in reader.files()])
+    except ChecksumError as error:
+        _refuse_non_finite(readers, error.file)
+        raise
+    return Checkpoint(root, config, llm, vision, projector, digests or {})
+
+
+def _refuse_non_finite(readers: Iterable[TensorReader], file: Path) -> None:
+    """Raises if a tensor in `file` holds NaN or Inf: that names the damage better than a digest."""
+    for reader in readers:
+        for name in reader.names():
+            if reader.info(name).file == file:
+                reader.tensor(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from vila_deploy.checkpoint.variants import (
     ProjectorType,
     TowerFamily,
 )
-from vila_deploy.errors import VilaDeployError
+from vila_deploy.errors import VilaDeployError, short
 
 PARTS = ("llm", "vision_tower", "mm_projector")
 
@@ -115,11 +116,11 @@ def load_config(root: Path) -> VilaConfig:
     Raises:
         VilaDeployError: a missing folder, file or key, a wrong type, or an unsupported variant.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):  # noqa: PTH112  Path.is_dir raises on EACCES
         raise VilaDeployError("no such folder", where=root, fix="give the checkpoint's folder")
     fields = Fields.from_file(root / "config.json")
     for part in PARTS:
-        if not (root / part).is_dir():
+        if not os.path.isdir(root / part):  # noqa: PTH112
             raise VilaDeployError(
                 f"part {part}/ is missing", where=root, fix="download the whole checkpoint"
             )
@@ -134,7 +135,11 @@ def load_config(root: Path) -> VilaConfig:
         projector=PROJECTOR_TYPES[projector],
         image=_image_config(fields, root / "vision_tower" / "preprocessor_config.json"),
         select_layer=fields.integer("mm_vision_select_layer", -2, low=-200, high=200),
-        select_feature=fields.choice("mm_vision_select_feature", ("cls_patch", "patch"), "patch"),
+        select_feature=fields.choice(
+            "mm_vision_select_feature",
+            ("cls_patch", "patch"),
+            "patch" if vision.family.has_class_token else "cls_patch",
+        ),
         token_order=fields.choice(
             "mm_projector_token_order", TOKEN_ORDERS, llm.family.token_order, what="token order"
         ),
@@ -143,6 +148,7 @@ def load_config(root: Path) -> VilaConfig:
             llm_fields.integer("tokenizer_model_max_length", llm.max_position_embeddings),
         ),
     )
+    _check_quantized_sizes(llm, llm_fields)
     _check_consistency(config, fields)
     return config
 
@@ -153,7 +159,7 @@ def _llm_config(fields: Fields, generation_file: Path) -> LlmConfig:
     if not isinstance(name, str) or name not in LLM_FAMILIES:
         raise fields.error(
             "architectures",
-            f"unknown LLM family {name!r}",
+            f"unknown LLM family {short(name)}",
             f"this version supports {', '.join(sorted(LLM_FAMILIES))}",
         )
     family = LLM_FAMILIES[name]
@@ -176,7 +182,12 @@ def _llm_config(fields: Fields, generation_file: Path) -> LlmConfig:
         generation = Fields.from_file(generation_file)
     else:
         generation = Fields({}, generation_file)
-    stops = {*fields.integers("eos_token_id", []), *generation.integers("eos_token_id", [])}
+    vocab = fields.integer("vocab_size")
+    stops = {
+        *fields.integers("eos_token_id", [], high=vocab - 1),
+        *generation.integers("eos_token_id", [], high=vocab - 1),
+    }
+    bos = fields.integer("bos_token_id", -1, low=-1, high=vocab - 1)
     return LlmConfig(
         family=family,
         hidden_size=hidden,
@@ -185,15 +196,35 @@ def _llm_config(fields: Fields, generation_file: Path) -> LlmConfig:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate_size=fields.integer("intermediate_size"),
-        vocab_size=fields.integer("vocab_size"),
+        vocab_size=vocab,
         rope_theta=_rope_theta(fields),
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6, high=1.0),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6, low=1e-12, high=1.0),
         max_position_embeddings=fields.integer("max_position_embeddings", 2048),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-        bos_token_id=fields.integer("bos_token_id", low=0) if "bos_token_id" in fields else None,
+        bos_token_id=bos if bos >= 0 else None,
         eos_token_ids=tuple(sorted(stops)),
         quantization=_quantization_config(fields),
     )
+
+
+def _check_quantized_sizes(config: LlmConfig, fields: Fields) -> None:
+    """AutoAWQ's layout: whole groups along the inputs, whole words of 8 along the outputs."""
+    if config.quantization is None:
+        return
+    group = config.quantization.group_size
+    inputs = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads × head_dim": config.num_heads * config.head_dim,
+    }
+    outputs = {**inputs, "num_key_value_heads × head_dim": config.num_kv_heads * config.head_dim}
+    for key, unit, sizes in (
+        ("quantization_config.group_size", group, inputs),
+        ("quantization_config.version", 8, outputs),
+    ):
+        for what, size in sizes.items():
+            if size % unit:
+                raise fields.error(key, f"{unit} does not divide {what} {size}")
 
 
 def _rope_theta(fields: Fields) -> float:
@@ -209,7 +240,11 @@ def _refuse_rope_scaling(fields: Fields) -> None:
             scaling = fields.child(key)
             kind = scaling.text("rope_type", scaling.text("type", "default"))
             if kind != "default":
-                raise fields.error(key, f"rope type {kind!r} is not supported", "use 'default'")
+                raise fields.error(
+                    key, f"rope type {short(kind)} is not supported", "use 'default'"
+                )
+            if scaling.number("partial_rotary_factor", 1.0) != 1.0:
+                raise fields.error(key, "partial rotary embedding is not supported")
 
 
 def _quantization_config(fields: Fields) -> QuantizationConfig | None:
@@ -221,7 +256,7 @@ def _quantization_config(fields: Fields) -> QuantizationConfig | None:
         bits=child.integer("bits", low=4, high=4),
         group_size=child.integer("group_size", low=1),
         zero_point=child.boolean("zero_point", True),
-        version=child.text("version", "gemm").lower(),
+        version=child.choice("version", ("gemm", "GEMM"), "gemm", what="AWQ layout").lower(),
     )
 
 
@@ -247,7 +282,7 @@ def _vision_config(fields: Fields) -> VisionConfig:
         hidden_act=fields.choice(
             "hidden_act", ("gelu_pytorch_tanh", "gelu"), "gelu_pytorch_tanh", what="activation"
         ),
-        layer_norm_eps=fields.number("layer_norm_eps", 1e-6, high=1.0),
+        layer_norm_eps=fields.number("layer_norm_eps", 1e-6, low=1e-12, high=1.0),
     )
 
 
@@ -257,23 +292,36 @@ def _image_config(root_fields: Fields, preprocessor_file: Path) -> ImageConfig:
     height, width = size.integer("height", high=8192), size.integer("width", high=8192)
     if height != width:
         raise fields.error("size", f"must be square, found {height} by {width}")
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        if not fields.boolean(step, True):
+            raise fields.error(step, "pictures are always resized, rescaled and normalized")
     std = fields.numbers("image_std", count=3)
-    if min(std) <= 0:
+    if min(std) < 1e-6:
         raise fields.error("image_std", f"must be positive, found {std}")
     return ImageConfig(
         mode=root_fields.choice("image_aspect_ratio", IMAGE_MODES, "resize", what="image mode"),
         size=height,
         resample=fields.integer("resample", 3, low=0, high=5),
-        rescale=fields.number("rescale_factor", 1 / 255, high=1.0),
+        rescale=fields.number("rescale_factor", 1 / 255, low=1e-9, high=1.0),
         mean=fields.numbers("image_mean", count=3),
         std=std,
     )
 
 
 def _check_consistency(config: VilaConfig, fields: Fields) -> None:
-    for key in ("s2", "dynamic_s2"):
+    for key, what in (
+        ("s2", "multi-scale towers are"),
+        ("dynamic_s2", "multi-scale towers are"),
+        ("mm_use_im_start_end", "markers around pictures are"),
+    ):
         if fields.boolean(key, False):
-            raise fields.error(key, "multi-scale towers are not supported by this version")
+            raise fields.error(key, f"{what} not supported by this version")
+    if config.select_feature == "patch" and not config.vision.family.has_class_token:
+        raise fields.error(
+            "mm_vision_select_feature",
+            f"'patch' drops a class token, which {config.vision.family.name} has not",
+            "use 'cls_patch'",
+        )
     if not 1 <= config.vision_layers_used <= config.vision.num_layers:
         raise fields.error(
             "mm_vision_select_layer",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from vila_deploy.errors import VilaDeployError
+from vila_deploy.errors import VilaDeployError, short
 from vila_deploy.files import read_json_object
 
 _MISSING = object()
+_FLOAT_LIMIT = 1e12
 
 
 class Fields:
@@ -49,28 +49,27 @@ class Fields:
     ) -> int:
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.error(key, f"must be an integer in {low}..{high}, found {_short(value)}")
+            raise self.error(key, f"must be an integer in {low}..{high}, found {short(value)}")
         return value
 
     def number(
-        self, key: str, default: Any = _MISSING, *, low: float = 0.0, high: float = 1e12
+        self, key: str, default: Any = _MISSING, *, low: float = 0.0, high: float = _FLOAT_LIMIT
     ) -> float:
         value = self._get(key, default)
-        ok = isinstance(value, int | float) and not isinstance(value, bool)
-        if not ok or not math.isfinite(value) or not low <= value <= high:
-            raise self.error(key, f"must be a number in {low}..{high}, found {_short(value)}")
+        if not _is_number(value, low, high):
+            raise self.error(key, f"must be a number in {low}..{high}, found {short(value)}")
         return float(value)
 
     def boolean(self, key: str, default: Any = _MISSING) -> bool:
         value = self._get(key, default)
         if not isinstance(value, bool):
-            raise self.error(key, f"must be true or false, found {_short(value)}")
+            raise self.error(key, f"must be true or false, found {short(value)}")
         return value
 
     def text(self, key: str, default: Any = _MISSING) -> str:
         value = self._get(key, default)
         if not isinstance(value, str):
-            raise self.error(key, f"must be a string, found {_short(value)}")
+            raise self.error(key, f"must be a string, found {short(value)}")
         return value
 
     def choice(
@@ -80,7 +79,7 @@ class Fields:
         if value not in allowed:
             raise self.error(
                 key,
-                f"unknown {what} {_short(value)}",
+                f"unknown {what} {short(value)}",
                 f"this version supports {', '.join(sorted(allowed))}",
             )
         return value
@@ -88,25 +87,27 @@ class Fields:
     def child(self, key: str) -> Fields:
         value = self._get(key, _MISSING)
         if not isinstance(value, dict):
-            raise self.error(key, f"must be an object, found {_short(value)}")
+            raise self.error(key, f"must be an object, found {short(value)}")
         return Fields(value, self.source, f"{self.prefix}{key}.")
 
-    def integers(self, key: str, default: Any = _MISSING, *, low: int = 0) -> list[int]:
+    def integers(
+        self, key: str, default: Any = _MISSING, *, low: int = 0, high: int = 1 << 24
+    ) -> list[int]:
         """A list of integers; a single integer counts as a list of one."""
         value = self._get(key, default)
         items = value if isinstance(value, list) else [value]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= low for i in items):
-            raise self.error(key, f"must hold integers of at least {low}, found {_short(value)}")
+        if not all(type(item) is int and low <= item <= high for item in items):
+            raise self.error(key, f"must hold integers in {low}..{high}, found {short(value)}")
         return items
 
     def numbers(self, key: str, *, count: int) -> tuple[float, ...]:
         value = self._get(key, _MISSING)
         ok = isinstance(value, list) and len(value) == count
-        if not ok or not all(isinstance(i, int | float) and math.isfinite(i) for i in value):
-            raise self.error(key, f"must hold {count} finite numbers, found {_short(value)}")
-        return tuple(float(i) for i in value)
+        if not ok or not all(_is_number(item, -_FLOAT_LIMIT, _FLOAT_LIMIT) for item in value):
+            raise self.error(key, f"must hold {count} finite numbers, found {short(value)}")
+        return tuple(float(item) for item in value)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _is_number(value: Any, low: float, high: float) -> bool:
+    """False for booleans and NaN too; comparing works for integers that no float can hold."""
+    return type(value) in (int, float) and low <= value <= high

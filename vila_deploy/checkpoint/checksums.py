@@ -1,0 +1,87 @@
+"""SHA256SUMS at the top of a checkpoint, in the format of sha256sum."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from vila_deploy.errors import VilaDeployError, short
+from vila_deploy.files import read_small_file, sha256_file
+
+CHECKSUM_FILE = "SHA256SUMS"
+LIMIT_BYTES = 1 << 20
+_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+
+
+def write_checksums(root: Path) -> None:
+    """Writes SHA256SUMS over every *.safetensors file under `root`."""
+    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.safetensors"))
+    lines = [f"{sha256_file(root / file)}  {file}\n" for file in files]
+    (root / CHECKSUM_FILE).write_text("".join(lines), "utf-8")
+
+
+def read_checksums(root: Path) -> dict[str, str] | None:
+    """Path relative to `root` → hex digest; None where there is no SHA256SUMS.
+
+    Raises:
+        VilaDeployError: a line that is malformed, leaves the folder or names no *.safetensors.
+    """
+    source = root / CHECKSUM_FILE
+    if not source.exists():
+        return None
+    content = read_small_file(source, limit_bytes=LIMIT_BYTES)
+    digests: dict[str, str] = {}
+    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
+        match = _LINE.fullmatch(line)
+        path = match[2] if match else ""
+        inside = not path.startswith("/") and not set(path) & set("\\:\0")
+        inside = inside and not {"", ".", ".."} & set(path.split("/"))
+        if not match or not inside or not path.endswith(".safetensors") or path in digests:
+            raise VilaDeployError(
+                f"must be a SHA-256 and the path of a .safetensors file here, found {short(line)}",
+                where=f"{source}: line {number}",
+                fix="download this file again, or remove it to go without checksums",
+            )
+        digests[path] = match[1]
+    return digests
+
+
+def verify_checksums(root: Path, files: Iterable[Path]) -> dict[Path, str] | None:
+    """Hashes `files`; None where there is no SHA256SUMS.
+
+    Returns:
+        File → hex digest, each as SHA256SUMS says.
+
+    Raises:
+        ChecksumError: a file with other content.
+        VilaDeployError: a file that SHA256SUMS does not list, or SHA256SUMS itself is wrong.
+    """
+    expected = read_checksums(root)
+    if expected is None:
+        return None
+    found: dict[Path, str] = {}
+    for file in files:
+        path = file.relative_to(root).as_posix()
+        if path not in expected:
+            raise VilaDeployError(
+                f"does not list {path}",
+                where=root / CHECKSUM_FILE,
+                fix="download this file again, or remove it to go without checksums",
+            )
+        found[file] = sha256_file(file)
+        if found[file] != expected[path]:
+            raise ChecksumError(file, found[file], expected[path])
+    return found
+
+
+class ChecksumError(VilaDeployError):
+    """The content of `file` is not what SHA256SUMS says."""
+
+    def __init__(self, file: Path, found: str, expected: str):
+        self.file = file
+        super().__init__(
+            f"content has changed: SHA-256 {found[:16]}…, {CHECKSUM_FILE} says {expected[:16]}…",
+            where=file,
+            fix="download this file again",
+        )

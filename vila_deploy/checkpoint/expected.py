@@ -1,0 +1,174 @@
+"""The tensors that a checkpoint must have according to its configs, and the check against them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from vila_deploy.checkpoint.config import LlmConfig, VilaConfig
+from vila_deploy.checkpoint.header import TensorInfo
+from vila_deploy.errors import VilaDeployError
+
+FLOATS = ("F16", "BF16", "F32")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LEVELS_PER_WORD = 8  # 4-bit levels in an int32 of AutoAWQ's GEMM layout
+
+# What released checkpoints carry although nothing uses it; any other extra tensor is an error.
+UNUSED_LLM = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+UNUSED_TOWER = re.compile(
+    r"vision_model\.(post_layernorm\.(weight|bias)|head\..+|embeddings\.position_ids)"
+)
+TOWER_LAYER = re.compile(r"vision_model\.encoder\.layers\.(\d{1,4})\..+")
+
+
+class Expected(NamedTuple):
+    """One tensor that must be there: torch shape, dtypes as safetensors spells them."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = FLOATS
+
+
+def check_llm(config: LlmConfig, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
+    """Compares llm/ with its config.
+
+    Raises:
+        VilaDeployError: names the first tensor that is missing, wrong or unknown.
+    """
+    known = _check_expected(expected_llm(config), tensors, folder)
+    for name in tensors:
+        tied = name == HEAD and config.tie_word_embeddings
+        if name not in known and not tied and not UNUSED_LLM.fullmatch(name):
+            raise _unknown(tensors[name], folder)
+
+
+def check_tower(config: VilaConfig, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
+    """Compares vision_tower/ with its config; layers behind the selected one may be absent."""
+    known = _check_expected(expected_tower(config), tensors, folder)
+    for name in tensors:
+        layer = TOWER_LAYER.fullmatch(name)
+        unused_layer = (
+            layer and config.vision_layers_used <= int(layer[1]) < config.vision.num_layers
+        )
+        if name not in known and not unused_layer and not UNUSED_TOWER.fullmatch(name):
+            raise _unknown(tensors[name], folder)
+
+
+def check_projector(config: VilaConfig, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
+    """Compares mm_projector/ with its config."""
+    known = _check_expected(expected_projector(config), tensors, folder)
+    for name in tensors:
+        if name not in known:
+            raise _unknown(tensors[name], folder)
+
+
+def expected_llm(config: LlmConfig) -> Iterator[Expected]:
+    """Every tensor of llm/, decoder linears in fp or in AutoAWQ-GEMM form."""
+    yield Expected(EMBEDDING, (config.vocab_size, config.hidden_size))
+    if not config.tie_word_embeddings:
+        yield Expected(HEAD, (config.vocab_size, config.hidden_size))
+    yield Expected("model.norm.weight", (config.hidden_size,))
+    linears = decoder_linears(config)
+    for index in range(config.num_layers):
+        prefix = f"model.layers.{index}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield Expected(f"{prefix}.{norm}.weight", (config.hidden_size,))
+        for name, (rows, columns) in linears.items():
+            if config.quantization is None:
+                yield Expected(f"{prefix}.{name}.weight", (rows, columns))
+            else:
+                groups, words = columns // config.quantization.group_size, rows // LEVELS_PER_WORD
+                yield Expected(f"{prefix}.{name}.qweight", (columns, words), ("I32",))
+                yield Expected(f"{prefix}.{name}.qzeros", (groups, words), ("I32",))
+                yield Expected(f"{prefix}.{name}.scales", (groups, rows), ("F16",))
+            if config.family.qkv_bias and name in _QKV:
+                yield Expected(f"{prefix}.{name}.bias", (rows,))
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+def decoder_linears(config: LlmConfig) -> dict[str, tuple[int, int]]:
+    """Name within a decoder layer → (out_features, in_features)."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+
+
+def expected_tower(config: VilaConfig) -> Iterator[Expected]:
+    """The tensors of vision_tower/ up to the selected hidden state."""
+    vision = config.vision
+    width, inner, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
+    embeddings = "vision_model.embeddings"
+    yield Expected(f"{embeddings}.patch_embedding.weight", (width, 3, patch, patch))
+    yield Expected(f"{embeddings}.patch_embedding.bias", (width,))
+    yield Expected(f"{embeddings}.position_embedding.weight", (vision.grid**2, width))
+    linears = {
+        **{f"self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")},
+        "mlp.fc1": (inner, width),
+        "mlp.fc2": (width, inner),
+    }
+    for index in range(config.vision_layers_used):
+        prefix = f"vision_model.encoder.layers.{index}"
+        for norm in ("layer_norm1", "layer_norm2"):
+            yield Expected(f"{prefix}.{norm}.weight", (width,))
+            yield Expected(f"{prefix}.{norm}.bias", (width,))
+        for name, shape in linears.items():
+            yield Expected(f"{prefix}.{name}.weight", shape)
+            yield Expected(f"{prefix}.{name}.bias", shape[:1])
+
+
+def expected_projector(config: VilaConfig) -> Iterator[Expected]:
+    """The tensors of mm_projector/, as its row in PROJECTOR_TYPES lays them out."""
+    width, hidden = config.projector_in_features, config.llm.hidden_size
+    shapes = {"norm": (width,), "in": (hidden, width), "out": (hidden, hidden)}
+    for index, kind in config.projector.layers:
+        yield Expected(f"layers.{index}.weight", shapes[kind])
+        yield Expected(f"layers.{index}.bias", shapes[kind][:1])
+
+
+def _check_expected(
+    expected: Iterator[Expected], tensors: Mapping[str, TensorInfo], folder: Path
+) -> set[str]:
+    """The names that were expected; the first that is missing or wrong raises."""
+    known: set[str] = set()
+    for name, shape, dtypes in expected:
+        known.add(name)
+        info = tensors.get(name)
+        if info is None:
+            raise VilaDeployError(
+                f"tensor {name} is missing",
+                where=folder,
+                fix="download the whole checkpoint, or correct config.json there",
+            )
+        if info.shape != shape:
+            raise VilaDeployError(
+                f"tensor {name} is {list(info.shape)}, config.json asks for {list(shape)}",
+                where=info.file,
+                fix=f"correct {folder.name}/config.json or download this file again",
+            )
+        if info.dtype not in dtypes:
+            raise VilaDeployError(
+                f"tensor {name} is {info.dtype}, must be {' or '.join(dtypes)}",
+                where=info.file,
+                fix="convert it or download this file again",
+            )
+    return known
+
+
+def _unknown(info: TensorInfo, folder: Path) -> VilaDeployError:
+    return VilaDeployError(
+        f"tensor {info.name[:120]} is not part of the model that config.json describes",
+        where=info.file,
+        fix=f"correct {folder.name}/config.json or use a checkpoint of a supported family",
+    )
