@@ -1,4 +1,4 @@
-"""Progress of a long job on stderr: a bar with ETA on a terminal, one plain line a step otherwise."""
+"""Progress of a long job on stderr: a bar with ETA on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 

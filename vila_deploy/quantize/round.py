@@ -16,7 +16,7 @@ MIN_RANGE = 1e-5
 def group_levels(
     weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype = torch.float16
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels, scales and zero points of float32 `weight` [out, in], as llm-awq's quantizer has them.
+    """Levels, scales and zero points of float32 `weight` [out, in], as llm-awq has them.
 
     Asymmetric: scale = (max − min) / 15, zero = round(−min / scale) in 0..15, and
     q = clamp(round(w / scale) + zero, 0, 15). The range always contains 0, so that a group of one
@@ -62,7 +62,7 @@ def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "weight") 
             fix="check that this checkpoint is not damaged",
         )
     return QuantizedLinear(
-        q=q.flatten(1).to(torch.uint8),
-        scale=scale.squeeze(-1).to(torch.float16),
-        zero=zero.squeeze(-1).to(torch.uint8),
+        q=q.flatten(1).to("cpu", torch.uint8),
+        scale=scale.squeeze(-1).to("cpu", torch.float16),
+        zero=zero.squeeze(-1).to("cpu", torch.uint8),
     )

@@ -1,0 +1,61 @@
+"""What the search needs to know of the activations that enter a linear layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# llm-awq looks at every (tokens // 512)-th token when it searches for clip values.
+CLIP_SAMPLE_TOKENS = 512
+
+
+@dataclass
+class InputStats:
+    """Statistics over all calibration tokens of the inputs x [tokens, channels] of a linear.
+
+    They replace the inputs themselves, whose size would grow with the calibration set: the output
+    error of a linear whose weight changes by D is tr(D Σ xᵀx Dᵀ), exactly.
+
+    Args:
+        num_tokens: how many tokens will come in all.
+    """
+
+    num_tokens: int
+    seen: int = 0
+    abs_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
+    gram_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
+    _samples: list[Tensor] = field(default_factory=list)
+
+    def add(self, inputs: Tensor) -> None:
+        """Takes the next tokens, [tokens, channels] float32."""
+        self.abs_sum = self.abs_sum.to(inputs.device) + inputs.abs().sum(0)
+        self.gram_sum = self.gram_sum.to(inputs.device) + inputs.T @ inputs
+        stride = max(1, self.num_tokens // CLIP_SAMPLE_TOKENS)
+        self._samples.append(inputs[-self.seen % stride :: stride].clone())
+        self.seen += len(inputs)
+
+    @property
+    def mean_abs(self) -> Tensor:
+        """Mean |x| per channel [channels]."""
+        return self.abs_sum / self.seen
+
+    @property
+    def gram(self) -> Tensor:
+        """Mean over tokens of xᵀx [channels, channels]."""
+        return self.gram_sum / self.seen
+
+    @property
+    def samples(self) -> Tensor:
+        """The strided sample of tokens [512 to 1023 or all, channels]."""
+        return torch.cat(self._samples)
+
+
+def output_error(difference: Tensor, gram: Tensor) -> float:
+    """Mean square over tokens and output channels of x Dᵀ, for D `difference` [out, in].
+
+    Args:
+        gram: mean xᵀx [in, in].
+    """
+    return float(((difference @ gram) * difference).sum(1).mean())

@@ -1,0 +1,242 @@
+"""AWQ on one decoder layer: measure, search scales, fold them, search clips, round."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.model.llm import LINEARS, NORMS
+from vila_deploy.quantize.activations import InputStats, output_error
+from vila_deploy.quantize.clip import SKIPPED, apply_clip, search_clip
+from vila_deploy.quantize.round import fake_quantize, round_to_nearest
+from vila_deploy.quantize.scheme import QuantScheme
+from vila_deploy.quantize.search import (
+    ATTENTION_GROUP,
+    DOWN_GROUP,
+    GROUPS,
+    MLP_GROUP,
+    OUT_GROUP,
+    FakeQuantize,
+    ScaleChoice,
+    ScaleGroup,
+    fold_scales,
+    has_group,
+    linear_error,
+    search_scales,
+    weight_of,
+)
+from vila_deploy.quantize.sequences import Sequences, mean_square, mlp, watch_inputs
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """A quantized decoder layer; linears and norms by their name inside the layer.
+
+    Args:
+        norms: float32 weights, scales folded in.
+        choices: the outcome of each scale search.
+        limits: largest magnitudes kept, [out, in/group], of each clipped linear.
+        clipped: share of each clipped linear's groups whose range was reduced.
+        errors: for each linear and for the whole `layer`: mean square error of the output over its
+            mean square, by round to nearest and by AWQ. The layer's is over what it adds.
+    """
+
+    linears: dict[str, QuantizedLinear]
+    norms: dict[str, Tensor]
+    choices: tuple[ScaleChoice, ...]
+    limits: dict[str, Tensor]
+    clipped: dict[str, float]
+    errors: dict[str, tuple[float, float]]
+
+
+@torch.inference_mode()
+def quantize_layer(
+    layer: nn.Module,
+    original: Callable[[str], Tensor],
+    sequences: Sequences,
+    scheme: QuantScheme,
+    where: str,
+    on_step: Callable[[str], None] = lambda text: None,
+    quantizer: FakeQuantize | None = None,
+) -> LayerResult:
+    """Quantizes `layer`, whose weights are changed, and moves `sequences` on to its outputs.
+
+    As in llm-awq all scales are searched on the unscaled layer, clips on the scaled one, and the
+    next layer's inputs are the outputs of this one before any change.
+
+    Args:
+        layer: decoder layer, float32.
+        original: name of a linear → its unchanged weight [out, in].
+        sequences: inputs of the layer; holds its outputs afterwards.
+        where: name of the layer, for messages.
+        on_step: is told what is being done.
+        quantizer: arithmetic that the searches assume; by default that of what is stored.
+
+    Raises:
+        VilaDeployError: the layer's outputs are not finite.
+    """
+    work = _Work(layer, sequences, quantizer or (lambda weight: fake_quantize(weight, scheme)))
+    inputs = sequences.hidden
+    for search in (work.search_attention, work.search_mlp):
+        search(on_step)
+    if not bool(torch.isfinite(sequences.hidden).all()):
+        raise VilaDeployError(
+            "its outputs on the calibration data are not finite",
+            where=where,
+            fix="check that this checkpoint is not damaged",
+        )
+    on_step("round to nearest, for comparison")
+    rounded = {name: fake_quantize(weight_of(layer, name), scheme) for name in LINEARS}
+    before = work.relative_errors(rounded, original) | {"layer": work.layer_error(inputs, rounded)}
+    del rounded
+    work.fold()
+    for name in LINEARS:
+        if name not in SKIPPED:
+            on_step(f"clip {name}")
+            work.clip(name, scheme.group_size)
+    on_step("rounding")
+    linears = {n: round_to_nearest(weight_of(layer, n), scheme, f"{where}.{n}") for n in LINEARS}
+    for name, linear in linears.items():
+        weight_of(layer, name).copy_(linear.dequantize())
+    after = work.relative_errors(work.effective_weights(), original)
+    after["layer"] = work.layer_error(inputs)
+    return LayerResult(
+        linears=linears,
+        norms={name: weight_of(layer, name).cpu() for name in NORMS},
+        choices=tuple(work.choices),
+        limits=work.limits,
+        clipped=work.clipped,
+        errors={name: (before[name], after[name]) for name in before},
+    )
+
+
+class _Work:
+    """One layer on its way: statistics, choices, and what has been folded into its weights."""
+
+    def __init__(self, layer: nn.Module, sequences: Sequences, quantizer: FakeQuantize):
+        self.layer, self.sequences, self.quantizer = layer, sequences, quantizer
+        self.stats = {group: InputStats(len(sequences.hidden)) for group in GROUPS}
+        self.choices: list[ScaleChoice] = []
+        self.columns: dict[str, Tensor] = {}
+        self.rows: dict[str, Tensor] = {}
+        self.limits: dict[str, Tensor] = {}
+        self.clipped: dict[str, float] = {}
+
+    def search_attention(self, on_step: Callable[[str], None]) -> None:
+        on_step("attention")
+        module = self.layer.get_submodule("self_attn")
+        inputs = self.layer.get_submodule("input_layernorm")(self.sequences.hidden)
+        self.stats[ATTENTION_GROUP].add(inputs)
+        with watch_inputs(module.get_submodule("o_proj"), self.stats[OUT_GROUP]):
+            outputs = self.sequences.attention(module, inputs)
+        on_step("scales of q, k, v")
+        self._search(
+            ATTENTION_GROUP,
+            lambda weights: mean_square(
+                self.sequences.attention(module, inputs, weights) - outputs
+            ),
+        )
+        on_step("scales of o")
+        self._search_linear(OUT_GROUP)
+        self.sequences.hidden = self.sequences.hidden + outputs
+
+    def search_mlp(self, on_step: Callable[[str], None]) -> None:
+        on_step("feed-forward")
+        module = self.layer.get_submodule("mlp")
+        inputs = self.layer.get_submodule("post_attention_layernorm")(self.sequences.hidden)
+        self.stats[MLP_GROUP].add(inputs)
+        with watch_inputs(module.get_submodule("down_proj"), self.stats[DOWN_GROUP]):
+            outputs = mlp(module, inputs)
+        on_step("scales of gate, up")
+        self._search(MLP_GROUP, lambda weights: mean_square(mlp(module, inputs, weights) - outputs))
+        on_step("scales of down")
+        self._search_linear(DOWN_GROUP)
+        self.sequences.hidden = self.sequences.hidden + outputs
+
+    def _search(self, group: ScaleGroup, error: Callable[[Mapping[str, Tensor]], float]) -> None:
+        prefix = f"{group.inspected}."
+        names = [f"{name.removeprefix(prefix)}.weight" for name in group.linears]
+        self.choices.append(
+            search_scales(
+                group,
+                self.stats[group].mean_abs,
+                [weight_of(self.layer, name) for name in group.linears],
+                self.quantizer,
+                lambda weights: error(dict(zip(names, weights, strict=True))),
+            )
+        )
+
+    def _search_linear(self, group: ScaleGroup) -> None:
+        if has_group(self.layer, group):
+            weight = weight_of(self.layer, group.linears[0])
+            error = linear_error(weight, self.stats[group])
+            choice = search_scales(
+                group, self.stats[group].mean_abs, [weight], self.quantizer, error
+            )
+            self.choices.append(choice)
+
+    def fold(self) -> None:
+        for choice in self.choices:
+            scales = fold_scales(self.layer, choice)
+            self.columns |= dict.fromkeys(choice.group.linears, scales)
+            if choice.group.previous in LINEARS:
+                self.rows[choice.group.previous] = scales
+
+    def clip(self, name: str, group_size: int) -> None:
+        weight = weight_of(self.layer, name)
+        samples = self._stats_of(name).samples
+        if name in self.columns:
+            samples = samples / self.columns[name]
+        limit = search_clip(weight, samples, group_size, self.quantizer)
+        full = weight.unflatten(1, (limit.shape[1], -1)).abs().amax(-1)
+        self.clipped[name] = float((limit < full).float().mean())
+        self.limits[name] = limit
+        weight.copy_(apply_clip(weight, limit))
+
+    def effective_weights(self) -> dict[str, Tensor]:
+        """The layer's present weights, as they act on inputs and outputs before folding."""
+        weights = {}
+        for name in LINEARS:
+            weight = weight_of(self.layer, name)
+            weight = weight / self.columns[name] if name in self.columns else weight
+            weights[name] = weight * self.rows[name][:, None] if name in self.rows else weight
+        return weights
+
+    def relative_errors(
+        self, weights: Mapping[str, Tensor], original: Callable[[str], Tensor]
+    ) -> dict[str, float]:
+        """Output error of each linear with `weights`, relative to its output."""
+        errors = {}
+        for name, weight in weights.items():
+            gram, exact = self._stats_of(name).gram, original(name).to(weight.device)
+            power = output_error(exact, gram)
+            errors[name] = output_error(weight - exact, gram) / power if power else 0.0
+        return errors
+
+    def layer_error(self, inputs: Tensor, weights: Mapping[str, Tensor] | None = None) -> float:
+        """Output error of the layer with `weights`, relative to what it adds to its inputs."""
+        parts: dict[str, dict[str, Tensor]] = {"self_attn": {}, "mlp": {}}
+        for name, weight in (weights or {}).items():
+            part, _, linear = name.partition(".")
+            parts[part][f"{linear}.weight"] = weight
+        block = self.layer.get_submodule
+        hidden = inputs + self.sequences.attention(
+            block("self_attn"), block("input_layernorm")(inputs), parts["self_attn"]
+        )
+        normed = block("post_attention_layernorm")(hidden)
+        hidden = hidden + mlp(block("mlp"), normed, parts["mlp"])
+        added = mean_square(self.sequences.hidden - inputs)
+        return mean_square(self.sequences.hidden - hidden) / added if added else 0.0
+
+    def _stats_of(self, name: str) -> InputStats:
+        return next(stats for group, stats in self.stats.items() if name in group.linears)
+
+
+def ratios(choices: Sequence[ScaleChoice]) -> dict[str, float]:
+    """Chosen ratio by group, under the name of the operation that takes up the scales."""
+    return {choice.group.previous: choice.ratio for choice in choices}
