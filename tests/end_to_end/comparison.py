@@ -1,0 +1,47 @@
+"""Greedy tokens of an engine beside those of the reference that holds the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vila_deploy.backends import open_engine
+from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.engine.session import Session
+from vila_deploy.generate import Sampling, generate
+from vila_deploy.model.images import preprocess
+from vila_deploy.model.prompts import PROMPT_TEMPLATES, render, with_markers
+from vila_deploy.model.splice import prompt_pieces, splice
+from vila_deploy.model.vila import ReferenceSession
+
+Prompt = tuple[list[Image.Image], str]
+NEW_TOKENS = 64
+
+
+def greedy_tokens_of_both(
+    checkpoint: Path, engine: Path, prompts: Sequence[Prompt]
+) -> list[tuple[list[int], list[int]]]:
+    """(reference's tokens, engine's tokens) for each prompt; stop tokens do not stop them."""
+    reference = ReferenceSession(open_checkpoint(checkpoint))
+    with open_engine(engine) as opened:
+        assert opened.tokenizer is not None
+        template = PROMPT_TEMPLATES[opened.model.prompt]
+
+        def answer(session: Session, images: list[Image.Image], question: str) -> list[int]:
+            text = render(template, [], with_markers(question, len(images)))
+            features = session.encode_images(preprocess(images, opened.model.image))
+            pieces = prompt_pieces(opened.tokenizer, text)
+            embeds = splice(pieces, features, session.embed_tokens)
+            return list(generate(session, embeds, (), Sampling(NEW_TOKENS)))
+
+        return [(answer(reference, *prompt), answer(opened.session, *prompt)) for prompt in prompts]
+
+
+def noise(seed: int) -> Image.Image:
+    """A picture of smooth noise: any picture will do for comparing numbers."""
+    random = np.random.default_rng(seed)
+    small = Image.fromarray(random.integers(0, 256, (7, 9, 3), np.uint8))
+    return small.resize((200, 150), Image.Resampling.BICUBIC)

@@ -1,0 +1,59 @@
+"""Models and engines that the end-to-end tests share, made by the real commands."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TINY_VILA = REPOSITORY / "examples" / "tiny-vila"
+sys.path.insert(0, str(TINY_VILA))
+
+BIN = Path(sys.executable).parent
+
+
+def run(command: str, *args: object, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """Runs an installed command the way a user does."""
+    return subprocess.run(
+        [BIN / command, *map(str, args)],
+        capture_output=True, text=True, timeout=timeout_s, check=False,
+    )  # fmt: skip
+
+
+def succeed(command: str, *args: object) -> str:
+    """Runs a command that must end with exit code 0; what it printed on stdout."""
+    done = run(command, *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str]) -> str:
+    """Exit code 1 and one `error:` line at the end of stderr, without a traceback; that line."""
+    assert done.returncode == 1, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert errors == lines[-1:], done.stderr
+    return errors[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_vila() -> Path:
+    return TINY_VILA / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def tiny_awq(tiny_vila: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tiny") / "awq"
+    succeed("vila-quantize", tiny_vila, "-o", out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_engine(tiny_awq: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tiny") / "engine"
+    succeed("vila-build-engine", tiny_awq, "--target", "cpu", "-o", out)
+    return out
