@@ -106,7 +106,7 @@ def test_second_turn_holds_the_first(checkpoint: Path) -> None:
     assert chat.turns == [("<image>\none", "a"), ("two", "a")]
     assert second.prompt_tokens > first.prompt_tokens
     text = render(PROMPT_TEMPLATES["vicuna_v1"], chat.turns[:1], "two")
-    assert "ASSISTANT: a</s> USER: two ASSISTANT:" in text
+    assert "ASSISTANT: a</s>USER: two ASSISTANT:" in text
     assert 2 in prompt_pieces(chat.tokenizer, text)[1]
     chat.reset()
     assert chat.ask("one", [], Sampling()).prompt_tokens < first.prompt_tokens

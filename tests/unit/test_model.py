@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from vila_deploy.model import llm as llm_module
 from vila_deploy.model import vision as vision_module
 from vila_deploy.model.projector import Downsample
 from vila_deploy.model.vila import ReferenceSession
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -92,6 +95,16 @@ def test_downsample_equals_plain_loops(side: int, order: str, window: int) -> No
         ]
     )  # fmt: skip
     torch.testing.assert_close(Downsample(window, order)(features)[0], expected)
+
+
+@pytest.mark.parametrize("case", ["column-4", "column-5", "row-4", "row-5"])
+def test_downsample_equals_the_original(case: str) -> None:
+    """Golden numbers: see "recipe" in the file."""
+    order, side = case.split("-")
+    count = int(side) ** 2
+    tokens = Downsample(2, order)(torch.arange(1.0, 2 * count + 1).view(1, count, 2))
+    expected = json.loads((GOLDEN / "mlp_downsample.json").read_text())["tokens"][case]
+    assert tokens[0].int().tolist() == expected
 
 
 def test_quantized_checkpoint_uses_its_dequantized_weights(tmp_path: Path) -> None:

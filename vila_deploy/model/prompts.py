@@ -24,9 +24,9 @@ PROMPT_TEMPLATES = {
     "vicuna_v1": PromptTemplate(
         system=(
             "A chat between a curious user and an artificial intelligence assistant. "
-            "The assistant gives helpful, detailed, and polite answers to the user's questions."
+            "The assistant gives helpful, detailed, and polite answers to the user's questions. "
         ),
-        user=" USER: ",
+        user="USER: ",
         assistant=" ASSISTANT:",
         end_of_answer="</s>",
     ),
