@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,7 +29,7 @@ def read_checksums(root: Path) -> dict[str, str] | None:
         VilaDeployError: a line that is malformed, leaves the folder or names no *.safetensors.
     """
     source = root / CHECKSUM_FILE
-    if not source.exists():
+    if not os.path.lexists(source):
         return None
     content = read_small_file(source, limit_bytes=LIMIT_BYTES)
     digests: dict[str, str] = {}

@@ -178,7 +178,7 @@ def _llm_config(fields: Fields, generation_file: Path) -> LlmConfig:
     for flag in ("attention_bias", "mlp_bias"):
         if fields.boolean(flag, False):
             raise fields.error(flag, "biases are not part of this LLM family")
-    if generation_file.exists():
+    if os.path.lexists(generation_file):
         generation = Fields.from_file(generation_file)
     else:
         generation = Fields({}, generation_file)

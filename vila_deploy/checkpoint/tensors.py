@@ -178,7 +178,7 @@ class TensorReader:
         except (SafetensorError, OSError, RuntimeError) as error:
             raise _unreadable(info, f"cannot be read ({error})") from error
         if tensor.dtype != dtype or tuple(tensor.shape) != info.shape:
-            raise _unreadable(info, "the file has changed since it was opened")
+            raise _unreadable(info, "is not what it was when the file was checked")
         # The format promises no alignment, vectorized code expects it.
         if tensor.data_ptr() % tensor.element_size():
             tensor = tensor.clone()
