@@ -97,7 +97,7 @@ def _first_token(engine: OpenedEngine) -> tuple[dict[str, float], Floats]:
         preprocess_ms, pixels = _timed_ms(lambda: preprocess([image], engine.model.image))
         vision_ms, features = _timed_ms(lambda: session.encode_images(pixels))  # noqa: B023
         prefill_ms, logits = _timed_ms(
-            lambda: session.prefill(splice(pieces, features, session.embed_tokens))  # noqa: B023
+            lambda: session.prefill(splice(pieces, list(features), session.embed_tokens))  # noqa: B023
         )
         runs.append({"preprocess": preprocess_ms, "vision": vision_ms, "prefill": prefill_ms})
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}

@@ -56,12 +56,17 @@ def main(
         raise click.UsageError("--json needs -p")
 
     from vila_deploy.backends import open_engine
+    from vila_deploy.errors import VilaDeployError
     from vila_deploy.generate import Conversation, Sampling
     from vila_deploy.model.images import open_image
 
     pictures = [open_image(path) for path in images]
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     with open_engine(engine) as opened:
+        if opened.tokenizer is None:
+            raise VilaDeployError(
+                "has random weights and no tokenizer", where=engine, fix="use it with vila-bench"
+            )
         conversation = Conversation(
             opened.session, opened.tokenizer, opened.model, opened.max_input_len
         )

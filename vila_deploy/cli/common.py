@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
+from types import FrameType
 from typing import Any, NoReturn, ParamSpec
 
 import click
@@ -57,5 +58,5 @@ def echo_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def _interrupt(signum: int, frame: object) -> None:
+def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt

@@ -1,0 +1,73 @@
+"""Targets: what a board or card is, one TOML file each in engines/."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from vila_deploy.errors import VilaDeployError
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device that engines are built for.
+
+    Args:
+        name: file name in engines/ without `.toml`; what `--target` takes.
+        title: the device's full name.
+        compute_capability: CUDA's, e.g. "8.7"; None for a CPU.
+        memory_bytes: memory of the device that an engine may fill; None means this host's.
+        bandwidth_bytes_per_s: published DRAM bandwidth; None means to be measured.
+        host: platform that the engine runs on, e.g. "linux-aarch64"; "any" for a CPU.
+        default_backend: built unless `--backend` says otherwise.
+        backends: every backend that can serve it, with what it needs there.
+    """
+
+    name: str
+    title: str
+    compute_capability: str | None
+    memory_bytes: int | None
+    bandwidth_bytes_per_s: float | None
+    host: str
+    default_backend: str
+    backends: dict[str, str]
+
+
+@cache
+def load_targets() -> dict[str, Target]:
+    """Every target by name, from the installed engines/*.toml."""
+    targets = {}
+    for file in resources.files("vila_deploy.engines").iterdir():
+        if file.name.endswith(".toml"):
+            name = file.name.removesuffix(".toml")
+            targets[name] = _target(name, tomllib.loads(file.read_text("utf-8")))
+    return dict(sorted(targets.items()))
+
+
+def get_target(name: str) -> Target:
+    """The target called `name`.
+
+    Raises:
+        VilaDeployError: unknown; the message lists those there are.
+    """
+    targets = load_targets()
+    if name not in targets:
+        raise VilaDeployError(f"unknown target {name!r}", fix=f"choose from {', '.join(targets)}")
+    return targets[name]
+
+
+def _target(name: str, row: dict[str, Any]) -> Target:
+    known = {field.name for field in fields(Target)} - {"name"}
+    optional = {"compute_capability", "memory_bytes", "bandwidth_bytes_per_s"}
+    unknown, missing = row.keys() - known, known - optional - row.keys()
+    if unknown or missing:
+        raise VilaDeployError(
+            f"unknown keys {sorted(unknown)}, missing keys {sorted(missing)}",
+            where=f"engines/{name}.toml",
+        )
+    if row["default_backend"] not in row["backends"]:
+        raise VilaDeployError("default_backend is not in backends", where=f"engines/{name}.toml")
+    return Target(name=name, **{key: row.get(key) for key in known})
