@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from awq_case import CASES, random_layer, sequences_of
+from awq_case import CASES, llm_config, random_layer, sequences_of
 
 from vila_deploy.model.llm import LINEARS, run_layer
 from vila_deploy.quantize.activations import CLIP_SAMPLE_TOKENS, InputStats, output_error
-from vila_deploy.quantize.awq import quantize_layer, ratios
+from vila_deploy.quantize.awq import quantize_layer, ratios, steps_per_layer
 from vila_deploy.quantize.clip import apply_clip, search_clip
 from vila_deploy.quantize.round import fake_quantize
 from vila_deploy.quantize.scheme import QuantScheme
@@ -56,7 +56,7 @@ def quantized(case, quantizer=None, check=None):
 
 @pytest.mark.parametrize("name", CASES)
 def test_scale_search_is_llm_awqs(name):
-    case, golden = CASES[name], GOLDEN[name]["groups"]
+    golden = GOLDEN[name]["groups"]
     result, _, _ = quantized_once(name, exact_scales=True)
     assert ratios(result.choices) == {group["previous"]: group["ratio"] for group in golden}
     for choice, group in zip(result.choices, golden, strict=True):
@@ -73,7 +73,8 @@ def test_clip_search_is_llm_awqs(name):
     layer, inputs = random_layer(case)
     seen = linear_inputs(layer, inputs, case)
     for choice in result.choices:  # llm-awq folds without rounding the norms
-        weight_of(layer, choice.group.previous).T.div_(choice.scales)
+        previous = weight_of(layer, choice.group.previous)
+        previous.div_(choice.scales if previous.ndim == 1 else choice.scales[:, None])
         for linear in choice.group.linears:
             weight_of(layer, linear).mul_(choice.scales)
             seen[linear] = seen[linear] / choice.scales
@@ -124,13 +125,15 @@ def test_searches_leave_the_layer_as_it_was():
                 assert torch.equal(weight_of(layer, name), original[name]), (text, name)
 
     quantized(CASES["plain"], check=check)
-    assert [text for text in steps if text.startswith("scales")] == [
-        "scales of q, k, v",
-        "scales of o",
-        "scales of gate, up",
-        "scales of down",
+    scales = [text for text in steps if text.startswith("scales")]
+    assert [text for text in scales if text.endswith(" 1/20")] == [
+        "scales of q, k, v, 1/20",
+        "scales of o, 1/20",
+        "scales of gate, up, 1/20",
+        "scales of down, 1/20",
     ]
-    assert steps[6].startswith("round to nearest")
+    assert len(scales) == 80
+    assert len(steps) == steps_per_layer(llm_config(CASES["plain"]))
 
 
 def test_folding_scales_keeps_the_layers_outputs():

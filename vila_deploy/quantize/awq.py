@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from vila_deploy.checkpoint.config import LlmConfig
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats.quantized_linear import QuantizedLinear
 from vila_deploy.model.llm import LINEARS, NORMS
@@ -18,6 +20,7 @@ from vila_deploy.quantize.scheme import QuantScheme
 from vila_deploy.quantize.search import (
     ATTENTION_GROUP,
     DOWN_GROUP,
+    GRID,
     GROUPS,
     MLP_GROUP,
     OUT_GROUP,
@@ -26,7 +29,6 @@ from vila_deploy.quantize.search import (
     ScaleGroup,
     fold_scales,
     has_group,
-    linear_error,
     search_scales,
     weight_of,
 )
@@ -80,10 +82,11 @@ def quantize_layer(
     Raises:
         VilaDeployError: the layer's outputs are not finite.
     """
-    work = _Work(layer, sequences, quantizer or (lambda weight: fake_quantize(weight, scheme)))
+    quantizer = quantizer or (lambda weight: fake_quantize(weight, scheme))
+    work = _Work(layer, sequences, quantizer, on_step)
     inputs = sequences.hidden
-    for search in (work.search_attention, work.search_mlp):
-        search(on_step)
+    work.search_attention()
+    work.search_mlp()
     if not bool(torch.isfinite(sequences.hidden).all()):
         raise VilaDeployError(
             "its outputs on the calibration data are not finite",
@@ -118,8 +121,15 @@ def quantize_layer(
 class _Work:
     """One layer on its way: statistics, choices, and what has been folded into its weights."""
 
-    def __init__(self, layer: nn.Module, sequences: Sequences, quantizer: FakeQuantize):
-        self.layer, self.sequences, self.quantizer = layer, sequences, quantizer
+    def __init__(
+        self,
+        layer: nn.Module,
+        sequences: Sequences,
+        quantizer: FakeQuantize,
+        on_step: Callable[[str], None],
+    ):
+        self.layer, self.sequences = layer, sequences
+        self.quantizer, self.on_step = quantizer, on_step
         self.stats = {group: InputStats(len(sequences.hidden)) for group in GROUPS}
         self.choices: list[ScaleChoice] = []
         self.columns: dict[str, Tensor] = {}
@@ -127,58 +137,54 @@ class _Work:
         self.limits: dict[str, Tensor] = {}
         self.clipped: dict[str, float] = {}
 
-    def search_attention(self, on_step: Callable[[str], None]) -> None:
-        on_step("attention")
+    def search_attention(self) -> None:
+        self.on_step("attention")
         module = self.layer.get_submodule("self_attn")
         inputs = self.layer.get_submodule("input_layernorm")(self.sequences.hidden)
         self.stats[ATTENTION_GROUP].add(inputs)
         with watch_inputs(module.get_submodule("o_proj"), self.stats[OUT_GROUP]):
             outputs = self.sequences.attention(module, inputs)
-        on_step("scales of q, k, v")
         self._search(
             ATTENTION_GROUP,
             lambda weights: mean_square(
                 self.sequences.attention(module, inputs, weights) - outputs
             ),
         )
-        on_step("scales of o")
         self._search_linear(OUT_GROUP)
         self.sequences.hidden = self.sequences.hidden + outputs
 
-    def search_mlp(self, on_step: Callable[[str], None]) -> None:
-        on_step("feed-forward")
+    def search_mlp(self) -> None:
+        self.on_step("feed-forward")
         module = self.layer.get_submodule("mlp")
         inputs = self.layer.get_submodule("post_attention_layernorm")(self.sequences.hidden)
         self.stats[MLP_GROUP].add(inputs)
         with watch_inputs(module.get_submodule("down_proj"), self.stats[DOWN_GROUP]):
             outputs = mlp(module, inputs)
-        on_step("scales of gate, up")
         self._search(MLP_GROUP, lambda weights: mean_square(mlp(module, inputs, weights) - outputs))
-        on_step("scales of down")
         self._search_linear(DOWN_GROUP)
         self.sequences.hidden = self.sequences.hidden + outputs
 
     def _search(self, group: ScaleGroup, error: Callable[[Mapping[str, Tensor]], float]) -> None:
-        prefix = f"{group.inspected}."
-        names = [f"{name.removeprefix(prefix)}.weight" for name in group.linears]
-        self.choices.append(
-            search_scales(
-                group,
-                self.stats[group].mean_abs,
-                [weight_of(self.layer, name) for name in group.linears],
-                self.quantizer,
-                lambda weights: error(dict(zip(names, weights, strict=True))),
-            )
-        )
+        weights = {name: weight_of(self.layer, name) for name in group.linears}
+        names = [f"{name.removeprefix(group.inspected + '.')}.weight" for name in weights]
+        short = ", ".join(name.partition(".")[2].removesuffix("_proj") for name in weights)
+        tried = itertools.count(1)
+
+        def error_of(candidates: Sequence[Tensor]) -> float:
+            self.on_step(f"scales of {short}, {next(tried)}/{GRID}")
+            return error(dict(zip(names, candidates, strict=True)))
+
+        mean_abs = self.stats[group].mean_abs
+        choice = search_scales(group, mean_abs, list(weights.values()), self.quantizer, error_of)
+        self.choices.append(choice)
 
     def _search_linear(self, group: ScaleGroup) -> None:
         if has_group(self.layer, group):
-            weight = weight_of(self.layer, group.linears[0])
-            error = linear_error(weight, self.stats[group])
-            choice = search_scales(
-                group, self.stats[group].mean_abs, [weight], self.quantizer, error
+            weight, gram = weight_of(self.layer, group.linears[0]), self.stats[group].gram
+            self._search(
+                group,
+                lambda weights: output_error(next(iter(weights.values())) - weight, gram),
             )
-            self.choices.append(choice)
 
     def fold(self) -> None:
         for choice in self.choices:
@@ -235,6 +241,14 @@ class _Work:
 
     def _stats_of(self, name: str) -> InputStats:
         return next(stats for group, stats in self.stats.items() if name in group.linears)
+
+
+def steps_per_layer(config: LlmConfig) -> int:
+    """How often `quantize_layer` calls `on_step`."""
+    rows = config.num_kv_heads * config.head_dim
+    tied = rows == config.num_heads * config.head_dim == config.hidden_size
+    searches = len(GROUPS) if tied else len(GROUPS) - 1
+    return 2 + GRID * searches + 1 + len(LINEARS) - len(SKIPPED) + 1
 
 
 def ratios(choices: Sequence[ScaleChoice]) -> dict[str, float]:

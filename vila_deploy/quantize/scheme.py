@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vila_deploy.checkpoint.config import LlmConfig
+from vila_deploy.checkpoint.expected import decoder_linears
 from vila_deploy.errors import VilaDeployError
 
 # What the engines' 4-bit kernels take as a block of input channels.
@@ -28,21 +29,6 @@ class QuantScheme:
         return self.bits + (16 + self.bits) / self.group_size
 
 
-def linear_shapes(config: LlmConfig) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of the seven quantized linears of a decoder layer."""
-    hidden, inter = config.hidden_size, config.intermediate_size
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "self_attn.q_proj": (query, hidden),
-        "self_attn.k_proj": (key, hidden),
-        "self_attn.v_proj": (key, hidden),
-        "self_attn.o_proj": (hidden, query),
-        "mlp.gate_proj": (inter, hidden),
-        "mlp.up_proj": (inter, hidden),
-        "mlp.down_proj": (hidden, inter),
-    }
-
-
 def check_scheme(scheme: QuantScheme, config: LlmConfig) -> None:
     """Refuses a group size or a layer shape that the format can't hold, before any work.
 
@@ -60,7 +46,7 @@ def check_scheme(scheme: QuantScheme, config: LlmConfig) -> None:
             f"group size {scheme.group_size} is not one of {', '.join(map(str, GROUP_SIZES))}",
             fix=choose,
         )
-    for name, (out_features, in_features) in linear_shapes(config).items():
+    for name, (out_features, in_features) in decoder_linears(config).items():
         where = f"model.layers.0.{name}"
         if in_features % scheme.group_size:
             raise VilaDeployError(
@@ -78,5 +64,5 @@ def check_scheme(scheme: QuantScheme, config: LlmConfig) -> None:
 
 def fitting_group_sizes(config: LlmConfig) -> list[int]:
     """The group sizes that divide the input channels of every quantized linear."""
-    widths = {in_features for _, in_features in linear_shapes(config).values()}
+    widths = {in_features for _, in_features in decoder_linears(config).values()}
     return [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]

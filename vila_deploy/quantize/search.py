@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from vila_deploy.errors import VilaDeployError
-from vila_deploy.quantize.activations import InputStats, output_error
 
 GRID = 20
 MIN_SCALE = 1e-4
@@ -92,16 +91,6 @@ def search_scales(
             fix="check that this checkpoint is not damaged",
         )
     return ScaleChoice(group, best[1], best[2], tuple(errors))
-
-
-def linear_error(weight: Tensor, stats: InputStats) -> Callable[[Sequence[Tensor]], float]:
-    """The error function of a group whose inspected module is its only linear."""
-    gram = stats.gram
-
-    def error(weights: Sequence[Tensor]) -> float:
-        return output_error(weights[0] - weight, gram)
-
-    return error
 
 
 def has_group(layer: nn.Module, group: ScaleGroup) -> bool:

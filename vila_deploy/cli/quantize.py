@@ -1,0 +1,116 @@
+"""vila-quantize: a 4-bit checkpoint out of a trained one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vila_deploy.cli.common import command_errors, echo_json
+
+if TYPE_CHECKING:
+    from vila_deploy.quantize.plan import QuantizePlan
+
+ALGORITHMS, FORMATS = ("awq", "rtn"), ("awq",)
+FILE = click.Path(path_type=Path)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("checkpoint", type=FILE)
+@click.option("-o", "--out", type=FILE, help="Folder to write; must not exist.")
+@click.option(
+    "--algorithm", type=click.Choice(ALGORITHMS), default="awq", show_default=True,
+    help="awq searches scales and clips on calibration data; rtn rounds to nearest.",
+)  # fmt: skip
+@click.option(
+    "--group-size", type=int, default=128, show_default=True,
+    help="Neighbouring input channels that share a scale.",
+)  # fmt: skip
+@click.option("--symmetric", is_flag=True, help="No zero points: all are 8.")
+@click.option(
+    "--calib", type=FILE, metavar="FILE_OR_DIR",
+    help="Own calibration texts: .txt, .jsonl (text, answer, image) or a folder of them.",
+)  # fmt: skip
+@click.option("--calib-images", type=FILE, metavar="DIR", help="Own calibration pictures.")
+@click.option(
+    "--format", "formats", default="awq", show_default=True, metavar="NAME",
+    help=f"How the 4-bit weights are stored: {', '.join(FORMATS)}.",
+)  # fmt: skip
+@click.option("--plan", "plan_only", is_flag=True, help="Show sizes and memory; config files only.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses calibration samples.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan or report as JSON.")
+@command_errors
+def main(
+    checkpoint: Path,
+    out: Path | None,
+    algorithm: str,
+    group_size: int,
+    symmetric: bool,
+    calib: Path | None,
+    calib_images: Path | None,
+    formats: str,
+    plan_only: bool,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Quantize the language model of CHECKPOINT, a VILA folder, to 4 bits.
+
+    \b
+    vila-quantize VILA1.5-3b -o VILA1.5-3b-awq
+    vila-quantize VILA1.5-3b -o out --calib my-questions.jsonl --calib-images photos
+    vila-quantize VILA1.5-3b --plan
+    """
+    unknown = [name for name in formats.split(",") if name not in FORMATS]
+    if unknown or formats.count(","):
+        raise click.UsageError(f"--format {formats}: this version writes {', '.join(FORMATS)}")
+    if out is None and not plan_only:
+        raise click.UsageError("-o is missing: name the folder to write, or give --plan")
+    if algorithm == "rtn" and (calib or calib_images):
+        raise click.UsageError("--calib and --calib-images are of no use to --algorithm rtn")
+
+    from vila_deploy.quantize.plan import Options, plan
+    from vila_deploy.quantize.scheme import QuantScheme
+
+    options = Options(QuantScheme(group_size, symmetric), algorithm, calib, calib_images, seed)
+    if plan_only or out is None:
+        from vila_deploy.checkpoint.config import load_config
+
+        planned = plan(load_config(checkpoint), options)
+        if as_json:
+            echo_json(planned.to_json())
+        else:
+            _show_plan(planned)
+        return
+
+    from vila_deploy.quantize.job import quantize
+
+    report = quantize(checkpoint, out, options)
+    if as_json:
+        echo_json(report)
+    else:
+        before, after = report["input_bytes"] / 1e6, report["output_bytes"] / 1e6
+        click.echo(f"{out}: {before:,.1f} MB → {after:,.1f} MB of weights; see {out / 'report.md'}")
+
+
+def _show_plan(planned: QuantizePlan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("part", "parameters", "bits", "MB", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part in planned.components:
+        table.add_row(
+            part.name, f"{part.parameters:,}", f"{part.bits:.3g}", f"{part.bytes / 1e6:,.1f}"
+        )
+    console = Console()
+    console.print(table)
+    console.print(f"output: {planned.output_bytes / 1e6:,.1f} MB of weights")
+    for stage in planned.stages:
+        console.print(f"{stage.name}: about {stage.memory_bytes / 1e9:.1f} GB of memory")
+    verdict = "fits" if planned.fits else "does not fit"
+    console.print(
+        f"needs about {planned.device_bytes / 1e9:.1f} GB, "
+        f"{planned.limit_bytes / 1e9:.1f} GB are available: {verdict}"
+    )

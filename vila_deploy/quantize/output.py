@@ -1,0 +1,131 @@
+"""Writing the quantized checkpoint: shards of llm/, the copied parts, configs and checksums."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.checkpoint.tensors import INDEX_FILE, SINGLE_FILE
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.files import canonical_json, read_json_object, sha256_file
+from vila_deploy.model.tokenizer import TOKENIZER_FILES
+from vila_deploy.quantize.plan import SHARD_BYTES
+from vila_deploy.quantize.scheme import QuantScheme
+
+LLM_FILES = (*TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")
+NOT_CONVERTED = ["lm_head"]
+
+
+class ShardWriter:
+    """Collects tensors and writes a shard whenever SHARD_BYTES are full.
+
+    Shards get their final names in `finish`, when their number is known.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
+        self._folder, self._shard_bytes = folder, shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self.total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Takes a tensor; floating-point ones must be float16."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self._shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._pending_bytes += size
+        self.total_bytes += size
+
+    def finish(self) -> None:
+        """Writes what is left, the final names and, for more than one shard, the index."""
+        self._flush()
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards, 1):
+            file = SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            self._partial(number).rename(self._folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        if count > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            (self._folder / INDEX_FILE).write_text(canonical_json(index), "utf-8")
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._shards.append(list(self._pending))
+            save_file(self._pending, self._partial(len(self._shards)), metadata={"format": "pt"})
+            self._pending, self._pending_bytes = {}, 0
+
+    def _partial(self, number: int) -> Path:
+        return self._folder / f"shard-{number}.safetensors"
+
+
+def to_float16(tensor: Tensor, name: str) -> Tensor:
+    """`tensor` as float16, the type of every unquantized tensor in an AWQ checkpoint.
+
+    Raises:
+        VilaDeployError: a value is too large for it.
+    """
+    half = tensor.to(torch.float16)
+    if not bool(torch.isfinite(half).all()):
+        raise VilaDeployError(
+            f"a value of {float(tensor.abs().max()):.3g} is too large for float16",
+            where=name,
+            fix="check that this checkpoint is not damaged",
+        )
+    return half
+
+
+def copy_parts(checkpoint: Checkpoint, root: Path) -> None:
+    """The tower, the projector, the root config and the tokenizer, as they are.
+
+    Raises:
+        VilaDeployError: NaN or Inf in a tensor of the tower or projector.
+    """
+    shutil.copyfile(checkpoint.root / "config.json", root / "config.json")
+    readers = {"vision_tower": checkpoint.vision, "mm_projector": checkpoint.projector}
+    for part, reader in readers.items():
+        (root / part).mkdir()
+        for source in sorted((checkpoint.root / part).glob("*.json")):
+            if source.is_file():
+                shutil.copyfile(source, root / part / source.name)
+        for name in reader.names():
+            reader.tensor(name)
+        for source in reader.files():
+            shutil.copyfile(source, root / part / source.name)
+    for name in LLM_FILES:
+        source = checkpoint.root / "llm" / name
+        if source.is_file():
+            shutil.copyfile(source, root / "llm" / name)
+
+
+def write_llm_config(checkpoint: Checkpoint, root: Path, scheme: QuantScheme) -> None:
+    """llm/config.json with the `quantization_config` that AWQ loaders look for."""
+    config = read_json_object(checkpoint.root / "llm" / "config.json")
+    config["quantization_config"] = {
+        "quant_method": "awq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "zero_point": not scheme.symmetric,
+        "version": "gemm",
+        "modules_to_not_convert": NOT_CONVERTED,
+    }
+    # Either spelling may be there; the unquantized tensors are float16 whatever they were before.
+    config.pop("torch_dtype", None)
+    config["dtype"] = config["torch_dtype"] = "float16"
+    (root / "llm" / "config.json").write_text(canonical_json(config), "utf-8")
+
+
+def write_checksums(root: Path) -> None:
+    """SHA256SUMS over every safetensors file below `root`."""
+    lines = [
+        f"{sha256_file(file)}  {file.relative_to(root).as_posix()}\n"
+        for file in sorted(root.rglob("*.safetensors"))
+    ]
+    (root / "SHA256SUMS").write_text("".join(lines), "utf-8")

@@ -1,0 +1,177 @@
+"""What a quantization will take and give, from the configs alone."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.expected import (
+    Expected,
+    decoder_linears,
+    expected_llm,
+    expected_projector,
+    expected_tower,
+)
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.quantize.scheme import QuantScheme, check_scheme
+
+ALGORITHMS = ("awq", "rtn")
+FORMATS = ("awq",)
+SHARD_BYTES = 512 << 20
+# Python, torch and transformers themselves, as measured on Linux.
+PROGRAM_BYTES = 600 << 20
+FLOAT32, FLOAT16 = 4, 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asks for; see `vila-quantize --help`."""
+
+    scheme: QuantScheme = field(default_factory=QuantScheme)
+    algorithm: str = "awq"
+    calib: Path | None = None
+    calib_images: Path | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of the output: how many parameters, in how many bits each, in how many bytes."""
+
+    name: str
+    parameters: int
+    bits: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the job and the memory that it needs at its peak."""
+
+    name: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class QuantizePlan:
+    """`device_bytes` is the peak memory on this computer, `limit_bytes` what is available on it."""
+
+    fits: bool
+    device_bytes: int
+    limit_bytes: int
+    output_bytes: int
+    bits_per_weight: float
+    components: tuple[Component, ...]
+    stages: tuple[Stage, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan(config: VilaConfig, options: Options, tokens: int = 128 * 512) -> QuantizePlan:
+    """Sizes and peak memory of quantizing a checkpoint with this config.
+
+    Args:
+        tokens: of the calibration set; by default the most that it can have.
+
+    Raises:
+        VilaDeployError: the scheme doesn't fit the model, or it is quantized already.
+    """
+    check_not_quantized(config)
+    check_scheme(options.scheme, config.llm)
+    components = output_components(config, options.scheme)
+    stages = _stages(config, options, tokens)
+    peak, limit = max(stage.memory_bytes for stage in stages), available_memory_bytes()
+    return QuantizePlan(
+        fits=peak <= limit,
+        device_bytes=peak,
+        limit_bytes=limit,
+        output_bytes=sum(component.bytes for component in components),
+        bits_per_weight=options.scheme.bits_per_weight,
+        components=components,
+        stages=stages,
+    )
+
+
+def check_not_quantized(config: VilaConfig) -> None:
+    """Raises if llm/ holds 4-bit weights."""
+    found = config.llm.quantization
+    if found is not None:
+        raise VilaDeployError(
+            f"is quantized already ({found.bits} bits, group size {found.group_size})",
+            where="llm/config.json: quantization_config",
+            fix="give the original fp16 checkpoint",
+        )
+
+
+def output_components(config: VilaConfig, scheme: QuantScheme) -> tuple[Component, ...]:
+    """The parts of the quantized checkpoint."""
+    llm = config.llm
+    linears = llm.num_layers * sum(map(math.prod, decoder_linears(llm).values()))
+    embedding = llm.vocab_size * llm.hidden_size
+    norms = llm.hidden_size * (2 * llm.num_layers + 1)
+    components = [
+        Component(
+            "llm decoder linears",
+            linears,
+            scheme.bits_per_weight,
+            int(linears * scheme.bits_per_weight / 8),
+        ),
+        _float16("llm embeddings", embedding),
+        _float16("llm norms", norms),
+        _float16("vision tower", _count(expected_tower(config))),
+        _float16("projector", _count(expected_projector(config))),
+    ]
+    if not llm.tie_word_embeddings:
+        components.insert(2, _float16("llm head", embedding))
+    return tuple(components)
+
+
+def _float16(name: str, parameters: int) -> Component:
+    return Component(name, parameters, 16, parameters * FLOAT16)
+
+
+def _count(tensors: Iterable[Expected]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors)
+
+
+def _stages(config: VilaConfig, options: Options, tokens: int) -> tuple[Stage, ...]:
+    llm = config.llm
+    layer = sum(map(math.prod, decoder_linears(llm).values())) * FLOAT32
+    table = llm.vocab_size * llm.hidden_size
+    # A shard waits in memory until it is full; the embedding is never split.
+    shard = min(SHARD_BYTES, sum(_count([t]) for t in expected_llm(llm)) * FLOAT16)
+    write = Stage("write embeddings and head", PROGRAM_BYTES + shard + table * (FLOAT16 + FLOAT32))
+    if options.algorithm == "rtn":
+        return (
+            Stage("round each decoder layer", PROGRAM_BYTES + shard + layer * 2),
+            write,
+        )
+    hidden = tokens * llm.hidden_size * FLOAT32
+    tower = (_count(expected_tower(config)) + _count(expected_projector(config))) * FLOAT32
+    grams = sum({width: width * width for _, width in decoder_linears(llm).values()}.values())
+    search = PROGRAM_BYTES + shard + 3 * layer + 5 * hidden + 2 * grams * FLOAT32
+    return (
+        Stage("encode pictures and embed tokens", PROGRAM_BYTES + tower + 2 * hidden),
+        Stage("search and round each decoder layer", search),
+        write,
+    )
+
+
+def available_memory_bytes() -> int:
+    """Memory that a new program can use: what the system says, within the container's limit."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        found.append(max(0, int(limit.read_text()) - int(used.read_text())))
+    return min(found)

@@ -1,0 +1,199 @@
+"""The report of a quantization, for programs (report.json) and for people (report.md)."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.progress import clock
+from vila_deploy.quantize.awq import LayerResult, ratios
+from vila_deploy.quantize.calibrate import Calibration
+from vila_deploy.quantize.plan import Component, Options, output_components
+
+LIBRARIES = ("vila-deploy", "torch", "transformers", "safetensors")
+REASONS = {
+    "llm embeddings": "a table that is looked up, not multiplied; AWQ leaves it in float16",
+    "llm head": "its error goes straight into every token's probability; AWQ leaves it in float16",
+    "llm norms": "vectors; they take up the scales of the linears behind them",
+    "vision tower": "AWQ quantizes the language model only; copied unchanged",
+    "projector": "small, and every picture passes through it; copied unchanged",
+}
+
+
+def layer_entry(index: int, result: LayerResult) -> dict[str, Any]:
+    """What the report says of a layer quantized by AWQ."""
+    errors = dict(result.errors)
+    before, after = errors.pop("layer")
+    return {
+        "layer": index,
+        "output_error_before": before,
+        "output_error_after": after,
+        "scale_ratios": ratios(result.choices),
+        "linears": {
+            name: {
+                "output_error_before": rtn,
+                "output_error_after": awq,
+                "clipped_groups": result.clipped.get(name, 0.0),
+            }
+            for name, (rtn, awq) in errors.items()
+        },
+    }
+
+
+def rtn_entry(index: int, errors: dict[str, float]) -> dict[str, Any]:
+    """What the report says of a layer rounded to nearest, without calibration data."""
+    return {"layer": index, "linears": {n: {"weight_error": e} for n, e in errors.items()}}
+
+
+def build_report(
+    checkpoint: Checkpoint,
+    out: Path,
+    options: Options,
+    calibration: Calibration | None,
+    layers: list[dict[str, Any]],
+    seconds: float,
+) -> dict[str, Any]:
+    """The report of the checkpoint that lies in `out`. Errors are mean squares, relative."""
+    readers = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
+    input_bytes = sum(file.stat().st_size for reader in readers for file in reader.files())
+    output_bytes = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
+    components = output_components(checkpoint.config, options.scheme)
+    kept = [component for component in components if component.name in REASONS]
+    return {
+        "algorithm": options.algorithm,
+        "format": "awq",
+        "bits": options.scheme.bits,
+        "group_size": options.scheme.group_size,
+        "symmetric": options.scheme.symmetric,
+        "bits_per_weight": options.scheme.bits_per_weight,
+        "bits_per_llm_weight": _mean_bits([c for c in components if c.name.startswith("llm")]),
+        "seed": options.seed,
+        "checkpoint_fingerprint": checkpoint.fingerprint(),
+        "input_bytes": input_bytes,
+        "output_bytes": output_bytes,
+        "components": [vars(component) for component in components],
+        "not_quantized": [
+            {"name": c.name, "parameters": c.parameters, "reason": REASONS[c.name]} for c in kept
+        ],
+        "calibration": None if calibration is None else _calibration(calibration),
+        "layers": layers,
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in LIBRARIES},
+        },
+    }
+
+
+def _mean_bits(components: list[Component]) -> float:
+    return 8 * sum(c.bytes for c in components) / sum(c.parameters for c in components)
+
+
+def _calibration(calibration: Calibration) -> dict[str, Any]:
+    counts = {k: v for k, v in vars(calibration).items() if k != "embeds"}
+    return {**counts, "sequences": calibration.text_sequences + calibration.image_sequences}
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """report.md: the summary, what stayed float16, and a table of the layers."""
+    kind = "symmetric" if report["symmetric"] else "with zero points"
+    lines = [
+        "# Quantization report",
+        "",
+        f"- {report['algorithm'].upper()}, {report['bits']} bits, groups of "
+        f"{report['group_size']}, {kind}; written as AutoAWQ GEMM",
+        f"- weights: {_megabytes(report['input_bytes'])} before, "
+        f"{_megabytes(report['output_bytes'])} after",
+        f"- bits per weight: {report['bits_per_weight']:.3f} in quantized linears, "
+        f"{report['bits_per_llm_weight']:.2f} over the whole language model",
+        f"- {clock(report['seconds'])} of time, {_megabytes(report['peak_memory_bytes'])} of "
+        "memory at the peak (measured)",
+        f"- seed {report['seed']}; parent checkpoint {report['checkpoint_fingerprint'][:16]}",
+        "- versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()),
+        *_calibration_lines(report["calibration"]),
+        "",
+        "## Not quantized",
+        "",
+        "| part | parameters | reason |",
+        "|---|---:|---|",
+        *(
+            f"| {p['name']} | {p['parameters']:,} | {p['reason']} |"
+            for p in report["not_quantized"]
+        ),
+        "",
+        "## Layers",
+        "",
+        *(_awq_table(report) if report["calibration"] else _rtn_table(report)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _calibration_lines(calibration: dict[str, Any] | None) -> list[str]:
+    if calibration is None:
+        return ["- calibration: none needed"]
+    return [
+        f"- calibration: {calibration['text_sequences']} text sequences and "
+        f"{calibration['image_sequences']} about {calibration['images']} pictures, "
+        f"{calibration['tokens']:,} tokens of which {calibration['image_tokens']:,} are picture "
+        f"tokens; SHA-256 {calibration['sha256'][:16]}"
+    ]
+
+
+def _awq_table(report: dict[str, Any]) -> list[str]:
+    names = list(report["layers"][0]["linears"])
+    after = [layer["output_error_after"] for layer in report["layers"]]
+    before = [layer["output_error_before"] for layer in report["layers"]]
+    rows = []
+    for layer in report["layers"]:
+        cells = [_errors(layer), *(_errors(layer["linears"][name]) for name in names)]
+        chosen = " ".join(f"{ratio:.2f}" for ratio in layer["scale_ratios"].values())
+        rows.append(f"| {layer['layer']} | {' | '.join(cells)} | {chosen} |")
+    titles = ["layer", "whole layer", *(name.partition(".")[2] for name in names), "scale ratios"]
+    return [
+        "Relative output error (mean square error over mean square, on the calibration data): "
+        "round to nearest → AWQ. A whole layer's is relative to what it adds to its input.",
+        "",
+        f"Median over layers: {median(before):.3g} → {median(after):.3g}.",
+        "",
+        f"| {' | '.join(titles)} |",
+        f"|{'---|' * len(titles)}",
+        *rows,
+    ]
+
+
+def _rtn_table(report: dict[str, Any]) -> list[str]:
+    names = list(report["layers"][0]["linears"])
+    titles = ["layer", *(name.partition(".")[2] for name in names)]
+    return [
+        "Relative error of the weights (mean square error over mean square).",
+        "",
+        f"| {' | '.join(titles)} |",
+        f"|{'---|' * len(titles)}",
+        *(
+            f"| {layer['layer']} | "
+            + " | ".join(f"{layer['linears'][name]['weight_error']:.3g}" for name in names)
+            + " |"
+            for layer in report["layers"]
+        ),
+    ]
+
+
+def _errors(entry: dict[str, Any]) -> str:
+    return f"{entry['output_error_before']:.2g} → {entry['output_error_after']:.2g}"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
