@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from vila_deploy.errors import VilaDeployError
 
@@ -40,21 +40,21 @@ def new_folder(destination: Path) -> Iterator[Path]:
     _check_new(destination)
     # The name is cut, so that the longest legal destination still leaves room for the suffix.
     partial = destination.parent / f".{destination.name[:32]}.partial-{secrets.token_hex(4)}"
-    with _signals(_end_program, unless_handled=True):
+    with _interrupted_once() as ignore_signals:
         try:
             partial.mkdir()
             yield partial
             _sync(partial)
-            with _signals(signal.SIG_IGN):
-                _publish(partial, destination)
+            ignore_signals()
+            _publish(partial, destination)
         except Exception as error:
             problem = _write_problem(error, partial, destination)
             if problem is None:
                 raise
             raise problem from error
         finally:
-            with _signals(signal.SIG_IGN):
-                shutil.rmtree(partial, ignore_errors=True)
+            ignore_signals()
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _check_new(destination: Path) -> None:
@@ -128,32 +128,37 @@ def _disk_is_full(folder: Path) -> bool:
         return False
 
 
-def _end_program(signum: int, frame: object) -> NoReturn:
-    """What a signal does by default, but as an exception, so that cleaning up happens first."""
-    raise SystemExit(128 + signum)
-
-
 @contextmanager
-def _signals(
-    handler: Callable[[int, Any], Any] | signal.Handlers, *, unless_handled: bool = False
-) -> Iterator[None]:
-    """Sets `handler` for the signals that end a program; only the main thread may and does."""
+def _interrupted_once() -> Iterator[Callable[[], None]]:
+    """The first signal that ends a program does so as an exception, later ones are ignored.
+
+    Otherwise a second Ctrl-C would interrupt the cleaning up that the first one began. Yields a
+    function from whose call on every one is ignored. Python runs handlers in the main thread only.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda: None
         return
-    previous = {number: signal.getsignal(number) for number in _ENDING_SIGNALS}
-    changed = {
-        number: old
-        for number, old in previous.items()
-        # None means a handler from outside Python, which could not be put back.
-        if old is not None and (old is signal.SIG_DFL or not unless_handled)
-    }
-    for number in changed:
-        signal.signal(number, handler)
+    found = {number: signal.getsignal(number) for number in _ENDING_SIGNALS}
+    # None is a handler from outside Python, which could not be put back.
+    previous = {n: old for n, old in found.items() if old not in (signal.SIG_IGN, None)}
+
+    def set_all(handler: Callable[[int, Any], Any] | signal.Handlers) -> None:
+        for number in previous:
+            signal.signal(number, handler)
+
+    def end_program(signum: int, frame: Any) -> None:
+        set_all(signal.SIG_IGN)
+        handler = previous[signal.Signals(signum)]
+        if not callable(handler):
+            raise SystemExit(128 + signum)
+        handler(signum, frame)
+        set_all(end_program)
+
     try:
-        yield
+        set_all(end_program)
+        yield lambda: set_all(signal.SIG_IGN)
     finally:
-        for number, old in changed.items():
+        for number, old in previous.items():
             signal.signal(number, old)
 
 
