@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-MIN_SECONDS_BETWEEN_LINES = 1.0
+# Lines come every second at first, then more and more seldom, at least once a minute.
+MIN_SECONDS, MAX_SECONDS, SHARE_OF_ELAPSED = 1.0, 60.0, 0.05
 
 Advance = Callable[..., None]
 """advance(text="", steps=1): `steps` more are done; `text` says what is being worked on now."""
@@ -59,13 +60,14 @@ def _terminal(total: int, description: str) -> Iterator[Advance]:
 @contextmanager
 def _plain(total: int, description: str) -> Iterator[Advance]:
     start = time.monotonic()
-    done, last_line = 0, start - MIN_SECONDS_BETWEEN_LINES
+    done, last_line = 0, start - MIN_SECONDS
 
     def advance(text: str = "", steps: int = 1) -> None:
         nonlocal done, last_line
         done += steps
         now = time.monotonic()
-        if now - last_line < MIN_SECONDS_BETWEEN_LINES and done < total:
+        pause = min(MAX_SECONDS, max(MIN_SECONDS, SHARE_OF_ELAPSED * (now - start)))
+        if now - last_line < pause and done < total:
             return
         last_line = now
         elapsed = now - start
