@@ -1,0 +1,21 @@
+"""The CPU backend: ONNX files for onnxruntime, and the Session that runs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vila_deploy.backends.onnxruntime.session import OnnxRuntimeSession
+    from vila_deploy.engine.manifest import Manifest
+
+
+def open_session(folder: Path, manifest: Manifest) -> OnnxRuntimeSession:
+    """Runs the engine in `folder`, whose files have been checked against `manifest`.
+
+    Raises:
+        VilaDeployError: onnxruntime can't load it.
+    """
+    from vila_deploy.backends.onnxruntime.session import OnnxRuntimeSession
+
+    return OnnxRuntimeSession(folder, manifest)

@@ -1,0 +1,95 @@
+"""Writes the ONNX files of an engine for onnxruntime's CPU provider."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from vila_deploy.backends.onnxruntime import files
+from vila_deploy.checkpoint.config import LlmConfig, VilaConfig
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.graph.dialects.onnxruntime import OnnxRuntimeDialect, check_group_size
+from vila_deploy.graph.llm import StoredLlm, build_llm_graph, store_llm
+from vila_deploy.graph.tensors import float16
+from vila_deploy.graph.vision import build_vision_graph
+from vila_deploy.graph.writer import WeightFile
+from vila_deploy.model.weights import WeightSource
+from vila_deploy.progress import progress
+
+HEAD_DIM_MULTIPLE = 8
+# Two int8 terms of an activation hold 15 bits of it, 4 more than float16 does.
+INT8_TERMS = 2
+
+
+@dataclass(frozen=True)
+class Built:
+    """What the manifest says about the files that were written."""
+
+    weight_bytes_per_token: int
+    versions: dict[str, str]
+
+
+def check(config: VilaConfig) -> None:
+    """Raises VilaDeployError if this backend can't build the model; before any work."""
+    llm = config.llm
+    if llm.quantization is not None:
+        where = "llm/config.json: quantization_config.group_size"
+        check_group_size(llm.quantization.group_size, where)
+    if llm.head_dim % HEAD_DIM_MULTIPLE:
+        raise VilaDeployError(
+            f"backend onnxruntime takes multiples of {HEAD_DIM_MULTIPLE}, found {llm.head_dim}",
+            where="llm/config.json: head_dim",
+            fix="use another model",
+        )
+
+
+def build(
+    folder: Path,
+    config: VilaConfig,
+    llm: WeightSource,
+    tower: WeightSource,
+    projector: WeightSource,
+    max_seq_len: int,
+) -> Built:
+    """Writes vision/, llm/ and the embedding table into `folder`, with memory for one layer.
+
+    The LLM's linears are 4-bit where `llm` gives them so, float16 otherwise; the rest is float16.
+    """
+    check(config)
+    steps = config.vision_layers_used + 1 + config.llm.num_layers + 2
+    with progress(steps, "building") as advance:
+        (folder / files.VISION).mkdir()
+        with WeightFile(folder / files.VISION / files.WEIGHTS) as file:
+            graph = build_vision_graph(config, tower, projector, file, advance)
+        graph.save(folder / files.VISION / files.GRAPH)
+
+        (folder / files.LLM).mkdir()
+        with WeightFile(folder / files.LLM / files.WEIGHTS) as file:
+            dialect = OnnxRuntimeDialect()
+            stored = store_llm(config.llm, llm, max_seq_len, file, dialect, advance)
+        _save_llm(folder / files.LLM, config.llm, stored)
+
+        table = float16(llm.tensor("model.embed_tokens.weight"), "model.embed_tokens.weight")
+        np.save(folder / files.EMBEDDING, table)
+        advance("embedding table")
+    return Built(stored.bytes_per_step, {name: version(name) for name in ("onnx", "onnxruntime")})
+
+
+def _save_llm(folder: Path, config: LlmConfig, stored: StoredLlm) -> None:
+    """One graph for any number of tokens; with 4-bit weights, one for one token and one for many.
+
+    Both read the same weights, each through the kernel that is fastest for it.
+    """
+    float_linears = OnnxRuntimeDialect()
+    if all(linear.group_size is None for layer in stored.layers for linear in layer.linears()):
+        graph = build_llm_graph(config, stored, float_linears, tokens=None, logits=True)
+        graph.save(folder / files.GRAPH)
+        return
+    int8_linears = OnnxRuntimeDialect(int8_terms=INT8_TERMS)
+    graph = build_llm_graph(config, stored, int8_linears, tokens=1, logits=True)
+    graph.save(folder / files.GRAPH)
+    graph = build_llm_graph(config, stored, float_linears, tokens=None, logits=False)
+    graph.save(folder / files.PREFILL_GRAPH)

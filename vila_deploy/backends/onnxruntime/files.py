@@ -1,0 +1,7 @@
+"""What lies in an engine folder of this backend."""
+
+VISION, LLM = "vision", "llm"
+GRAPH, WEIGHTS = "model.onnx", "model.data"
+# Fills the cache many tokens at a time; only where the main graph takes one token.
+PREFILL_GRAPH = "prefill.onnx"
+EMBEDDING = "embed_tokens.npy"

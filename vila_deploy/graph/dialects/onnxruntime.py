@@ -1,0 +1,210 @@
+"""The dialect of onnxruntime's CPU provider: fused com.microsoft operators, all in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto
+from torch import Tensor
+
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.graph.dialects import AttentionShape, StoredLinear
+from vila_deploy.graph.tensors import float16, float32
+from vila_deploy.graph.writer import MICROSOFT, GraphWriter, WeightFile
+
+GROUP_SIZES = (16, 32, 64, 128, 256)
+ACCURACY_FLOAT32, ACCURACY_INT8 = 1, 4
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeDialect:
+    """com.microsoft GroupQueryAttention and MatMulNBits.
+
+    Args:
+        int8_terms: 0 multiplies 4-bit weights with float32 activations, which is limited by
+            arithmetic and suits many tokens at once. n > 0, for graphs that take one token, splits
+            the activations into n int8 terms (x ≈ x₁ + … + xₙ, each the rounding error of the
+            ones before): the kernel that reads int8 activations is limited by memory, reads every
+            weight once for all terms, and two terms keep 15 bits, three 22 bits of each group.
+    """
+
+    int8_terms: int = 0
+
+    def store_linear(
+        self, file: WeightFile, name: str, parts: Sequence[Tensor | QuantizedLinear]
+    ) -> StoredLinear:
+        quantized = [part for part in parts if isinstance(part, QuantizedLinear)]
+        if quantized and len(quantized) == len(parts):
+            return _store_quantized(file, name, quantized)
+        dense = [part for part in parts if isinstance(part, Tensor)]
+        assert len(dense) == len(parts)
+        weight = float16(torch.cat(dense) if len(dense) > 1 else dense[0], name)
+        out_features, in_features = weight.shape
+        # Stored in float16, widened once when the session is made: that is what a step reads.
+        bytes_per_step = weight.size * np.dtype(np.float32).itemsize
+        tensors = {"weight": file.append(weight)}
+        return StoredLinear(name, out_features, in_features, None, tensors, bytes_per_step)
+
+    def linear(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
+        if linear.group_size is None:
+            return graph.node("Gemm", x, _widened(graph, linear), transB=1)
+        inputs = [graph.weight(f"{linear.name}.{k}", linear.tensors[k]) for k in _QUANTIZED]
+        attributes = {
+            "domain": MICROSOFT,
+            "K": linear.in_features,
+            "N": linear.out_features,
+            "bits": 4,
+            "block_size": linear.group_size,
+        }
+        if self.int8_terms:
+            terms = self._int8_terms(graph, x, linear)
+            y = graph.node(
+                "MatMulNBits", terms, *inputs, accuracy_level=ACCURACY_INT8, **attributes
+            )
+            ones = graph.constant(np.ones((1, self.int8_terms), np.float32))
+            y = graph.node("MatMul", ones, y) if self.int8_terms > 1 else y
+        else:
+            y = graph.node("MatMulNBits", x, *inputs, accuracy_level=ACCURACY_FLOAT32, **attributes)
+        if "bias" in linear.tensors:
+            y = graph.node("Add", y, graph.weight(f"{linear.name}.bias", linear.tensors["bias"]))
+        return y
+
+    def _int8_terms(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
+        """[1, in] → [terms, in], whose sum is x but for the last term's rounding to int8.
+
+        A product with the identity matrix tells what the kernel's own rounding makes of x.
+        """
+        group = linear.group_size
+        assert group is not None
+        identity = _identity(graph, group)
+        rest = graph.node("Reshape", x, graph.integers(-1, group))
+        terms = [rest]
+        for _ in range(self.int8_terms - 1):
+            rounded = graph.node(
+                "MatMulNBits", rest, *identity, domain=MICROSOFT, K=group, N=group, bits=4,
+                block_size=group, accuracy_level=ACCURACY_INT8,
+            )  # fmt: skip
+            rest = graph.node("Sub", rest, rounded)
+            terms.append(rest)
+        if len(terms) == 1:
+            return x
+        stacked = graph.node("Concat", *terms, axis=0)
+        shape = graph.integers(self.int8_terms, linear.in_features)
+        return graph.node("Reshape", stacked, shape)
+
+    def head(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
+        # The weight comes first: onnxruntime would repack a second operand, which is slower here.
+        column = graph.node("Reshape", x, graph.integers(linear.in_features, 1))
+        logits = graph.node("MatMul", _widened(graph, linear), column)
+        return graph.node(
+            "Reshape", logits, graph.integers(1, linear.out_features), output="logits"
+        )
+
+    def norm(self, graph: GraphWriter, x: str, weight: str, epsilon: float) -> str:
+        return graph.node("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon)
+
+    def add_norm(
+        self, graph: GraphWriter, x: str, delta: str, weight: str, epsilon: float
+    ) -> tuple[str, str]:
+        names = [graph.new_name("normed"), "", "", graph.new_name("sum")]
+        normed, _, _, total = graph.nodes(
+            "SkipSimplifiedLayerNormalization", x, delta, weight,
+            outputs=names, domain=MICROSOFT, epsilon=epsilon,
+        )  # fmt: skip
+        return normed, total
+
+    def attention(self, graph: GraphWriter, qkv: str, shape: AttentionShape, layer: int) -> str:
+        heads, kv_heads = shape.num_heads, shape.num_kv_heads
+        width = (heads + 2 * kv_heads) * shape.head_dim
+        packed = graph.node("Reshape", qkv, graph.integers(1, -1, width))
+        key, value = _cache_names(layer)
+        attended, _, _ = graph.nodes(
+            "GroupQueryAttention", packed, "", "", f"past_{key}", f"past_{value}",
+            "seqlens_k", "total_sequence_length", shape.cos, shape.sin,
+            outputs=[graph.new_name("attended"), f"present_{key}", f"present_{value}"],
+            domain=MICROSOFT, num_heads=heads, kv_num_heads=kv_heads, do_rotary=1,
+        )  # fmt: skip
+        return graph.node("Reshape", attended, graph.integers(-1, heads * shape.head_dim))
+
+    def cache(self, graph: GraphWriter, shape: AttentionShape, num_layers: int) -> None:
+        graph.input("seqlens_k", np.int32, [1])
+        graph.input("total_sequence_length", np.int32, [])
+        dims: list[int | str] = [1, shape.num_kv_heads, "max_seq_len", shape.head_dim]
+        for layer in range(num_layers):
+            for name in _cache_names(layer):
+                graph.input(f"past_{name}", np.float32, dims)
+                graph.output(f"present_{name}", np.float32, dims)
+
+
+_QUANTIZED = ("q", "scale", "zero")
+
+
+def _cache_names(layer: int) -> tuple[str, str]:
+    return f"key_{layer}", f"value_{layer}"
+
+
+def _widened(graph: GraphWriter, linear: StoredLinear) -> str:
+    weight = graph.weight(linear.name, linear.tensors["weight"])
+    return graph.node("Cast", weight, to=TensorProto.FLOAT)
+
+
+def _store_quantized(file: WeightFile, name: str, parts: Sequence[QuantizedLinear]) -> StoredLinear:
+    check_group_size(parts[0].group_size, name)
+    if any(part.prequant_scale is not None for part in parts):
+        raise VilaDeployError(
+            "has a pre-quantization scale, which backend onnxruntime does not take",
+            where=name,
+            fix="fold it into the layer before",
+        )
+    assert len({part.group_size for part in parts}) == 1
+    q = torch.cat([part.q for part in parts])
+    out_features, in_features = q.shape
+    packed = pack_nibbles(q).reshape(out_features, -1, parts[0].group_size // 2)
+    scale = float32(torch.cat([part.scale for part in parts])).reshape(-1)
+    zero = pack_nibbles(torch.cat([part.zero for part in parts])).reshape(-1)
+    tensors = {
+        key: file.append(v) for key, v in zip(_QUANTIZED, (packed, scale, zero), strict=True)
+    }
+    bytes_per_step = sum(tensor.size_bytes for tensor in tensors.values())
+    biases = [part.bias for part in parts]
+    if any(bias is not None for bias in biases):
+        filled = [
+            torch.zeros(part.out_features) if part.bias is None else part.bias.float()
+            for part in parts
+        ]
+        tensors["bias"] = file.append(float32(torch.cat(filled)))
+    return StoredLinear(
+        name, out_features, in_features, parts[0].group_size, tensors, bytes_per_step
+    )
+
+
+def check_group_size(group_size: int, where: str) -> None:
+    """Raises VilaDeployError if onnxruntime has no kernel for it."""
+    if group_size not in GROUP_SIZES:
+        raise VilaDeployError(
+            f"group size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}",
+            where=where,
+            fix="run vila-quantize with one of these as --group-size",
+        )
+
+
+def pack_nibbles(levels: Tensor) -> NDArray[np.uint8]:
+    """uint8 [rows, columns] of 0..15 → [rows, ceil(columns/2)], even columns in the low halves."""
+    if levels.shape[1] % 2:
+        levels = torch.nn.functional.pad(levels, (0, 1))
+    return (levels[:, 0::2] | (levels[:, 1::2] << 4)).numpy()
+
+
+def _identity(graph: GraphWriter, size: int) -> list[str]:
+    """The identity matrix as 4-bit weights with scale 1 and zero point 0."""
+    q = pack_nibbles(torch.eye(size, dtype=torch.uint8)).reshape(size, 1, size // 2)
+    return [
+        graph.constant(q, f"identity_{size}.q"),
+        graph.constant(np.ones(size, np.float32), f"identity_{size}.scale"),
+        graph.constant(np.zeros(size, np.uint8), f"identity_{size}.zero"),
+    ]

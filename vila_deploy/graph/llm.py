@@ -1,0 +1,157 @@
+"""The decoder of the language model, written once; a dialect spells its building blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vila_deploy.checkpoint.config import LlmConfig
+from vila_deploy.graph.dialects import AttentionShape, Dialect, StoredLinear
+from vila_deploy.graph.tensors import float32
+from vila_deploy.graph.writer import GraphWriter, StoredTensor, WeightFile
+from vila_deploy.model.weights import WeightSource
+from vila_deploy.progress import Advance
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A decoder layer in a WeightFile; linears that read the same input are one."""
+
+    input_norm: StoredTensor
+    qkv: StoredLinear
+    o: StoredLinear
+    post_attention_norm: StoredTensor
+    gate_up: StoredLinear
+    down: StoredLinear
+
+    def linears(self) -> tuple[StoredLinear, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+
+@dataclass(frozen=True)
+class StoredLlm:
+    """A whole decoder in a WeightFile; `cos` and `sin` are [max_seq_len, head_dim / 2]."""
+
+    layers: tuple[StoredLayer, ...]
+    norm: StoredTensor
+    head: StoredLinear
+    cos: StoredTensor
+    sin: StoredTensor
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes of weights that a decoding step reads."""
+        linears = [linear for layer in self.layers for linear in layer.linears()]
+        norms = [n for x in self.layers for n in (x.input_norm, x.post_attention_norm)]
+        return sum(linear.bytes_per_step for linear in [*linears, self.head]) + sum(
+            norm.size_bytes for norm in [*norms, self.norm]
+        )
+
+
+def store_llm(
+    config: LlmConfig,
+    weights: WeightSource,
+    max_seq_len: int,
+    file: WeightFile,
+    dialect: Dialect,
+    advance: Advance,
+) -> StoredLlm:
+    """Writes all weights but the embedding table, one decoder layer in memory at a time."""
+    layers = []
+    for index in range(config.num_layers):
+        layers.append(_store_layer(weights, f"model.layers.{index}", file, dialect))
+        advance(f"decoder layer {index}")
+    norm = file.append(float32(weights.tensor("model.norm.weight")))
+    head = dialect.store_linear(file, "lm_head", [weights.tensor("lm_head.weight")])
+    advance("lm_head")
+    cos, sin = (file.append(float32(table)) for table in rotary_tables(config, max_seq_len))
+    return StoredLlm(tuple(layers), norm, head, cos, sin)
+
+
+def _store_layer(
+    weights: WeightSource, prefix: str, file: WeightFile, dialect: Dialect
+) -> StoredLayer:
+    def norm(name: str) -> StoredTensor:
+        return file.append(float32(weights.tensor(f"{prefix}.{name}.weight")))
+
+    def linear(block: str, *names: str) -> StoredLinear:
+        parts = [weights.linear(f"{prefix}.{block}.{name}") for name in names]
+        return dialect.store_linear(file, f"{prefix}.{block}.{'+'.join(names)}", parts)
+
+    return StoredLayer(
+        input_norm=norm("input_layernorm"),
+        qkv=linear("self_attn", "q_proj", "k_proj", "v_proj"),
+        o=linear("self_attn", "o_proj"),
+        post_attention_norm=norm("post_attention_layernorm"),
+        gate_up=linear("mlp", "gate_proj", "up_proj"),
+        down=linear("mlp", "down_proj"),
+    )
+
+
+def rotary_tables(config: LlmConfig, max_seq_len: int) -> Iterator[Tensor]:
+    """cos and sin [max_seq_len, head_dim / 2] in float32, by the formula that Llama was trained with."""
+    exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
+    angles = torch.arange(max_seq_len).float()[:, None] * (1.0 / config.rope_theta**exponents)
+    yield angles.cos()
+    yield angles.sin()
+
+
+def build_llm_graph(
+    config: LlmConfig, stored: StoredLlm, dialect: Dialect, *, tokens: int | None, logits: bool
+) -> GraphWriter:
+    """The graph over weights that `store_llm` wrote.
+
+    Inputs: inputs_embeds [1, tokens, hidden] and what the dialect's cache takes. Outputs: logits
+    [1, vocab] of the last token, and the cache with these tokens added.
+
+    Args:
+        tokens: how many the graph takes at a time; None for any number.
+        logits: False makes a graph that only fills the cache.
+    """
+    graph, epsilon = GraphWriter(), config.rms_norm_eps
+    hidden = config.hidden_size
+    embeds = graph.input("inputs_embeds", np.float32, [1, tokens or "tokens", hidden])
+    shape = AttentionShape(
+        config.num_heads, config.num_kv_heads, config.head_dim,
+        graph.weight("rotary.cos", stored.cos), graph.weight("rotary.sin", stored.sin),
+    )  # fmt: skip
+    if logits:
+        graph.output("logits", np.float32, [1, config.vocab_size])
+    dialect.cache(graph, shape, config.num_layers)
+    x = graph.node("Reshape", embeds, graph.integers(-1, hidden))
+    delta = None
+    for index, layer in enumerate(stored.layers):
+        graph.scope(f"layer_{index}")
+        norm = graph.weight(f"layer_{index}.input_norm", layer.input_norm)
+        if delta is None:
+            normed = dialect.norm(graph, x, norm, epsilon)
+        else:
+            normed, x = dialect.add_norm(graph, x, delta, norm, epsilon)
+        attended = dialect.attention(graph, dialect.linear(graph, normed, layer.qkv), shape, index)
+        if not logits and index == config.num_layers - 1:
+            return graph
+        delta = dialect.linear(graph, attended, layer.o)
+        norm = graph.weight(f"layer_{index}.post_attention_norm", layer.post_attention_norm)
+        normed, x = dialect.add_norm(graph, x, delta, norm, epsilon)
+        delta = _mlp(graph, normed, layer, config, dialect)
+    graph.scope("head")
+    assert delta is not None
+    normed, _ = dialect.add_norm(graph, x, delta, graph.weight("norm", stored.norm), epsilon)
+    last = graph.node("Gather", normed, graph.integers(-1), axis=0)
+    dialect.head(graph, last, stored.head)
+    return graph
+
+
+def _mlp(
+    graph: GraphWriter, x: str, layer: StoredLayer, config: LlmConfig, dialect: Dialect
+) -> str:
+    """down(silu(gate(x)) · up(x))."""
+    both = dialect.linear(graph, x, layer.gate_up)
+    names = [graph.new_name("gate"), graph.new_name("up")]
+    gate, up = graph.nodes("Split", both, outputs=names, axis=-1, num_outputs=2)
+    silu = graph.node("Mul", gate, graph.node("Sigmoid", gate))
+    return dialect.linear(graph, graph.node("Mul", silu, up), layer.down)

@@ -1,0 +1,138 @@
+"""ONNX graphs written node by node, their weights streamed to a file beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+OPSET, IR_VERSION = 21, 10
+MICROSOFT = "com.microsoft"
+ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a WeightFile, and as what."""
+
+    file: str
+    data_type: int
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+
+class WeightFile:
+    """A file that grows tensor by tensor, so that no two of them need be in memory."""
+
+    def __init__(self, path: Path):
+        self._path, self._file, self._offset = path, path.open("xb"), 0
+
+    def __enter__(self) -> WeightFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def append(self, array: NDArray[Any]) -> StoredTensor:
+        """Writes `array` in C order at an aligned offset."""
+        self._offset += self._file.write(b"\0" * (-self._offset % ALIGNMENT_BYTES))
+        data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+        stored = StoredTensor(self._path.name, data_type, array.shape, self._offset, array.nbytes)
+        self._offset += self._file.write(np.ascontiguousarray(array).data)
+        return stored
+
+
+class GraphWriter:
+    """An ONNX graph under construction; values are their names."""
+
+    def __init__(self) -> None:
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._scope = ""
+
+    def scope(self, name: str) -> None:
+        """Names of nodes from here on begin with `name`."""
+        self._scope = f"{name}/"
+
+    def input(self, name: str, dtype: type[np.generic], shape: list[int | str]) -> str:
+        self._inputs.append(_value_info(name, dtype, shape))
+        return name
+
+    def output(self, name: str, dtype: type[np.generic], shape: list[int | str]) -> str:
+        self._outputs.append(_value_info(name, dtype, shape))
+        return name
+
+    def constant(self, value: NDArray[Any], name: str | None = None) -> str:
+        """A small tensor inside the graph file; equal content becomes one initializer."""
+        name = name or f"{value.dtype}{list(value.shape)}:{value.tobytes().hex()}"
+        if name not in self._initializers:
+            self._initializers[name] = numpy_helper.from_array(value, name)
+        return name
+
+    def integers(self, *values: int) -> str:
+        """A constant int64 vector, such as a shape."""
+        return self.constant(np.array(values, np.int64))
+
+    def weight(self, name: str, stored: StoredTensor) -> str:
+        """A tensor that lies in a WeightFile."""
+        tensor = onnx.TensorProto(name=name, data_type=stored.data_type, dims=stored.shape)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (
+            ("location", stored.file),
+            ("offset", stored.offset),
+            ("length", stored.size_bytes),
+        ):
+            tensor.external_data.add(key=key, value=str(value))
+        self._initializers[name] = tensor
+        return name
+
+    def node(
+        self, op: str, *inputs: str, output: str | None = None, domain: str = "", **attributes: Any
+    ) -> str:
+        """Adds a node with one output, whose name it returns."""
+        name = output or f"{self._scope}{op}_{len(self._nodes)}"
+        return self.nodes(op, *inputs, outputs=[name], domain=domain, **attributes)[0]
+
+    def nodes(
+        self, op: str, *inputs: str, outputs: list[str], domain: str = "", **attributes: Any
+    ) -> list[str]:
+        """Adds a node with the named outputs; an empty name leaves one out."""
+        name = f"{self._scope}{op}_{len(self._nodes)}"
+        self._nodes.append(
+            helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes)
+        )
+        return outputs
+
+    def new_name(self, name: str) -> str:
+        """A value name that is not in use."""
+        return f"{self._scope}{name}_{len(self._nodes)}"
+
+    def save(self, path: Path) -> None:
+        """Writes the graph; its weights must lie beside it."""
+        graph = helper.make_graph(
+            self._nodes, path.stem, self._inputs, self._outputs, list(self._initializers.values())
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        model = helper.make_model(
+            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="vila-deploy"
+        )
+        path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _value_info(name: str, dtype: type[np.generic], shape: list[int | str]) -> onnx.ValueInfoProto:
+    data_type = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    return helper.make_tensor_value_info(name, data_type, shape)
