@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY_VILA = REPOSITORY / "examples" / "tiny-vila"
@@ -25,9 +28,21 @@ def run(command: str, *args: object, timeout_s: float = 300) -> subprocess.Compl
 
 def succeed(command: str, *args: object) -> str:
     """Runs a command that must end with exit code 0; what it printed on stdout."""
-    done = run(command, *args)
+    done = invoke(command, *args)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def invoke(command: str, *args: object) -> subprocess.CompletedProcess[str]:
+    """Runs a command inside this process: the same but for a second or more of imports."""
+    module = import_module(f"vila_deploy.cli.{command.removeprefix('vila-').replace('-', '_')}")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    done = CliRunner().invoke(module.main, [*map(str, args)])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if not isinstance(done.exception, SystemExit | None):
+        raise done.exception
+    return subprocess.CompletedProcess(args, done.exit_code, done.stdout, done.stderr)
 
 
 def assert_one_line(done: subprocess.CompletedProcess[str]) -> str:

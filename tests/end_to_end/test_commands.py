@@ -1,0 +1,288 @@
+"""How the commands behave: quick help, one line for every problem, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import BIN, assert_one_line, invoke, run, succeed
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import make_checkpoint
+
+COMMANDS = ("vila-quantize", "vila-build-engine", "vila-chat", "vila-bench")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_answers_in_half_a_second(command: str) -> None:
+    def cpu_seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert "Usage:" in run(command, "--help").stdout
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # Processor time: on a busy machine the clock on the wall says nothing about this program.
+    assert min(cpu_seconds() for _ in range(3)) < 0.5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("flags", [["--no-such-flag"], []])
+def test_wrong_usage_ends_with_2(command: str, flags: list[str]) -> None:
+    done = run(command, *flags)
+    assert done.returncode == 2
+    assert "Usage:" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("commands") / "checkpoint")
+
+
+@pytest.fixture(scope="module")
+def quantized(checkpoint: Path) -> Path:
+    out = checkpoint.parent / "quantized"
+    succeed("vila-quantize", checkpoint, "-o", out, "--algorithm", "rtn")
+    return out
+
+
+@pytest.fixture(scope="module")
+def engine(quantized: Path) -> Path:
+    out = quantized.parent / "engine"
+    succeed("vila-build-engine", quantized, "--target", "cpu", "-o", out)
+    return out
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensor(path: Path, change: Callable[[dict], None]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def _poison(tensors: dict, value: float) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+
+
+def _shard_out_of_index(root: Path) -> None:
+    index = {
+        "metadata": {},
+        "weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"},
+    }
+    (root / "llm" / "model.safetensors").unlink()
+    (root / "llm" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _parent_in_index(root: Path) -> None:
+    names = load_file(root / "llm" / "model.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "../llm/model.safetensors")}
+    (root / "llm" / "model.safetensors").rename(root / "llm" / "model-00001-of-00001.safetensors")
+    (root / "llm" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+LLM = Path("llm", "model.safetensors")
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "missing part": (lambda r: shutil.rmtree(r / "mm_projector"), "mm_projector"),
+    "missing config": (lambda r: (r / "llm" / "config.json").unlink(), "llm/config.json"),
+    "truncated": (lambda r: os.truncate(r / LLM, (r / LLM).stat().st_size // 2), str(LLM)),
+    "oversized header": (
+        lambda r: (r / LLM).write_bytes(b"\xff" * 7 + b"\x7f" + (r / LLM).read_bytes()[8:]),
+        str(LLM),
+    ),
+    "shard not there": (_shard_out_of_index, "model-00001-of-00002.safetensors"),
+    "parent in index": (_parent_in_index, "../llm/model.safetensors"),
+    "wrong shape": (
+        lambda r: edit_tensor(
+            r / LLM, lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1].clone()})
+        ),
+        "model.norm.weight",
+    ),
+    "wrong dtype": (
+        lambda r: edit_tensor(
+            r / LLM, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].int()})
+        ),
+        "model.norm.weight",
+    ),
+    "NaN": (lambda r: edit_tensor(r / LLM, lambda t: _poison(t, float("nan"))), "layers.1.mlp.up"),
+    "Inf": (lambda r: edit_tensor(r / LLM, lambda t: _poison(t, float("inf"))), "layers.1.mlp.up"),
+    "unknown projector": (
+        lambda r: edit_json(r / "mm_projector" / "config.json", mm_projector_type="q_former"),
+        "q_former",
+    ),
+    "unknown tower": (
+        lambda r: edit_json(r / "vision_tower" / "config.json", model_type="dino"), "dino",
+    ),
+    "unknown LLM": (
+        lambda r: edit_json(r / "llm" / "config.json", architectures=["MambaForCausalLM"]),
+        "MambaForCausalLM",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["vila-quantize", "vila-build-engine"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint(checkpoint: Path, tmp_path: Path, command: str, damage: str) -> None:
+    root, out = tmp_path / "checkpoint", tmp_path / "out"
+    shutil.copytree(checkpoint, root)
+    change, named = DAMAGE[damage]
+    change(root)
+    target = ["--target", "cpu"] if command == "vila-build-engine" else ["--algorithm", "rtn"]
+    line = assert_one_line(invoke(command, root, "-o", out, *target))
+    assert named in line
+    assert ";" in line, "no remedy"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint"]
+
+
+def test_bit_flip_is_found_through_checksums(quantized: Path, tmp_path: Path) -> None:
+    root = tmp_path / "checkpoint"
+    shutil.copytree(quantized, root)
+    file = next((root / "llm").glob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    file.write_bytes(data)
+    out = tmp_path / "out"
+    line = assert_one_line(invoke("vila-build-engine", root, "--target", "cpu", "-o", out))
+    assert file.name in line
+    assert not out.exists()
+
+
+def test_group_size_that_does_not_divide(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    line = assert_one_line(invoke("vila-quantize", checkpoint, "-o", out, "--group-size", 96))
+    assert "96" in line
+    root = make_checkpoint(tmp_path / "narrow", intermediate=320)
+    line = assert_one_line(invoke("vila-quantize", root, "-o", out, "--group-size", 128))
+    assert "down_proj" in line
+    assert "64" in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["vila-quantize", "vila-build-engine"])
+def test_existing_output_is_not_touched(checkpoint: Path, tmp_path: Path, command: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    target = ["--target", "cpu"] if command == "vila-build-engine" else []
+    assert str(out) in assert_one_line(invoke(command, checkpoint, "-o", out, *target))
+    assert [p.name for p in out.iterdir()] == ["mine.txt"]
+
+
+def test_not_a_picture(engine: Path, tmp_path: Path) -> None:
+    Image.effect_noise((300, 300), 90).save(tmp_path / "cut.png")
+    os.truncate(tmp_path / "cut.png", 5000)
+    (tmp_path / "text.png").write_text("not a picture")
+    for name in ("cut.png", "text.png", "absent.png"):
+        line = assert_one_line(
+            invoke("vila-chat", engine, "--image", tmp_path / name, "-p", "What?")
+        )
+        assert name in line
+
+
+def test_every_file_of_an_engine_is_guarded(engine: Path, tmp_path: Path) -> None:
+    files = [p.relative_to(engine) for p in engine.rglob("*") if p.is_file()]
+    assert Path("manifest.json") in files
+    chance = random.Random(0)
+    root = tmp_path / "engine"
+    shutil.copytree(engine, root)
+    for file in files:
+        whole = (root / file).read_bytes()
+        altered = bytearray(whole)
+        altered[chance.randrange(len(altered))] ^= 1 << chance.randrange(8)
+        (root / file).write_bytes(altered)
+        assert file.name in assert_one_line(invoke("vila-chat", root, "-p", "Hello?"))
+        (root / file).write_bytes(whole)
+    assert invoke("vila-chat", root, "-p", "Hello?", "--max-new-tokens", 1).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["vila-quantize", "vila-build-engine"])
+def test_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path, command: str) -> None:
+    """A limit on file size stands for the full disk: writing fails in the same places."""
+    flags = ["--target", "cpu"] if command == "vila-build-engine" else ["--algorithm", "rtn"]
+
+    def limit_file_size() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = subprocess.run(
+        [BIN / command, checkpoint, "-o", tmp_path / "out", *flags],
+        capture_output=True, text=True, preexec_fn=limit_file_size, check=False,
+    )  # fmt: skip
+    assert "space" in assert_one_line(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "signal_number"),
+    [("vila-quantize", signal.SIGINT), ("vila-build-engine", signal.SIGTERM)],
+)
+def test_interrupt_leaves_nothing_or_all(
+    checkpoint: Path, tmp_path: Path, command: str, signal_number: int
+) -> None:
+    flags = ["--target", "cpu"] if command == "vila-build-engine" else ["--algorithm", "rtn"]
+    start = time.monotonic()
+    assert run(command, checkpoint, "-o", tmp_path / "whole", *flags).returncode == 0
+    takes_s = time.monotonic() - start
+    whole = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*"))
+    chance = random.Random(signal_number)
+    for attempt in range(3):
+        out = tmp_path / f"out{attempt}"
+        process = subprocess.Popen(
+            [BIN / command, checkpoint, "-o", out, *flags],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        time.sleep(chance.uniform(0.3, 1.0) * takes_s)
+        process.send_signal(signal_number)
+        _, printed = process.communicate(timeout=60)
+        if out.exists():
+            assert sorted(p.relative_to(out) for p in out.rglob("*")) == whole
+        assert process.returncode != 0 or out.exists()
+        assert [p for p in tmp_path.iterdir() if ".partial" in p.name] == [], printed
+
+
+def test_json_output_is_one_document(checkpoint: Path, engine: Path) -> None:
+    for arguments in (
+        ["vila-quantize", checkpoint, "--plan", "--json"],
+        ["vila-build-engine", checkpoint, "--target", "cpu", "--plan", "--json"],
+    ):
+        plan = json.loads(succeed(*map(str, arguments)))
+        assert isinstance(plan["fits"], bool)
+        assert {"device_bytes", "limit_bytes", "components", "stages"} <= plan.keys()
+        assert {"name", "parameters", "bits", "bytes"} <= plan["components"][0].keys()
+    answer = json.loads(succeed("vila-chat", engine, "-p", "Hi", "--json", "--max-new-tokens", "3"))
+    assert len(answer["tokens"]) <= 3
+
+
+def test_interactive_conversation(engine: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (50, 50), "red").save(tmp_path / "red.png")
+    typed = f"/image {tmp_path / 'red.png'}\nWhat?\n/image nowhere.png\nAnd?\n/reset\nHi\n/quit\n"
+    done = subprocess.run(
+        [BIN / "vila-chat", engine, "--max-new-tokens", "4"],
+        input=typed, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "nowhere.png" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("\n") >= 3
+
+
+def test_chat_does_without_torch(engine: Path) -> None:
+    """The start of a chat must not wait for torch, and small boards may not have it."""
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from vila_deploy.cli.chat import main\n"
+        f"main([{str(engine)!r}, '-p', 'Hello?', '--max-new-tokens', '2'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
