@@ -1,6 +1,7 @@
 """Files that are wrong: one line that names the file or tensor, and what to do."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,11 @@ CASES: dict[str, tuple[dict[str, Any], Damage, str]] = {
         r"llm: holds both .*; remove the one",
     ),
     # Safetensors structure
+    "pipe": (
+        {},
+        lambda root: ((root / LLM).unlink(), os.mkfifo(root / LLM)),
+        rf"{LLM}: is no regular file; download",
+    ),
     "empty": ({}, write(LLM, b""), rf"{LLM}: is truncated: 0 bytes; download"),
     "truncated data": (
         {},
