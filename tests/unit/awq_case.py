@@ -77,4 +77,4 @@ def random_layer(case):
 
 
 def sequences_of(case, inputs):
-    return Sequences.of(llm_config(case), inputs, torch.device("cpu"))
+    return Sequences.of(llm_config(case), inputs)

@@ -30,8 +30,8 @@ class InputStats:
 
     def add(self, inputs: Tensor) -> None:
         """Takes the next tokens, [tokens, channels] float32."""
-        self.abs_sum = self.abs_sum.to(inputs.device) + inputs.abs().sum(0)
-        self.gram_sum = self.gram_sum.to(inputs.device) + inputs.T @ inputs
+        self.abs_sum = self.abs_sum + inputs.abs().sum(0)
+        self.gram_sum = self.gram_sum + inputs.T @ inputs
         stride = max(1, self.num_tokens // CLIP_SAMPLE_TOKENS)
         self._samples.append(inputs[-self.seen % stride :: stride].clone())
         self.seen += len(inputs)

@@ -110,7 +110,7 @@ def quantize_layer(
     after["layer"] = work.layer_error(inputs)
     return LayerResult(
         linears=linears,
-        norms={name: weight_of(layer, name).cpu() for name in NORMS},
+        norms={name: weight_of(layer, name) for name in NORMS},
         choices=tuple(work.choices),
         limits=work.limits,
         clipped=work.clipped,
@@ -219,7 +219,7 @@ class _Work:
         """Output error of each linear with `weights`, relative to its output."""
         errors = {}
         for name, weight in weights.items():
-            gram, exact = self._stats_of(name).gram, original(name).to(weight.device)
+            gram, exact = self._stats_of(name).gram, original(name)
             power = output_error(exact, gram)
             errors[name] = output_error(weight - exact, gram) / power if power else 0.0
         return errors

@@ -95,14 +95,14 @@ def _write_unquantized(checkpoint: Checkpoint, writer: ShardWriter) -> None:
 def _awq_layers(
     checkpoint: Checkpoint, options: Options, calibration: Calibration, writer: ShardWriter
 ) -> list[LayerEntry]:
-    config, device = checkpoint.config.llm, _device()
-    sequences = Sequences.of(config, calibration.embeds, device)
+    config = checkpoint.config.llm
+    sequences = Sequences.of(config, calibration.embeds)
     calibration.embeds.clear()
     entries = []
     with _steps(config.num_layers, steps_per_layer(config)) as step:
         for index in range(config.num_layers):
             where = f"model.layers.{index}"
-            layer = load_decoder_layer(config, checkpoint.llm, index).to(device)
+            layer = load_decoder_layer(config, checkpoint.llm, index)
             # Loading maps float32 weights from the file; folding must not write into it.
             for parameter in layer.parameters():
                 parameter.data = parameter.data.clone()
@@ -180,7 +180,3 @@ def _steps(
 
         yield of_layer
         advance("done")
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -62,7 +62,7 @@ def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "weight") 
             fix="check that this checkpoint is not damaged",
         )
     return QuantizedLinear(
-        q=q.flatten(1).to("cpu", torch.uint8),
-        scale=scale.squeeze(-1).to("cpu", torch.float16),
-        zero=zero.squeeze(-1).to("cpu", torch.uint8),
+        q=q.flatten(1).to(torch.uint8),
+        scale=scale.squeeze(-1).to(torch.float16),
+        zero=zero.squeeze(-1).to(torch.uint8),
     )

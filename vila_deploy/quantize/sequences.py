@@ -33,11 +33,11 @@ class Sequences:
     sin: Tensor
 
     @classmethod
-    def of(cls, config: LlmConfig, embeds: list[Tensor], device: torch.device) -> Sequences:
+    def of(cls, config: LlmConfig, embeds: list[Tensor]) -> Sequences:
         """Sequences from the embeddings [tokens, hidden] of each."""
         lengths = tuple(map(len, embeds))
         cos, sin = rotary(config, torch.arange(max(lengths)))
-        return cls(torch.cat(embeds).to(device), lengths, cos.to(device), sin.to(device))
+        return cls(torch.cat(embeds), lengths, cos, sin)
 
     def attention(
         self, module: nn.Module, inputs: Tensor, weights: Mapping[str, Tensor] | None = None
