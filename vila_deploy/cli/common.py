@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import signal
@@ -40,9 +39,8 @@ def command_errors(command: Callable[P, None]) -> Callable[P, None]:
         except MemoryError:
             fail("out of memory; close other programs or use a computer with more memory")
         except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            fail(f"{error.filename or 'disk'}: no space left; free some space and run again")
+            where = f"{error.filename}: " if error.filename else ""
+            fail(f"{where}{error.strerror or error}; check the path, its permissions and the disk")
 
     return run
 
