@@ -93,7 +93,7 @@ def _store_layer(
 
 
 def rotary_tables(config: LlmConfig, max_seq_len: int) -> Iterator[Tensor]:
-    """cos and sin [max_seq_len, head_dim / 2] in float32, by the formula that Llama was trained with."""
+    """cos and sin [max_seq_len, head_dim / 2] in float32, computed as Llama was trained."""
     exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
     angles = torch.arange(max_seq_len).float()[:, None] * (1.0 / config.rope_theta**exponents)
     yield angles.cos()

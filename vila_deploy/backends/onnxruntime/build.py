@@ -21,7 +21,7 @@ from vila_deploy.progress import progress
 
 HEAD_DIM_MULTIPLE = 8
 # Two int8 terms of an activation hold 15 bits of it, 4 more than float16 does.
-INT8_TERMS = 2
+INT8_TERMS = 3
 
 
 @dataclass(frozen=True)

@@ -53,49 +53,36 @@ class OnnxRuntimeDialect:
     def linear(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
         if linear.group_size is None:
             return graph.node("Gemm", x, _widened(graph, linear), transB=1)
-        inputs = [graph.weight(f"{linear.name}.{k}", linear.tensors[k]) for k in _QUANTIZED]
-        attributes = {
-            "domain": MICROSOFT,
-            "K": linear.in_features,
-            "N": linear.out_features,
-            "bits": 4,
-            "block_size": linear.group_size,
-        }
+        weight = [graph.weight(f"{linear.name}.{k}", linear.tensors[k]) for k in _QUANTIZED]
+        shape = (linear.out_features, linear.in_features, linear.group_size)
         if self.int8_terms:
-            terms = self._int8_terms(graph, x, linear)
-            y = graph.node(
-                "MatMulNBits", terms, *inputs, accuracy_level=ACCURACY_INT8, **attributes
-            )
-            ones = graph.constant(np.ones((1, self.int8_terms), np.float32))
-            y = graph.node("MatMul", ones, y) if self.int8_terms > 1 else y
+            terms = self._int8_terms(graph, x, linear.in_features, linear.group_size)
+            y = _matmul_nbits(graph, terms, weight, shape, ACCURACY_INT8)
         else:
-            y = graph.node("MatMulNBits", x, *inputs, accuracy_level=ACCURACY_FLOAT32, **attributes)
+            y = _matmul_nbits(graph, x, weight, shape, ACCURACY_FLOAT32)
+        if self.int8_terms > 1:
+            y = graph.node("MatMul", graph.constant(np.ones((1, self.int8_terms), np.float32)), y)
         if "bias" in linear.tensors:
             y = graph.node("Add", y, graph.weight(f"{linear.name}.bias", linear.tensors["bias"]))
         return y
 
-    def _int8_terms(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
-        """[1, in] → [terms, in], whose sum is x but for the last term's rounding to int8.
+    def _int8_terms(self, graph: GraphWriter, x: str, width: int, group: int) -> str:
+        """[1, width] → [terms, width], whose sum is x but for the last term's rounding to int8.
 
         A product with the identity matrix tells what the kernel's own rounding makes of x.
         """
-        group = linear.group_size
-        assert group is not None
+        if self.int8_terms == 1:
+            return x
         identity = _identity(graph, group)
         rest = graph.node("Reshape", x, graph.integers(-1, group))
         terms = [rest]
         for _ in range(self.int8_terms - 1):
-            rounded = graph.node(
-                "MatMulNBits", rest, *identity, domain=MICROSOFT, K=group, N=group, bits=4,
-                block_size=group, accuracy_level=ACCURACY_INT8,
-            )  # fmt: skip
+            shape = (group, group, group)
+            rounded = _matmul_nbits(graph, rest, identity, shape, ACCURACY_INT8)
             rest = graph.node("Sub", rest, rounded)
             terms.append(rest)
-        if len(terms) == 1:
-            return x
         stacked = graph.node("Concat", *terms, axis=0)
-        shape = graph.integers(self.int8_terms, linear.in_features)
-        return graph.node("Reshape", stacked, shape)
+        return graph.node("Reshape", stacked, graph.integers(self.int8_terms, width))
 
     def head(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
         # The weight comes first: onnxruntime would repack a second operand, which is slower here.
@@ -148,6 +135,17 @@ def _cache_names(layer: int) -> tuple[str, str]:
     return f"key_{layer}", f"value_{layer}"
 
 
+def _matmul_nbits(
+    graph: GraphWriter, x: str, weight: list[str], shape: tuple[int, int, int], accuracy: int
+) -> str:
+    """x [rows, in] times 4-bit weights of `shape` (out, in, group) → [rows, out]."""
+    out_features, in_features, group = shape
+    return graph.node(
+        "MatMulNBits", x, *weight, domain=MICROSOFT, N=out_features, K=in_features,
+        bits=4, block_size=group, accuracy_level=accuracy,
+    )  # fmt: skip
+
+
 def _widened(graph: GraphWriter, linear: StoredLinear) -> str:
     weight = graph.weight(linear.name, linear.tensors["weight"])
     return graph.node("Cast", weight, to=TensorProto.FLOAT)
@@ -167,9 +165,7 @@ def _store_quantized(file: WeightFile, name: str, parts: Sequence[QuantizedLinea
     packed = pack_nibbles(q).reshape(out_features, -1, parts[0].group_size // 2)
     scale = float32(torch.cat([part.scale for part in parts])).reshape(-1)
     zero = pack_nibbles(torch.cat([part.zero for part in parts])).reshape(-1)
-    tensors = {
-        key: file.append(v) for key, v in zip(_QUANTIZED, (packed, scale, zero), strict=True)
-    }
+    tensors = {"q": file.append(packed), "scale": file.append(scale), "zero": file.append(zero)}
     bytes_per_step = sum(tensor.size_bytes for tensor in tensors.values())
     biases = [part.bias for part in parts]
     if any(bias is not None for bias in biases):
