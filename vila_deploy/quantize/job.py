@@ -53,7 +53,7 @@ def quantize(root: Path, out: Path, options: Options) -> dict[str, Any]:
     awq = options.algorithm == "awq"
     examples = load_examples(options.calib, options.calib_images) if awq else []
     with new_folder(out) as folder:
-        _check_space(folder, planned)
+        _check_space(folder, checkpoint, planned)
         (folder / "llm").mkdir()
         copy_parts(checkpoint, folder)
         writer = ShardWriter(folder / "llm")
@@ -74,11 +74,15 @@ def quantize(root: Path, out: Path, options: Options) -> dict[str, Any]:
     return report
 
 
-def _check_space(folder: Path, planned: QuantizePlan) -> None:
+def _check_space(folder: Path, checkpoint: Checkpoint, planned: QuantizePlan) -> None:
+    copied = sum(
+        f.stat().st_size for f in (*checkpoint.vision.files(), *checkpoint.projector.files())
+    )
+    written = sum(part.bytes for part in planned.components if part.name.startswith("llm"))
     free = shutil.disk_usage(folder).free
-    if free < planned.output_bytes:
+    if free < copied + written:
         raise VilaDeployError(
-            f"needs {planned.output_bytes >> 20} MiB, {free >> 20} MiB are free",
+            f"needs {(copied + written) / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free",
             where=folder.parent,
             fix="free some space or choose another -o",
         )
