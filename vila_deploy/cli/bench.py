@@ -64,7 +64,7 @@ def main(
 
 
 def _measure_random(model: str, precisions: Sequence[str], target: str) -> list[dict[str, Any]]:
-    from vila_deploy.engine.build import build_random_engine
+    from vila_deploy.build import build_random_engine
 
     rows = []
     for precision in precisions:

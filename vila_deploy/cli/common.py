@@ -6,14 +6,17 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from types import FrameType
-from typing import Any, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import click
 
 from vila_deploy.errors import VilaDeployError, printable
+
+if TYPE_CHECKING:
+    from vila_deploy.quantize.plan import Component, Stage
 
 P = ParamSpec("P")
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
@@ -54,6 +57,24 @@ def fail(message: str) -> NoReturn:
 def echo_json(value: Any) -> None:
     """One JSON document on stdout."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def show_plan(components: Iterable[Component], stages: Iterable[Stage]) -> None:
+    """Prints a plan's parts as a table and the memory of each of its stages."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("part", "parameters", "bits", "MB", box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part in components:
+        table.add_row(
+            part.name, f"{part.parameters:,}", f"{part.bits:.3g}", f"{part.bytes / 1e6:,.1f}"
+        )
+    console = Console()
+    console.print(table)
+    for stage in stages:
+        console.print(f"{stage.name}: about {stage.memory_bytes / 1e9:.1f} GB of memory")
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -94,23 +94,12 @@ def main(
 
 
 def _show_plan(planned: QuantizePlan) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from vila_deploy.cli.common import show_plan
 
-    table = Table("part", "parameters", "bits", "MB", box=None)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for part in planned.components:
-        table.add_row(
-            part.name, f"{part.parameters:,}", f"{part.bits:.3g}", f"{part.bytes / 1e6:,.1f}"
-        )
-    console = Console()
-    console.print(table)
-    console.print(f"output: {planned.output_bytes / 1e6:,.1f} MB of weights")
-    for stage in planned.stages:
-        console.print(f"{stage.name}: about {stage.memory_bytes / 1e9:.1f} GB of memory")
+    show_plan(planned.components, planned.stages)
+    click.echo(f"output: {planned.output_bytes / 1e6:,.1f} MB of weights")
     verdict = "fits" if planned.fits else "does not fit"
-    console.print(
+    click.echo(
         f"needs about {planned.device_bytes / 1e9:.1f} GB, "
         f"{planned.limit_bytes / 1e9:.1f} GB are available: {verdict}"
     )

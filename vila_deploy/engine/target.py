@@ -70,4 +70,5 @@ def _target(name: str, row: dict[str, Any]) -> Target:
         )
     if row["default_backend"] not in row["backends"]:
         raise VilaDeployError("default_backend is not in backends", where=f"engines/{name}.toml")
-    return Target(name=name, **{key: row.get(key) for key in known})
+    values: dict[str, Any] = {key: row.get(key) for key in known}
+    return Target(name=name, **values)

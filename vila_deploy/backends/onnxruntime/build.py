@@ -19,6 +19,7 @@ from vila_deploy.graph.writer import WeightFile
 from vila_deploy.model.weights import WeightSource
 from vila_deploy.progress import progress
 
+MAX_BATCH_SIZE = 1
 HEAD_DIM_MULTIPLE = 8
 # Two int8 terms of an activation hold 15 bits of it, 4 more than float16 does.
 INT8_TERMS = 3

@@ -1,0 +1,198 @@
+"""From a checkpoint to an engine folder: plan, backend's files, manifest."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from vila_deploy import __version__
+from vila_deploy.backends import BACKENDS, TOKENIZER_FOLDER
+from vila_deploy.checkpoint import Checkpoint, open_checkpoint
+from vila_deploy.checkpoint.config import VilaConfig, load_config
+from vila_deploy.engine.description import describe
+from vila_deploy.engine.manifest import Limits, Manifest, write_manifest
+from vila_deploy.engine.plan import EnginePlan, plan_engine
+from vila_deploy.engine.target import Target, get_target
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.files import new_folder
+from vila_deploy.model.tokenizer import TOKENIZER_FILES, load_tokenizer
+from vila_deploy.model.weights import WeightSource
+
+DEFAULT_MAX_SEQ_LEN = 4096
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What the user asks for; None means: take what the target, checkpoint or model suggests."""
+
+    target: str
+    backend: str | None = None
+    precision: str | None = None
+    max_batch_size: int = 1
+    max_input_len: int | None = None
+    max_seq_len: int | None = None
+
+
+def plan_build(root: Path, options: BuildOptions) -> EnginePlan:
+    """What building `root` would give, from its config files alone."""
+    config = load_config(root)
+    target = get_target(options.target)
+    precision = options.precision or ("int4" if config.llm.quantization else "fp16")
+    return plan_engine(
+        config, target, _backend(target, options), precision, _limits(config, options)
+    )
+
+
+def build_engine(root: Path, out: Path, options: BuildOptions) -> Manifest:
+    """Builds the checkpoint in `root` into the new folder `out`, which appears whole or not at all.
+
+    Raises:
+        VilaDeployError: anything wrong with checkpoint, options or disk, or a target whose backend
+            this version can't build.
+    """
+    config = load_config(root)
+    target = get_target(options.target)
+    module = _backend_module(target, options)
+    precision = _precision(config, options)
+    limits = _limits(config, options)
+    _check(module, config, limits)
+    checkpoint = open_checkpoint(root)
+    tokenizer = load_tokenizer(root / "llm")
+    if tokenizer.vocab_size > config.llm.vocab_size:
+        raise VilaDeployError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.llm.vocab_size}",
+            where=root / "llm",
+            fix="use the tokenizer files that belong to this checkpoint",
+        )
+    with new_folder(out) as folder:
+        _copy_tokenizer(checkpoint, folder / TOKENIZER_FOLDER)
+        parts = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
+        manifest = Manifest(
+            name=root.resolve().name,
+            target=target.name,
+            backend=_backend(target, options),
+            precision=precision,
+            weights="trained",
+            weight_bytes_per_token=0,
+            checkpoint_fingerprint=checkpoint.fingerprint(),
+            limits=limits,
+            model=describe(config, tokenizer),
+            versions={},
+        )
+        return _write(folder, config, parts, manifest)
+
+
+def build_random_engine(model: str, precision: str, target_name: str, out: Path) -> Manifest:
+    """An engine of a released model's true shapes with random weights, for measuring.
+
+    Raises:
+        VilaDeployError: unknown `model` or target, or a backend that this version can't build.
+    """
+    from vila_deploy.model.presets import preset
+    from vila_deploy.model.random_weights import random_parts
+
+    options = BuildOptions(target_name, max_seq_len=1024)
+    config, target = preset(model, precision), get_target(target_name)
+    module, limits = _backend_module(target, options), _limits(config, options)
+    _check(module, config, limits)
+    with new_folder(out) as folder:
+        manifest = Manifest(
+            name=model,
+            target=target.name,
+            backend=_backend(target, options),
+            precision=precision,
+            weights="random",
+            weight_bytes_per_token=0,
+            checkpoint_fingerprint=None,
+            limits=limits,
+            model=describe(config, None),
+            versions={},
+        )
+        return _write(folder, config, random_parts(config), manifest)
+
+
+def _write(
+    folder: Path,
+    config: VilaConfig,
+    parts: tuple[WeightSource, WeightSource, WeightSource],
+    manifest: Manifest,
+) -> Manifest:
+    module = import_module(f"{BACKENDS[manifest.backend]}.build")
+    built = module.build(folder, config, *parts, manifest.limits.max_seq_len)
+    versions: Mapping[str, str] = {"vila-deploy": __version__, **built.versions}
+    whole = replace(
+        manifest, weight_bytes_per_token=built.weight_bytes_per_token, versions=versions
+    )
+    write_manifest(folder, whole)
+    return whole
+
+
+def _backend(target: Target, options: BuildOptions) -> str:
+    backend = options.backend or target.default_backend
+    if backend not in target.backends:
+        raise VilaDeployError(
+            f"target {target.name} has no backend {backend!r}",
+            fix=f"choose from {', '.join(target.backends)}",
+        )
+    return backend
+
+
+def _backend_module(target: Target, options: BuildOptions) -> ModuleType:
+    backend = _backend(target, options)
+    if backend not in BACKENDS:
+        raise VilaDeployError(
+            f"this version can't build backend {backend!r}, which target {target.name} needs",
+            fix="build for --target cpu, or use --plan to see whether the model fits",
+        )
+    return import_module(f"{BACKENDS[backend]}.build")
+
+
+def _check(module: ModuleType, config: VilaConfig, limits: Limits) -> None:
+    if limits.max_batch_size > module.MAX_BATCH_SIZE:
+        raise VilaDeployError(
+            f"--max-batch-size {limits.max_batch_size} is more than this backend's "
+            f"{module.MAX_BATCH_SIZE}",
+            fix=f"use --max-batch-size {module.MAX_BATCH_SIZE}",
+        )
+    module.check(config)
+
+
+def _precision(config: VilaConfig, options: BuildOptions) -> str:
+    found = "int4" if config.llm.quantization else "fp16"
+    asked = options.precision or found
+    if asked != found:
+        fix = {
+            "int4": "run vila-quantize first and build from its output",
+            "fp16": "build from the checkpoint that it was quantized from",
+        }[asked]
+        raise VilaDeployError(f"the checkpoint's llm is {found}, not {asked}", fix=fix)
+    return asked
+
+
+def _limits(config: VilaConfig, options: BuildOptions) -> Limits:
+    longest = min(config.model_max_length, config.llm.max_position_embeddings)
+    max_seq_len = options.max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
+    if max_seq_len > longest:
+        raise VilaDeployError(
+            f"--max-seq-len {max_seq_len} is more than the model's {longest}",
+            fix=f"use {longest} or less",
+        )
+    max_input_len = options.max_input_len or max_seq_len
+    if max_input_len > max_seq_len:
+        raise VilaDeployError(
+            f"--max-input-len {max_input_len} is more than --max-seq-len {max_seq_len}",
+            fix="the prompt is part of the sequence: raise --max-seq-len",
+        )
+    return Limits(options.max_batch_size, max_input_len, max_seq_len)
+
+
+def _copy_tokenizer(checkpoint: Checkpoint, destination: Path) -> None:
+    destination.mkdir()
+    for name in TOKENIZER_FILES:
+        source = checkpoint.root / "llm" / name
+        if source.is_file():
+            shutil.copyfile(source, destination / name)

@@ -1,0 +1,90 @@
+"""vila-build-engine: an engine folder out of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vila_deploy.cli.common import command_errors, echo_json
+
+if TYPE_CHECKING:
+    from vila_deploy.engine.plan import EnginePlan
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--target", required=True, help="Device: a row of engines/, e.g. cpu or orin.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="Folder to write; must not exist."
+)
+@click.option("--backend", help="What compiles and runs it; the target's default if left out.")
+@click.option(
+    "--precision", type=click.Choice(["int4", "fp16"]),
+    help="Of the language model; the checkpoint's own if left out.",
+)  # fmt: skip
+@click.option("--max-batch-size", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--max-input-len", type=click.IntRange(1), help="Longest prompt, pictures included.")
+@click.option("--max-seq-len", type=click.IntRange(2), help="Longest prompt with its answer.")
+@click.option("--plan", "plan_only", is_flag=True, help="Show sizes and memory; config files only.")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan or manifest as JSON.")
+@command_errors
+def main(
+    checkpoint: Path,
+    target: str,
+    out: Path | None,
+    backend: str | None,
+    precision: str | None,
+    max_batch_size: int,
+    max_input_len: int | None,
+    max_seq_len: int | None,
+    plan_only: bool,
+    as_json: bool,
+) -> None:
+    """Build an engine for a device from CHECKPOINT, quantized by vila-quantize or not.
+
+    \b
+    vila-build-engine VILA1.5-3b-awq --target cpu -o VILA1.5-3b-cpu
+    vila-build-engine VILA1.5-3b --target orin-nano --precision int4 --plan
+    """
+    if out is None and not plan_only:
+        raise click.UsageError("-o is missing: name the folder to write, or give --plan")
+
+    from vila_deploy.build import BuildOptions, build_engine, plan_build
+
+    options = BuildOptions(target, backend, precision, max_batch_size, max_input_len, max_seq_len)
+    if plan_only or out is None:
+        planned = plan_build(checkpoint, options)
+        if as_json:
+            echo_json(planned.to_json())
+        else:
+            _show_plan(planned)
+        return
+    manifest = build_engine(checkpoint, out, options)
+    if as_json:
+        echo_json(
+            {
+                "engine": str(out),
+                "target": manifest.target,
+                "backend": manifest.backend,
+                "precision": manifest.precision,
+                "weight_bytes_per_token": manifest.weight_bytes_per_token,
+            }
+        )
+    else:
+        size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+        click.echo(
+            f"{out}: {manifest.precision} engine for {manifest.target}, {size / 1e6:,.1f} MB"
+        )
+
+
+def _show_plan(planned: EnginePlan) -> None:
+    from vila_deploy.cli.common import show_plan
+
+    show_plan(planned.components, planned.stages)
+    verdict = "fits" if planned.fits else "does not fit"
+    click.echo(
+        f"{planned.target} with {planned.backend}, {planned.precision}: needs "
+        f"{planned.device_bytes / 1e9:.2f} GB of {planned.limit_bytes / 1e9:.1f} GB: {verdict}"
+    )

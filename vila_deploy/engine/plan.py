@@ -1,0 +1,130 @@
+"""What an engine will take on its target, from the configs alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vila_deploy.checkpoint.config import LlmConfig, VilaConfig
+from vila_deploy.checkpoint.expected import (
+    Expected,
+    decoder_linears,
+    expected_projector,
+    expected_tower,
+)
+from vila_deploy.engine.manifest import Limits
+from vila_deploy.engine.target import Target
+from vila_deploy.quantize.plan import Component, Stage, available_memory_bytes
+
+DEFAULT_GROUP_SIZE = 128
+# Python with onnxruntime, and a CUDA context with its libraries.
+CPU_PROGRAM_BYTES, GPU_PROGRAM_BYTES = 200 << 20, 800 << 20
+# Tokens that go through the decoder at a time while the prompt is read.
+PREFILL_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bits in device memory of what a backend keeps there."""
+
+    dense_bits: int
+    scale_bits: int
+    cache_bits: int
+
+
+# onnxruntime's CPU kernels compute in float32, so float16 weights are widened when it loads them.
+CPU_STORAGE = Storage(dense_bits=32, scale_bits=32, cache_bits=32)
+GPU_STORAGE = Storage(dense_bits=16, scale_bits=16, cache_bits=16)
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """Memory while running (`device_bytes`) against what the target has (`limit_bytes`)."""
+
+    target: str
+    backend: str
+    precision: str
+    fits: bool
+    device_bytes: int
+    limit_bytes: int
+    components: tuple[Component, ...]
+    stages: tuple[Stage, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan_engine(
+    config: VilaConfig, target: Target, backend: str, precision: str, limits: Limits
+) -> EnginePlan:
+    """Bytes of weights, cache and activations on `target`; no weights are read."""
+    on_cpu = target.compute_capability is None
+    storage = CPU_STORAGE if on_cpu else GPU_STORAGE
+    components = (
+        *_weights(config, precision, storage),
+        _cache(config.llm, limits, storage),
+        _activations(config, limits, storage),
+    )
+    program = CPU_PROGRAM_BYTES if on_cpu else GPU_PROGRAM_BYTES
+    device_bytes = program + sum(component.bytes for component in components)
+    limit_bytes = target.memory_bytes or available_memory_bytes()
+    layer = sum(map(math.prod, decoder_linears(config.llm).values())) * 4
+    head = config.llm.vocab_size * config.llm.hidden_size * 6
+    return EnginePlan(
+        target=target.name,
+        backend=backend,
+        precision=precision,
+        fits=device_bytes <= limit_bytes,
+        device_bytes=device_bytes,
+        limit_bytes=limit_bytes,
+        components=components,
+        stages=(
+            Stage("build graphs on this computer", (600 << 20) + max(2 * layer, head)),
+            Stage(f"run on {target.title}", device_bytes),
+        ),
+    )
+
+
+def _weights(config: VilaConfig, precision: str, storage: Storage) -> Iterable[Component]:
+    llm = config.llm
+    linears = llm.num_layers * sum(map(math.prod, decoder_linears(llm).values()))
+    group = llm.quantization.group_size if llm.quantization else DEFAULT_GROUP_SIZE
+    bits = storage.dense_bits if precision == "fp16" else 4 + (storage.scale_bits + 4) / group
+    table = llm.vocab_size * llm.hidden_size
+    yield _component("llm decoder linears", linears, bits)
+    # Looked up row by row, so it stays in float16 everywhere.
+    yield _component("llm embeddings", table, 16)
+    yield _component("llm head", table, storage.dense_bits)
+    yield _component("llm norms", llm.hidden_size * (2 * llm.num_layers + 1), storage.dense_bits)
+    yield _component("vision tower", _count(expected_tower(config)), storage.dense_bits)
+    yield _component("projector", _count(expected_projector(config)), storage.dense_bits)
+
+
+def _cache(llm: LlmConfig, limits: Limits, storage: Storage) -> Component:
+    per_token = 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim
+    count = limits.max_batch_size * limits.max_seq_len * per_token
+    return _component(f"key/value cache of {limits.max_seq_len} tokens", count, storage.cache_bits)
+
+
+def _activations(config: VilaConfig, limits: Limits, storage: Storage) -> Component:
+    """The widest moment: the tower's attention, or one chunk of the prompt in the decoder."""
+    vision, llm = config.vision, config.llm
+    patches = vision.grid**2
+    tower = patches * (
+        vision.num_heads * patches + 4 * vision.hidden_size + vision.intermediate_size
+    )
+    decoder = min(PREFILL_TOKENS, limits.max_input_len) * (
+        6 * llm.hidden_size + 3 * llm.intermediate_size
+    )
+    count = max(tower, decoder) + llm.vocab_size
+    return _component("activations (estimate)", count, storage.dense_bits)
+
+
+def _component(name: str, count: int, bits: float) -> Component:
+    return Component(name, count, bits, int(count * bits / 8))
+
+
+def _count(tensors: Iterable[Expected]) -> int:
+    return sum(math.prod(tensor.shape) for tensor in tensors)
