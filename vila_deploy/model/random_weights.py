@@ -1,0 +1,74 @@
+"""Random weights of any config's shapes: one random block, repeated, so that it takes no time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from vila_deploy.checkpoint.config import LlmConfig, VilaConfig
+from vila_deploy.checkpoint.expected import (
+    Expected,
+    decoder_linears,
+    expected_llm,
+    expected_projector,
+    expected_tower,
+)
+from vila_deploy.formats.quantized_linear import MAX_LEVEL, QuantizedLinear
+
+# A prime, so that the rows of a weight differ although the block repeats.
+BLOCK = 1_048_573
+MEAN_LEVEL_SQUARED = 22.0  # of q − zero, for q uniform in 0..15 and zero in 6..9
+
+
+class RandomWeights:
+    """A WeightSource that makes each tensor when it is asked for, the same one every time.
+
+    Linears have unit gain, norms are 1, so that activations stay in range through any depth.
+    """
+
+    def __init__(self, expected: Iterable[Expected], llm: LlmConfig | None = None, seed: int = 0):
+        self._shapes = {tensor.name: tensor.shape for tensor in expected}
+        self._linears = decoder_linears(llm) if llm else {}
+        self._group_size = llm.quantization.group_size if llm and llm.quantization else None
+        self._generator = torch.Generator().manual_seed(seed)
+        self._normal = torch.randn(BLOCK, generator=self._generator)
+        self._levels = self._integers(0, MAX_LEVEL + 1)
+        self._zeros = self._integers(6, 10)
+
+    def _integers(self, low: int, high: int) -> Tensor:
+        return torch.randint(low, high, (BLOCK,), generator=self._generator, dtype=torch.uint8)
+
+    def tensor(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.float16)
+        fan_in = torch.Size(shape[1:]).numel()
+        return _repeated((self._normal / fan_in**0.5).half(), shape)
+
+    def linear(self, prefix: str) -> Tensor | QuantizedLinear:
+        if self._group_size is None:
+            return self.tensor(f"{prefix}.weight")
+        out_features, in_features = self._linears[prefix.split(".", 3)[3]]
+        groups = (out_features, in_features // self._group_size)
+        scale = (MEAN_LEVEL_SQUARED * in_features) ** -0.5
+        return QuantizedLinear(
+            q=_repeated(self._levels, (out_features, in_features)),
+            scale=torch.full(groups, scale, dtype=torch.float16),
+            zero=_repeated(self._zeros, groups),
+        )
+
+
+def random_parts(config: VilaConfig) -> tuple[RandomWeights, RandomWeights, RandomWeights]:
+    """Sources for llm, vision tower and projector of `config`."""
+    return (
+        RandomWeights(expected_llm(config.llm), config.llm),
+        RandomWeights(expected_tower(config)),
+        RandomWeights(expected_projector(config)),
+    )
+
+
+def _repeated(block: Tensor, shape: tuple[int, ...]) -> Tensor:
+    count = torch.Size(shape).numel()
+    return block.repeat(-(-count // BLOCK))[:count].view(shape)
