@@ -109,9 +109,9 @@ class Conversation:
             VilaDeployError: markers and pictures differ in number, or the prompt is too long.
         """
         clock = _Clock()
-        question = with_markers(question, len(images))
+        question = with_markers(question, len(images), self.model.image_end)
         prompt = render(PROMPT_TEMPLATES[self.model.prompt], self.turns, question)
-        pieces = prompt_pieces(self.tokenizer, prompt)
+        pieces = prompt_pieces(self.tokenizer, prompt, self.model.image_end)
         length = prompt_length(pieces, self.model.tokens_per_image)
         self._check_length(length)
         pixels = preprocess(images, self.model.image)

@@ -31,9 +31,9 @@ def greedy_tokens_of_both(
         template = PROMPT_TEMPLATES[opened.model.prompt]
 
         def answer(session: Session, images: list[Image.Image], question: str) -> list[int]:
-            text = render(template, [], with_markers(question, len(images)))
+            text = render(template, [], with_markers(question, len(images), opened.model.image_end))
             features = session.encode_images(preprocess(images, opened.model.image))
-            pieces = prompt_pieces(opened.tokenizer, text)
+            pieces = prompt_pieces(opened.tokenizer, text, opened.model.image_end)
             embeds = splice(pieces, features, session.embed_tokens)
             return list(generate(session, embeds, (), Sampling(NEW_TOKENS)))
 

@@ -30,7 +30,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         minloglevel=2,
     )
     (folder / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true, "legacy": true, '
+        '{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true, "legacy": false, '
         '"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}'
     )
     return folder
@@ -42,7 +42,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sentencepiece_equals_transformers(llama_folder: Path, text: str) -> None:
     from transformers import LlamaTokenizer
 
-    expected = LlamaTokenizer.from_pretrained(llama_folder)(text).input_ids
+    expected = LlamaTokenizer.from_pretrained(llama_folder, legacy=False)(text).input_ids
     tokenizer = load_tokenizer(llama_folder)
     ids = tokenizer.encode(text)
     assert tokenizer.bos_ids + ids == expected

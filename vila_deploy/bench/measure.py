@@ -80,7 +80,9 @@ def _prompt_pieces(engine: OpenedEngine) -> list[list[int]]:
     if engine.tokenizer is None:
         return [list(piece) for piece in UNTOKENIZED_PIECES]
     template = PROMPT_TEMPLATES[engine.model.prompt]
-    return prompt_pieces(engine.tokenizer, render(template, [], with_markers(QUESTION, 1)))
+    end = engine.model.image_end
+    prompt = render(template, [], with_markers(QUESTION, 1, end))
+    return prompt_pieces(engine.tokenizer, prompt, end)
 
 
 def _first_token(engine: OpenedEngine) -> tuple[dict[str, float], Floats]:

@@ -12,6 +12,7 @@ from vila_deploy.checkpoint.variants import (
     IMAGE_MODES,
     LLM_FAMILIES,
     PROJECTOR_TYPES,
+    PROMPT_NAMES,
     TOKEN_ORDERS,
     TOWER_FAMILIES,
     LlmFamily,
@@ -93,6 +94,7 @@ class VilaConfig:
     select_feature: str
     token_order: str
     model_max_length: int
+    prompt_template: str | None = None  # None: chosen by LLM family and tokenizer
 
     @property
     def vision_layers_used(self) -> int:
@@ -106,8 +108,9 @@ class VilaConfig:
         return math.ceil(self.vision.grid / self.projector.window) ** 2
 
     @property
-    def projector_in_features(self) -> int:
-        return self.vision.hidden_size * self.projector.window**2
+    def image_end(self) -> str:
+        """Text whose embeddings follow each picture; empty for none."""
+        return self.llm.family.image_end
 
 
 def load_config(root: Path) -> VilaConfig:
@@ -128,11 +131,13 @@ def load_config(root: Path) -> VilaConfig:
     llm = _llm_config(llm_fields, root / "llm" / "generation_config.json")
     vision = _vision_config(Fields.from_file(root / "vision_tower" / "config.json"))
     projector_fields = Fields.from_file(root / "mm_projector" / "config.json")
-    projector = projector_fields.choice("mm_projector_type", PROJECTOR_TYPES, what="projector")
+    projector = PROJECTOR_TYPES[
+        projector_fields.choice("mm_projector_type", PROJECTOR_TYPES, what="projector")
+    ]
     config = VilaConfig(
         llm=llm,
         vision=vision,
-        projector=PROJECTOR_TYPES[projector],
+        projector=projector,
         image=_image_config(fields, root / "vision_tower" / "preprocessor_config.json"),
         select_layer=fields.integer("mm_vision_select_layer", -2, low=-200, high=200),
         select_feature=fields.choice(
@@ -141,16 +146,27 @@ def load_config(root: Path) -> VilaConfig:
             "patch" if vision.family.has_class_token else "cls_patch",
         ),
         token_order=fields.choice(
-            "mm_projector_token_order", TOKEN_ORDERS, llm.family.token_order, what="token order"
+            "mm_projector_token_order",
+            TOKEN_ORDERS,
+            projector.token_order or llm.family.token_order,
+            what="token order",
         ),
         model_max_length=llm_fields.integer(
             "model_max_length",
             llm_fields.integer("tokenizer_model_max_length", llm.max_position_embeddings),
         ),
+        prompt_template=_prompt_template(fields),
     )
     _check_quantized_sizes(llm, llm_fields)
     _check_consistency(config, fields)
     return config
+
+
+def _prompt_template(fields: Fields) -> str | None:
+    """Our own key of the root config, for models whose template the tokenizer can't tell."""
+    if "prompt_template" not in fields:
+        return None
+    return fields.choice("prompt_template", PROMPT_NAMES, what="prompt template")
 
 
 def _llm_config(fields: Fields, generation_file: Path) -> LlmConfig:
@@ -175,9 +191,11 @@ def _llm_config(fields: Fields, generation_file: Path) -> LlmConfig:
         raise fields.error("head_dim", f"must be even for rotary embedding, found {head_dim}")
     fields.choice("hidden_act", ("silu",), "silu", what="activation")
     _refuse_rope_scaling(fields)
-    for flag in ("attention_bias", "mlp_bias"):
-        if fields.boolean(flag, False):
-            raise fields.error(flag, "biases are not part of this LLM family")
+    for flag, expected in (("attention_bias", family.qkv_bias), ("mlp_bias", False)):
+        if fields.boolean(flag, expected) != expected:
+            raise fields.error(flag, f"{family.name} always has {str(expected).lower()} here")
+    if fields.boolean("use_sliding_window", False):
+        raise fields.error("use_sliding_window", "sliding-window attention is not supported")
     if os.path.lexists(generation_file):
         generation = Fields.from_file(generation_file)
     else:

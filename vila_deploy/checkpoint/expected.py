@@ -83,11 +83,14 @@ def expected_llm(config: LlmConfig) -> Iterator[Expected]:
                 yield Expected(f"{prefix}.{name}.qweight", (columns, words), ("I32",))
                 yield Expected(f"{prefix}.{name}.qzeros", (groups, words), ("I32",))
                 yield Expected(f"{prefix}.{name}.scales", (groups, rows), ("F16",))
-            if config.family.qkv_bias and name in _QKV:
+            if has_bias(config, name):
                 yield Expected(f"{prefix}.{name}.bias", (rows,))
 
 
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+def has_bias(config: LlmConfig, name: str) -> bool:
+    """Whether a linear of `decoder_linears` has a bias."""
+    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    return config.family.qkv_bias and name in qkv
 
 
 def decoder_linears(config: LlmConfig) -> dict[str, tuple[int, int]]:
@@ -130,11 +133,10 @@ def expected_tower(config: VilaConfig) -> Iterator[Expected]:
 
 def expected_projector(config: VilaConfig) -> Iterator[Expected]:
     """The tensors of mm_projector/, as its row in PROJECTOR_TYPES lays them out."""
-    width, hidden = config.projector_in_features, config.llm.hidden_size
-    shapes = {"norm": (width,), "in": (hidden, width), "out": (hidden, hidden)}
-    for index, kind in config.projector.layers:
-        yield Expected(f"layers.{index}.weight", shapes[kind])
-        yield Expected(f"layers.{index}.bias", shapes[kind][:1])
+    kind = config.projector
+    for index, shape in kind.shapes(config.vision.hidden_size, config.llm.hidden_size).items():
+        yield Expected(f"{kind.prefix(index)}.weight", shape)
+        yield Expected(f"{kind.prefix(index)}.bias", shape[:1])
 
 
 def _check_expected(

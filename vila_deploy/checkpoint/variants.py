@@ -9,20 +9,42 @@ from dataclasses import dataclass
 class LlmFamily:
     """A language model architecture, keyed by `architectures[0]` of llm/config.json.
 
-    `token_order` is the order in which the projector of that generation emits a picture's tokens.
+    Llama is the LLM of the first generation and of VILA1.5, Qwen2 that of NVILA, and with the
+    generation goes how pictures enter the prompt. `token_order` is the order in which the projector
+    emits a picture's tokens; `image_end` is text whose embeddings follow each picture.
     """
 
     name: str
     qkv_bias: bool
     token_order: str
-    prompt: str
+    image_end: str
 
 
 LLM_FAMILIES = {
-    "LlamaForCausalLM": LlmFamily(
-        "llama", qkv_bias=False, token_order="column", prompt="vicuna_v1"
-    ),
+    "LlamaForCausalLM": LlmFamily("llama", qkv_bias=False, token_order="column", image_end=""),
+    "Qwen2ForCausalLM": LlmFamily("qwen2", qkv_bias=True, token_order="row", image_end="\n"),
 }
+
+
+@dataclass(frozen=True)
+class PromptChoice:
+    """Which template of PROMPT_NAMES belongs to a model: its LLM family's name, and a token of its
+    tokenizer that tells its base model from others of the family; None fits every tokenizer.
+    """
+
+    family: str
+    token: str | None
+    template: str
+
+
+# The first row that fits decides. "llama_3_original" is only ever chosen by `prompt_template`.
+PROMPT_CHOICES = (
+    PromptChoice("qwen2", None, "qwen2"),
+    PromptChoice("llama", "<|start_header_id|>", "llama_3"),
+    PromptChoice("llama", "<|im_start|>", "hermes-2"),
+    PromptChoice("llama", None, "vicuna_v1"),
+)
+PROMPT_NAMES = ("vicuna_v1", "llama_3", "llama_3_original", "hermes-2", "qwen2")
 
 
 @dataclass(frozen=True)
@@ -42,16 +64,46 @@ TOWER_FAMILIES = {
 class ProjectorType:
     """A projector, keyed by `mm_projector_type` of mm_projector/config.json.
 
-    `window` × `window` neighbouring features become one token; `layers` are the indices of the
-    parameters in its Sequential, as (index, kind), where kind is norm, in or out.
+    `window` × `window` neighbouring features become one token of `window`² · c channels, c being
+    the tower's. `steps` are the layers of its Sequential in order: downsample, norm, gelu, "hidden"
+    (a linear layer to the LLM's width) or "3c" (a linear layer to three times the tower's).
+    `token_order` overrides the generation's.
     """
 
     window: int
-    layers: tuple[tuple[int, str], ...]
+    steps: tuple[str, ...]
+    token_order: str | None = None
+
+    def prefix(self, index: int) -> str:
+        """What the names of the parameters of step `index` begin with on disk."""
+        return f"layers.{index}" if len(self.steps) > 1 else "layers"
+
+    def shapes(self, channels: int, hidden_size: int) -> dict[int, tuple[int, ...]]:
+        """Shape of the weight of each step that has one; its bias has the first dimension."""
+        sizes = {"hidden": hidden_size, "3c": 3 * channels}
+        width = channels * self.window**2
+        shapes: dict[int, tuple[int, ...]] = {}
+        for index, step in enumerate(self.steps):
+            if step == "norm":
+                shapes[index] = (width,)
+            elif step in sizes:
+                shapes[index] = (sizes[step], width)
+                width = sizes[step]
+        return shapes
 
 
+_MLP_DOWNSAMPLE = ("downsample", "norm", "hidden", "gelu", "hidden")
 PROJECTOR_TYPES = {
-    "mlp_downsample": ProjectorType(window=2, layers=((1, "norm"), (2, "in"), (4, "out"))),
+    "linear": ProjectorType(window=1, steps=("hidden",)),
+    "mlp2x_gelu": ProjectorType(window=1, steps=("hidden", "gelu", "hidden")),
+    "mlp_downsample": ProjectorType(window=2, steps=_MLP_DOWNSAMPLE),
+    # The "fix" types came with NVILA and were row-major from the start.
+    "mlp_downsample_2x2_fix": ProjectorType(window=2, steps=_MLP_DOWNSAMPLE, token_order="row"),
+    "mlp_downsample_3x3_fix": ProjectorType(
+        window=3,
+        steps=("downsample", "norm", "3c", "gelu", "norm", "hidden", "gelu", "hidden"),
+        token_order="row",
+    ),
 }
 
 IMAGE_MODES = ("resize",)

@@ -7,13 +7,16 @@ from typing import Any
 
 from vila_deploy.checkpoint.config import ImageConfig, VilaConfig
 from vila_deploy.checkpoint.fields import Fields
-from vila_deploy.model.prompts import PROMPT_TEMPLATES
+from vila_deploy.model.prompts import PROMPT_TEMPLATES, choose_template, stop_token_ids
 from vila_deploy.model.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """Sizes, image processing, prompt template (a key of PROMPT_TEMPLATES) and stop tokens."""
+    """Sizes, image processing, prompt template (a key of PROMPT_TEMPLATES) and stop tokens.
+
+    `image_end` is text whose embeddings follow each picture in the prompt; empty for none.
+    """
 
     hidden_size: int
     vocab_size: int
@@ -23,6 +26,7 @@ class ModelDescription:
     tokens_per_image: int
     model_max_length: int
     image: ImageConfig
+    image_end: str
     prompt: str
     stop_token_ids: tuple[int, ...]
 
@@ -49,6 +53,7 @@ class ModelDescription:
                 mean=image.numbers("mean", count=3),
                 std=image.numbers("std", count=3),
             ),
+            image_end=fields.text("image_end"),
             prompt=fields.choice("prompt", PROMPT_TEMPLATES, what="prompt template"),
             stop_token_ids=tuple(fields.integers("stop_token_ids")),
         )
@@ -57,11 +62,11 @@ class ModelDescription:
 def describe(config: VilaConfig, tokenizer: Tokenizer | None) -> ModelDescription:
     """The description of a checkpoint; `tokenizer` None means random weights without text."""
     llm = config.llm
+    prompt = choose_template(config, tokenizer)
     stops = set(llm.eos_token_ids)
     if tokenizer is not None:
         # The configs of some releases forget the template's own end marker.
-        end = tokenizer.encode(PROMPT_TEMPLATES[llm.family.prompt].end_of_answer)
-        stops |= set(end) if len(end) == 1 else set()
+        stops |= stop_token_ids(PROMPT_TEMPLATES[prompt], tokenizer)
     return ModelDescription(
         hidden_size=llm.hidden_size,
         vocab_size=llm.vocab_size,
@@ -71,6 +76,7 @@ def describe(config: VilaConfig, tokenizer: Tokenizer | None) -> ModelDescriptio
         tokens_per_image=config.tokens_per_image,
         model_max_length=config.model_max_length,
         image=config.image,
-        prompt=llm.family.prompt,
+        image_end=config.image_end,
+        prompt=prompt,
         stop_token_ids=tuple(sorted(stops)),
     )

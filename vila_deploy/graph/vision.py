@@ -8,10 +8,10 @@ from onnx import TensorProto
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.graph.tensors import float16, float32
 from vila_deploy.graph.writer import GraphWriter, WeightFile
+from vila_deploy.model.projector import NORM_EPSILON
 from vila_deploy.model.weights import WeightSource
 from vila_deploy.progress import Advance
 
-PROJECTOR_EPSILON = 1e-5
 GELU = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}
 
 
@@ -108,9 +108,25 @@ def _attention(part: _Part, x: str, config: VilaConfig, prefix: str) -> str:
 
 
 def _project(part: _Part, x: str, config: VilaConfig) -> str:
-    """window × window neighbours side by side, an odd grid zero-padded, then the MLP."""
-    graph, window, grid = part.graph, config.projector.window, config.vision.grid
-    channels, pad = config.vision.hidden_size, -grid % window
+    """The steps of the projector's row in PROJECTOR_TYPES."""
+    kind = config.projector
+    for index, step in enumerate(kind.steps):
+        prefix = kind.prefix(index)
+        if step == "downsample":
+            x = _downsample(part.graph, x, config)
+        elif step == "gelu":
+            x = part.graph.node("Gelu", x, approximate="none")
+        elif step == "norm":
+            x = part.norm(x, prefix, NORM_EPSILON)
+        else:
+            x = part.linear(x, prefix)
+    return part.graph.node("Identity", x, output="features")
+
+
+def _downsample(graph: GraphWriter, x: str, config: VilaConfig) -> str:
+    """window × window neighbours side by side, an odd grid zero-padded."""
+    window, grid, channels = config.projector.window, config.vision.grid, config.vision.hidden_size
+    pad = -grid % window
     x = graph.node("Reshape", x, graph.integers(0, grid, grid, channels))
     if pad:
         x = graph.node("Pad", x, graph.integers(0, 0, 0, 0, 0, pad, pad, 0))
@@ -118,8 +134,4 @@ def _project(part: _Part, x: str, config: VilaConfig) -> str:
     x = graph.node("Reshape", x, graph.integers(-1, out, window, out, window, channels))
     outer = [1, 3] if config.token_order == "row" else [3, 1]
     x = graph.node("Transpose", x, perm=[0, *outer, 2, 4, 5])
-    x = graph.node("Reshape", x, graph.integers(0, out * out, config.projector_in_features))
-    index = {kind: f"layers.{number}" for number, kind in config.projector.layers}
-    x = part.norm(x, index["norm"], PROJECTOR_EPSILON)
-    x = graph.node("Gelu", part.linear(x, index["in"]), approximate="none")
-    return graph.node("Identity", part.linear(x, index["out"]), output="features")
+    return graph.node("Reshape", x, graph.integers(0, out * out, channels * window**2))

@@ -6,6 +6,10 @@ import math
 
 from torch import Tensor, nn
 
+from vila_deploy.checkpoint.variants import PROJECTOR_TYPES, ProjectorType
+
+NORM_EPSILON = 1e-5
+
 
 class Downsample(nn.Module):
     """Concatenates each window × window block of the feature grid; an odd grid is zero-padded.
@@ -31,21 +35,36 @@ class Downsample(nn.Module):
 
 
 class Projector(nn.Sequential):
-    """`mlp_downsample`: Downsample, LayerNorm, Linear, GELU, Linear; parameters named as on disk.
+    """The layers of a row of PROJECTOR_TYPES, numbered as on disk.
+
+    [batch, patches, vision_hidden_size] → [batch, tokens, hidden_size].
 
     Args:
         vision_hidden_size: channels of the tower's features.
         hidden_size: channels of the LLM's embeddings.
-        window: side of the block that becomes one token.
+        kind: which row.
         order: "row" or "column", see Downsample.
     """
 
-    def __init__(self, vision_hidden_size: int, hidden_size: int, window: int, order: str):
-        width = vision_hidden_size * window**2
+    def __init__(
+        self,
+        vision_hidden_size: int,
+        hidden_size: int,
+        kind: ProjectorType = PROJECTOR_TYPES["mlp_downsample"],
+        order: str = "column",
+    ):
+        shapes = kind.shapes(vision_hidden_size, hidden_size)
         super().__init__(
-            Downsample(window, order),
-            nn.LayerNorm(width, eps=1e-5),
-            nn.Linear(width, hidden_size),
-            nn.GELU(),
-            nn.Linear(hidden_size, hidden_size),
+            *(_step(step, shapes.get(i), kind.window, order) for i, step in enumerate(kind.steps))
         )
+
+
+def _step(step: str, shape: tuple[int, ...] | None, window: int, order: str) -> nn.Module:
+    if step == "downsample":
+        return Downsample(window, order)
+    if step == "gelu":
+        return nn.GELU()
+    assert shape is not None
+    if step == "norm":
+        return nn.LayerNorm(shape[0], eps=NORM_EPSILON)
+    return nn.Linear(shape[1], shape[0])

@@ -11,11 +11,15 @@ from vila_deploy.model.prompts import IMAGE_MARKER
 from vila_deploy.model.tokenizer import Tokenizer
 
 
-def prompt_pieces(tokenizer: Tokenizer, prompt: str) -> list[list[int]]:
-    """Token ids of each stretch of text between image markers, BOS once in front."""
-    pieces = [tokenizer.encode(text) for text in prompt.split(IMAGE_MARKER)]
-    pieces[0] = tokenizer.bos_ids + pieces[0]
-    return pieces
+def prompt_pieces(tokenizer: Tokenizer, prompt: str, image_end: str = "") -> list[list[int]]:
+    """Token ids of each stretch of text between image markers, BOS once in front.
+
+    Args:
+        image_end: see ModelDescription; its tokens begin each piece that follows a picture.
+    """
+    first, *rest = (tokenizer.encode(text) for text in prompt.split(IMAGE_MARKER))
+    end = tokenizer.encode(image_end) if image_end else []
+    return [tokenizer.bos_ids + first, *(end + piece for piece in rest)]
 
 
 def splice(

@@ -35,14 +35,16 @@ class VisionEncoder(nn.Module):
             self.projector = Projector(
                 config.vision.hidden_size,
                 config.llm.hidden_size,
-                config.projector.window,
+                config.projector,
                 config.token_order,
             )
         positions = torch.arange(config.vision.grid**2)[None]
         self.embeddings.register_buffer("position_ids", positions, persistent=False)
         _load(self.embeddings, tower, "vision_model.embeddings.", dtype)
         _load(self.layers, tower, "vision_model.encoder.layers.", dtype)
-        _load(self.projector, projector, "layers.", dtype)
+        for index in config.projector.shapes(1, 1):
+            prefix = f"{config.projector.prefix(index)}."
+            _load(self.projector.get_submodule(str(index)), projector, prefix, dtype)
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()

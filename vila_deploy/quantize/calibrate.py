@@ -17,7 +17,13 @@ from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.engine.session import Floats
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.model.images import preprocess
-from vila_deploy.model.prompts import PROMPT_TEMPLATES, render, with_markers
+from vila_deploy.model.prompts import (
+    PROMPT_TEMPLATES,
+    choose_template,
+    render,
+    render_answered,
+    with_markers,
+)
 from vila_deploy.model.splice import prompt_pieces, splice
 from vila_deploy.model.tokenizer import Tokenizer, load_tokenizer
 from vila_deploy.model.vision import VisionEncoder
@@ -125,7 +131,7 @@ def _text_blocks(
     limit = _limit(config, 0)
     stream: list[int] = []
     for example in (e for e in examples if not e.pictures):
-        text = example.text if example.is_plain else _rendered(example, config)
+        text = example.text if example.is_plain else _rendered(example, tokenizer, config)
         stream += tokenizer.bos_ids + tokenizer.encode(text[:MAX_TEXT_CHARACTERS])
         if len(stream) >= MAX_SEQUENCES * limit:
             break
@@ -136,16 +142,17 @@ def _text_blocks(
 
 
 def _conversation(example: Example, tokenizer: Tokenizer, config: VilaConfig) -> _Sequence:
-    return _Sequence(prompt_pieces(tokenizer, _rendered(example, config)), example.pictures)
+    text = _rendered(example, tokenizer, config)
+    return _Sequence(prompt_pieces(tokenizer, text, config.image_end), example.pictures)
 
 
-def _rendered(example: Example, config: VilaConfig) -> str:
+def _rendered(example: Example, tokenizer: Tokenizer, config: VilaConfig) -> str:
     """The example as a turn of the model's own conversation template."""
-    template = PROMPT_TEMPLATES[config.llm.family.prompt]
-    prompt = render(template, [], with_markers(example.text, len(example.pictures)))
+    template = PROMPT_TEMPLATES[choose_template(config, tokenizer)]
+    question = with_markers(example.text, len(example.pictures), config.image_end)
     if example.answer is None:
-        return prompt
-    return f"{prompt} {example.answer}{template.end_of_answer}"
+        return render(template, [], question)
+    return render_answered(template, question, example.answer)
 
 
 def _encode(
