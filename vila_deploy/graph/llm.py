@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vila_deploy.checkpoint.config import LlmConfig
+from vila_deploy.checkpoint.expected import has_bias
 from vila_deploy.graph.dialects import AttentionShape, Dialect, StoredLinear
 from vila_deploy.graph.tensors import float32
 from vila_deploy.graph.writer import GraphWriter, StoredTensor, WeightFile
@@ -63,7 +64,7 @@ def store_llm(
     """Writes all weights but the embedding table, one decoder layer in memory at a time."""
     layers = []
     for index in range(config.num_layers):
-        layers.append(_store_layer(weights, f"model.layers.{index}", file, dialect))
+        layers.append(_store_layer(config, weights, f"model.layers.{index}", file, dialect))
         advance(f"decoder layer {index}")
     norm = file.append(float32(weights.tensor("model.norm.weight")))
     head = dialect.store_linear(file, "lm_head", [weights.tensor("lm_head.weight")])
@@ -73,14 +74,17 @@ def store_llm(
 
 
 def _store_layer(
-    weights: WeightSource, prefix: str, file: WeightFile, dialect: Dialect
+    config: LlmConfig, weights: WeightSource, prefix: str, file: WeightFile, dialect: Dialect
 ) -> StoredLayer:
     def norm(name: str) -> StoredTensor:
         return file.append(float32(weights.tensor(f"{prefix}.{name}.weight")))
 
     def linear(block: str, *names: str) -> StoredLinear:
         parts = [weights.linear(f"{prefix}.{block}.{name}") for name in names]
-        return dialect.store_linear(file, f"{prefix}.{block}.{'+'.join(names)}", parts)
+        bias = None
+        if config.quantization is None and has_bias(config, f"{block}.{names[0]}"):
+            bias = torch.cat([weights.tensor(f"{prefix}.{block}.{name}.bias") for name in names])
+        return dialect.store_linear(file, f"{prefix}.{block}.{'+'.join(names)}", parts, bias)
 
     return StoredLayer(
         input_norm=norm("input_layernorm"),

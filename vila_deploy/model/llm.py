@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config
 from transformers.models.llama.modeling_llama import (
     LlamaDecoderLayer,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from vila_deploy.checkpoint.config import LlmConfig
+from vila_deploy.checkpoint.expected import has_bias
 from vila_deploy.formats.quantized_linear import QuantizedLinear
 from vila_deploy.model.weights import WeightSource
 
@@ -25,11 +27,13 @@ LINEARS = (
     "mlp.down_proj",
 )
 NORMS = ("input_layernorm", "post_attention_layernorm")
+# transformers' names for the families; norms and rotary embedding are the same in all of them.
+FAMILIES = {"llama": (LlamaConfig, LlamaDecoderLayer), "qwen2": (Qwen2Config, Qwen2DecoderLayer)}
 
 
-def transformers_config(config: LlmConfig) -> LlamaConfig:
+def transformers_config(config: LlmConfig) -> PretrainedConfig:
     """The same model in transformers' terms; attention written out, so that a mask is explicit."""
-    built = LlamaConfig(
+    built = FAMILIES[config.family.name][0](
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
@@ -57,9 +61,14 @@ def load_decoder_layer(
 ) -> nn.Module:
     """Decoder layer `index` with its weights alone in memory."""
     with torch.device("meta"):
-        layer = LlamaDecoderLayer(transformers_config(config), index)
+        layer = FAMILIES[config.family.name][1](transformers_config(config), index)
     prefix = f"model.layers.{index}."
     state = {f"{n}.weight": dense_weight(weights, prefix + n, dtype) for n in LINEARS}
+    state |= {
+        f"{n}.bias": weights.tensor(f"{prefix}{n}.bias").to(dtype)
+        for n in LINEARS
+        if has_bias(config, n)
+    }
     state |= {f"{n}.weight": weights.tensor(f"{prefix}{n}.weight").to(dtype) for n in NORMS}
     layer.load_state_dict(state, strict=True, assign=True)
     return layer.eval().requires_grad_(False)
@@ -67,7 +76,7 @@ def load_decoder_layer(
 
 def rotary(config: LlmConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin [1, tokens, head_dim], float32, for integer `positions` [tokens]."""
-    embedding = LlamaRotaryEmbedding(transformers_config(config))
+    embedding = LlamaRotaryEmbedding(transformers_config(config))  # type: ignore[arg-type]
     return embedding(torch.zeros(1), positions[None])
 
 

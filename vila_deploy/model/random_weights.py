@@ -57,6 +57,7 @@ class RandomWeights:
             q=_repeated(self._levels, (out_features, in_features)),
             scale=torch.full(groups, scale, dtype=torch.float16),
             zero=_repeated(self._zeros, groups),
+            bias=self.tensor(f"{prefix}.bias") if f"{prefix}.bias" in self._shapes else None,
         )
 
 

@@ -27,6 +27,7 @@ from vila_deploy.quantize.search import (
     FakeQuantize,
     ScaleChoice,
     ScaleGroup,
+    bias_of,
     fold_scales,
     has_group,
     search_scales,
@@ -103,7 +104,10 @@ def quantize_layer(
             on_step(f"clip {name}")
             work.clip(name, scheme.group_size)
     on_step("rounding")
-    linears = {n: round_to_nearest(weight_of(layer, n), scheme, f"{where}.{n}") for n in LINEARS}
+    linears = {
+        n: round_to_nearest(weight_of(layer, n), scheme, f"{where}.{n}", bias_of(layer, n))
+        for n in LINEARS
+    }
     for name, linear in linears.items():
         weight_of(layer, name).copy_(linear.dequantize())
     after = work.relative_errors(work.effective_weights(), original)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
+from vila_deploy.checkpoint.expected import has_bias
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import canonical_json, new_folder
 from vila_deploy.formats import awq_gemm
@@ -26,13 +27,12 @@ from vila_deploy.quantize.examples import load_examples
 from vila_deploy.quantize.output import (
     ShardWriter,
     copy_parts,
-    to_float16,
     write_checksums,
     write_llm_config,
 )
 from vila_deploy.quantize.plan import Options, QuantizePlan, plan
 from vila_deploy.quantize.report import build_report, layer_entry, markdown, rtn_entry
-from vila_deploy.quantize.round import round_to_nearest
+from vila_deploy.quantize.round import round_to_nearest, to_float16
 from vila_deploy.quantize.sequences import Sequences
 
 LayerEntry = dict[str, Any]
@@ -143,7 +143,10 @@ def _round_layers(
             for name in LINEARS:
                 on_step(f"rounding {name}")
                 weight = dense_weight(checkpoint.llm, f"{where}.{name}", torch.float32)
-                linear = round_to_nearest(weight, options.scheme, f"{where}.{name}")
+                bias = None
+                if has_bias(checkpoint.config.llm, name):
+                    bias = checkpoint.llm.tensor(f"{where}.{name}.bias")
+                linear = round_to_nearest(weight, options.scheme, f"{where}.{name}", bias)
                 power = float(weight.square().mean())
                 lost = float((linear.dequantize() - weight).square().mean())
                 errors[name] = lost / power if power else 0.0

@@ -5,13 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.tensors import INDEX_FILE, SINGLE_FILE
-from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import canonical_json, read_json_object, sha256_file
 from vila_deploy.model.tokenizer import TOKENIZER_FILES
 from vila_deploy.quantize.plan import SHARD_BYTES
@@ -64,22 +62,6 @@ class ShardWriter:
 
     def _partial(self, number: int) -> Path:
         return self._folder / f"shard-{number}.safetensors"
-
-
-def to_float16(tensor: Tensor, name: str) -> Tensor:
-    """`tensor` as float16, the type of every unquantized tensor in an AWQ checkpoint.
-
-    Raises:
-        VilaDeployError: a value is too large for it.
-    """
-    half = tensor.to(torch.float16)
-    if not bool(torch.isfinite(half).all()):
-        raise VilaDeployError(
-            f"a value of {float(tensor.abs().max()):.3g} is too large for float16",
-            where=name,
-            fix="check that this checkpoint is not damaged",
-        )
-    return half
 
 
 def copy_parts(checkpoint: Checkpoint, root: Path) -> None:

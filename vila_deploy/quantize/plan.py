@@ -16,6 +16,7 @@ from vila_deploy.checkpoint.expected import (
     expected_llm,
     expected_projector,
     expected_tower,
+    has_bias,
 )
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.quantize.scheme import QuantScheme, check_scheme
@@ -127,6 +128,9 @@ def output_components(config: VilaConfig, scheme: QuantScheme) -> tuple[Componen
         _float16("vision tower", _count(expected_tower(config))),
         _float16("projector", _count(expected_projector(config))),
     ]
+    rows = {name: out for name, (out, _) in decoder_linears(llm).items() if has_bias(llm, name)}
+    if rows:
+        components.insert(2, _float16("llm biases", llm.num_layers * sum(rows.values())))
     if not llm.tie_word_embeddings:
         components.insert(2, _float16("llm head", embedding))
     return tuple(components)

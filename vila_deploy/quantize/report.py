@@ -20,6 +20,7 @@ LIBRARIES = ("vila-deploy", "torch", "transformers", "safetensors")
 REASONS = {
     "llm embeddings": "a table that is looked up, not multiplied; AWQ leaves it in float16",
     "llm head": "its error goes straight into every token's probability; AWQ leaves it in float16",
+    "llm biases": "vectors that are added; nothing to gain",
     "llm norms": "vectors; they take up the scales of the linears behind them",
     "vision tower": "AWQ quantizes the language model only; copied unchanged",
     "projector": "small, and every picture passes through it; copied unchanged",

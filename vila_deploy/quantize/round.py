@@ -13,6 +13,22 @@ from vila_deploy.quantize.scheme import QuantScheme
 MIN_RANGE = 1e-5
 
 
+def to_float16(tensor: Tensor, name: str) -> Tensor:
+    """`tensor` as float16, the type of every unquantized tensor in an AWQ checkpoint.
+
+    Raises:
+        VilaDeployError: a value is too large for it.
+    """
+    half = tensor.to(torch.float16)
+    if not bool(torch.isfinite(half).all()):
+        raise VilaDeployError(
+            f"a value of {float(tensor.abs().max()):.3g} is too large for float16",
+            where=name,
+            fix="check that this checkpoint is not damaged",
+        )
+    return half
+
+
 def group_levels(
     weight: Tensor, scheme: QuantScheme, scale_dtype: torch.dtype = torch.float16
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,11 +64,13 @@ def fake_quantize(
     return ((q - zero) * scale).flatten(1)
 
 
-def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "weight") -> QuantizedLinear:
-    """Quantizes float32 `weight` [out, in].
+def round_to_nearest(
+    weight: Tensor, scheme: QuantScheme, name: str = "weight", bias: Tensor | None = None
+) -> QuantizedLinear:
+    """Quantizes float32 `weight` [out, in]; its `bias` [out] stays float16.
 
     Raises:
-        VilaDeployError: a group's range is too large for a float16 scale.
+        VilaDeployError: a group's range is too large for a float16 scale, or the bias for float16.
     """
     q, scale, zero = group_levels(weight, scheme)
     if not bool(torch.isfinite(scale).all()):
@@ -65,4 +83,5 @@ def round_to_nearest(weight: Tensor, scheme: QuantScheme, name: str = "weight") 
         q=q.flatten(1).to(torch.uint8),
         scale=scale.squeeze(-1).to(torch.float16),
         zero=zero.squeeze(-1).to(torch.uint8),
+        bias=None if bias is None else to_float16(bias, f"{name}.bias"),
     )

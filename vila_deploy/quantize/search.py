@@ -122,9 +122,19 @@ def fold_scales(layer: nn.Module, choice: ScaleChoice) -> Tensor:
         previous.copy_(stored)
     else:
         previous.div_(scales[:, None])
+        bias = bias_of(layer, choice.group.previous)
+        if bias is not None:
+            bias.div_(scales)
     for name in choice.group.linears:
         weight_of(layer, name).mul_(scales)
     return scales
+
+
+def bias_of(layer: nn.Module, name: str) -> Tensor | None:
+    """The bias of a submodule, as plain data that may be changed in place; None if it has none."""
+    bias = getattr(layer.get_submodule(name), "bias", None)
+    assert bias is None or isinstance(bias, Tensor)
+    return None if bias is None else bias.data
 
 
 def weight_of(layer: nn.Module, name: str) -> Tensor:

@@ -43,9 +43,17 @@ class Dialect(Protocol):
     """Emits the building blocks of a decoder; hidden states are [tokens, channels] float32."""
 
     def store_linear(
-        self, file: WeightFile, name: str, parts: Sequence[Tensor | QuantizedLinear]
+        self,
+        file: WeightFile,
+        name: str,
+        parts: Sequence[Tensor | QuantizedLinear],
+        bias: Tensor | None = None,
     ) -> StoredLinear:
-        """Writes one linear layer whose outputs are those of `parts`, one after the other."""
+        """Writes one linear layer whose outputs are those of `parts`, one after the other.
+
+        Args:
+            bias: of all outputs [out], for float parts; 4-bit ones hold their own.
+        """
         ...
 
     def linear(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str: ...

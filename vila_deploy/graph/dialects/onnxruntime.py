@@ -36,7 +36,11 @@ class OnnxRuntimeDialect:
     int8_terms: int = 0
 
     def store_linear(
-        self, file: WeightFile, name: str, parts: Sequence[Tensor | QuantizedLinear]
+        self,
+        file: WeightFile,
+        name: str,
+        parts: Sequence[Tensor | QuantizedLinear],
+        bias: Tensor | None = None,
     ) -> StoredLinear:
         quantized = [part for part in parts if isinstance(part, QuantizedLinear)]
         if quantized and len(quantized) == len(parts):
@@ -48,11 +52,15 @@ class OnnxRuntimeDialect:
         # Stored in float16, widened once when the session is made: that is what a step reads.
         bytes_per_step = weight.size * np.dtype(np.float32).itemsize
         tensors = {"weight": file.append(weight)}
+        if bias is not None:
+            tensors["bias"] = file.append(float32(bias))
+            bytes_per_step += tensors["bias"].size_bytes
         return StoredLinear(name, out_features, in_features, None, tensors, bytes_per_step)
 
     def linear(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
         if linear.group_size is None:
-            return graph.node("Gemm", x, _widened(graph, linear), transB=1)
+            bias = [_bias(graph, linear)] if "bias" in linear.tensors else []
+            return graph.node("Gemm", x, _widened(graph, linear), *bias, transB=1)
         weight = [graph.weight(f"{linear.name}.{k}", linear.tensors[k]) for k in _QUANTIZED]
         shape = (linear.out_features, linear.in_features, linear.group_size)
         if self.int8_terms:
@@ -63,7 +71,7 @@ class OnnxRuntimeDialect:
         if self.int8_terms > 1:
             y = graph.node("MatMul", graph.constant(np.ones((1, self.int8_terms), np.float32)), y)
         if "bias" in linear.tensors:
-            y = graph.node("Add", y, graph.weight(f"{linear.name}.bias", linear.tensors["bias"]))
+            y = graph.node("Add", y, _bias(graph, linear))
         return y
 
     def _int8_terms(self, graph: GraphWriter, x: str, width: int, group: int) -> str:
@@ -151,6 +159,10 @@ def _widened(graph: GraphWriter, linear: StoredLinear) -> str:
     return graph.node("Cast", weight, to=TensorProto.FLOAT)
 
 
+def _bias(graph: GraphWriter, linear: StoredLinear) -> str:
+    return graph.weight(f"{linear.name}.bias", linear.tensors["bias"])
+
+
 def _store_quantized(file: WeightFile, name: str, parts: Sequence[QuantizedLinear]) -> StoredLinear:
     check_group_size(parts[0].group_size, name)
     if any(part.prequant_scale is not None for part in parts):
@@ -166,7 +178,6 @@ def _store_quantized(file: WeightFile, name: str, parts: Sequence[QuantizedLinea
     scale = float32(torch.cat([part.scale for part in parts])).reshape(-1)
     zero = pack_nibbles(torch.cat([part.zero for part in parts])).reshape(-1)
     tensors = {"q": file.append(packed), "scale": file.append(scale), "zero": file.append(zero)}
-    bytes_per_step = sum(tensor.size_bytes for tensor in tensors.values())
     biases = [part.bias for part in parts]
     if any(bias is not None for bias in biases):
         filled = [
@@ -174,6 +185,7 @@ def _store_quantized(file: WeightFile, name: str, parts: Sequence[QuantizedLinea
             for part in parts
         ]
         tensors["bias"] = file.append(float32(torch.cat(filled)))
+    bytes_per_step = sum(tensor.size_bytes for tensor in tensors.values())
     return StoredLinear(
         name, out_features, in_features, parts[0].group_size, tensors, bytes_per_step
     )
