@@ -18,31 +18,39 @@ from vila_deploy.errors import VilaDeployError
 # Tokens that go through the LLM at a time: enough to keep the cores busy, little scratch memory.
 PREFILL_TOKENS = 256
 ERRORS_ONLY = 3
+# Below this many bytes of weights a step, threads wait for each other longer than they work.
+ONE_THREAD_BYTES = 16 << 20
 
 
 class OnnxRuntimeSession:
-    """Implements `vila_deploy.engine.session.Session`."""
+    """Implements `vila_deploy.engine.session.Session`.
+
+    `cache` holds key and value of each layer in turn, [1, kv_heads, max_seq_len, head_dim].
+    """
 
     def __init__(self, folder: Path, manifest: Manifest):
         model, limits = manifest.model, manifest.limits
         self.position, self.max_seq_len = 0, limits.max_seq_len
         self._table = np.load(folder / files.EMBEDDING, mmap_mode="r")
-        self._vision = _load(folder / files.VISION / files.GRAPH, repack=True)
+        small = manifest.weight_bytes_per_token < ONE_THREAD_BYTES
+        threads = 1 if small else physical_cores()
+        self._vision = _load(folder / files.VISION / files.GRAPH, threads, repack=True)
         llm = folder / files.LLM
         single = not (llm / files.PREFILL_GRAPH).exists()
         # Repacking float32 weights would only slow down decoding.
-        decoder = _load(llm / files.GRAPH, repack=not single)
+        decoder = _load(llm / files.GRAPH, threads, repack=not single)
         cache_shape = (1, model.num_kv_heads, limits.max_seq_len, model.head_dim)
         # Zeros are pages that the system makes real when they are first written.
-        cache = [np.zeros(cache_shape, np.float32) for _ in range(2 * model.num_layers)]
+        self.cache = [np.zeros(cache_shape, np.float32) for _ in range(2 * model.num_layers)]
         self._logits = np.empty((1, model.vocab_size), np.float32)
         self._embed = np.empty((1, 1, model.hidden_size), np.float32)
-        self._decoder = _Bound(decoder, cache, self._logits)
+        self._decoder = _Bound(decoder, self.cache, self._logits)
         self._decoder.bind_embeds(self._embed)
         if single:
-            self._prefill = _Bound(decoder, cache, self._logits)
+            self._prefill = _Bound(decoder, self.cache, self._logits)
         else:
-            self._prefill = _Bound(_load(llm / files.PREFILL_GRAPH, repack=True), cache, None)
+            filler = _load(llm / files.PREFILL_GRAPH, threads, repack=True)
+            self._prefill = _Bound(filler, self.cache, None)
         self._single = single
 
     def encode_images(self, pixels: Floats) -> Floats:
@@ -97,7 +105,7 @@ class OnnxRuntimeSession:
 
     def close(self) -> None:
         """Frees the models and the cache."""
-        for name in ("_vision", "_decoder", "_prefill", "_table"):
+        for name in ("_vision", "_decoder", "_prefill", "_table", "cache"):
             self.__dict__.pop(name, None)
 
 
@@ -140,10 +148,10 @@ class _Bound:
         bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
 
-def _load(path: Path, *, repack: bool) -> onnxruntime.InferenceSession:
+def _load(path: Path, threads: int, *, repack: bool) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
-    options.intra_op_num_threads = physical_cores()
+    options.intra_op_num_threads = threads
     options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
