@@ -1,0 +1,146 @@
+"""The whole way on the small trained model: quantize, build, ask, score, time (`make demo`)."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vila_deploy.progress import progress
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vila_deploy.engine.description import ModelDescription
+    from vila_deploy.engine.session import Session
+    from vila_deploy.model.tokenizer import Tokenizer
+
+    Answer = Callable[[Sequence[Image.Image], str], str]
+
+HERE = Path(__file__).resolve().parent
+CHECKPOINT, PICTURES = HERE / "checkpoint", HERE / "pictures"
+OUT = Path(".demo")
+SCORED_QUESTIONS = 500
+
+
+def main() -> None:
+    start = time.monotonic()
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir()
+
+    heading("1. Quantize the checkpoint to 4 bits: AWQ, and plain rounding to compare with")
+    run("vila-quantize", CHECKPOINT, "-o", OUT / "awq")
+    run("vila-quantize", CHECKPOINT, "-o", OUT / "rtn", "--algorithm", "rtn")
+
+    heading("2. Build engines for this computer's CPU")
+    for source, engine in ((OUT / "awq", "int4"), (OUT / "rtn", "int4-rtn"), (CHECKPOINT, "fp16")):
+        run("vila-build-engine", source, "--target", "cpu", "-o", OUT / engine)
+
+    heading("3. Ask the 4-bit model about pictures")
+    for picture in sorted(PICTURES.glob("*.png")):
+        run("vila-chat", OUT / "int4", "--image", picture, "-p", "Describe the picture.")
+
+    heading(f"4. Score it on {SCORED_QUESTIONS} held-out questions, exact answers only")
+    score()
+
+    heading("5. Time it, fp16 and int4")
+    run("vila-bench", OUT / "fp16", OUT / "int4")
+    print(f"\nDone in {time.monotonic() - start:.0f} s. Ask it yourself:")
+    print(f"  .venv/bin/vila-chat {OUT / 'int4'} --image {relative(first_picture())}")
+
+
+def heading(text: str) -> None:
+    print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
+
+
+def run(command: str, *args: object) -> None:
+    """Shows a command as the user would type it, and runs it."""
+    words = [command, *map(relative, args)]
+    print(f"$ {shlex.join(words)}", flush=True)
+    subprocess.run([Path(sys.executable).parent / command, *map(str, args)], check=True)
+
+
+def relative(value: object) -> str:
+    """Paths below the current folder are shown relative to it."""
+    if isinstance(value, Path) and value.is_relative_to(Path.cwd()):
+        return str(value.relative_to(Path.cwd()))
+    return str(value)
+
+
+def first_picture() -> Path:
+    return min(PICTURES.glob("*.png"))
+
+
+def score() -> None:
+    """Prints the right answers per kind: PyTorch in fp32, then both 4-bit engines."""
+    from tiny_vila.questions import held_out
+    from tiny_vila.scoring import Score
+    from tiny_vila.scoring import score as score_answers
+
+    questions = held_out(SCORED_QUESTIONS)
+    scores: dict[str, Score] = {}
+    with progress(3 * len(questions), "asking") as advance:
+        for name, answerer in (
+            ("fp32 (PyTorch)", reference()),
+            ("int4 AWQ", engine(OUT / "int4")),
+            ("int4 rounded", engine(OUT / "int4-rtn")),
+        ):
+            with answerer as answer:
+                scores[name] = score_answers(answer, questions, on_answer=advance)
+    kinds = list(dict.fromkeys(question.kind for question in questions))
+    width = max(map(len, kinds)) + 2
+    print(" " * width + "".join(f"{name:>18}" for name in scores))
+    for kind in kinds:
+        shares = (s.right[kind] / s.asked[kind] for s in scores.values())
+        print(kind.ljust(width) + "".join(f"{share:>18.1%}" for share in shares))
+    print("all".ljust(width) + "".join(f"{s.accuracy:>18.1%}" for s in scores.values()))
+
+
+@contextmanager
+def reference() -> Iterator[Answer]:
+    """The checkpoint as trained, in PyTorch."""
+    from vila_deploy.checkpoint import open_checkpoint
+    from vila_deploy.engine.description import describe
+    from vila_deploy.model.tokenizer import load_tokenizer
+    from vila_deploy.model.vila import ReferenceSession
+
+    checkpoint = open_checkpoint(CHECKPOINT)
+    tokenizer = load_tokenizer(CHECKPOINT / "llm")
+    session = ReferenceSession(checkpoint)
+    yield answerer(session, tokenizer, describe(checkpoint.config, tokenizer))
+
+
+@contextmanager
+def engine(folder: Path) -> Iterator[Answer]:
+    """A built engine."""
+    from vila_deploy.backends import open_engine
+
+    with open_engine(folder) as opened:
+        assert opened.tokenizer is not None
+        yield answerer(opened.session, opened.tokenizer, opened.model)
+
+
+def answerer(session: Session, tokenizer: Tokenizer, model: ModelDescription) -> Answer:
+    """(pictures, prompt) → greedy answer, each a conversation of its own."""
+    from vila_deploy.generate import Conversation, Sampling
+
+    def answer(images: Sequence[Image.Image], prompt: str) -> str:
+        conversation = Conversation(session, tokenizer, model, session.max_seq_len)
+        return conversation.ask(prompt, list(images), Sampling(max_new_tokens=96)).text
+
+    return answer
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(error.returncode)
+    except KeyboardInterrupt:
+        sys.exit(130)
