@@ -30,6 +30,18 @@ MERGES = (
     "E R",
     "US ER",
 )
+# Of each projector: (name of a layer, its output and input width, or one width for a norm), with
+# c the tower's width and h the LLM's.
+PROJECTORS: dict[str, list[tuple[str, ...]]] = {
+    "linear": [("layers", "h", "c")],
+    "mlp2x_gelu": [("layers.0", "h", "c"), ("layers.2", "h", "h")],
+    "mlp_downsample": [("layers.1", "4c"), ("layers.2", "h", "4c"), ("layers.4", "h", "h")],
+    "mlp_downsample_2x2_fix": [("layers.1", "4c"), ("layers.2", "h", "4c"), ("layers.4", "h", "h")],
+    "mlp_downsample_3x3_fix": [
+        ("layers.1", "9c"), ("layers.2", "3c", "9c"), ("layers.4", "3c"), ("layers.5", "h", "3c"),
+        ("layers.7", "h", "h"),
+    ],
+}  # fmt: skip
 NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # column that each nibble of an AutoAWQ word holds
 
 
@@ -37,7 +49,8 @@ NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # column that each nibble of an AutoAWQ
 class Tiny:
     """Sizes and variants of a made checkpoint; `*_config` entries override the written JSON keys.
 
-    A value of None in those mappings removes the key. `quantized` writes llm/ as AutoAWQ-GEMM.
+    A value of None in those mappings removes the key. `quantized` writes llm/ as AutoAWQ-GEMM;
+    `added_tokens` come behind the tokenizer's others.
     """
 
     hidden: int = 128
@@ -53,6 +66,9 @@ class Tiny:
     vision_intermediate: int = 128
     patch: int = 14
     image: int = 42
+    qwen2: bool = False
+    projector: str = "mlp_downsample"
+    added_tokens: tuple[str, ...] = ()
     tied: bool = False
     unused_tower: bool = True
     shards: int = 1
@@ -105,6 +121,8 @@ def llm_tensors(tiny: Tiny, generator: torch.Generator) -> dict[str, Tensor]:
             ("mlp.down_proj", tiny.hidden, tiny.intermediate),
         ):
             tensors[f"{prefix}.{name}.weight"] = _matrix(rows, columns, generator)
+            if tiny.qwen2 and name[-6:] in ("q_proj", "k_proj", "v_proj"):
+                tensors[f"{prefix}.{name}.bias"] = torch.randn(rows, generator=generator)
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{prefix}.{name}.weight"] = _near(1.0, tiny.hidden, generator)
     tensors["model.norm.weight"] = _near(1.0, tiny.hidden, generator)
@@ -155,15 +173,14 @@ def tower_tensors(tiny: Tiny, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def projector_tensors(tiny: Tiny, generator: torch.Generator) -> dict[str, Tensor]:
-    width = 4 * tiny.vision_hidden
-    tensors = {
-        "layers.1.weight": _near(1.0, width, generator),
-        "layers.1.bias": _near(0.0, width, generator),
-        "layers.2.weight": _matrix(tiny.hidden, width, generator),
-        "layers.2.bias": _near(0.0, tiny.hidden, generator),
-        "layers.4.weight": _matrix(tiny.hidden, tiny.hidden, generator),
-        "layers.4.bias": _near(0.0, tiny.hidden, generator),
-    }
+    sizes = {f"{n}c": n * tiny.vision_hidden for n in (3, 4, 9)}
+    sizes |= {"c": tiny.vision_hidden, "h": tiny.hidden}
+    tensors: dict[str, Tensor] = {}
+    for name, *dims in PROJECTORS[tiny.projector]:
+        rows, *columns = (sizes[dim] for dim in dims)
+        weight = _matrix(rows, *columns, generator) if columns else _near(1.0, rows, generator)
+        tensors[f"{name}.weight"] = weight
+        tensors[f"{name}.bias"] = _near(0.0, rows, generator)
     return {name: tensor.to(tiny.dtype) for name, tensor in tensors.items()}
 
 
@@ -237,8 +254,8 @@ def config_files(tiny: Tiny) -> list[tuple[str, dict[str, Any], Mapping[str, Any
         "resume_path": "./vlm",
     }
     llm = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": ["Qwen2ForCausalLM" if tiny.qwen2 else "LlamaForCausalLM"],
+        "model_type": "qwen2" if tiny.qwen2 else "llama",
         "hidden_size": tiny.hidden,
         "num_hidden_layers": tiny.layers,
         "num_attention_heads": tiny.heads,
@@ -285,7 +302,7 @@ def config_files(tiny: Tiny) -> list[tuple[str, dict[str, Any], Mapping[str, Any
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
-    projector = {"model_type": "v2l_projector", "mm_projector_type": "mlp_downsample"}
+    projector = {"model_type": "v2l_projector", "mm_projector_type": tiny.projector}
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return [
         ("config.json", root, tiny.root_config),
@@ -324,6 +341,9 @@ def write_tokenizer(folder: Path, tiny: Tiny) -> None:
     )
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in tiny.added_tokens]
     )
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}

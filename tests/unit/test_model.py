@@ -10,22 +10,26 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint
-from transformers import LlamaForCausalLM, SiglipVisionModel
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM, SiglipVisionModel
 
 from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.checkpoint.variants import PROJECTOR_TYPES
 from vila_deploy.model import llm as llm_module
 from vila_deploy.model import vision as vision_module
-from vila_deploy.model.projector import Downsample
+from vila_deploy.model.projector import Downsample, Projector
 from vila_deploy.model.vila import ReferenceSession
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
-def test_logits_equal_transformers_llama(tmp_path: Path, kv_heads: int) -> None:
-    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", kv_heads=kv_heads))
+@pytest.mark.parametrize("qwen2", [False, True])
+def test_logits_equal_transformers(tmp_path: Path, kv_heads: int, qwen2: bool) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", kv_heads=kv_heads, qwen2=qwen2))
     config = checkpoint.config.llm
-    model = LlamaForCausalLM(llm_module.transformers_config(config)).eval()
+    kind = Qwen2ForCausalLM if qwen2 else LlamaForCausalLM
+    model = kind(llm_module.transformers_config(config)).eval()
+    assert qwen2 == ("model.layers.1.self_attn.k_proj.bias" in model.state_dict())
     state = {n: checkpoint.llm.tensor(n).float() for n in model.state_dict()}
     model.load_state_dict(state)
     tokens = torch.randint(3, config.vocab_size, (1, 20))
@@ -105,6 +109,30 @@ def test_downsample_equals_the_original(case: str) -> None:
     tokens = Downsample(2, order)(torch.arange(1.0, 2 * count + 1).view(1, count, 2))
     expected = json.loads((GOLDEN / "mlp_downsample.json").read_text())["tokens"][case]
     assert tokens[0].int().tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "case", json.loads((GOLDEN / "projectors.json").read_text("utf-8"))["tokens"]
+)
+def test_projector_equals_the_original(case: str) -> None:
+    """Golden numbers: see "recipe" in the file."""
+    name, order = case.split(", ")
+    kind = PROJECTOR_TYPES[name]
+    projector = Projector(4, 6, kind, order)
+    on_disk = {
+        f"{kind.prefix(int(i))}.{rest}": (i, rest)
+        for i, _, rest in (name.partition(".") for name in projector.state_dict())
+    }
+    random = np.random.RandomState(7)
+    for name in sorted(on_disk):
+        index, rest = on_disk[name]
+        parameter = projector.get_submodule(index).get_parameter(rest)
+        parameter.data = torch.from_numpy(random.standard_normal(tuple(parameter.shape))).float()
+    features = np.random.RandomState(8).standard_normal((1, 25, 4))
+    with torch.inference_mode():
+        tokens = projector(torch.from_numpy(features).float())[0]
+    expected = json.loads((GOLDEN / "projectors.json").read_text("utf-8"))["tokens"][case]
+    np.testing.assert_allclose(tokens.numpy(), np.array(expected), atol=1e-5)
 
 
 def test_quantized_checkpoint_uses_its_dequantized_weights(tmp_path: Path) -> None:

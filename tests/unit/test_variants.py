@@ -1,0 +1,116 @@
+"""Every row of the variant tables, scaled down: checkpoint → 4 bits → CPU engine → same tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import PROJECTORS, make_checkpoint
+
+from vila_deploy.backends import open_engine
+from vila_deploy.build import BuildOptions, build_engine
+from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.checkpoint.variants import (
+    LLM_FAMILIES,
+    PROJECTOR_TYPES,
+    PROMPT_CHOICES,
+    PROMPT_NAMES,
+)
+from vila_deploy.engine.session import Session
+from vila_deploy.generate import Conversation, Sampling
+from vila_deploy.model.prompts import PROMPT_TEMPLATES
+from vila_deploy.model.vila import ReferenceSession
+from vila_deploy.quantize.job import quantize
+from vila_deploy.quantize.plan import Options
+from vila_deploy.quantize.scheme import QuantScheme
+
+CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+LLAMA_3 = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+)
+QWEN2: dict[str, Any] = {
+    "qwen2": True,
+    "added_tokens": CHATML,
+    "llm_config": {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "use_sliding_window": False},
+}
+# Name → (fields of Tiny, prompt template). An odd grid (5 × 5) wherever the projector pads.
+ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "Llama-2": ({}, "vicuna_v1"),
+    "Llama-3": (
+        {"kv_heads": 2, "added_tokens": LLAMA_3, "llm_config": {"rope_theta": 5e5}},
+        "llama_3",
+    ),
+    "Yi": (
+        {"kv_heads": 1, "added_tokens": CHATML, "llm_config": {"rope_theta": 5e6}},
+        "hermes-2",
+    ),
+    "Qwen2": ({**QWEN2, "kv_heads": 2}, "qwen2"),
+    "Qwen2, as many key heads": (QWEN2, "qwen2"),
+    "Qwen2, tied": ({**QWEN2, "kv_heads": 2, "tied": True}, "qwen2"),
+    "Qwen2, bfloat16": ({**QWEN2, "kv_heads": 2, "dtype": torch.bfloat16}, "qwen2"),
+    "linear": ({"projector": "linear", "image": 70}, "vicuna_v1"),
+    "mlp2x_gelu": ({"projector": "mlp2x_gelu", "image": 70}, "vicuna_v1"),
+    "mlp_downsample_2x2_fix": (
+        {**QWEN2, "projector": "mlp_downsample_2x2_fix", "image": 70},
+        "qwen2",
+    ),
+    "mlp_downsample_3x3_fix": (
+        {**QWEN2, "projector": "mlp_downsample_3x3_fix", "image": 70},
+        "qwen2",
+    ),
+}
+SAMPLING = Sampling(max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "texts.txt").write_text("the king saw the red house on the hill.\n\n" * 8, "utf-8")
+    return folder
+
+
+def picture(seed: int) -> Image.Image:
+    random = np.random.default_rng(seed)
+    return Image.fromarray(random.integers(0, 256, (40, 60, 3), np.uint8))
+
+
+def two_answers(session: Session, opened: Any) -> list[list[int]]:
+    """Greedy tokens of a question about two pictures and one that follows without."""
+    chat = Conversation(session, opened.tokenizer, opened.model, opened.max_input_len)
+    first = chat.ask("What is different?", [picture(1), picture(2)], SAMPLING)
+    return [first.tokens, chat.ask("Why?", [], SAMPLING).tokens]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "rtn", "awq"])
+@pytest.mark.parametrize("row", ROWS)
+def test_engine_answers_as_the_reference(
+    row: str, precision: str, texts: Path, tmp_path: Path
+) -> None:
+    fields, template = ROWS[row]
+    root = make_checkpoint(tmp_path / "c", max_length=1024, **fields)
+    if precision != "fp16":
+        calib = texts if precision == "awq" else None
+        quantize(root, tmp_path / "q", Options(QuantScheme(64), precision, calib))
+        root = tmp_path / "q"
+    build_engine(root, tmp_path / "e", BuildOptions("cpu"))
+    with open_engine(tmp_path / "e") as opened:
+        assert opened.model.prompt == template
+        expected = two_answers(ReferenceSession(open_checkpoint(root)), opened)
+        assert len(expected[0]) > 5
+        assert two_answers(opened.session, opened) == expected
+
+
+def test_every_row_of_the_tables_is_tested() -> None:
+    assert set(PROJECTORS) == set(PROJECTOR_TYPES)
+    families = {family.name for family in LLM_FAMILIES.values()}
+    assert families == {choice.family for choice in PROMPT_CHOICES}
+    assert {choice.template for choice in PROMPT_CHOICES} == {row[1] for row in ROWS.values()}
+    assert set(PROMPT_TEMPLATES) == set(PROMPT_NAMES)
