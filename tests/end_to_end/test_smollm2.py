@@ -13,11 +13,6 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file
 from smollm2 import make_smollm2_vila
 
-CALIBRATION = (
-    "The harbour is quiet before dawn. Boats rock at their ropes and a bell rings far out.\n\n"
-    "To sort a list in place, call its sort method; sorted returns a new list instead.\n\n"
-    "Question: Why does ice float? Answer: Because water expands when it freezes.\n"
-)
 QUESTIONS = (
     "What do you see?", "Write a short poem about rain.", "Explain recursion to a child.",
     "List three fruits.", "Who wrote Hamlet?", "Describe the picture.", "What is 12 times 12?",
@@ -32,10 +27,9 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quantized(smollm2: Path) -> Path:
-    text = smollm2.parent / "calibration.txt"
-    text.write_text(CALIBRATION, "utf-8")
-    out = smollm2.parent / "awq"
-    succeed("vila-quantize", smollm2, "-o", out, "--group-size", 64, "--calib", text)
+    """Rounded to nearest: AWQ writes the same format but would take minutes here."""
+    out = smollm2.parent / "rtn"
+    succeed("vila-quantize", smollm2, "-o", out, "--group-size", 64, "--algorithm", "rtn")
     return out
 
 
@@ -118,6 +112,8 @@ def test_independent_unpacker_gives_the_weights_of_the_engine(
     graph = onnx.load(int4_engine / "llm" / "model.onnx").graph
     tensors = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
     nodes = [n for n in graph.node if n.op_type == "MatMulNBits"]
+    # Products with the identity split activations into int8 terms; they hold no weights.
+    nodes = [n for n in nodes if not n.input[1].startswith("identity")]
     found = np.concatenate([engine_weight(tensors, node).ravel() for node in nodes])
     # The engine may join linears that share an input, so whole columns are compared, order aside.
     assert found.size == sum(weight.size for weight in expected)
