@@ -6,7 +6,11 @@ They install as vila_deploy.kernels and vila_deploy.engines.
 from setuptools import find_packages, setup
 
 setup(
-    packages=[*find_packages(include=["vila_deploy*"]), "vila_deploy.kernels", "vila_deploy.engines"],
+    packages=[
+        *find_packages(include=["vila_deploy*"]),
+        "vila_deploy.kernels",
+        "vila_deploy.engines",
+    ],
     package_dir={"vila_deploy.kernels": "kernels", "vila_deploy.engines": "engines"},
     package_data={
         "vila_deploy": ["py.typed"],
