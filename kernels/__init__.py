@@ -1,0 +1,1 @@
+"""GPU kernels, each beside its reference; the native backend will bring the first."""
