@@ -25,6 +25,7 @@ from tiny_vila.model import TEMPLATE, TinyVila, load, preprocess, save, train_to
 from tiny_vila.packing import Batch, collate, random_pack
 from tiny_vila.pictures import Scene, draw, random_scene
 from tiny_vila.questions import TRAINING, vocabulary_text
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from vila_deploy.model.prompts import render
@@ -35,12 +36,13 @@ ROUND_FROM = 0.6
 SEE, ANSWER, TOGETHER = 1, 2, 3
 
 
-def new_model() -> tuple[TinyVila, Codes]:
+def new_model(tokenizer: Tokenizer | None = None) -> tuple[TinyVila, Codes]:
     """The untrained model, the same in every process, and the codes that belong to it."""
+    if tokenizer is None:
+        texts = [render(TEMPLATE, [], ""), TEMPLATE.user, *vocabulary_text(4000)]
+        tokenizer = train_tokenizer(texts)
     torch.manual_seed(SEED)
-    model = TinyVila(
-        train_tokenizer([render(TEMPLATE, [], ""), TEMPLATE.user, *vocabulary_text(4000)])
-    )
+    model = TinyVila(tokenizer)
     table = model.llm.model.embed_tokens.weight.data
     prepare_embeddings(model.tokenizer, table)
     # Words that come in go out alike, and a query looks for keys like itself, to begin with.
@@ -98,10 +100,10 @@ def learn_to_answer(steps: int, batch: int = 12) -> dict[str, Tensor]:
     return model.llm.state_dict()
 
 
-def learn_together(model: TinyVila, codes: Codes, steps: int, batch: int = 12) -> None:
+def learn_together(model: TinyVila, codes: Codes, steps: int, rate: float, batch: int = 12) -> None:
     """Everything: answers, from pictures; the codes still count a little."""
     rng = np.random.default_rng([TRAINING, TOGETHER, SEED])
-    rates = {model.llm: 1.5e-3, model.vision_tower: 3e-4, model.mm_projector: 3e-4}
+    rates = {model.llm: rate, model.vision_tower: 3e-4, model.mm_projector: 3e-4}
     training = Training("together", rates, steps)
     for step in range(steps):
         packs = collate([random_pack(model.tokenizer, rng) for _ in range(batch)])
@@ -117,7 +119,7 @@ def learn_together(model: TinyVila, codes: Codes, steps: int, batch: int = 12) -
 
 
 def answer_loss(model: TinyVila, batch: Batch, features: Tensor) -> tuple[Tensor, float]:
-    """Cross-entropy of the answers' tokens, and the share of these tokens that are right."""
+    """Weighted cross-entropy of the answers' tokens, and the share of tokens that are right."""
     hidden = model.llm.model(
         inputs_embeds=model.embed(batch.tokens, features),
         attention_mask=batch.mask,
@@ -129,7 +131,9 @@ def answer_loss(model: TinyVila, batch: Batch, features: Tensor) -> tuple[Tensor
     logits = model.llm.lm_head(hidden[:, :-1][learnt])
     targets = batch.targets[:, 1:][learnt]
     right = (logits.argmax(-1) == targets).float().mean().item()
-    return nn.functional.cross_entropy(logits, targets), right
+    weights = batch.weights[:, 1:][learnt]
+    losses = nn.functional.cross_entropy(logits, targets, reduction="none")
+    return (losses * weights).sum() / weights.sum(), right
 
 
 @contextmanager
@@ -190,15 +194,17 @@ def main() -> None:
     parser.add_argument("--see-steps", type=int, default=2500)
     parser.add_argument("--answer-steps", type=int, default=2600)
     parser.add_argument("--together-steps", type=int, default=1700)
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="LLM's, while together")
     parser.add_argument("--start", type=Path, help="go on together from this checkpoint")
     options = parser.parse_args()
     if options.start:
-        model, (_, codes) = load(options.start).train(), new_model()
+        model = load(options.start).train()
+        _, codes = new_model(model.tokenizer)
     else:
         model, codes = learn_apart(options.see_steps, options.answer_steps)
         save(model, options.out)
     torch.set_num_threads(2)
-    learn_together(model, codes, options.together_steps)
+    learn_together(model, codes, options.together_steps, options.rate)
     save(model, options.out)
 
 

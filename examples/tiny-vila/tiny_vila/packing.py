@@ -26,13 +26,17 @@ SINGLE = [kind for kind, pictures in PICTURES.items() if pictures == 1 and kind 
 
 @dataclass
 class Packed:
-    """Token ids and, for each, its target, its position and its branch (0 is the prefix)."""
+    """Token ids and, for each, its target, position, branch (0 is the prefix) and weight.
+
+    An answer of n tokens weighs √n in all, lest descriptions drown the answers of one word.
+    """
 
     scenes: tuple[Scene, ...]
     tokens: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     branches: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
 
     def add(self, tokens: list[int], learn: bool, start: int, branch: int) -> int:
         """Appends tokens from position `start` on; gives the position after them."""
@@ -40,6 +44,7 @@ class Packed:
         self.targets += tokens if learn else [IGNORED] * len(tokens)
         self.positions += range(start, start + len(tokens))
         self.branches += [branch] * len(tokens)
+        self.weights += [len(tokens) ** -0.5] * len(tokens)
         return start + len(tokens)
 
 
@@ -50,6 +55,7 @@ class Batch:
     scenes: list[Scene]
     tokens: Tensor
     targets: Tensor
+    weights: Tensor
     positions: Tensor
     mask: Tensor
 
@@ -117,7 +123,7 @@ def collate(packs: list[Packed]) -> Batch:
     """Pads to the longest; a token attends to earlier ones of its branch and of the prefix."""
     length = max(len(p.tokens) for p in packs)
 
-    def padded(name: str, value: int) -> Tensor:
+    def padded(name: str, value: float) -> Tensor:
         rows = [getattr(p, name) for p in packs]
         return torch.tensor([row + [value] * (length - len(row)) for row in rows])
 
@@ -128,6 +134,7 @@ def collate(packs: list[Packed]) -> Batch:
         scenes=[scene for p in packs for scene in p.scenes],
         tokens=padded("tokens", PAD),
         targets=padded("targets", IGNORED),
+        weights=padded("weights", 0.0),
         positions=padded("positions", 0),
         mask=allowed[:, None],
     )

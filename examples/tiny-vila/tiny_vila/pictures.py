@@ -29,7 +29,7 @@ PLACES = (
     "bottom",
     "bottom right",
 )
-MAX_SHAPES = 4
+MAX_SHAPES = 3
 CANVASES = ((160, 160), (192, 160), (160, 192), (224, 168), (168, 224), (240, 240))
 
 
