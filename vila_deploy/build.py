@@ -12,7 +12,7 @@ from types import ModuleType
 from vila_deploy import __version__
 from vila_deploy.backends import BACKENDS, TOKENIZER_FOLDER
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
-from vila_deploy.checkpoint.config import VilaConfig, load_config
+from vila_deploy.checkpoint.config import VilaConfig, load_config, with_template
 from vila_deploy.engine.description import describe
 from vila_deploy.engine.manifest import Limits, Manifest, write_manifest
 from vila_deploy.engine.plan import EnginePlan, plan_engine
@@ -35,11 +35,12 @@ class BuildOptions:
     max_batch_size: int = 1
     max_input_len: int | None = None
     max_seq_len: int | None = None
+    prompt_template: str | None = None
 
 
 def plan_build(root: Path, options: BuildOptions) -> EnginePlan:
     """What building `root` would give, from its config files alone."""
-    config = load_config(root)
+    config = with_template(load_config(root), options.prompt_template)
     target = get_target(options.target)
     precision = options.precision or ("int4" if config.llm.quantization else "fp16")
     return plan_engine(
@@ -54,7 +55,7 @@ def build_engine(root: Path, out: Path, options: BuildOptions) -> Manifest:
         VilaDeployError: anything wrong with checkpoint, options or disk, or a target whose backend
             this version can't build.
     """
-    config = load_config(root)
+    config = with_template(load_config(root), options.prompt_template)
     target = get_target(options.target)
     module = _backend_module(target, options)
     precision = _precision(config, options)

@@ -12,7 +12,7 @@ from PIL import Image
 from tiny import PROJECTORS, make_checkpoint
 
 from vila_deploy.backends import open_engine
-from vila_deploy.build import BuildOptions, build_engine
+from vila_deploy.build import BuildOptions, build_engine, plan_build
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.variants import (
     LLM_FAMILIES,
@@ -21,12 +21,22 @@ from vila_deploy.checkpoint.variants import (
     PROMPT_NAMES,
 )
 from vila_deploy.engine.session import Session
+from vila_deploy.errors import VilaDeployError
 from vila_deploy.generate import Conversation, Sampling
+from vila_deploy.model.llm import load_decoder_layer, rotary, run_layer
 from vila_deploy.model.prompts import PROMPT_TEMPLATES
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.quantize.job import quantize
 from vila_deploy.quantize.plan import Options
 from vila_deploy.quantize.scheme import QuantScheme
+from vila_deploy.quantize.search import (
+    GROUPS,
+    ScaleChoice,
+    bias_of,
+    fold_scales,
+    has_group,
+    weight_of,
+)
 
 CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 LLAMA_3 = (
@@ -106,6 +116,55 @@ def test_engine_answers_as_the_reference(
         expected = two_answers(ReferenceSession(open_checkpoint(root)), opened)
         assert len(expected[0]) > 5
         assert two_answers(opened.session, opened) == expected
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_folding_scales_keeps_what_a_layer_with_biases_computes(
+    kv_heads: int, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", **{**QWEN2, "kv_heads": kv_heads}))
+    config = checkpoint.config.llm
+    layer = load_decoder_layer(config, checkpoint.llm, 0)
+    hidden = torch.randn(1, 20, 128)
+    cos, sin = rotary(config, torch.arange(20))
+    before = run_layer(layer, hidden, cos, sin)
+    bias = bias_of(layer, "self_attn.v_proj")
+    assert bias is not None
+    old_bias, folded = bias.clone(), 0
+    for group in GROUPS:
+        if has_group(layer, group):
+            width = weight_of(layer, group.linears[0]).shape[1]
+            fold_scales(layer, ScaleChoice(group, 0.5, torch.rand(width) + 0.5, ()))
+            folded += 1
+    assert folded == (4 if kv_heads == 4 else 3)
+    assert torch.equal(bias, old_bias) == (kv_heads != 4)
+    torch.testing.assert_close(run_layer(layer, hidden, cos, sin), before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("command", ["quantize", "build"])
+def test_the_prompt_template_can_be_given(command: str, tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "c", added_tokens=LLAMA_3)
+    named = "llama_3_original"
+    if command == "quantize":
+        options = Options(QuantScheme(64), "rtn", prompt_template=named)
+        quantize(root, tmp_path / "q", options)
+        manifest = build_engine(tmp_path / "q", tmp_path / "e", BuildOptions("cpu"))
+    else:
+        options = BuildOptions("cpu", prompt_template=named)
+        manifest = build_engine(root, tmp_path / "e", options)
+    assert manifest.model.prompt == named
+
+
+def test_an_unknown_template_is_refused(tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "c")
+    options = BuildOptions("cpu", prompt_template="vicuna_v0")
+    for job in (
+        lambda: build_engine(root, tmp_path / "e", options),
+        lambda: plan_build(root, options),
+        lambda: quantize(root, tmp_path / "q", Options(prompt_template="vicuna_v0")),
+    ):
+        with pytest.raises(VilaDeployError, match=r"'vicuna_v0'; choose from vicuna_v1, llama_3"):
+            job()
 
 
 def test_every_row_of_the_tables_is_tested() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vila_deploy.checkpoint.fields import Fields
@@ -122,6 +122,12 @@ def load_config(root: Path) -> VilaConfig:
     if not os.path.isdir(root):  # noqa: PTH112  Path.is_dir raises on EACCES
         raise VilaDeployError("no such folder", where=root, fix="give the checkpoint's folder")
     fields = Fields.from_file(root / "config.json")
+    if "mm_vision_tower" in fields and "llm_cfg" not in fields:
+        raise fields.error(
+            "mm_vision_tower",
+            "the flat layout of the first generation is not supported by this version",
+            f"use VILA1.5 or later, which has {', '.join(PARTS)}",
+        )
     for part in PARTS:
         if not os.path.isdir(root / part):  # noqa: PTH112
             raise VilaDeployError(
@@ -160,6 +166,21 @@ def load_config(root: Path) -> VilaConfig:
     _check_quantized_sizes(llm, llm_fields)
     _check_consistency(config, fields)
     return config
+
+
+def with_template(config: VilaConfig, name: str | None) -> VilaConfig:
+    """`config` with the prompt template that the user names; None leaves it as it is.
+
+    Raises:
+        VilaDeployError: unknown; the message lists those there are.
+    """
+    if name is None:
+        return config
+    if name not in PROMPT_NAMES:
+        raise VilaDeployError(
+            f"unknown prompt template {short(name)}", fix=f"choose from {', '.join(PROMPT_NAMES)}"
+        )
+    return replace(config, prompt_template=name)
 
 
 def _prompt_template(fields: Fields) -> str | None:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 @click.option("--max-batch-size", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--max-input-len", type=click.IntRange(1), help="Longest prompt, pictures included.")
 @click.option("--max-seq-len", type=click.IntRange(2), help="Longest prompt with its answer.")
+@click.option(
+    "--prompt-template", metavar="NAME",
+    help="vicuna_v1, llama_3, hermes-2, qwen2 …; chosen by LLM and tokenizer if left out.",
+)  # fmt: skip
 @click.option("--plan", "plan_only", is_flag=True, help="Show sizes and memory; config files only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or manifest as JSON.")
 @command_errors
@@ -39,6 +43,7 @@ def main(
     max_batch_size: int,
     max_input_len: int | None,
     max_seq_len: int | None,
+    prompt_template: str | None,
     plan_only: bool,
     as_json: bool,
 ) -> None:
@@ -53,7 +58,9 @@ def main(
 
     from vila_deploy.build import BuildOptions, build_engine, plan_build
 
-    options = BuildOptions(target, backend, precision, max_batch_size, max_input_len, max_seq_len)
+    options = BuildOptions(
+        target, backend, precision, max_batch_size, max_input_len, max_seq_len, prompt_template
+    )
     if plan_only or out is None:
         planned = plan_build(checkpoint, options)
         if as_json:

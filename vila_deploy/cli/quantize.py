@@ -37,6 +37,10 @@ FILE = click.Path(path_type=Path)
     "--format", "formats", default="awq", show_default=True, metavar="NAME",
     help=f"How the 4-bit weights are stored: {', '.join(FORMATS)}.",
 )  # fmt: skip
+@click.option(
+    "--prompt-template", metavar="NAME",
+    help="vicuna_v1, llama_3, hermes-2, qwen2 …; chosen by LLM and tokenizer if left out.",
+)  # fmt: skip
 @click.option("--plan", "plan_only", is_flag=True, help="Show sizes and memory; config files only.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses calibration samples.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or report as JSON.")
@@ -50,6 +54,7 @@ def main(
     calib: Path | None,
     calib_images: Path | None,
     formats: str,
+    prompt_template: str | None,
     plan_only: bool,
     seed: int,
     as_json: bool,
@@ -72,11 +77,12 @@ def main(
     from vila_deploy.quantize.plan import Options, plan
     from vila_deploy.quantize.scheme import QuantScheme
 
-    options = Options(QuantScheme(group_size, symmetric), algorithm, calib, calib_images, seed)
+    scheme = QuantScheme(group_size, symmetric)
+    options = Options(scheme, algorithm, calib, calib_images, seed, prompt_template)
     if plan_only or out is None:
-        from vila_deploy.checkpoint.config import load_config
+        from vila_deploy.checkpoint.config import load_config, with_template
 
-        planned = plan(load_config(checkpoint), options)
+        planned = plan(with_template(load_config(checkpoint), prompt_template), options)
         if as_json:
             echo_json(planned.to_json())
         else:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
+from vila_deploy.checkpoint.config import with_template
 from vila_deploy.checkpoint.expected import has_bias
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import canonical_json, new_folder
@@ -49,6 +50,7 @@ def quantize(root: Path, out: Path, options: Options) -> dict[str, Any]:
     """
     start = time.monotonic()
     checkpoint = open_checkpoint(root)
+    checkpoint.config = with_template(checkpoint.config, options.prompt_template)
     planned = plan(checkpoint.config, options)
     awq = options.algorithm == "awq"
     examples = load_examples(options.calib, options.calib_images) if awq else []

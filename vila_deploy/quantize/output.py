@@ -71,6 +71,7 @@ def copy_parts(checkpoint: Checkpoint, root: Path) -> None:
         VilaDeployError: NaN or Inf in a tensor of the tower or projector.
     """
     shutil.copyfile(checkpoint.root / "config.json", root / "config.json")
+    _write_prompt_template(checkpoint, root / "config.json")
     readers = {"vision_tower": checkpoint.vision, "mm_projector": checkpoint.projector}
     for part, reader in readers.items():
         (root / part).mkdir()
@@ -85,6 +86,13 @@ def copy_parts(checkpoint: Checkpoint, root: Path) -> None:
         source = checkpoint.root / "llm" / name
         if source.is_file():
             shutil.copyfile(source, root / "llm" / name)
+
+
+def _write_prompt_template(checkpoint: Checkpoint, file: Path) -> None:
+    """Keeps the template that was asked for, so that the engine gets it too."""
+    values, template = read_json_object(file), checkpoint.config.prompt_template
+    if values.get("prompt_template") != template:
+        file.write_text(canonical_json({**values, "prompt_template": template}), "utf-8")
 
 
 def write_llm_config(checkpoint: Checkpoint, root: Path, scheme: QuantScheme) -> None:

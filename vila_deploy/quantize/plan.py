@@ -38,6 +38,7 @@ class Options:
     calib: Path | None = None
     calib_images: Path | None = None
     seed: int = 0
+    prompt_template: str | None = None
 
 
 @dataclass(frozen=True)

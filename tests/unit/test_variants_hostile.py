@@ -1,0 +1,204 @@
+"""Wrong or not yet supported variants: one line each, with file, key and what to do."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from damage import PROJECTOR, Q_PROJ, Damage, edit_tensors, refused, set_key, write
+from prompt_cases import write_tokenizer
+from safetensors.torch import load_file
+from tiny import PROJECTORS, make_checkpoint
+
+from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.model.tokenizer import load_tokenizer
+
+LLM, ROOT = "llm/config.json", "config.json"
+TOWER, PROJECTOR_CONFIG = "vision_tower/config.json", "mm_projector/config.json"
+
+
+def pop(file: str, name: str) -> Damage:
+    return edit_tensors(file, lambda tensors: tensors.pop(name))
+
+
+def put(file: str, name: str, tensor: torch.Tensor) -> Damage:
+    return edit_tensors(file, lambda tensors: tensors.update({name: tensor}))
+
+
+WEIGHTS = "llm/model.safetensors"
+QWEN2: dict[str, tuple[Damage, str]] = {
+    "no heads": (set_key(LLM, "num_attention_heads", 0), r"num_attention_heads: must be an int"),
+    "heads that do not divide": (
+        set_key(LLM, "num_attention_heads", 3),
+        r"num_attention_heads: 3 does not divide hidden_size 128",
+    ),
+    "key heads that do not divide": (
+        set_key(LLM, "num_key_value_heads", 3),
+        r"num_key_value_heads: 3 does not divide 4 heads",
+    ),
+    "negative size": (set_key(LLM, "hidden_size", -128), r"hidden_size: must be an integer"),
+    "size as text": (set_key(LLM, "intermediate_size", "256"), r"intermediate_size: must be an"),
+    "no vocabulary": (set_key(LLM, "vocab_size", None), r"vocab_size: is missing"),
+    "sliding window": (
+        set_key(LLM, "use_sliding_window", True),
+        r"use_sliding_window: sliding-window attention is not supported",
+    ),
+    "no biases": (set_key(LLM, "attention_bias", False), r"attention_bias: qwen2 always has true"),
+    "biases in the MLP": (set_key(LLM, "mlp_bias", True), r"mlp_bias: qwen2 always has false"),
+    "stretched rope": (
+        set_key(LLM, "rope_scaling", {"type": "yarn", "factor": 4.0}),
+        r"rope_scaling: rope type 'yarn' is not supported",
+    ),
+    "stop token outside": (set_key(LLM, "eos_token_id", 10**9), r"eos_token_id: must hold integer"),
+    "bias missing": (pop(WEIGHTS, f"{Q_PROJ}.bias"), rf"llm: tensor {Q_PROJ}\.bias is missing"),
+    "bias too short": (
+        put(WEIGHTS, f"{Q_PROJ}.bias", torch.zeros(64)),
+        rf"tensor {Q_PROJ}\.bias is \[64\], config\.json asks for \[128\]",
+    ),
+    "bias of the output": (
+        put(WEIGHTS, Q_PROJ.replace("q_proj", "o_proj.bias"), torch.zeros(128)),
+        r"tensor model\.layers\.0\.self_attn\.o_proj\.bias is not part of the model",
+    ),
+    "another family's name": (
+        set_key(LLM, "architectures", ["Qwen2MoeForCausalLM"]),
+        r"architectures: unknown LLM family 'Qwen2MoeForCausalLM'; .*LlamaForCausalLM, Qwen2For",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", QWEN2)
+def test_qwen2_refuses(case: str, tmp_path: Path) -> None:
+    damage, message = QWEN2[case]
+    root = make_checkpoint(tmp_path / "c", qwen2=True)
+    damage(root)
+    assert re.search(message, refused(root))
+
+
+LLAMA: dict[str, tuple[Damage, str]] = {
+    "biases": (set_key(LLM, "attention_bias", True), r"attention_bias: llama always has false"),
+    "rope that grows": (
+        set_key(LLM, "rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+        r"rope_scaling: rope type 'llama3' is not supported",
+    ),
+    "no rope base": (set_key(LLM, "rope_theta", 0), r"rope_theta: must be a number in 1\.0"),
+    "more key heads than heads": (
+        set_key(LLM, "num_key_value_heads", 8),
+        r"num_key_value_heads: 8 does not divide 4 heads",
+    ),
+    "no key heads": (set_key(LLM, "num_key_value_heads", 0), r"num_key_value_heads: must be an"),
+    "vocabulary of other tensors": (
+        set_key(LLM, "vocab_size", 128256),
+        r"tensor model\.embed_tokens\.weight is \[384, 128\], config\.json asks for \[128256, 128",
+    ),
+    "a billion layers": (set_key(LLM, "num_hidden_layers", 10**9), r"num_hidden_layers: must be"),
+    "template unknown": (
+        set_key(ROOT, "prompt_template", "vicuna_v0"),
+        r"prompt_template: unknown prompt template 'vicuna_v0'; .*hermes-2, llama_3, llama_3_orig",
+    ),
+    "template no name": (set_key(ROOT, "prompt_template", ["qwen2"]), r"prompt_template: must be"),
+    "stops no numbers": (set_key(LLM, "eos_token_id", "</s>"), r"eos_token_id: must hold integers"),
+}
+
+
+@pytest.mark.parametrize("case", LLAMA)
+def test_llama_refuses(case: str, tmp_path: Path) -> None:
+    damage, message = LLAMA[case]
+    root = make_checkpoint(tmp_path / "c")
+    damage(root)
+    assert re.search(message, refused(root))
+
+
+# What VILA releases have and this version has not.
+UNSUPPORTED: dict[str, tuple[str, str, Any, str]] = {
+    "static S2": (ROOT, "s2", True, r"s2: multi-scale towers are not supported"),
+    "dynamic S2": (ROOT, "dynamic_s2", True, r"dynamic_s2: multi-scale towers are not supported"),
+    "dynamic S2 mode": (
+        ROOT, "image_aspect_ratio", "dynamic_s2", r"image_aspect_ratio: unknown image mode 'dyn",
+    ),
+    "tiles": (ROOT, "image_aspect_ratio", "dynamic", r"image_aspect_ratio: unknown image mode"),
+    "padding": (ROOT, "image_aspect_ratio", "pad", r"image_aspect_ratio: unknown image mode 'pad"),
+    "CLIP": (TOWER, "model_type", "clip_vision_model", r"model_type: unknown vision tower 'clip_"),
+    "InternViT": (TOWER, "model_type", "intern_vit_6b", r"model_type: unknown vision tower 'inte"),
+    "S2 projector": (
+        PROJECTOR_CONFIG, "mm_projector_type", "mlp_downsample_3x3_s2",
+        r"mm_projector_type: unknown projector 'mlp_downsample_3x3_s2'; .*mlp_downsample_3x3_fix",
+    ),
+    "markers": (ROOT, "mm_use_im_start_end", True, r"mm_use_im_start_end: markers around pict"),
+    "mixture": (LLM, "architectures", ["MixtralForCausalLM"], r"architectures: unknown LLM family"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_what_is_not_supported_is_said(case: str, tmp_path: Path) -> None:
+    file, key, value, message = UNSUPPORTED[case]
+    root = make_checkpoint(tmp_path / "c", qwen2=True)
+    set_key(file, key, value)(root)
+    assert re.search(message, refused(root))
+
+
+def test_first_generation_layout_is_refused(tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "c", root_config={"mm_vision_tower": "openai/clip"})
+    (root / "llm").rename(tmp_path / "elsewhere")
+    message = r"mm_vision_tower: the flat layout of the first generation is not supported .*; use"
+    assert re.search(message, refused(root))
+
+
+@pytest.mark.parametrize("given", PROJECTORS)
+@pytest.mark.parametrize("named", PROJECTORS)
+def test_projector_must_be_the_named_one(named: str, given: str, tmp_path: Path) -> None:
+    """The two downsampling by 2 hold the same tensors; any other pair differs."""
+    changes = {"mm_projector_type": named}
+    root = make_checkpoint(tmp_path / "c", projector=given, projector_config=changes)
+    same = {"mlp_downsample", "mlp_downsample_2x2_fix"}
+    if named == given or {named, given} == same:
+        assert set(open_checkpoint(root).projector.names()) == set(load_file(root / PROJECTOR))
+    else:
+        assert re.search(r"mm_projector.*: tensor layers\S+ is ", refused(root))
+
+
+TOKENIZER_FILES: dict[str, tuple[str, bytes]] = {
+    "another class": ("tokenizer_config.json", b'{"tokenizer_class": "GPT2Tokenizer"}'),
+    "no settings": ("tokenizer_config.json", b"{}"),
+    "settings no object": ("tokenizer_config.json", b"[]"),
+    "vocabulary a list": ("vocab.json", b"[1, 2]"),
+    "vocabulary damaged": ("vocab.json", b'{"a": "b"}'),
+    "vocabulary empty": ("vocab.json", b""),
+    "merges of unknown pieces": ("merges.txt", b"#version: 0.2\nxx yy\n"),
+    "merges not text": ("merges.txt", b"\xff\xfe\x00"),
+    "added token at a taken id": ("added_tokens.json", b'{"<|im_start|>": 3}'),
+    "added token far away": ("added_tokens.json", b'{"<|im_start|>": 999999}'),
+    "added token without an id": ("added_tokens.json", b'{"<|im_start|>": null}'),
+    "added tokens no object": ("added_tokens.json", b'"x"'),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZER_FILES)
+def test_damaged_vocabulary_gives_one_line(case: str, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "qwen2")
+    name, content = TOKENIZER_FILES[case]
+    write(name, content)(tmp_path)
+    with pytest.raises(VilaDeployError) as caught:
+        load_tokenizer(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path))
+    assert "; " in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "decoder", [{"x": {"content": "a"}}, {"7": {}}, {"7": "a"}, {"-1": {"content": "a"}}, [1]]
+)
+def test_damaged_added_tokens_give_one_line(decoder: Any, tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "hermes-2")
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text("utf-8"))
+    settings["added_tokens_decoder"] = decoder
+    file.write_text(json.dumps(settings), "utf-8")
+    with pytest.raises(VilaDeployError, match=r"added_tokens_decoder.*; ") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
