@@ -25,6 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--kind", action="append", help="only this kind; repeatable")
     parser.add_argument("--rtn", action="store_true", help="decoder linears rounded to 4 bits")
     parser.add_argument("--wrong", action="store_true", help="print the wrong answers")
     options = parser.parse_args()
@@ -37,8 +38,9 @@ def main() -> None:
     def show(question: Question, given: str) -> None:
         print(f"{question.prompt!r}: {given!r}, right is {question.answer!r}")
 
+    questions = held_out(options.questions, options.kind)
     with torch.inference_mode():
-        result = score(model.answer, held_out(options.questions), show if options.wrong else None)
+        result = score(model.answer, questions, show if options.wrong else None)
     print(result.table())
 
 

@@ -32,18 +32,17 @@ class Question:
         return [draw(scene) for scene in self.scenes]
 
 
-def held_out(count: int) -> list[Question]:
-    """Questions for measuring, of all kinds in turn, that training and calibration never see."""
-    return _question_set(HELD_OUT, count)
+def held_out(count: int, kinds: Sequence[str] | None = None) -> list[Question]:
+    """Questions for measuring, that training and calibration never see: SCORED kinds in turn."""
+    return _question_set(HELD_OUT, count, kinds or SCORED)
 
 
 def calibration(count: int) -> list[Question]:
     """Questions for the quantizer's calibration, of all kinds in turn."""
-    return _question_set(CALIBRATION, count)
+    return _question_set(CALIBRATION, count, list(PICTURES))
 
 
-def _question_set(stream: int, count: int) -> list[Question]:
-    kinds = list(PICTURES)
+def _question_set(stream: int, count: int, kinds: Sequence[str]) -> list[Question]:
     return [
         random_question(kinds[i % len(kinds)], np.random.default_rng([stream, i]))
         for i in range(count)
@@ -215,6 +214,9 @@ MAKERS: dict[str, Maker] = {
 }
 # How many pictures each kind of question is about.
 PICTURES = {kind: 1 for kind in MAKERS} | {"comparison": 2, "in-context count": 3}
+
+# What a score is about. Descriptions and yes-or-no questions are for looking at, scored on request.
+SCORED = ("colour", "shape", "count", "place", "comparison", "in-context count")
 
 
 def vocabulary_text(count: int) -> Iterator[str]:
