@@ -249,6 +249,19 @@ def test_random_weights_run_with_logits_that_differ(tmp_path: Path, precision: s
     assert deviation(logits, reference.prefill(embeds)) < TOLERANCE
 
 
+def test_random_layers_differ() -> None:
+    """Equal layers would be kept once and be measured faster than trained ones."""
+    config = preset("VILA1.5-3b", "int4")
+    llm = random_parts(config)[0]
+    first, second = (llm.linear(f"model.layers.{i}.self_attn.k_proj") for i in (0, 1))
+    assert (first.q == second.q).float().mean() < 0.1
+    assert not torch.equal(first.zero, second.zero)
+    assert torch.equal(first.q, random_parts(config)[0].linear("model.layers.0.self_attn.k_proj").q)
+    dense = random_parts(preset("VILA1.5-3b", "fp16"))[0]
+    names = [f"model.layers.{i}.self_attn.k_proj" for i in (0, 1)]
+    assert not torch.equal(dense.linear(names[0]), dense.linear(names[1]))
+
+
 def test_weight_bytes_of_a_token(tmp_path: Path, int4: Checkpoint) -> None:
     """What a step reads, counted from the shapes: 4.5 + 2 bits per level and float32 the rest."""
     _, manifest = build(tmp_path / "engine", int4)

@@ -1,7 +1,8 @@
-"""Random weights of any config's shapes: one random block, repeated, so that it takes no time."""
+"""Random weights of any config's shapes, cut out of one random block, so that it takes no time."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 
 import torch
@@ -45,7 +46,7 @@ class RandomWeights:
         if len(shape) == 1:
             return torch.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=torch.float16)
         fan_in = torch.Size(shape[1:]).numel()
-        return _repeated((self._normal / fan_in**0.5).half(), shape)
+        return _repeated((self._normal / fan_in**0.5).half(), shape, name)
 
     def linear(self, prefix: str) -> Tensor | QuantizedLinear:
         if self._group_size is None:
@@ -54,9 +55,9 @@ class RandomWeights:
         groups = (out_features, in_features // self._group_size)
         scale = (MEAN_LEVEL_SQUARED * in_features) ** -0.5
         return QuantizedLinear(
-            q=_repeated(self._levels, (out_features, in_features)),
+            q=_repeated(self._levels, (out_features, in_features), prefix),
             scale=torch.full(groups, scale, dtype=torch.float16),
-            zero=_repeated(self._zeros, groups),
+            zero=_repeated(self._zeros, groups, prefix),
             bias=self.tensor(f"{prefix}.bias") if f"{prefix}.bias" in self._shapes else None,
         )
 
@@ -70,6 +71,12 @@ def random_parts(config: VilaConfig) -> tuple[RandomWeights, RandomWeights, Rand
     )
 
 
-def _repeated(block: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _repeated(block: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    """`block` over and over, from a place that depends on `name`.
+
+    No two layers may be equal: onnxruntime would keep one copy, and a step would read less memory
+    than that of a trained model.
+    """
     count = torch.Size(shape).numel()
-    return block.repeat(-(-count // BLOCK))[:count].view(shape)
+    start = zlib.crc32(name.encode()) % BLOCK
+    return block.repeat(-(-(start + count) // BLOCK))[start : start + count].view(shape)
