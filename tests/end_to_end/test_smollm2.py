@@ -19,6 +19,9 @@ QUESTIONS = (
     "Give a synonym of happy.", "Why is the sky blue?", "Summarise the plot of Cinderella.",
 )  # fmt: skip
 
+# A real LLM on two busy cores: minutes, not seconds.
+pytestmark = pytest.mark.timeout(1500)
+
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
