@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from vila_deploy.checkpoint.config import LlmConfig
+from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.variants import LLM_FAMILIES
 from vila_deploy.model.llm import transformers_config
 from vila_deploy.quantize.sequences import Sequences

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vila_deploy.checkpoint.config import ImageConfig
+from vila_deploy.checkpoint.vision_config import ImageConfig
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.model.images import open_image, preprocess
 

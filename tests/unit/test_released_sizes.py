@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import SiglipVisionModel
 
-from vila_deploy.checkpoint.config import QuantizationConfig, VilaConfig
+from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.expected import Expected, expected_llm, expected_projector
+from vila_deploy.checkpoint.llm_config import QuantizationConfig
 from vila_deploy.checkpoint.variants import LLM_FAMILIES, PROJECTOR_TYPES
 from vila_deploy.model.presets import preset
 from vila_deploy.model.vision import transformers_config

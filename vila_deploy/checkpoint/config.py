@@ -8,80 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vila_deploy.checkpoint.fields import Fields
+from vila_deploy.checkpoint.llm_config import LlmConfig, check_quantized_sizes, load_llm_config
 from vila_deploy.checkpoint.variants import (
-    IMAGE_MODES,
-    LLM_FAMILIES,
     PROJECTOR_TYPES,
     PROMPT_NAMES,
     TOKEN_ORDERS,
-    TOWER_FAMILIES,
-    LlmFamily,
     ProjectorType,
-    TowerFamily,
+)
+from vila_deploy.checkpoint.vision_config import (
+    ImageConfig,
+    VisionConfig,
+    load_image_config,
+    load_vision_config,
 )
 from vila_deploy.errors import VilaDeployError, short
 
 PARTS = ("llm", "vision_tower", "mm_projector")
-
-
-@dataclass(frozen=True)
-class QuantizationConfig:
-    """`quantization_config` of a 4-bit llm/: which format its tensors are in."""
-
-    quant_method: str
-    bits: int
-    group_size: int
-    zero_point: bool
-    version: str
-
-
-@dataclass(frozen=True)
-class LlmConfig:
-    family: LlmFamily
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    rope_theta: float
-    rms_norm_eps: float
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
-    quantization: QuantizationConfig | None
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    family: TowerFamily
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    intermediate_size: int
-    patch_size: int
-    image_size: int
-    hidden_act: str
-    layer_norm_eps: float
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side of the picture."""
-        return self.image_size // self.patch_size
-
-
-@dataclass(frozen=True)
-class ImageConfig:
-    """How a picture becomes pixels: RGB, resize to `size`², x·rescale, (x − mean) / std."""
-
-    mode: str
-    size: int
-    resample: int
-    rescale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -134,8 +76,8 @@ def load_config(root: Path) -> VilaConfig:
                 f"part {part}/ is missing", where=root, fix="download the whole checkpoint"
             )
     llm_fields = Fields.from_file(root / "llm" / "config.json")
-    llm = _llm_config(llm_fields, root / "llm" / "generation_config.json")
-    vision = _vision_config(Fields.from_file(root / "vision_tower" / "config.json"))
+    llm = load_llm_config(llm_fields, root / "llm" / "generation_config.json")
+    vision = load_vision_config(Fields.from_file(root / "vision_tower" / "config.json"))
     projector_fields = Fields.from_file(root / "mm_projector" / "config.json")
     projector = PROJECTOR_TYPES[
         projector_fields.choice("mm_projector_type", PROJECTOR_TYPES, what="projector")
@@ -144,7 +86,7 @@ def load_config(root: Path) -> VilaConfig:
         llm=llm,
         vision=vision,
         projector=projector,
-        image=_image_config(fields, root / "vision_tower" / "preprocessor_config.json"),
+        image=load_image_config(fields, root / "vision_tower" / "preprocessor_config.json"),
         select_layer=fields.integer("mm_vision_select_layer", -2, low=-200, high=200),
         select_feature=fields.choice(
             "mm_vision_select_feature",
@@ -163,7 +105,7 @@ def load_config(root: Path) -> VilaConfig:
         ),
         prompt_template=_prompt_template(fields),
     )
-    _check_quantized_sizes(llm, llm_fields)
+    check_quantized_sizes(llm, llm_fields)
     _check_consistency(config, fields)
     return config
 
@@ -188,163 +130,6 @@ def _prompt_template(fields: Fields) -> str | None:
     if "prompt_template" not in fields:
         return None
     return fields.choice("prompt_template", PROMPT_NAMES, what="prompt template")
-
-
-def _llm_config(fields: Fields, generation_file: Path) -> LlmConfig:
-    architectures = fields.values.get("architectures")
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    if not isinstance(name, str) or name not in LLM_FAMILIES:
-        raise fields.error(
-            "architectures",
-            f"unknown LLM family {short(name)}",
-            f"this version supports {', '.join(sorted(LLM_FAMILIES))}",
-        )
-    family = LLM_FAMILIES[name]
-    hidden = fields.integer("hidden_size")
-    heads = fields.integer("num_attention_heads", high=4096)
-    kv_heads = fields.integer("num_key_value_heads", heads, high=4096)
-    if hidden % heads and "head_dim" not in fields:
-        raise fields.error("num_attention_heads", f"{heads} does not divide hidden_size {hidden}")
-    if heads % kv_heads:
-        raise fields.error("num_key_value_heads", f"{kv_heads} does not divide {heads} heads")
-    head_dim = fields.integer("head_dim", hidden // heads, high=4096)
-    if head_dim % 2:
-        raise fields.error("head_dim", f"must be even for rotary embedding, found {head_dim}")
-    fields.choice("hidden_act", ("silu",), "silu", what="activation")
-    _refuse_rope_scaling(fields)
-    for flag, expected in (("attention_bias", family.qkv_bias), ("mlp_bias", False)):
-        if fields.boolean(flag, expected) != expected:
-            raise fields.error(flag, f"{family.name} always has {str(expected).lower()} here")
-    if fields.boolean("use_sliding_window", False):
-        raise fields.error("use_sliding_window", "sliding-window attention is not supported")
-    if os.path.lexists(generation_file):
-        generation = Fields.from_file(generation_file)
-    else:
-        generation = Fields({}, generation_file)
-    vocab = fields.integer("vocab_size")
-    stops = {
-        *fields.integers("eos_token_id", [], high=vocab - 1),
-        *generation.integers("eos_token_id", [], high=vocab - 1),
-    }
-    bos = fields.integer("bos_token_id", -1, low=-1, high=vocab - 1)
-    return LlmConfig(
-        family=family,
-        hidden_size=hidden,
-        num_layers=fields.integer("num_hidden_layers", high=1024),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate_size=fields.integer("intermediate_size"),
-        vocab_size=vocab,
-        rope_theta=_rope_theta(fields),
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6, low=1e-12, high=1.0),
-        max_position_embeddings=fields.integer("max_position_embeddings", 2048),
-        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-        bos_token_id=bos if bos >= 0 else None,
-        eos_token_ids=tuple(sorted(stops)),
-        quantization=_quantization_config(fields),
-    )
-
-
-def _check_quantized_sizes(config: LlmConfig, fields: Fields) -> None:
-    """AutoAWQ's layout: whole groups along the inputs, whole words of 8 along the outputs."""
-    if config.quantization is None:
-        return
-    group = config.quantization.group_size
-    inputs = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads × head_dim": config.num_heads * config.head_dim,
-    }
-    outputs = {**inputs, "num_key_value_heads × head_dim": config.num_kv_heads * config.head_dim}
-    for key, unit, sizes in (
-        ("quantization_config.group_size", group, inputs),
-        ("quantization_config.version", 8, outputs),
-    ):
-        for what, size in sizes.items():
-            if size % unit:
-                raise fields.error(key, f"{unit} does not divide {what} {size}")
-
-
-def _rope_theta(fields: Fields) -> float:
-    """transformers 5 writes `rope_parameters.rope_theta`, earlier versions a key of its own."""
-    if "rope_parameters" in fields:
-        return fields.child("rope_parameters").number("rope_theta", 10000.0, low=1.0)
-    return fields.number("rope_theta", 10000.0, low=1.0)
-
-
-def _refuse_rope_scaling(fields: Fields) -> None:
-    for key in ("rope_scaling", "rope_parameters"):
-        if key in fields:
-            scaling = fields.child(key)
-            kind = scaling.text("rope_type", scaling.text("type", "default"))
-            if kind != "default":
-                raise fields.error(
-                    key, f"rope type {short(kind)} is not supported", "use 'default'"
-                )
-            if scaling.number("partial_rotary_factor", 1.0) != 1.0:
-                raise fields.error(key, "partial rotary embedding is not supported")
-
-
-def _quantization_config(fields: Fields) -> QuantizationConfig | None:
-    if "quantization_config" not in fields:
-        return None
-    child = fields.child("quantization_config")
-    return QuantizationConfig(
-        quant_method=child.choice("quant_method", ("awq",), what="quantization method"),
-        bits=child.integer("bits", low=4, high=4),
-        group_size=child.integer("group_size", low=1),
-        zero_point=child.boolean("zero_point", True),
-        version=child.choice("version", ("gemm", "GEMM"), "gemm", what="AWQ layout").lower(),
-    )
-
-
-def _vision_config(fields: Fields) -> VisionConfig:
-    name = fields.choice("model_type", TOWER_FAMILIES, what="vision tower")
-    hidden = fields.integer("hidden_size")
-    heads = fields.integer("num_attention_heads", high=4096)
-    if hidden % heads:
-        raise fields.error("num_attention_heads", f"{heads} does not divide hidden_size {hidden}")
-    size, patch = fields.integer("image_size", high=8192), fields.integer("patch_size", high=8192)
-    if size < patch:
-        raise fields.error("patch_size", f"{patch} is larger than image_size {size}")
-    if fields.integer("num_channels", 3) != 3:
-        raise fields.error("num_channels", "must be 3")
-    return VisionConfig(
-        family=TOWER_FAMILIES[name],
-        hidden_size=hidden,
-        num_layers=fields.integer("num_hidden_layers", high=1024),
-        num_heads=heads,
-        intermediate_size=fields.integer("intermediate_size"),
-        patch_size=patch,
-        image_size=size,
-        hidden_act=fields.choice(
-            "hidden_act", ("gelu_pytorch_tanh", "gelu"), "gelu_pytorch_tanh", what="activation"
-        ),
-        layer_norm_eps=fields.number("layer_norm_eps", 1e-6, low=1e-12, high=1.0),
-    )
-
-
-def _image_config(root_fields: Fields, preprocessor_file: Path) -> ImageConfig:
-    fields = Fields.from_file(preprocessor_file)
-    size = fields.child("size")
-    height, width = size.integer("height", high=8192), size.integer("width", high=8192)
-    if height != width:
-        raise fields.error("size", f"must be square, found {height} by {width}")
-    for step in ("do_resize", "do_rescale", "do_normalize"):
-        if not fields.boolean(step, True):
-            raise fields.error(step, "pictures are always resized, rescaled and normalized")
-    std = fields.numbers("image_std", count=3)
-    if min(std) < 1e-6:
-        raise fields.error("image_std", f"must be positive, found {std}")
-    return ImageConfig(
-        mode=root_fields.choice("image_aspect_ratio", IMAGE_MODES, "resize", what="image mode"),
-        size=height,
-        resample=fields.integer("resample", 3, low=0, high=5),
-        rescale=fields.number("rescale_factor", 1 / 255, low=1e-9, high=1.0),
-        mean=fields.numbers("image_mean", count=3),
-        std=std,
-    )
 
 
 def _check_consistency(config: VilaConfig, fields: Fields) -> None:

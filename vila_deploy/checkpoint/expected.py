@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from vila_deploy.checkpoint.config import LlmConfig, VilaConfig
+from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.header import TensorInfo
+from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.errors import VilaDeployError
 
 FLOATS = ("F16", "BF16", "F32")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vila_deploy.checkpoint.config import ImageConfig, VilaConfig
+from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.fields import Fields
+from vila_deploy.checkpoint.vision_config import ImageConfig
 from vila_deploy.model.prompts import PROMPT_TEMPLATES, choose_template, stop_token_ids
 from vila_deploy.model.tokenizer import Tokenizer
 

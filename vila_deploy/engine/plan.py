@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vila_deploy.checkpoint.config import LlmConfig, VilaConfig
+from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.expected import (
     Expected,
     decoder_linears,
     expected_projector,
     expected_tower,
 )
+from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.target import Target
 from vila_deploy.quantize.plan import Component, Stage, available_memory_bytes

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vila_deploy.checkpoint.config import LlmConfig
 from vila_deploy.checkpoint.expected import has_bias
+from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.graph.dialects import AttentionShape, Dialect, StoredLinear
 from vila_deploy.graph.tensors import float32
 from vila_deploy.graph.writer import GraphWriter, StoredTensor, WeightFile

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vila_deploy.checkpoint.config import ImageConfig
+from vila_deploy.checkpoint.vision_config import ImageConfig
 from vila_deploy.errors import VilaDeployError
 
 MAX_IMAGE_PIXELS = 100_000_000

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from vila_deploy.checkpoint.config import (
-    ImageConfig,
-    LlmConfig,
-    QuantizationConfig,
-    VilaConfig,
-    VisionConfig,
-)
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
 from vila_deploy.checkpoint.variants import LLM_FAMILIES, PROJECTOR_TYPES, TOWER_FAMILIES
+from vila_deploy.checkpoint.vision_config import ImageConfig, VisionConfig
 from vila_deploy.errors import VilaDeployError
 
 # hidden, layers, heads, kv heads, intermediate, vocab, rope theta, positions, bos, eos

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from vila_deploy.checkpoint.config import LlmConfig, VilaConfig
+from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.expected import (
     Expected,
     decoder_linears,
@@ -16,6 +16,7 @@ from vila_deploy.checkpoint.expected import (
     expected_projector,
     expected_tower,
 )
+from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.formats.quantized_linear import MAX_LEVEL, QuantizedLinear
 
 # A prime, so that the rows of a weight differ although the block repeats.

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from transformers import SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
-from vila_deploy.checkpoint.config import VilaConfig, VisionConfig
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.vision_config import VisionConfig
 from vila_deploy.model.projector import Projector
 from vila_deploy.model.weights import WeightSource
 

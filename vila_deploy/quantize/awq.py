@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vila_deploy.checkpoint.config import LlmConfig
+from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats.quantized_linear import QuantizedLinear
 from vila_deploy.model.llm import LINEARS, NORMS

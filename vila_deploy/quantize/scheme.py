@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vila_deploy.checkpoint.config import LlmConfig
 from vila_deploy.checkpoint.expected import decoder_linears
+from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.errors import VilaDeployError
 
 # What the engines' 4-bit kernels take as a block of input channels.

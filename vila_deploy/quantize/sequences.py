@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from vila_deploy.checkpoint.config import LlmConfig
+from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.model.llm import rotary
 from vila_deploy.quantize.activations import InputStats
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from vila_deploy.backends.onnxruntime import files
-from vila_deploy.checkpoint.config import LlmConfig, VilaConfig
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.graph.dialects.onnxruntime import OnnxRuntimeDialect, check_group_size
 from vila_deploy.graph.llm import StoredLlm, build_llm_graph, store_llm

@@ -1,0 +1,150 @@
+"""What llm/config.json says, checked."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from vila_deploy.checkpoint.fields import Fields
+from vila_deploy.checkpoint.variants import LLM_FAMILIES, LlmFamily
+from vila_deploy.errors import short
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """`quantization_config` of a 4-bit llm/: which format its tensors are in."""
+
+    quant_method: str
+    bits: int
+    group_size: int
+    zero_point: bool
+    version: str
+
+
+@dataclass(frozen=True)
+class LlmConfig:
+    family: LlmFamily
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    rope_theta: float
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    quantization: QuantizationConfig | None
+
+
+def load_llm_config(fields: Fields, generation_file: Path) -> LlmConfig:
+    architectures = fields.values.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    if not isinstance(name, str) or name not in LLM_FAMILIES:
+        raise fields.error(
+            "architectures",
+            f"unknown LLM family {short(name)}",
+            f"this version supports {', '.join(sorted(LLM_FAMILIES))}",
+        )
+    family = LLM_FAMILIES[name]
+    hidden = fields.integer("hidden_size")
+    heads = fields.integer("num_attention_heads", high=4096)
+    kv_heads = fields.integer("num_key_value_heads", heads, high=4096)
+    if hidden % heads and "head_dim" not in fields:
+        raise fields.error("num_attention_heads", f"{heads} does not divide hidden_size {hidden}")
+    if heads % kv_heads:
+        raise fields.error("num_key_value_heads", f"{kv_heads} does not divide {heads} heads")
+    head_dim = fields.integer("head_dim", hidden // heads, high=4096)
+    if head_dim % 2:
+        raise fields.error("head_dim", f"must be even for rotary embedding, found {head_dim}")
+    fields.choice("hidden_act", ("silu",), "silu", what="activation")
+    _refuse_rope_scaling(fields)
+    for flag, expected in (("attention_bias", family.qkv_bias), ("mlp_bias", False)):
+        if fields.boolean(flag, expected) != expected:
+            raise fields.error(flag, f"{family.name} always has {str(expected).lower()} here")
+    if fields.boolean("use_sliding_window", False):
+        raise fields.error("use_sliding_window", "sliding-window attention is not supported")
+    if os.path.lexists(generation_file):
+        generation = Fields.from_file(generation_file)
+    else:
+        generation = Fields({}, generation_file)
+    vocab = fields.integer("vocab_size")
+    stops = {
+        *fields.integers("eos_token_id", [], high=vocab - 1),
+        *generation.integers("eos_token_id", [], high=vocab - 1),
+    }
+    bos = fields.integer("bos_token_id", -1, low=-1, high=vocab - 1)
+    return LlmConfig(
+        family=family,
+        hidden_size=hidden,
+        num_layers=fields.integer("num_hidden_layers", high=1024),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=fields.integer("intermediate_size"),
+        vocab_size=vocab,
+        rope_theta=_rope_theta(fields),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6, low=1e-12, high=1.0),
+        max_position_embeddings=fields.integer("max_position_embeddings", 2048),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        bos_token_id=bos if bos >= 0 else None,
+        eos_token_ids=tuple(sorted(stops)),
+        quantization=_quantization_config(fields),
+    )
+
+
+def check_quantized_sizes(config: LlmConfig, fields: Fields) -> None:
+    """AutoAWQ's layout: whole groups along the inputs, whole words of 8 along the outputs."""
+    if config.quantization is None:
+        return
+    group = config.quantization.group_size
+    inputs = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads × head_dim": config.num_heads * config.head_dim,
+    }
+    outputs = {**inputs, "num_key_value_heads × head_dim": config.num_kv_heads * config.head_dim}
+    for key, unit, sizes in (
+        ("quantization_config.group_size", group, inputs),
+        ("quantization_config.version", 8, outputs),
+    ):
+        for what, size in sizes.items():
+            if size % unit:
+                raise fields.error(key, f"{unit} does not divide {what} {size}")
+
+
+def _rope_theta(fields: Fields) -> float:
+    """transformers 5 writes `rope_parameters.rope_theta`, earlier versions a key of its own."""
+    if "rope_parameters" in fields:
+        return fields.child("rope_parameters").number("rope_theta", 10000.0, low=1.0)
+    return fields.number("rope_theta", 10000.0, low=1.0)
+
+
+def _refuse_rope_scaling(fields: Fields) -> None:
+    for key in ("rope_scaling", "rope_parameters"):
+        if key in fields:
+            scaling = fields.child(key)
+            kind = scaling.text("rope_type", scaling.text("type", "default"))
+            if kind != "default":
+                raise fields.error(
+                    key, f"rope type {short(kind)} is not supported", "use 'default'"
+                )
+            if scaling.number("partial_rotary_factor", 1.0) != 1.0:
+                raise fields.error(key, "partial rotary embedding is not supported")
+
+
+def _quantization_config(fields: Fields) -> QuantizationConfig | None:
+    if "quantization_config" not in fields:
+        return None
+    child = fields.child("quantization_config")
+    return QuantizationConfig(
+        quant_method=child.choice("quant_method", ("awq",), what="quantization method"),
+        bits=child.integer("bits", low=4, high=4),
+        group_size=child.integer("group_size", low=1),
+        zero_point=child.boolean("zero_point", True),
+        version=child.choice("version", ("gemm", "GEMM"), "gemm", what="AWQ layout").lower(),
+    )
