@@ -45,10 +45,15 @@ CASES: dict[str, tuple[dict[str, Any], Damage, str]] = {
         only_pickle("pytorch_model.bin"),
         rf"{LLM}: is missing.*pytorch_model\.bin is a pickle.*never read; convert it",
     ),
-    "AWQ release": (
+    "AWQ pickle": (
+        {"shards": 2},
+        only_pickle("vila-1.5-3b-w4-g128-awq.pt"),
+        r"of-00002\.safetensors: is missing.*awq\.pt is a pickle.*; run vila-quantize",
+    ),
+    "AWQ release that is no archive": (
         {"shards": 2},
         only_pickle("vila-1.5-3b-w4-g128-awq-v2.pt"),
-        r"of-00002\.safetensors: is missing.*awq-v2\.pt is a pickle.*; run vila-quantize",
+        r"awq-v2\.pt: is truncated, or not a zip archive.*; download",
     ),
     "LFS pointer": (
         {},

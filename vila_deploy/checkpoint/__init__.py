@@ -16,7 +16,11 @@ from vila_deploy.checkpoint.expected import (
     check_projector,
     check_tower,
 )
+from vila_deploy.checkpoint.header import TensorInfo
+from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.tensors import TensorReader, find_tensors
+from vila_deploy.checkpoint.tinychat import VERSION as TINYCHAT
+from vila_deploy.checkpoint.tinychat import read_tinychat, tinychat_file
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import sha256_file
 
@@ -68,8 +72,8 @@ class Checkpoint:
 def open_checkpoint(root: Path) -> Checkpoint:
     """Checks everything that can be checked before work starts; reads no weights but to hash them.
 
-    That is: layout, configs, index, every safetensors header, every tensor's name, shape and
-    dtype, and SHA256SUMS if there is one.
+    That is: layout, configs, index, every header of a file of weights, every tensor's name, shape
+    and dtype, and SHA256SUMS if there is one.
 
     Raises:
         VilaDeployError: names the file, key or tensor that is wrong.
@@ -86,7 +90,10 @@ def open_checkpoint(root: Path) -> Checkpoint:
 
 def _open(root: Path) -> Checkpoint:
     config = load_config(root)
-    found = {part: find_tensors(root / part) for part in PARTS}
+    found = {
+        "llm": _find_llm(root / "llm", config.llm),
+        **{part: find_tensors(root / part) for part in PARTS[1:]},
+    }
     check_llm(config.llm, found["llm"], root / "llm")
     check_tower(config, found["vision_tower"], root / "vision_tower")
     check_projector(config, found["mm_projector"], root / "mm_projector")
@@ -105,6 +112,15 @@ def _open(root: Path) -> Checkpoint:
         _refuse_non_finite(readers, error.file)
         raise
     return Checkpoint(root, config, llm, vision, projector, digests or {})
+
+
+def _find_llm(folder: Path, config: LlmConfig) -> dict[str, TensorInfo]:
+    """Every tensor of llm/, which an AWQ release of VILA holds in one file of torch.save."""
+    tinychat = config.quantization is not None and config.quantization.version == TINYCHAT
+    file = tinychat_file(folder) if tinychat else None
+    if file is None or config.quantization is None:
+        return find_tensors(folder)
+    return read_tinychat(file, config.quantization.group_size)
 
 
 def _refuse_non_finite(readers: Iterable[TensorReader], file: Path) -> None:

@@ -12,6 +12,8 @@ from vila_deploy.files import read_small_file, sha256_file
 
 CHECKSUM_FILE = "SHA256SUMS"
 LIMIT_BYTES = 1 << 20
+# An AWQ release of VILA has its language model in a .pt.
+WEIGHT_SUFFIXES = (".safetensors", ".pt")
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
@@ -26,7 +28,7 @@ def read_checksums(root: Path) -> dict[str, str] | None:
     """Path relative to `root` → hex digest; None where there is no SHA256SUMS.
 
     Raises:
-        VilaDeployError: a line that is malformed, leaves the folder or names no *.safetensors.
+        VilaDeployError: a line that is malformed, leaves the folder or names no file of weights.
     """
     source = root / CHECKSUM_FILE
     if not os.path.lexists(source):
@@ -38,9 +40,10 @@ def read_checksums(root: Path) -> dict[str, str] | None:
         path = match[2] if match else ""
         inside = not path.startswith("/") and not set(path) & set("\\:\0")
         inside = inside and not {"", ".", ".."} & set(path.split("/"))
-        if not match or not inside or not path.endswith(".safetensors") or path in digests:
+        if not match or not inside or not path.endswith(WEIGHT_SUFFIXES) or path in digests:
             raise VilaDeployError(
-                f"must be a SHA-256 and the path of a .safetensors file here, found {short(line)}",
+                "must be a SHA-256 and the path of a .safetensors or .pt file here, found "
+                f"{short(line)}",
                 where=f"{source}: line {number}",
                 fix="download this file again, or remove it to go without checksums",
             )

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.header import TensorInfo
-from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
+from vila_deploy.checkpoint.tinychat import VERSION as TINYCHAT
 from vila_deploy.errors import VilaDeployError
 
 FLOATS = ("F16", "BF16", "F32")
@@ -66,7 +67,7 @@ def check_projector(config: VilaConfig, tensors: Mapping[str, TensorInfo], folde
 
 
 def expected_llm(config: LlmConfig) -> Iterator[Expected]:
-    """Every tensor of llm/, decoder linears in fp or in AutoAWQ-GEMM form."""
+    """Every tensor of llm/, decoder linears in fp or in the 4-bit form that its config names."""
     yield Expected(EMBEDDING, (config.vocab_size, config.hidden_size))
     if not config.tie_word_embeddings:
         yield Expected(HEAD, (config.vocab_size, config.hidden_size))
@@ -80,12 +81,29 @@ def expected_llm(config: LlmConfig) -> Iterator[Expected]:
             if config.quantization is None:
                 yield Expected(f"{prefix}.{name}.weight", (rows, columns))
             else:
-                groups, words = columns // config.quantization.group_size, rows // LEVELS_PER_WORD
-                yield Expected(f"{prefix}.{name}.qweight", (columns, words), ("I32",))
-                yield Expected(f"{prefix}.{name}.qzeros", (groups, words), ("I32",))
-                yield Expected(f"{prefix}.{name}.scales", (groups, rows), ("F16",))
+                yield from _expected_4bit(f"{prefix}.{name}", rows, columns, config.quantization)
             if has_bias(config, name):
                 yield Expected(f"{prefix}.{name}.bias", (rows,))
+
+
+def _expected_4bit(
+    prefix: str, rows: int, columns: int, quantization: QuantizationConfig
+) -> Iterator[Expected]:
+    """A quantized linear of `rows` output and `columns` input channels, but for its bias."""
+    size = quantization.group_size
+    if quantization.version == TINYCHAT:
+        # Only here, since this module needs torch.
+        from vila_deploy.formats.tinychat import NIBBLES, scale_rows
+
+        table = (scale_rows(columns, size), rows)
+        yield Expected(f"{prefix}.qweight", (rows // NIBBLES, columns), ("I16",))
+        yield Expected(f"{prefix}.scales", table, ("F16",))
+        yield Expected(f"{prefix}.scaled_zeros", table, ("F16",))
+        return
+    words = rows // LEVELS_PER_WORD
+    yield Expected(f"{prefix}.qweight", (columns, words), ("I32",))
+    yield Expected(f"{prefix}.qzeros", (columns // size, words), ("I32",))
+    yield Expected(f"{prefix}.scales", (columns // size, rows), ("F16",))
 
 
 def has_bias(config: LlmConfig, name: str) -> bool:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vila_deploy.checkpoint.fields import Fields
+from vila_deploy.checkpoint.tinychat import VERSION as TINYCHAT
+from vila_deploy.checkpoint.tinychat import group_size, tinychat_file
 from vila_deploy.checkpoint.variants import LLM_FAMILIES, LlmFamily
 from vila_deploy.errors import short
 
@@ -139,7 +141,9 @@ def _refuse_rope_scaling(fields: Fields) -> None:
 
 def _quantization_config(fields: Fields) -> QuantizationConfig | None:
     if "quantization_config" not in fields:
-        return None
+        # AWQ releases of VILA say nothing here: their one file of weights does.
+        file = tinychat_file(fields.source.parent)
+        return QuantizationConfig("awq", 4, group_size(file), True, TINYCHAT) if file else None
     child = fields.child("quantization_config")
     return QuantizationConfig(
         quant_method=child.choice("quant_method", ("awq",), what="quantization method"),

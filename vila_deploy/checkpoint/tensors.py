@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vila_deploy.checkpoint.header import TensorInfo, read_header
+from vila_deploy.checkpoint.pickled import PickledFile, SearchResultError, is_search_result
+from vila_deploy.checkpoint.tinychat import SUFFIX as TINYCHAT_SUFFIX
 from vila_deploy.errors import VilaDeployError, short
 from vila_deploy.files import read_json_object
 
@@ -95,6 +97,17 @@ def _missing(file: Path, folder: Path, what: str) -> VilaDeployError:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if not pickles:
         return VilaDeployError(what, where=file, fix="download the whole checkpoint")
+    tinychat = [name for name in pickles if name.endswith(TINYCHAT_SUFFIX)]
+    if tinychat:
+        return VilaDeployError(
+            f"{what}; {tinychat[0][:120]} is read only where there is no .safetensors file in "
+            "llm/ and no quantization_config in its config.json",
+            where=file,
+            fix="download the whole checkpoint, or remove those to use that file",
+        )
+    for name in pickles:
+        if name.endswith(".pt") and is_search_result(folder / name):
+            return SearchResultError(folder / name)
     if "awq" in pickles[0].lower():
         fix = "run vila-quantize on the original fp16 checkpoint instead"
     else:
@@ -156,7 +169,8 @@ class TensorReader:
 
         info = self.info(name)
         dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-        dtypes |= {"F64": torch.float64, "I32": torch.int32, "I64": torch.int64}
+        dtypes |= {"F64": torch.float64, "I16": torch.int16, "I32": torch.int32}
+        dtypes |= {"I64": torch.int64}
         if info.dtype not in dtypes:
             raise _unreadable(info, f"dtype {info.dtype} is not supported")
         return dtypes[info.dtype]
@@ -167,13 +181,13 @@ class TensorReader:
         Raises:
             VilaDeployError: no such tensor, unreadable, or NaN or Inf among its values.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         info = self.info(name)
         dtype = self.dtype(name)
         try:
             if info.file not in self._open_files:
-                self._open_files[info.file] = safe_open(info.file, framework="pt")
+                self._open_files[info.file] = _open(info.file)
             tensor: Tensor = self._open_files[info.file].get_tensor(info.name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise _unreadable(info, f"cannot be read ({error})") from error
@@ -187,16 +201,34 @@ class TensorReader:
         return tensor
 
     def linear(self, prefix: str) -> Tensor | QuantizedLinear:
-        """The weight [out, in] of a linear layer: a tensor as stored, or its 4-bit form."""
+        """The weight [out, in] of a linear layer: a tensor as stored, or its 4-bit form.
+
+        Raises:
+            VilaDeployError: what `tensor` says, or names the tensor that doesn't fit its format.
+        """
         if self._group_size is None or f"{prefix}.qweight" not in self:
             return self.tensor(f"{prefix}.weight")
-        from vila_deploy.formats import awq_gemm
+        from vila_deploy.formats import awq_gemm, tinychat
 
-        parts = ("qweight", "qzeros", "scales", "bias")
+        layout = tinychat if f"{prefix}.scaled_zeros" in self else awq_gemm
+        parts = ("qweight", "qzeros", "scales", "scaled_zeros", "bias")
         tensors = {
             part: self.tensor(f"{prefix}.{part}") for part in parts if f"{prefix}.{part}" in self
         }
-        return awq_gemm.unpack(tensors, self._group_size)
+        try:
+            return layout.unpack(tensors, self._group_size)
+        except VilaDeployError as error:
+            where = f"{self.info(f'{prefix}.qweight').file}: {prefix[:120]}.{error.where}"
+            raise VilaDeployError(error.what, where=where, fix=error.fix) from error
+
+
+def _open(file: Path) -> Any:
+    """What has `get_tensor`: a file of safetensors, or one of torch.save."""
+    if file.suffix in PICKLE_SUFFIXES:
+        return PickledFile(file)
+    from safetensors import safe_open
+
+    return safe_open(file, framework="pt")
 
 
 def _is_finite(tensor: Tensor) -> bool:
