@@ -109,7 +109,7 @@ def test_branch_is_what_the_question_would_be_alone(tokenizer):
     rng = np.random.default_rng(5)
     scenes = (pictures.random_scene(rng),)
     pairs = questions_of(scenes, rng)
-    packed = packing.pack(tokenizer, scenes, pairs)
+    packed = packing.pack(tokenizer, packing.Packed(scenes), pairs)
     for branch, (prompt, answer) in enumerate(pairs, 1):
         kept = [i for i, b in enumerate(packed.branches) if b in (0, branch)]
         system = PROMPT_TEMPLATES["vicuna_v1"].system
@@ -128,7 +128,7 @@ def questions_of(scenes, rng):
 def test_mask_hides_other_branches(tokenizer):
     rng = np.random.default_rng(6)
     scenes = (pictures.random_scene(rng),)
-    packed = packing.pack(tokenizer, scenes, questions_of(scenes, rng))
+    packed = packing.pack(tokenizer, packing.Packed(scenes), questions_of(scenes, rng))
     mask = packing.collate([packed]).mask[0, 0]
     for row in range(len(packed.tokens)):
         for column in range(len(packed.tokens)):
@@ -150,7 +150,7 @@ def test_score_counts_exact_answers():
 def test_checkpoint_is_a_vila_of_at_most_10_mb():
     config = load_config(CHECKPOINT)
     assert config.token_order == "column"
-    assert config.tokens_per_image == model.TOKENS_PER_IMAGE
+    assert config.tokens_per_block == model.TOKENS_PER_IMAGE
     assert config.vision.grid % 2 == 1, "the padding of odd grids should be exercised"
     assert config.vision_layers_used == config.vision.num_layers - 1
     assert config.llm.hidden_size % 128 == 0
@@ -179,4 +179,4 @@ def test_tokenizer_takes_any_text(tokenizer, text):
 def test_answers_like_it_was_trained_to():
     tiny = model.load(CHECKPOINT)
     result = scoring.score(tiny.answer, questions.held_out(40))
-    assert result.accuracy >= 0.9, result.table()
+    assert result.accuracy >= 0.95, result.table()

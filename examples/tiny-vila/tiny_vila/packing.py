@@ -28,10 +28,11 @@ SINGLE = [kind for kind, pictures in PICTURES.items() if pictures == 1 and kind 
 class Packed:
     """Token ids and, for each, its target, position, branch (0 is the prefix) and weight.
 
-    An answer of n tokens weighs √n in all, lest descriptions drown the answers of one word.
+    Tokens weigh alike, or an answer of n tokens √n in all (`even_answers`).
     """
 
     scenes: tuple[Scene, ...]
+    even_answers: bool = False
     tokens: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
@@ -44,7 +45,7 @@ class Packed:
         self.targets += tokens if learn else [IGNORED] * len(tokens)
         self.positions += range(start, start + len(tokens))
         self.branches += [branch] * len(tokens)
-        self.weights += [len(tokens) ** -0.5] * len(tokens)
+        self.weights += [len(tokens) ** -0.5 if self.even_answers else 1.0] * len(tokens)
         return start + len(tokens)
 
 
@@ -60,14 +61,19 @@ class Batch:
     mask: Tensor
 
 
-def random_pack(tokenizer: Tokenizer, rng: np.random.Generator) -> Packed:
+def random_pack(
+    tokenizer: Tokenizer, rng: np.random.Generator, max_shapes: int, even_answers: bool
+) -> Packed:
     """A pack about one, two or three pictures, or now and then a conversation about one."""
-    pictures = int(rng.choice([1, 2, 3], p=[0.5, 0.25, 0.25]))
-    scenes = tuple(random_scene(rng) for _ in range(pictures))
-    pairs = questions_about(scenes, rng)
+    pairs: list[Pair] = []
+    while not pairs:  # of two pictures that are alike there may be nothing to ask
+        pictures = int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
+        scenes = tuple(random_scene(rng, max_shapes) for _ in range(pictures))
+        pairs = questions_about(scenes, rng)
     if pictures == 1 and rng.random() < 0.15:
-        return conversation(tokenizer, scenes, [pairs[i] for i in rng.permutation(len(pairs))])
-    return pack(tokenizer, scenes, pairs)
+        turns = [pairs[i] for i in rng.permutation(len(pairs))]
+        return conversation(tokenizer, Packed(scenes, even_answers), turns)
+    return pack(tokenizer, Packed(scenes, even_answers), pairs)
 
 
 def questions_about(scenes: tuple[Scene, ...], rng: np.random.Generator) -> list[Pair]:
@@ -84,16 +90,15 @@ def questions_about(scenes: tuple[Scene, ...], rng: np.random.Generator) -> list
     return [pair for pair in pairs if pair]
 
 
-def pack(tokenizer: Tokenizer, scenes: tuple[Scene, ...], pairs: list[Pair]) -> Packed:
+def pack(tokenizer: Tokenizer, packed: Packed, pairs: list[Pair]) -> Packed:
     """Every question as a branch behind what all their prompts begin with."""
     prompts = [
-        tokenize(tokenizer, render(TEMPLATE, [], with_markers(prompt, len(scenes))))
+        tokenize(tokenizer, render(TEMPLATE, [], with_markers(prompt, len(packed.scenes))))
         for prompt, _ in pairs
     ]
     shared = 0
     while len({tuple(p[: shared + 1]) for p in prompts}) == 1 and shared < len(prompts[0]) - 1:
         shared += 1
-    packed = Packed(scenes)
     packed.add(prompts[0][:shared], False, 0, 0)
     for branch, (prompt, (_, answer)) in enumerate(zip(prompts, pairs, strict=True), 1):
         end = packed.add(prompt[shared:], False, shared, branch)
@@ -101,12 +106,12 @@ def pack(tokenizer: Tokenizer, scenes: tuple[Scene, ...], pairs: list[Pair]) -> 
     return packed
 
 
-def conversation(tokenizer: Tokenizer, scenes: tuple[Scene, ...], pairs: list[Pair]) -> Packed:
+def conversation(tokenizer: Tokenizer, packed: Packed, pairs: list[Pair]) -> Packed:
     """The questions as turns of one conversation."""
-    packed, end, seen = Packed(scenes), 0, 0
+    end = seen = 0
     turns: list[Pair] = []
     for prompt, answer in pairs:
-        question = prompt if turns else with_markers(prompt, len(scenes))
+        question = prompt if turns else with_markers(prompt, len(packed.scenes))
         ids = tokenize(tokenizer, render(TEMPLATE, turns, question))
         end = packed.add(ids[seen:], False, end, 0)
         end = packed.add(_answer(tokenizer, answer), True, end, 0)

@@ -66,11 +66,11 @@ class Scene:
         ]
 
 
-def random_scene(rng: np.random.Generator) -> Scene:
-    """1 to MAX_SHAPES shapes of a few kinds and colours, so that several are often alike."""
+def random_scene(rng: np.random.Generator, max_shapes: int = MAX_SHAPES) -> Scene:
+    """1 to `max_shapes` shapes of a few kinds and colours, so that several are often alike."""
     kinds = rng.permutation(KINDS)[: rng.integers(1, len(KINDS) + 1)]
     colours = rng.permutation(list(COLOURS))[: rng.integers(2, len(COLOURS) + 1)]
-    count = int(rng.integers(1, MAX_SHAPES + 1))
+    count = int(rng.integers(1, max_shapes + 1))
     shapes = []
     for place in sorted(rng.choice(len(PLACES), count, replace=False)):
         radius = float(rng.uniform(0.34, 0.46))
