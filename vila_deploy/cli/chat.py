@@ -1,19 +1,25 @@
-"""vila-chat: asks an engine about pictures."""
+"""vila-chat: asks an engine about pictures and videos."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vila_deploy.cli.common import command_errors, echo_json
 
 if TYPE_CHECKING:
-    from vila_deploy.generate import Conversation, Sampling
+    from PIL.Image import Image
 
-HELP_INTERACTIVE = "/image FILE adds a picture to the next question, /reset begins anew, /quit ends"
+    from vila_deploy.generate import Answer, Conversation, Sampling
+
+HELP_INTERACTIVE = (
+    "/image FILE and /video FILE add pictures to the next question, /reset begins anew, /quit ends"
+)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,6 +27,15 @@ HELP_INTERACTIVE = "/image FILE adds a picture to the next question, /reset begi
 @click.option(
     "--image", "images", type=click.Path(path_type=Path), multiple=True, help="Picture; repeatable."
 )
+@click.option(
+    "--video", "videos", type=click.Path(path_type=Path), multiple=True,
+    help="Video, taken as pictures at even distances; repeatable. Videos come after all pictures.",
+)  # fmt: skip
+@click.option(
+    # VILA1.5's own number, `num_video_frames`.
+    "--video-frames", type=click.IntRange(1), default=8, show_default=True,
+    help="Pictures from each video.",
+)  # fmt: skip
 @click.option("-p", "--prompt", help="Question; <image> in it marks where each picture goes.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True)
 @click.option(
@@ -37,6 +52,8 @@ HELP_INTERACTIVE = "/image FILE adds a picture to the next question, /reset begi
 def main(
     engine: Path,
     images: tuple[Path, ...],
+    videos: tuple[Path, ...],
+    video_frames: int,
     prompt: str | None,
     max_new_tokens: int,
     temperature: float,
@@ -44,13 +61,14 @@ def main(
     seed: int | None,
     as_json: bool,
 ) -> None:
-    """Ask ENGINE, a folder made by vila-build-engine, about pictures.
+    """Ask ENGINE, a folder made by vila-build-engine, about pictures and videos.
 
     Without -p it is interactive.
 
     \b
     vila-chat ENGINE --image cat.jpg -p "What is this?"
     vila-chat ENGINE --image a.jpg --image b.jpg -p "<image> <image> Which one is darker?"
+    vila-chat ENGINE --video cat.mp4 -p "What happens?"
     """
     if as_json and prompt is None:
         raise click.UsageError("--json needs -p")
@@ -59,8 +77,11 @@ def main(
     from vila_deploy.errors import VilaDeployError
     from vila_deploy.generate import Conversation, Sampling
     from vila_deploy.model.images import open_image
+    from vila_deploy.model.video import sample_frames
 
+    frames_of = partial(sample_frames, count=video_frames)
     pictures = [open_image(path) for path in images]
+    pictures += [frame for path in videos for frame in frames_of(path)]
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     with open_engine(engine) as opened:
         if opened.tokenizer is None:
@@ -71,27 +92,34 @@ def main(
             opened.session, opened.tokenizer, opened.model, opened.max_input_len
         )
         if prompt is None:
-            _interactive(conversation, pictures, sampling)
+            _interactive(conversation, pictures, sampling, frames_of)
             return
         answer = conversation.ask(
             prompt, pictures, sampling, on_text=(lambda text: None) if as_json else _show
         )
     if as_json:
-        echo_json(
-            {
-                "text": answer.text,
-                "tokens": answer.tokens,
-                "prompt_tokens": answer.prompt_tokens,
-                "finish_reason": answer.finish_reason,
-                "timings_ms": answer.timings_ms,
-                "decode_tokens_per_s": answer.decode_tokens_per_s,
-            }
-        )
+        echo_json(_for_programs(answer))
     else:
         click.echo()
 
 
-def _interactive(conversation: Conversation, pictures: list, sampling: Sampling) -> None:
+def _for_programs(answer: Answer) -> dict[str, Any]:
+    return {
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "prompt_tokens": answer.prompt_tokens,
+        "finish_reason": answer.finish_reason,
+        "timings_ms": answer.timings_ms,
+        "decode_tokens_per_s": answer.decode_tokens_per_s,
+    }
+
+
+def _interactive(
+    conversation: Conversation,
+    pictures: list[Image],
+    sampling: Sampling,
+    frames_of: Callable[[Path], list[Image]],
+) -> None:
     from vila_deploy.errors import VilaDeployError
     from vila_deploy.model.images import open_image
 
@@ -110,6 +138,8 @@ def _interactive(conversation: Conversation, pictures: list, sampling: Sampling)
                 pictures = []
             elif command == "/image":
                 pictures = [*pictures, open_image(Path(argument.strip()))]
+            elif command == "/video":
+                pictures = [*pictures, *frames_of(Path(argument.strip()))]
             elif line.startswith("/"):
                 click.echo(HELP_INTERACTIVE, err=True)
             elif line:
