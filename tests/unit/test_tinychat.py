@@ -160,11 +160,12 @@ def test_every_zero_point_survives_every_scale():
 
 def test_a_scale_rounded_apart_from_its_product_is_no_error():
     """A writer that multiplied before rounding the scale is up to 0.015 off an integer."""
-    scale = torch.rand(8, 2, generator=torch.Generator().manual_seed(0)) + 0.01
-    zero = torch.full((8, 2), 15)
-    tensors = tinychat.pack(random_linear(8, 128, 64))
-    tensors["scales"][:2], tensors["scaled_zeros"][:2] = scale.half().T, -(scale * zero).half().T
-    assert tinychat.unpack(tensors, 64).zero.eq(15).all()
+    scale = torch.rand(32, 256, generator=torch.Generator().manual_seed(0)) + 0.01
+    tensors = tinychat.pack(random_linear(256, 1024, 32))
+    tensors["scales"][:], tensors["scaled_zeros"][:] = scale.half(), -(scale * 15).half()
+    ratio = -tensors["scaled_zeros"].float() / tensors["scales"].float()
+    assert 0.012 < (ratio - 15).abs().max() < 0.015
+    assert tinychat.unpack(tensors, 32).zero.eq(15).all()
 
 
 SIZES = [

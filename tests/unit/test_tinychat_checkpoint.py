@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from damage import Q_PROJ, refused
 from safetensors.torch import load_file
 from tiny import make_checkpoint
-from tinychat_release import NAME, PT, SEARCH_RESULT, release
+from tinychat_release import NAME, PT, SEARCH_RESULT, change, release
 
 from vila_deploy.backends import open_engine
 from vila_deploy.build import BuildOptions, plan_build
@@ -72,6 +72,14 @@ def test_biases_come_with_their_linears(tmp_path: Path) -> None:
     assert isinstance(linear, QuantizedLinear)
     assert linear.bias is not None
     assert torch.equal(linear.bias, llm.tensor(f"{Q_PROJ}.bias"))
+
+
+def test_parameters_are_tensors_too(tmp_path: Path) -> None:
+    """A state_dict holds tensors, a dictionary made by hand may hold a module's parameters."""
+    root, awq = release(tmp_path)
+    change(lambda s: s.update({"lm_head.weight": torch.nn.Parameter(s["lm_head.weight"])}))(root)
+    found, expected = (open_checkpoint(r).llm.tensor("lm_head.weight") for r in (root, awq))
+    np.testing.assert_array_equal(found.numpy(), expected.numpy())
 
 
 def test_builds_an_engine(tmp_path: Path) -> None:

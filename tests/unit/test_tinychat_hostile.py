@@ -16,7 +16,7 @@ import torch
 from damage import Q_PROJ, refused, set_key
 from tinychat_release import PT, SEARCH_RESULT, Tensors, change, release, save
 
-from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.checkpoint import open_checkpoint, pickled
 from vila_deploy.errors import VilaDeployError
 
 
@@ -182,6 +182,18 @@ def test_open_refuses(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     damage(root)
     monkeypatch.chdir(tmp_path)
     assert re.search(message, refused(root))
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_torchs_own_unpickler_is_a_second_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Should a name ever pass our check, nothing of it runs all the same."""
+    root, _ = release(tmp_path)
+    save({"a": Call()})(root)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pickled, "PLAIN", re.compile(".*"))
+    assert re.search(r"cannot be read as tensors \(UnpicklingError: .*; download", refused(root))
     assert not (tmp_path / "unpickled").exists()
 
 
