@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,48 @@ PROJECTORS: dict[str, list[tuple[str, ...]]] = {
         ("layers.7", "h", "h"),
     ],
 }  # fmt: skip
+TOWERS: dict[str, dict[str, Any]] = {
+    "siglip": {
+        "architectures": ["SiglipVisionModel"],
+        "model_type": "siglip_vision_model",
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+    },
+    "clip": {
+        "architectures": ["CLIPVisionModel"],
+        "model_type": "clip_vision_model",
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+    "internvit": {
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "qk_normalization": True,
+        "qkv_bias": False,
+    },
+}
+PREPROCESSORS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "siglip": lambda size: {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
+    "clip": lambda size: {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    },
+    # The class that VILA saves holds nothing.
+    "internvit": lambda size: {"image_processor_type": "InternVisionPreprocessor"},
+}
 NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # column that each nibble of an AutoAWQ word holds
 
 
@@ -49,7 +91,8 @@ NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # column that each nibble of an AutoAWQ
 class Tiny:
     """Sizes and variants of a made checkpoint; `*_config` entries override the written JSON keys.
 
-    A value of None in those mappings removes the key. `quantized` writes llm/ as AutoAWQ-GEMM;
+    A value of None in those mappings removes the key. `tower` is siglip, clip or internvit; the
+    projector takes the features of `scales` scales. `quantized` writes llm/ as AutoAWQ-GEMM;
     `added_tokens` come behind the tokenizer's others.
     """
 
@@ -67,6 +110,8 @@ class Tiny:
     patch: int = 14
     image: int = 42
     qwen2: bool = False
+    tower: str = "siglip"
+    scales: int = 1
     projector: str = "mlp_downsample"
     added_tokens: tuple[str, ...] = ()
     tied: bool = False
@@ -80,6 +125,7 @@ class Tiny:
     root_config: Mapping[str, Any] = field(default_factory=dict)
     llm_config: Mapping[str, Any] = field(default_factory=dict)
     vision_config: Mapping[str, Any] = field(default_factory=dict)
+    preprocessor_config: Mapping[str, Any] = field(default_factory=dict)
     projector_config: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -143,14 +189,21 @@ def tower_tensors(tiny: Tiny, generator: torch.Generator) -> dict[str, Tensor]:
         tensors[f"{name}.weight"] = _near(1.0, width, generator)
         tensors[f"{name}.bias"] = _near(0.0, width, generator)
 
+    if tiny.tower == "internvit":
+        return internvit_tensors(tiny, generator)
+    clip = tiny.tower == "clip"
     embeddings = "vision_model.embeddings"
     linear(f"{embeddings}.patch_embedding", width, 3 * tiny.patch**2)
     patches = tensors[f"{embeddings}.patch_embedding.weight"]
     tensors[f"{embeddings}.patch_embedding.weight"] = patches.unflatten(
         1, (3, tiny.patch, tiny.patch)
     )
-    positions = (tiny.image // tiny.patch) ** 2
+    positions = (tiny.image // tiny.patch) ** 2 + clip
     tensors[f"{embeddings}.position_embedding.weight"] = _matrix(positions, width, generator)
+    if clip:
+        del tensors[f"{embeddings}.patch_embedding.bias"]
+        tensors[f"{embeddings}.class_embedding"] = _near(0.0, width, generator)
+        norm("vision_model.pre_layrnorm")
     for index in range(tiny.vision_layers):
         prefix = f"vision_model.encoder.layers.{index}"
         norm(f"{prefix}.layer_norm1")
@@ -161,6 +214,7 @@ def tower_tensors(tiny: Tiny, generator: torch.Generator) -> dict[str, Tensor]:
         linear(f"{prefix}.mlp.fc2", width, inner)
     if tiny.unused_tower:
         norm("vision_model.post_layernorm")
+    if tiny.unused_tower and not clip:
         head = "vision_model.head"
         tensors[f"{head}.probe"] = _near(0.0, width, generator).view(1, 1, width)
         tensors[f"{head}.attention.in_proj_weight"] = _matrix(3 * width, width, generator)
@@ -172,9 +226,37 @@ def tower_tensors(tiny: Tiny, generator: torch.Generator) -> dict[str, Tensor]:
     return {name: tensor.to(tiny.dtype) for name, tensor in tensors.items()}
 
 
+def internvit_tensors(tiny: Tiny, generator: torch.Generator) -> dict[str, Tensor]:
+    """With normed queries and keys, no bias on them, and layer scales away from 1."""
+    width, inner, patch = tiny.vision_hidden, tiny.vision_intermediate, tiny.patch
+    positions = (tiny.image // patch) ** 2 + 1
+    tensors = {
+        "embeddings.class_embedding": _near(0.0, width, generator).view(1, 1, width),
+        "embeddings.position_embedding": _matrix(positions, width, generator)[None],
+        "embeddings.patch_embedding.weight": _matrix(width, 3 * patch**2, generator).unflatten(
+            1, (3, patch, patch)
+        ),
+        "embeddings.patch_embedding.bias": _near(0.0, width, generator),
+    }
+    for index in range(tiny.vision_layers):
+        prefix = f"encoder.layers.{index}"
+        for name in ("norm1.weight", "norm2.weight", "attn.q_norm.weight", "attn.k_norm.weight"):
+            tensors[f"{prefix}.{name}"] = _near(1.0, width, generator)
+        tensors[f"{prefix}.ls1"] = _near(0.3, width, generator)
+        tensors[f"{prefix}.ls2"] = _near(0.3, width, generator)
+        tensors[f"{prefix}.attn.qkv.weight"] = _matrix(3 * width, width, generator)
+        for name, rows, columns in (
+            ("attn.proj", width, width), ("mlp.fc1", inner, width), ("mlp.fc2", width, inner),
+        ):  # fmt: skip
+            tensors[f"{prefix}.{name}.weight"] = _matrix(rows, columns, generator)
+            tensors[f"{prefix}.{name}.bias"] = _near(0.0, rows, generator)
+    return {name: tensor.to(tiny.dtype) for name, tensor in tensors.items()}
+
+
 def projector_tensors(tiny: Tiny, generator: torch.Generator) -> dict[str, Tensor]:
-    sizes = {f"{n}c": n * tiny.vision_hidden for n in (3, 4, 9)}
-    sizes |= {"c": tiny.vision_hidden, "h": tiny.hidden}
+    channels = tiny.vision_hidden * tiny.scales
+    sizes = {f"{n}c": n * channels for n in (3, 4, 9)}
+    sizes |= {"c": channels, "h": tiny.hidden}
     tensors: dict[str, Tensor] = {}
     for name, *dims in PROJECTORS[tiny.projector]:
         rows, *columns = (sizes[dim] for dim in dims)
@@ -244,7 +326,7 @@ def config_files(tiny: Tiny) -> list[tuple[str, dict[str, Any], Mapping[str, Any
         "architectures": ["LlavaLlamaModel"],
         "model_type": "llava_llama",
         "hidden_size": tiny.hidden,
-        "mm_hidden_size": tiny.vision_hidden,
+        "mm_hidden_size": tiny.vision_hidden * tiny.scales,
         "image_aspect_ratio": "resize",
         "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "cls_patch",
@@ -281,8 +363,6 @@ def config_files(tiny: Tiny) -> list[tuple[str, dict[str, Any], Mapping[str, Any
             "version": "gemm",
         }
     vision = {
-        "architectures": ["SiglipVisionModel"],
-        "model_type": "siglip_vision_model",
         "hidden_size": tiny.vision_hidden,
         "num_hidden_layers": tiny.vision_layers,
         "num_attention_heads": tiny.vision_heads,
@@ -290,18 +370,11 @@ def config_files(tiny: Tiny) -> list[tuple[str, dict[str, Any], Mapping[str, Any
         "patch_size": tiny.patch,
         "image_size": tiny.image,
         "num_channels": 3,
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
+        **TOWERS[tiny.tower],
     }
-    preprocessor = {
-        "image_processor_type": "SiglipImageProcessor",
-        "do_resize": True,
-        "size": {"height": tiny.image, "width": tiny.image},
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
+    preprocessor = PREPROCESSORS[tiny.tower](tiny.image)
+    if tiny.tower != "siglip":
+        root["mm_vision_select_feature"] = "patch"
     projector = {"model_type": "v2l_projector", "mm_projector_type": tiny.projector}
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     return [
@@ -309,7 +382,7 @@ def config_files(tiny: Tiny) -> list[tuple[str, dict[str, Any], Mapping[str, Any
         ("llm/config.json", llm, tiny.llm_config),
         ("llm/generation_config.json", generation, {}),
         ("vision_tower/config.json", vision, tiny.vision_config),
-        ("vision_tower/preprocessor_config.json", preprocessor, {}),
+        ("vision_tower/preprocessor_config.json", preprocessor, tiny.preprocessor_config),
         ("mm_projector/config.json", projector, tiny.projector_config),
     ]
 

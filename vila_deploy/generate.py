@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,8 +12,13 @@ from PIL import Image
 from vila_deploy.engine.description import ModelDescription
 from vila_deploy.engine.session import Floats, Session
 from vila_deploy.errors import VilaDeployError
-from vila_deploy.model.images import preprocess
-from vila_deploy.model.prompts import PROMPT_TEMPLATES, render, with_markers
+from vila_deploy.model.images import Pixels, preprocess
+from vila_deploy.model.prompts import (
+    PROMPT_TEMPLATES,
+    render,
+    with_markers,
+    with_tile_markers,
+)
 from vila_deploy.model.splice import prompt_length, prompt_pieces, splice
 from vila_deploy.model.tokenizer import TextStream, Tokenizer
 
@@ -78,6 +83,30 @@ def generate(
         logits = session.decode(token)
 
 
+def place_images(
+    question: str, images: Sequence[Image.Image], model: ModelDescription, first: bool = True
+) -> tuple[str, list[Pixels]]:
+    """`question` with a marker for each place that a picture takes, and the pictures' pixels.
+
+    Args:
+        first: whether no earlier turn had a picture.
+
+    Raises:
+        VilaDeployError: markers and pictures differ in number.
+    """
+    question = with_markers(question, len(images), model.image_end)
+    pixels = preprocess(images, model.image, model.tiling, alone=first)
+    if model.tiling.mode == "dynamic" and len(images) == 1 and first:
+        question = with_tile_markers(question, len(pixels[0].tiles))
+    return question, pixels
+
+
+def encode_images(session: Session, pixels: Sequence[Pixels]) -> list[Floats]:
+    """Features [tokens, hidden] for each place that the pictures take in the prompt."""
+    encoded = (session.encode_images(image.tiles, image.grid) for image in pixels)
+    return [features for image in encoded for features in image]
+
+
 @dataclass
 class Conversation:
     """Questions about pictures, one after the other; earlier turns stay in the prompt.
@@ -109,16 +138,15 @@ class Conversation:
             VilaDeployError: markers and pictures differ in number, or the prompt is too long.
         """
         clock = _Clock()
-        question = with_markers(question, len(images), self.model.image_end)
+        question, pixels = place_images(question, images, self.model, first=not self._features)
+        clock.lap("preprocess")
         prompt = render(PROMPT_TEMPLATES[self.model.prompt], self.turns, question)
         pieces = prompt_pieces(self.tokenizer, prompt, self.model.image_end)
-        length = prompt_length(pieces, self.model.tokens_per_image)
+        new_tokens = [count for image in pixels for count in self.model.tokens_of(image)]
+        length = prompt_length(pieces, [*map(len, self._features), *new_tokens])
         self._check_length(length)
-        pixels = preprocess(images, self.model.image)
-        clock.lap("preprocess")
-        new = [self.session.encode_images(image[None])[0] for image in pixels]
+        features = [*self._features, *encode_images(self.session, pixels)]
         clock.lap("vision")
-        features = [*self._features, *new]
         embeds = splice(pieces, features, self.session.embed_tokens)
 
         stream, text = TextStream(self.tokenizer), ""

@@ -11,9 +11,8 @@ from PIL import Image
 from vila_deploy.backends import open_engine
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.engine.session import Session
-from vila_deploy.generate import Sampling, generate
-from vila_deploy.model.images import preprocess
-from vila_deploy.model.prompts import PROMPT_TEMPLATES, render, with_markers
+from vila_deploy.generate import Sampling, encode_images, generate, place_images
+from vila_deploy.model.prompts import PROMPT_TEMPLATES, render
 from vila_deploy.model.splice import prompt_pieces, splice
 from vila_deploy.model.vila import ReferenceSession
 
@@ -31,10 +30,10 @@ def greedy_tokens_of_both(
         template = PROMPT_TEMPLATES[opened.model.prompt]
 
         def answer(session: Session, images: list[Image.Image], question: str) -> list[int]:
-            text = render(template, [], with_markers(question, len(images), opened.model.image_end))
-            features = session.encode_images(preprocess(images, opened.model.image))
+            placed, pixels = place_images(question, images, opened.model)
+            text = render(template, [], placed)
             pieces = prompt_pieces(opened.tokenizer, text, opened.model.image_end)
-            embeds = splice(pieces, features, session.embed_tokens)
+            embeds = splice(pieces, encode_images(session, pixels), session.embed_tokens)
             return list(generate(session, embeds, (), Sampling(NEW_TOKENS)))
 
         return [(answer(reference, *prompt), answer(opened.session, *prompt)) for prompt in prompts]

@@ -29,7 +29,7 @@ class ScriptedSession:
     def reset(self) -> None:
         self.position, self.prompt, self.step = 0, None, 0
 
-    def encode_images(self, pixels: np.ndarray) -> np.ndarray:
+    def encode_images(self, pixels: np.ndarray, grid: object = None) -> np.ndarray:
         return np.ones((len(pixels), 4, 128), np.float32)
 
     def embed_tokens(self, tokens: Sequence[int]) -> np.ndarray:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vila_deploy.checkpoint.vision_config import ImageConfig
+from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.model.images import open_image, preprocess
 
 CONFIG = ImageConfig("resize", 42, 3, 1 / 255, (0.5, 0.4, 0.3), (0.5, 0.25, 0.2))
+TILING = TilingConfig("single", 42, (42,))
 
 
 @pytest.mark.parametrize("size", [(640, 480), (300, 700), (3, 5), (42, 42)])
@@ -27,11 +28,12 @@ def test_preprocess_equals_siglip_processor(size: tuple[int, int], mode: str) ->
         size={"height": 42, "width": 42}, image_mean=CONFIG.mean, image_std=CONFIG.std, resample=3
     )
     expected = processor(image.convert("RGB"), return_tensors="np")["pixel_values"]
-    np.testing.assert_allclose(preprocess([image], CONFIG), expected, atol=1e-5)
+    (pixels,) = preprocess([image], CONFIG, TILING)
+    np.testing.assert_allclose(pixels.tiles, expected, atol=1e-5)
 
 
 def test_no_pictures_give_no_pixels() -> None:
-    assert preprocess([], CONFIG).shape == (0, 3, 42, 42)
+    assert preprocess([], CONFIG, TILING) == []
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:

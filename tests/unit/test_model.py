@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM, SiglipVisionModel
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.variants import PROJECTOR_TYPES
 from vila_deploy.model import llm as llm_module
-from vila_deploy.model import vision as vision_module
 from vila_deploy.model.projector import Downsample, Projector
 from vila_deploy.model.vila import ReferenceSession
 
@@ -51,8 +50,8 @@ def test_logits_equal_transformers(tmp_path: Path, kv_heads: int, qwen2: bool) -
 
 def test_vision_selects_the_second_last_hidden_state(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", vision_layers=4))
-    config = vision_module.transformers_config(checkpoint.config.vision)
-    config.vision_use_head = False
+    vision = json.loads((checkpoint.root / "vision_tower" / "config.json").read_text())
+    config = SiglipVisionConfig(**vision, vision_use_head=False)
     tower = SiglipVisionModel(config).eval()
     names = {n: n if n.startswith("vision_model.") else f"vision_model.{n}"
              for n in tower.state_dict()}  # fmt: skip

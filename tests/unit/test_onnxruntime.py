@@ -147,7 +147,7 @@ def test_vision_features_equal_the_reference(
     pixels = np.random.default_rng(1).standard_normal((3, 3, image, image), np.float32)
     features = opened(tmp_path / "engine", checkpoint).encode_images(pixels)
     expected = ReferenceSession(checkpoint).encode_images(pixels)
-    assert features.shape == (3, checkpoint.config.tokens_per_image, 128)
+    assert features.shape == (3, checkpoint.config.tokens_per_block, 128)
     assert deviation(features, expected) < TOLERANCE
 
 
@@ -288,6 +288,6 @@ def test_presets_have_the_released_sizes(name: str) -> None:
     assert projector_bytes / 1e6 == pytest.approx(
         {2560: 36.7, 4096: 71.3, 5120: 99.7}[config.llm.hidden_size], rel=2e-3
     )
-    assert config.tokens_per_image == 196
+    assert config.tokens_per_block == 196
     with pytest.raises(VilaDeployError, match=r"choose from VILA1\.5-3b"):
         preset("VILA-9000", "fp16")

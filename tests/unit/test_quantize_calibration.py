@@ -46,7 +46,9 @@ def test_pictures_are_spliced_as_the_model_does(checkpoint):
     example = Example("a <image> or <image> b", "yes", (Picture("s", scene.picture),) * 2)
     embeds = calibrate(checkpoint, [example], seed=0).embeds[0]
     session = ReferenceSession(checkpoint)
-    feature = session.encode_images(preprocess([scene.picture()], checkpoint.config.image))[0]
+    config = checkpoint.config
+    (pixels,) = preprocess([scene.picture()], config.image, config.tiling)
+    feature = session.encode_images(pixels.tiles)[0]
     rows = len(feature)
     found = [
         start

@@ -8,34 +8,23 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from transformers import SiglipVisionModel
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.expected import Expected, expected_llm, expected_projector
+from vila_deploy.checkpoint.expected import (
+    Expected,
+    expected_llm,
+    expected_projector,
+    expected_tower,
+)
 from vila_deploy.checkpoint.llm_config import QuantizationConfig
-from vila_deploy.checkpoint.variants import LLM_FAMILIES, PROJECTOR_TYPES
 from vila_deploy.model.presets import preset
-from vila_deploy.model.vision import transformers_config
 
 DTYPE_BYTES = {"I32": 4, "F16": 2}
-
-
-def released(name: str) -> VilaConfig:
-    """A preset, or one with the LLM of a model that is not wholly supported yet."""
-    if name in ("VILA1.5-40b", "NVILA-8B"):
-        base = preset("VILA1.5-3b", "fp16")
-        family, *sizes = {
-            "VILA1.5-40b": ("LlamaForCausalLM", 7168, 60, 56, 8, 20480, 64000),
-            "NVILA-8B": ("Qwen2ForCausalLM", 3584, 28, 28, 4, 18944, 151648),
-        }[name]
-        keys = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
-        llm = dataclasses.replace(
-            base.llm,
-            family=LLM_FAMILIES[family],
-            **dict(zip((*keys, "vocab_size"), sizes, strict=True)),
-        )
-        return dataclasses.replace(base, llm=llm)
-    return preset(name, "fp16")
+# float16 bytes of a layer, the last norm and the pooling head, from the released sizes.
+SIGLIP_LAYER = 2 * (4 * (1152**2 + 1152) + 2 * 1152 * 4304 + 4304 + 1152 + 4 * 1152)
+SIGLIP_NORM = 2 * 2 * 1152
+SIGLIP_HEAD = SIGLIP_LAYER - 2 * 2 * 1152 + 2 * 1152
+CLIP_LAYER = 2 * (4 * (1024**2 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024)
 
 
 def size_bytes(tensors: Iterable[Expected]) -> int:
@@ -52,7 +41,9 @@ def size_bytes(tensors: Iterable[Expected]) -> int:
     ],
 )
 def test_llm_in_float16(name: str, file_bytes: float) -> None:
-    assert size_bytes(expected_llm(released(name).llm)) == pytest.approx(file_bytes, rel=0.005)
+    assert size_bytes(expected_llm(preset(name, "fp16").llm)) == pytest.approx(
+        file_bytes, rel=0.005
+    )
 
 
 # The published 4-bit files hold zero points in float16 too, and whole eights of groups.
@@ -67,7 +58,7 @@ def test_llm_in_float16(name: str, file_bytes: float) -> None:
     ],
 )
 def test_llm_in_4_bits(name: str, file_bytes: float) -> None:
-    config = released(name).llm
+    config = preset(name, "fp16").llm
     quantized = dataclasses.replace(
         config, quantization=QuantizationConfig("awq", 4, 128, True, "gemm")
     )
@@ -78,38 +69,63 @@ def test_llm_in_4_bits(name: str, file_bytes: float) -> None:
     assert size_bytes(rest) + 4 * padded == pytest.approx(file_bytes, rel=0.005)
 
 
-@pytest.mark.parametrize(("image_size", "head", "file_bytes"), [(384, 1, 857e6), (448, 0, 827e6)])
-def test_tower(image_size: int, head: int, file_bytes: float) -> None:
-    vision = dataclasses.replace(preset("VILA1.5-3b", "fp16").vision, image_size=image_size)
-    config = transformers_config(vision)
-    config.vision_use_head = bool(head)
-    with torch.device("meta"):
-        tower = SiglipVisionModel(config)
-    size = 2 * sum(parameter.numel() for parameter in tower.parameters())
-    assert size == pytest.approx(file_bytes, rel=0.005)
+def test_tower_on_the_meta_device() -> None:
+    """SigLIP's files hold a last layer and a head that are not used: built by transformers."""
+    for pixels, head, file_bytes in ((384, True, 857e6), (448, False, 827e6)):
+        config = SiglipVisionConfig(
+            hidden_size=1152, num_hidden_layers=27, num_attention_heads=16,
+            intermediate_size=4304, patch_size=14, image_size=pixels, vision_use_head=head,
+        )  # fmt: skip
+        with torch.device("meta"):
+            tower = SiglipVisionModel(config)
+        size = 2 * sum(parameter.numel() for parameter in tower.parameters())
+        assert size == pytest.approx(file_bytes, rel=0.005)
+
+
+# What is used of the tower: all of InternViT; the others have a last layer and more.
+@pytest.mark.parametrize(
+    ("name", "file_bytes", "unused"),
+    [
+        ("VILA1.5-3b", 857e6, SIGLIP_LAYER + SIGLIP_NORM + SIGLIP_HEAD),
+        ("NVILA-8B", 827e6, SIGLIP_LAYER + SIGLIP_NORM),
+        ("VILA1.5-40b", 11.08e9, 0),
+        ("VILA-13b", 0.607e9, CLIP_LAYER + 2 * 2 * 1024),
+    ],
+)
+def test_tower(name: str, file_bytes: float, unused: int) -> None:
+    used = size_bytes(expected_tower(preset(name, "fp16")))
+    assert used + unused == pytest.approx(file_bytes, rel=0.005)
 
 
 @pytest.mark.parametrize(
-    ("model", "kind", "channels", "hidden_size", "file_bytes"),
+    ("name", "file_bytes"),
     [
-        ("VILA1.5-3b", "mlp_downsample", 1152, 2560, 36.7e6),
-        ("VILA1.5-3b-s2", "mlp_downsample", 2304, 2560, 60.3e6),
-        ("Llama-3-VILA1.5-8B", "mlp_downsample", 1152, 4096, 71.3e6),
-        ("VILA1.5-13b", "mlp_downsample", 1152, 5120, 99.7e6),
-        ("VILA1.5-40b", "mlp_downsample", 3200, 7168, 286e6),
-        ("NVILA-8B", "mlp_downsample", 3456, 3584, 125e6),
-        ("NVILA-Lite-8B", "mlp_downsample_3x3_fix", 1152, 3584, 122e6),
-        ("NVILA-Lite-15B", "mlp_downsample_3x3_fix", 1152, 5120, 160e6),
+        ("VILA1.5-3b", 36.7e6),
+        ("VILA1.5-3b-s2", 60.3e6),
+        ("Llama-3-VILA1.5-8B", 71.3e6),
+        ("VILA1.5-13b", 99.7e6),
+        ("VILA1.5-40b", 286e6),
+        ("NVILA-8B", 125e6),
+        ("NVILA-Lite-8B", 122e6),
+        ("VILA-13b", 63e6),
     ],
 )
-def test_projector(
-    model: str, kind: str, channels: int, hidden_size: int, file_bytes: float
-) -> None:
-    base = preset("VILA1.5-3b", "fp16")
-    config = dataclasses.replace(
-        base,
-        vision=dataclasses.replace(base.vision, hidden_size=channels),
-        llm=dataclasses.replace(base.llm, hidden_size=hidden_size),
-        projector=PROJECTOR_TYPES[kind],
-    )
-    assert size_bytes(expected_projector(config)) == pytest.approx(file_bytes, rel=0.005), model
+def test_projector(name: str, file_bytes: float) -> None:
+    tensors = expected_projector(preset(name, "fp16"))
+    assert size_bytes(tensors) == pytest.approx(file_bytes, rel=0.005)
+
+
+# Tokens that one picture takes at most, as the original code gives them.
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("VILA1.5-3b", 196),
+        ("VILA1.5-3b-s2", 196),
+        ("VILA1.5-40b", 256),
+        ("NVILA-8B", 3072),
+        ("NVILA-Lite-8B", 121 * 13),
+        ("VILA-7b", 576),
+    ],
+)
+def test_tokens_per_image(name: str, tokens: int) -> None:
+    assert preset(name, "fp16").max_tokens_per_image == tokens

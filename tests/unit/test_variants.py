@@ -51,8 +51,22 @@ QWEN2: dict[str, Any] = {
     "added_tokens": CHATML,
     "llm_config": {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "use_sliding_window": False},
 }
-# Name → (fields of Tiny, prompt template). An odd grid (5 × 5) wherever the projector pads.
-ROWS: dict[str, tuple[dict[str, Any], str]] = {
+PAD, SQUARE = {"image_aspect_ratio": "pad"}, {"image_aspect_ratio": "square"}
+S2: dict[str, Any] = {
+    "root_config": {"s2": True, "s2_scales": "70,140", "s2_max_split_size": 70},
+    "preprocessor_config": {"size": {"height": 140, "width": 140}},
+}
+S2_LARGE = {**S2, "root_config": {**S2["root_config"], "s2_resize_output_to_scale_idx": -1}}
+DYNAMIC_S2 = {
+    "image_aspect_ratio": "dynamic_s2",
+    "s2": False,
+    "dynamic_s2": True,
+    "s2_scales": "42,84,126",
+    "s2_max_split_size": 42,
+    "s2_resize_output_to_scale_idx": -1,
+}
+# Name → (fields of Tiny, prompt template).
+LLM_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "Llama-2": ({}, "vicuna_v1"),
     "Llama-3": (
         {"kv_heads": 2, "added_tokens": LLAMA_3, "llm_config": {"rope_theta": 5e5}},
@@ -66,6 +80,40 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "Qwen2, as many key heads": (QWEN2, "qwen2"),
     "Qwen2, tied": ({**QWEN2, "kv_heads": 2, "tied": True}, "qwen2"),
     "Qwen2, bfloat16": ({**QWEN2, "kv_heads": 2, "dtype": torch.bfloat16}, "qwen2"),
+}
+# An odd grid (5 × 5) wherever the projector pads.
+VISION_ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "CLIP": (
+        {"tower": "clip", "projector": "mlp2x_gelu", "image": 70, "root_config": PAD},
+        "vicuna_v1",
+    ),
+    "CLIP, processor": ({"tower": "clip", "image": 70, "root_config": SQUARE}, "vicuna_v1"),
+    "InternViT": (
+        {
+            "tower": "internvit",
+            "image": 70,
+            "kv_heads": 2,
+            "added_tokens": CHATML,
+            "root_config": {"mm_vision_select_layer": -1},
+        },
+        "hermes-2",
+    ),
+    "static S2": ({"scales": 2, "image": 70, **S2}, "vicuna_v1"),
+    "static S2, large output": ({"scales": 2, "image": 70, **S2_LARGE}, "vicuna_v1"),
+    "dynamic S2": ({**QWEN2, "scales": 3, "root_config": DYNAMIC_S2}, "qwen2"),
+    "dynamic S2, small output": (
+        {**QWEN2, "scales": 3, "root_config": {**DYNAMIC_S2, "s2_resize_output_to_scale_idx": 1}},
+        "qwen2",
+    ),
+    "dynamic": (
+        {
+            **QWEN2,
+            "projector": "mlp_downsample_3x3_fix",
+            "image": 70,
+            "root_config": {"image_aspect_ratio": "dynamic", "max_tiles": 6},
+        },
+        "qwen2",
+    ),
     "linear": ({"projector": "linear", "image": 70}, "vicuna_v1"),
     "mlp2x_gelu": ({"projector": "mlp2x_gelu", "image": 70}, "vicuna_v1"),
     "mlp_downsample_2x2_fix": (
@@ -92,27 +140,30 @@ def picture(seed: int) -> Image.Image:
     return Image.fromarray(random.integers(0, 256, (40, 60, 3), np.uint8))
 
 
-def two_answers(session: Session, opened: Any) -> list[list[int]]:
-    """Greedy tokens of a question about two pictures and one that follows without."""
+def answers(session: Session, opened: Any) -> list[list[int]]:
+    """Greedy tokens of questions about two pictures, then none; and about one, then another."""
     chat = Conversation(session, opened.tokenizer, opened.model, opened.max_input_len)
-    first = chat.ask("What is different?", [picture(1), picture(2)], SAMPLING)
-    return [first.tokens, chat.ask("Why?", [], SAMPLING).tokens]
+    questions = [[picture(1), picture(2)], [], [picture(3)], [picture(4)]]
+    found = []
+    for index, pictures in enumerate(questions):
+        if index == 2:
+            chat.reset()
+        found.append(chat.ask("What is it?", pictures, SAMPLING).tokens)
+    return found
 
 
-# The projector is the same in every precision.
+# The vision encoder is the same in every precision.
 @pytest.mark.parametrize(
     ("row", "precision"),
     [
-        (row, precision)
-        for row in ROWS
-        for precision in ("fp16", "rtn", "awq")
-        if row not in PROJECTORS or precision == "awq"
+        *((row, precision) for row in LLM_ROWS for precision in ("fp16", "rtn", "awq")),
+        *((row, "awq") for row in VISION_ROWS),
     ],
 )
 def test_engine_answers_as_the_reference(
     row: str, precision: str, texts: Path, tmp_path: Path
 ) -> None:
-    fields, template = ROWS[row]
+    fields, template = (LLM_ROWS | VISION_ROWS)[row]
     root = make_checkpoint(tmp_path / "c", max_length=1024, **fields)
     if precision != "fp16":
         calib = texts if precision == "awq" else None
@@ -121,9 +172,9 @@ def test_engine_answers_as_the_reference(
     build_engine(root, tmp_path / "e", BuildOptions("cpu"))
     with open_engine(tmp_path / "e") as opened:
         assert opened.model.prompt == template
-        expected = two_answers(ReferenceSession(open_checkpoint(root)), opened)
+        expected = answers(ReferenceSession(open_checkpoint(root)), opened)
         assert len(expected[0]) > 5
-        assert two_answers(opened.session, opened) == expected
+        assert answers(opened.session, opened) == expected
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -192,5 +243,5 @@ def test_every_row_of_the_tables_is_tested() -> None:
     assert set(PROJECTORS) == set(PROJECTOR_TYPES)
     families = {family.name for family in LLM_FAMILIES.values()}
     assert families == {choice.family for choice in PROMPT_CHOICES}
-    assert {choice.template for choice in PROMPT_CHOICES} == {row[1] for row in ROWS.values()}
+    assert {choice.template for choice in PROMPT_CHOICES} == {row[1] for row in LLM_ROWS.values()}
     assert set(PROMPT_TEMPLATES) == set(PROMPT_NAMES)

@@ -115,15 +115,11 @@ def test_llama_refuses(case: str, tmp_path: Path) -> None:
 
 # What VILA releases have and this version has not.
 UNSUPPORTED: dict[str, tuple[str, str, Any, str]] = {
-    "static S2": (ROOT, "s2", True, r"s2: multi-scale towers are not supported"),
-    "dynamic S2": (ROOT, "dynamic_s2", True, r"dynamic_s2: multi-scale towers are not supported"),
-    "dynamic S2 mode": (
-        ROOT, "image_aspect_ratio", "dynamic_s2", r"image_aspect_ratio: unknown image mode 'dyn",
+    "mode without its flag": (
+        ROOT, "image_aspect_ratio", "dynamic_s2", r"dynamic_s2: must be true, as image_asp",
     ),
-    "tiles": (ROOT, "image_aspect_ratio", "dynamic", r"image_aspect_ratio: unknown image mode"),
-    "padding": (ROOT, "image_aspect_ratio", "pad", r"image_aspect_ratio: unknown image mode 'pad"),
-    "CLIP": (TOWER, "model_type", "clip_vision_model", r"model_type: unknown vision tower 'clip_"),
-    "InternViT": (TOWER, "model_type", "intern_vit_6b", r"model_type: unknown vision tower 'inte"),
+    "mode": (ROOT, "image_aspect_ratio", "anyres", r"image_aspect_ratio: unknown image mode 'anyr"),
+    "tower": (TOWER, "model_type", "radio", r"model_type: unknown vision tower 'radio'; .*siglip"),
     "S2 projector": (
         PROJECTOR_CONFIG, "mm_projector_type", "mlp_downsample_3x3_s2",
         r"mm_projector_type: unknown projector 'mlp_downsample_3x3_s2'; .*mlp_downsample_3x3_fix",

@@ -11,24 +11,27 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from vila_deploy import __version__
 from vila_deploy.backends import OpenedEngine, open_engine
 from vila_deploy.bench.bandwidth import read_bandwidth_bytes_per_s
 from vila_deploy.engine.session import Floats
 from vila_deploy.errors import VilaDeployError
-from vila_deploy.model.images import preprocess
-from vila_deploy.model.prompts import PROMPT_TEMPLATES, render, with_markers
-from vila_deploy.model.splice import prompt_pieces, splice
+from vila_deploy.generate import encode_images, place_images
+from vila_deploy.model.images import Pixels, preprocess
+from vila_deploy.model.prompts import PROMPT_TEMPLATES, render
+from vila_deploy.model.splice import prompt_length, prompt_pieces, splice
 
 DECODE_TOKENS = 256
 QUESTION = "Describe the picture."
 # A model with random weights has no tokenizer; this many tokens stand for the prompt's two halves.
 UNTOKENIZED_PIECES = ([1] * 40, [1] * 20)
 REPEAT_UNTIL_S, MAX_REPEATS = 3.0, 5
+Result = TypeVar("Result")
 
 
 def measure(folder: Path) -> dict[str, Any]:
@@ -38,8 +41,9 @@ def measure(folder: Path) -> dict[str, Any]:
     five runs. Memory: the largest resident set of this process up to the end of decoding.
     """
     with open_engine(folder) as engine:
-        _check_room(engine)
-        ttft_ms, logits = _first_token(engine)
+        image = noise_image()
+        _check_room(engine, image)
+        ttft_ms, logits = _first_token(engine, image)
         decode_s = _decode(engine, logits)
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     manifest = engine.manifest
@@ -67,8 +71,15 @@ def measure(folder: Path) -> dict[str, Any]:
     }
 
 
-def _check_room(engine: OpenedEngine) -> None:
-    needed = sum(map(len, _prompt_pieces(engine))) + engine.model.tokens_per_image + DECODE_TOKENS
+def noise_image() -> Image.Image:
+    """A landscape picture that no resizing makes cheaper."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8))
+
+
+def _check_room(engine: OpenedEngine, image: Image.Image) -> None:
+    pieces, pixels = _prompt(engine, image)
+    tokens = [count for each in pixels for count in engine.model.tokens_of(each)]
+    needed = prompt_length(pieces, tokens) + DECODE_TOKENS
     if needed > engine.session.max_seq_len:
         raise VilaDeployError(
             f"the benchmark needs {needed} positions, this engine has {engine.session.max_seq_len}",
@@ -76,37 +87,37 @@ def _check_room(engine: OpenedEngine) -> None:
         )
 
 
-def _prompt_pieces(engine: OpenedEngine) -> list[list[int]]:
-    if engine.tokenizer is None:
-        return [list(piece) for piece in UNTOKENIZED_PIECES]
-    template = PROMPT_TEMPLATES[engine.model.prompt]
-    end = engine.model.image_end
-    prompt = render(template, [], with_markers(QUESTION, 1, end))
-    return prompt_pieces(engine.tokenizer, prompt, end)
+def _prompt(engine: OpenedEngine, image: Image.Image) -> tuple[list[list[int]], list[Pixels]]:
+    """The pieces of a question about `image`, and its pixels."""
+    template, end = PROMPT_TEMPLATES[engine.model.prompt], engine.model.image_end
+    question, pixels = place_images(QUESTION, [image], engine.model)
+    if engine.tokenizer is not None:
+        return prompt_pieces(engine.tokenizer, render(template, [], question), end), pixels
+    first, last = UNTOKENIZED_PIECES
+    between: list[list[int]] = [[] for _ in engine.model.tokens_of(pixels[0])[1:]]
+    return [list(first), *between, list(last)], pixels
 
 
-def _first_token(engine: OpenedEngine) -> tuple[dict[str, float], Floats]:
+def _first_token(engine: OpenedEngine, image: Image.Image) -> tuple[dict[str, float], Floats]:
     """Median milliseconds of preprocessing, vision, prefill and their total; the last logits."""
-    from PIL import Image
-
-    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
-    image, session = Image.fromarray(noise), engine.session
-    pieces = _prompt_pieces(engine)
+    session, (pieces, _) = engine.session, _prompt(engine, image)
     runs: list[dict[str, float]] = []
     start = time.perf_counter()
     while not runs or (len(runs) < MAX_REPEATS and time.perf_counter() - start < REPEAT_UNTIL_S):
         session.reset()
-        preprocess_ms, pixels = _timed_ms(lambda: preprocess([image], engine.model.image))
-        vision_ms, features = _timed_ms(lambda: session.encode_images(pixels))  # noqa: B023
+        preprocess_ms, pixels = _timed_ms(
+            lambda: preprocess([image], engine.model.image, engine.model.tiling)
+        )
+        vision_ms, features = _timed_ms(lambda: encode_images(session, pixels))  # noqa: B023
         prefill_ms, logits = _timed_ms(
-            lambda: session.prefill(splice(pieces, list(features), session.embed_tokens))  # noqa: B023
+            lambda: session.prefill(splice(pieces, features, session.embed_tokens))  # noqa: B023
         )
         runs.append({"preprocess": preprocess_ms, "vision": vision_ms, "prefill": prefill_ms})
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     return medians | {"total": sum(medians.values())}, logits
 
 
-def _timed_ms(call: Callable[[], Floats]) -> tuple[float, Floats]:
+def _timed_ms(call: Callable[[], Result]) -> tuple[float, Result]:
     start = time.perf_counter()
     result = call()
     return (time.perf_counter() - start) * 1e3, result

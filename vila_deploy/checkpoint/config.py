@@ -17,8 +17,10 @@ from vila_deploy.checkpoint.variants import (
 )
 from vila_deploy.checkpoint.vision_config import (
     ImageConfig,
+    TilingConfig,
     VisionConfig,
     load_image_config,
+    load_tiling_config,
     load_vision_config,
 )
 from vila_deploy.errors import VilaDeployError, short
@@ -32,6 +34,7 @@ class VilaConfig:
     vision: VisionConfig
     projector: ProjectorType
     image: ImageConfig
+    tiling: TilingConfig
     select_layer: int
     select_feature: str
     token_order: str
@@ -45,9 +48,26 @@ class VilaConfig:
         return index if index >= 0 else self.vision.num_layers + 1 + index
 
     @property
-    def tokens_per_image(self) -> int:
-        """Embeddings that one picture takes in the prompt."""
-        return math.ceil(self.vision.grid / self.projector.window) ** 2
+    def feature_channels(self) -> int:
+        """Channels of what the projector takes: the tower's, once for each scale that is joined."""
+        scales = len(self.tiling.scales) if self.tiling.joins_scales else 1
+        return self.vision.hidden_size * scales
+
+    @property
+    def feature_side(self) -> int:
+        """Side of the feature map that the projector takes at a time."""
+        whole_map = self.tiling.mode == "s2"
+        return self.vision.grid * (self.tiling.side(self.tiling.output_scale) if whole_map else 1)
+
+    @property
+    def tokens_per_block(self) -> int:
+        """Embeddings that the projector makes of one such map."""
+        return math.ceil(self.feature_side / self.projector.window) ** 2
+
+    @property
+    def max_tokens_per_image(self) -> int:
+        """Embeddings that one picture takes in the prompt, at most."""
+        return self.tokens_per_block * self.tiling.max_blocks_per_image
 
     @property
     def image_end(self) -> str:
@@ -78,6 +98,7 @@ def load_config(root: Path) -> VilaConfig:
     llm_fields = Fields.from_file(root / "llm" / "config.json")
     llm = load_llm_config(llm_fields, root / "llm" / "generation_config.json")
     vision = load_vision_config(Fields.from_file(root / "vision_tower" / "config.json"))
+    preprocessor = Fields.from_file(root / "vision_tower" / "preprocessor_config.json")
     projector_fields = Fields.from_file(root / "mm_projector" / "config.json")
     projector = PROJECTOR_TYPES[
         projector_fields.choice("mm_projector_type", PROJECTOR_TYPES, what="projector")
@@ -86,7 +107,8 @@ def load_config(root: Path) -> VilaConfig:
         llm=llm,
         vision=vision,
         projector=projector,
-        image=load_image_config(fields, root / "vision_tower" / "preprocessor_config.json"),
+        image=load_image_config(fields, preprocessor, vision),
+        tiling=load_tiling_config(fields, vision),
         select_layer=fields.integer("mm_vision_select_layer", -2, low=-200, high=200),
         select_feature=fields.choice(
             "mm_vision_select_feature",
@@ -133,34 +155,33 @@ def _prompt_template(fields: Fields) -> str | None:
 
 
 def _check_consistency(config: VilaConfig, fields: Fields) -> None:
-    for key, what in (
-        ("s2", "multi-scale towers are"),
-        ("dynamic_s2", "multi-scale towers are"),
-        ("mm_use_im_start_end", "markers around pictures are"),
-    ):
-        if fields.boolean(key, False):
-            raise fields.error(key, f"{what} not supported by this version")
-    if config.select_feature == "patch" and not config.vision.family.has_class_token:
+    vision = config.vision
+    if fields.boolean("mm_use_im_start_end", False):
+        raise fields.error("mm_use_im_start_end", "markers around pictures are not supported")
+    keeps_all, class_token = config.select_feature == "cls_patch", vision.family.has_class_token
+    if keeps_all == class_token:
+        right = "patch" if class_token else "cls_patch"
         raise fields.error(
             "mm_vision_select_feature",
-            f"'patch' drops a class token, which {config.vision.family.name} has not",
-            "use 'cls_patch'",
+            f"{config.select_feature!r} doesn't fit {vision.family.name}, which has "
+            f"{'a' if class_token else 'no'} class token",
+            f"use {right!r}",
         )
-    if not 1 <= config.vision_layers_used <= config.vision.num_layers:
+    if not 1 <= config.vision_layers_used <= vision.num_layers:
         raise fields.error(
             "mm_vision_select_layer",
-            f"{config.select_layer} is outside the tower's {config.vision.num_layers} layers",
+            f"{config.select_layer} is outside the tower's {vision.num_layers} layers",
         )
-    if config.image.size != config.vision.image_size:
+    wanted = config.tiling.scales[-1] if config.tiling.mode == "s2" else vision.image_size
+    if config.image.size != wanted:
         raise fields.error(
             "image_size",
-            f"preprocessor makes {config.image.size} pixels, the tower takes "
-            f"{config.vision.image_size}",
+            f"preprocessor makes {config.image.size} pixels, {wanted} are needed",
             "correct vision_tower/preprocessor_config.json or vision_tower/config.json",
         )
     for key, expected in (
         ("hidden_size", config.llm.hidden_size),
-        ("mm_hidden_size", config.vision.hidden_size),
+        ("mm_hidden_size", config.feature_channels),
     ):
         if fields.integer(key, expected) != expected:
             raise fields.error(key, f"{fields.values[key]} differs from its part's {expected}")

@@ -11,6 +11,7 @@ from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.header import TensorInfo
 from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
 from vila_deploy.checkpoint.tinychat import VERSION as TINYCHAT
+from vila_deploy.checkpoint.vision_config import VisionConfig
 from vila_deploy.errors import VilaDeployError
 
 FLOATS = ("F16", "BF16", "F32")
@@ -22,7 +23,7 @@ UNUSED_LLM = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq
 UNUSED_TOWER = re.compile(
     r"vision_model\.(post_layernorm\.(weight|bias)|head\..+|embeddings\.position_ids)"
 )
-TOWER_LAYER = re.compile(r"vision_model\.encoder\.layers\.(\d{1,4})\..+")
+TOWER_LAYER = re.compile(r"(?:vision_model\.)?encoder\.layers\.(\d{1,4})\..+")
 
 
 class Expected(NamedTuple):
@@ -130,30 +131,63 @@ def decoder_linears(config: LlmConfig) -> dict[str, tuple[int, int]]:
 def expected_tower(config: VilaConfig) -> Iterator[Expected]:
     """The tensors of vision_tower/ up to the selected hidden state."""
     vision = config.vision
-    width, inner, patch = vision.hidden_size, vision.intermediate_size, vision.patch_size
-    embeddings = "vision_model.embeddings"
-    yield Expected(f"{embeddings}.patch_embedding.weight", (width, 3, patch, patch))
-    yield Expected(f"{embeddings}.patch_embedding.bias", (width,))
-    yield Expected(f"{embeddings}.position_embedding.weight", (vision.grid**2, width))
-    linears = {
-        **{f"self_attn.{name}_proj": (width, width) for name in ("q", "k", "v", "out")},
-        "mlp.fc1": (inner, width),
-        "mlp.fc2": (width, inner),
-    }
+    prefix, width = vision.family.prefix, vision.hidden_size
+    internvit = vision.family.name == "internvit"
+    embeddings = f"{prefix}embeddings"
+    patch = (width, 3, vision.patch_size, vision.patch_size)
+    yield Expected(f"{embeddings}.patch_embedding.weight", patch)
+    if vision.family.name != "clip":
+        yield Expected(f"{embeddings}.patch_embedding.bias", (width,))
+    if internvit:
+        yield Expected(f"{embeddings}.class_embedding", (1, 1, width))
+        yield Expected(f"{embeddings}.position_embedding", (1, vision.positions, width))
+    else:
+        yield Expected(f"{embeddings}.position_embedding.weight", (vision.positions, width))
+    if vision.family.name == "clip":
+        yield Expected(f"{embeddings}.class_embedding", (width,))
+        # transformers' own spelling.
+        yield from _with_bias(f"{prefix}pre_layrnorm", (width,))
+    layer = _internvit_layer if internvit else _tower_layer
     for index in range(config.vision_layers_used):
-        prefix = f"vision_model.encoder.layers.{index}"
-        for norm in ("layer_norm1", "layer_norm2"):
-            yield Expected(f"{prefix}.{norm}.weight", (width,))
-            yield Expected(f"{prefix}.{norm}.bias", (width,))
-        for name, shape in linears.items():
-            yield Expected(f"{prefix}.{name}.weight", shape)
-            yield Expected(f"{prefix}.{name}.bias", shape[:1])
+        yield from layer(vision, f"{prefix}encoder.layers.{index}")
+
+
+def _tower_layer(vision: VisionConfig, prefix: str) -> Iterator[Expected]:
+    """A layer of SigLIP or CLIP."""
+    width, inner = vision.hidden_size, vision.intermediate_size
+    for norm in ("layer_norm1", "layer_norm2"):
+        yield from _with_bias(f"{prefix}.{norm}", (width,))
+    for name in ("q", "k", "v", "out"):
+        yield from _with_bias(f"{prefix}.self_attn.{name}_proj", (width, width))
+    yield from _with_bias(f"{prefix}.mlp.fc1", (inner, width))
+    yield from _with_bias(f"{prefix}.mlp.fc2", (width, inner))
+
+
+def _internvit_layer(vision: VisionConfig, prefix: str) -> Iterator[Expected]:
+    """A layer of InternViT: RMS norms, one matrix for q, k and v, a scale on each branch."""
+    width, inner = vision.hidden_size, vision.intermediate_size
+    for name in ("norm1.weight", "norm2.weight", "ls1", "ls2"):
+        yield Expected(f"{prefix}.{name}", (width,))
+    yield Expected(f"{prefix}.attn.qkv.weight", (3 * width, width))
+    if vision.qkv_bias:
+        yield Expected(f"{prefix}.attn.qkv.bias", (3 * width,))
+    if vision.qk_norm:
+        yield Expected(f"{prefix}.attn.q_norm.weight", (width,))
+        yield Expected(f"{prefix}.attn.k_norm.weight", (width,))
+    yield from _with_bias(f"{prefix}.attn.proj", (width, width))
+    yield from _with_bias(f"{prefix}.mlp.fc1", (inner, width))
+    yield from _with_bias(f"{prefix}.mlp.fc2", (width, inner))
+
+
+def _with_bias(prefix: str, shape: tuple[int, ...]) -> Iterator[Expected]:
+    yield Expected(f"{prefix}.weight", shape)
+    yield Expected(f"{prefix}.bias", shape[:1])
 
 
 def expected_projector(config: VilaConfig) -> Iterator[Expected]:
     """The tensors of mm_projector/, as its row in PROJECTOR_TYPES lays them out."""
     kind = config.projector
-    for index, shape in kind.shapes(config.vision.hidden_size, config.llm.hidden_size).items():
+    for index, shape in kind.shapes(config.feature_channels, config.llm.hidden_size).items():
         yield Expected(f"{kind.prefix(index)}.weight", shape)
         yield Expected(f"{kind.prefix(index)}.bias", shape[:1])
 

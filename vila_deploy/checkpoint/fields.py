@@ -100,9 +100,9 @@ class Fields:
             raise self.error(key, f"must hold integers in {low}..{high}, found {short(value)}")
         return items
 
-    def numbers(self, key: str, *, count: int) -> tuple[float, ...]:
-        value = self._get(key, _MISSING)
-        ok = isinstance(value, list) and len(value) == count
+    def numbers(self, key: str, default: Any = _MISSING, *, count: int) -> tuple[float, ...]:
+        value = self._get(key, default)
+        ok = isinstance(value, list | tuple) and len(value) == count
         if not ok or not all(_is_number(item, -_FLOAT_LIMIT, _FLOAT_LIMIT) for item in value):
             raise self.error(key, f"must hold {count} finite numbers, found {short(value)}")
         return tuple(float(item) for item in value)

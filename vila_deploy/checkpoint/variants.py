@@ -49,15 +49,54 @@ PROMPT_NAMES = ("vicuna_v1", "llama_3", "llama_3_original", "hermes-2", "qwen2")
 
 @dataclass(frozen=True)
 class TowerFamily:
-    """A vision tower, keyed by `model_type` of vision_tower/config.json."""
+    """A vision tower, keyed by `model_type` of vision_tower/config.json.
+
+    `prefix` begins the names of its tensors. `activation`, `norm_epsilon` and the picture's mean
+    and std stand in for keys that a config leaves out. `crops`: its own image processor scales the
+    shorter side and cuts the middle out, instead of stretching the picture to a square.
+    """
 
     name: str
+    prefix: str
     has_class_token: bool
+    activation: str
+    norm_epsilon: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    crops: bool = False
 
 
 TOWER_FAMILIES = {
-    "siglip_vision_model": TowerFamily("siglip", has_class_token=False),
+    "siglip_vision_model": TowerFamily(
+        name="siglip",
+        prefix="vision_model.",
+        has_class_token=False,
+        activation="gelu_pytorch_tanh",
+        norm_epsilon=1e-6,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    ),
+    "clip_vision_model": TowerFamily(
+        name="clip",
+        prefix="vision_model.",
+        has_class_token=True,
+        activation="quick_gelu",
+        norm_epsilon=1e-5,
+        mean=(0.48145466, 0.4578275, 0.40821073),
+        std=(0.26862954, 0.26130258, 0.27577711),
+        crops=True,
+    ),
+    "intern_vit_6b": TowerFamily(
+        name="internvit",
+        prefix="",
+        has_class_token=True,
+        activation="gelu",
+        norm_epsilon=1e-6,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+    ),
 }
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu")
 
 
 @dataclass(frozen=True)
@@ -106,5 +145,13 @@ PROJECTOR_TYPES = {
     ),
 }
 
-IMAGE_MODES = ("resize",)
+# `image_aspect_ratio` of the root config → how a picture becomes the square that the tower takes;
+# "processor" is the tower's own way.
+IMAGE_MODES = {
+    "resize": "resize",
+    "pad": "pad",
+    "square": "processor",
+    "dynamic": "processor",
+    "dynamic_s2": "processor",
+}
 TOKEN_ORDERS = ("column", "row")

@@ -7,7 +7,8 @@ from typing import Any
 
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.fields import Fields
-from vila_deploy.checkpoint.vision_config import ImageConfig
+from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig
+from vila_deploy.model.images import Pixels
 from vila_deploy.model.prompts import PROMPT_TEMPLATES, choose_template, stop_token_ids
 from vila_deploy.model.tokenizer import Tokenizer
 
@@ -16,6 +17,7 @@ from vila_deploy.model.tokenizer import Tokenizer
 class ModelDescription:
     """Sizes, image processing, prompt template (a key of PROMPT_TEMPLATES) and stop tokens.
 
+    `tokens_per_block` embeddings come from each map or block of features that the projector takes;
     `image_end` is text whose embeddings follow each picture in the prompt; empty for none.
     """
 
@@ -24,12 +26,27 @@ class ModelDescription:
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    tokens_per_image: int
+    tokens_per_block: int
     model_max_length: int
     image: ImageConfig
+    tiling: TilingConfig
     image_end: str
     prompt: str
     stop_token_ids: tuple[int, ...]
+
+    @property
+    def max_tokens_per_image(self) -> int:
+        """Embeddings that one picture takes in the prompt, at most."""
+        return self.tokens_per_block * self.tiling.max_blocks_per_image
+
+    def tokens_of(self, pixels: Pixels) -> list[int]:
+        """Embeddings of each place in the prompt that a picture takes."""
+        if pixels.grid is None:
+            return [self.tokens_per_block] * len(pixels.tiles)
+        if self.tiling.mode == "s2":
+            return [self.tokens_per_block]
+        rows, columns = self.tiling.blocks(pixels.grid)
+        return [rows * columns * self.tokens_per_block]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -37,14 +54,14 @@ class ModelDescription:
     @classmethod
     def from_fields(cls, fields: Fields) -> ModelDescription:
         """Reads what `to_json` wrote; a wrong type names its key."""
-        image = fields.child("image")
+        image, tiling = fields.child("image"), fields.child("tiling")
         return cls(
             hidden_size=fields.integer("hidden_size"),
             vocab_size=fields.integer("vocab_size"),
             num_layers=fields.integer("num_layers"),
             num_kv_heads=fields.integer("num_kv_heads"),
             head_dim=fields.integer("head_dim"),
-            tokens_per_image=fields.integer("tokens_per_image"),
+            tokens_per_block=fields.integer("tokens_per_block"),
             model_max_length=fields.integer("model_max_length"),
             image=ImageConfig(
                 mode=image.text("mode"),
@@ -53,6 +70,14 @@ class ModelDescription:
                 rescale=image.number("rescale"),
                 mean=image.numbers("mean", count=3),
                 std=image.numbers("std", count=3),
+            ),
+            tiling=TilingConfig(
+                mode=tiling.text("mode"),
+                tile=tiling.integer("tile"),
+                scales=tuple(tiling.integers("scales", low=1)),
+                output_scale=tiling.integer("output_scale", low=0),
+                min_tiles=tiling.integer("min_tiles"),
+                max_tiles=tiling.integer("max_tiles"),
             ),
             image_end=fields.text("image_end"),
             prompt=fields.choice("prompt", PROMPT_TEMPLATES, what="prompt template"),
@@ -74,9 +99,10 @@ def describe(config: VilaConfig, tokenizer: Tokenizer | None) -> ModelDescriptio
         num_layers=llm.num_layers,
         num_kv_heads=llm.num_kv_heads,
         head_dim=llm.head_dim,
-        tokens_per_image=config.tokens_per_image,
+        tokens_per_block=config.tokens_per_block,
         model_max_length=config.model_max_length,
         image=config.image,
+        tiling=config.tiling,
         image_end=config.image_end,
         prompt=prompt,
         stop_token_ids=tuple(sorted(stops)),

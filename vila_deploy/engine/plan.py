@@ -112,7 +112,7 @@ def _cache(llm: LlmConfig, limits: Limits, storage: Storage) -> Component:
 def _activations(config: VilaConfig, limits: Limits, storage: Storage) -> Component:
     """The widest moment: the tower's attention, or one chunk of the prompt in the decoder."""
     vision, llm = config.vision, config.llm
-    patches = vision.grid**2
+    patches = vision.positions
     tower = patches * (
         vision.num_heads * patches + 4 * vision.hidden_size + vision.intermediate_size
     )

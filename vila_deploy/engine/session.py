@@ -20,8 +20,13 @@ class Session(Protocol):
     position: int
     max_seq_len: int
 
-    def encode_images(self, pixels: Floats) -> Floats:
-        """[images, 3, size, size] → projected features [images, tokens, hidden]."""
+    def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
+        """Tiles [tiles, 3, size, size] → projected features [images, tokens, hidden].
+
+        Args:
+            grid: None: every tile is an image of its own. (rows, columns): the tiles are one image
+                at all its scales, and this is how those of the largest lie.
+        """
         ...
 
     def embed_tokens(self, tokens: Sequence[int]) -> Floats:

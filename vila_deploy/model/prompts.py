@@ -133,6 +133,11 @@ def with_markers(question: str, num_images: int, image_end: str = "") -> str:
     return (IMAGE_MARKER if image_end else f"{IMAGE_MARKER}\n") * num_images + question
 
 
+def with_tile_markers(question: str, tiles: int) -> str:
+    """`question` about one picture, with a marker and a newline for each tile of it."""
+    return question.replace(IMAGE_MARKER, f"{IMAGE_MARKER}\n" * tiles)
+
+
 def render(template: PromptTemplate, turns: Sequence[tuple[str, str]], question: str) -> str:
     """The text up to where the assistant's next answer begins.
 

@@ -41,6 +41,7 @@ def splice(
     return np.concatenate(parts)
 
 
-def prompt_length(pieces: Sequence[Sequence[int]], tokens_per_image: int) -> int:
-    """How many positions the spliced prompt takes."""
-    return sum(map(len, pieces)) + tokens_per_image * (len(pieces) - 1)
+def prompt_length(pieces: Sequence[Sequence[int]], image_tokens: Sequence[int]) -> int:
+    """How many positions the spliced prompt takes; `image_tokens` are those of each picture."""
+    assert len(pieces) == len(image_tokens) + 1
+    return sum(map(len, pieces)) + sum(image_tokens)

@@ -29,8 +29,8 @@ class ReferenceSession:
         self.max_seq_len = config.llm.max_position_embeddings
         self.reset()
 
-    def encode_images(self, pixels: Floats) -> Floats:
-        return self.vision(torch.from_numpy(pixels).to(self.dtype)).float().numpy()
+    def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
+        return self.vision(torch.from_numpy(pixels).to(self.dtype), grid).float().numpy()
 
     def embed_tokens(self, tokens: Sequence[int]) -> Floats:
         ids = torch.tensor(list(tokens), dtype=torch.int64)

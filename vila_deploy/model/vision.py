@@ -1,23 +1,21 @@
-"""The reference vision encoder: tower up to the selected layer, then the projector."""
+"""The reference vision encoder: tower, features of several scales joined, projector."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
+from torch.nn.functional import interpolate
 
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.vision_config import VisionConfig
 from vila_deploy.model.projector import Projector
+from vila_deploy.model.towers import VisionTower
 from vila_deploy.model.weights import WeightSource
+
+Grid = tuple[int, int]
 
 
 class VisionEncoder(nn.Module):
-    """Pixels [images, 3, size, size] → LLM embeddings [images, tokens, hidden].
-
-    Layers behind the selected hidden state are neither built nor read.
-    """
+    """Pixels of tiles [tiles, 3, size, size] → LLM embeddings."""
 
     def __init__(
         self,
@@ -27,52 +25,64 @@ class VisionEncoder(nn.Module):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        built = transformers_config(config.vision)
+        self.tiling = config.tiling
+        self.tower = VisionTower(config.vision, config.vision_layers_used, tower, dtype)
         with torch.device("meta"):
-            self.embeddings = SiglipVisionEmbeddings(built)
-            self.layers = nn.ModuleList(
-                SiglipEncoderLayer(built) for _ in range(config.vision_layers_used)
-            )
             self.projector = Projector(
-                config.vision.hidden_size,
+                config.feature_channels,
                 config.llm.hidden_size,
                 config.projector,
                 config.token_order,
             )
-        positions = torch.arange(config.vision.grid**2)[None]
-        self.embeddings.register_buffer("position_ids", positions, persistent=False)
-        _load(self.embeddings, tower, "vision_model.embeddings.", dtype)
-        _load(self.layers, tower, "vision_model.encoder.layers.", dtype)
         for index in config.projector.shapes(1, 1):
-            prefix = f"{config.projector.prefix(index)}."
-            _load(self.projector.get_submodule(str(index)), projector, prefix, dtype)
+            prefix, layer = config.projector.prefix(index), self.projector.get_submodule(str(index))
+            names = layer.state_dict()
+            state = {name: projector.tensor(f"{prefix}.{name}").to(dtype) for name in names}
+            layer.load_state_dict(state, strict=True, assign=True)
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()
-    def forward(self, pixels: Tensor) -> Tensor:
-        hidden = self.embeddings(pixels)
-        for layer in self.layers:
-            output = layer(hidden, attention_mask=None)
-            hidden = output[0] if isinstance(output, tuple) else output
-        return self.projector(hidden)
+    def forward(self, pixels: Tensor, grid: Grid | None = None) -> Tensor:
+        """→ [images, tokens, hidden].
+
+        Args:
+            grid: None: every tile is an image of its own. (rows, columns): the tiles are one image
+                at all its scales, and this is how those of the largest lie.
+        """
+        features = self.tower(pixels)
+        if not self.tiling.joins_scales:
+            return self.projector(features)
+        if grid is None:
+            return self.projector(features.repeat(1, 1, len(self.tiling.scales)))
+        joined = self._join_scales(features, grid)
+        if self.tiling.mode == "s2":
+            return self.projector(joined.flatten(2).transpose(1, 2))
+        rows, columns = self.tiling.blocks(grid)
+        tokens = self.projector(_split(joined, rows, columns).flatten(2).transpose(1, 2))
+        return _merge(tokens, rows, columns).flatten(2).transpose(1, 2)
+
+    def _join_scales(self, features: Tensor, grid: Grid) -> Tensor:
+        """[tiles, patches, channels] → [1, scales · channels, height, width]."""
+        maps, start = [], 0
+        for index in range(len(self.tiling.scales)):
+            side = self.tiling.side(index)
+            last = index == len(self.tiling.scales) - 1
+            rows, columns = grid if last else (side, side)
+            maps.append(_merge(features[start : start + rows * columns], rows, columns))
+            start += rows * columns
+        assert start == len(features)
+        size = maps[self.tiling.output_scale].shape[-2:]
+        return torch.cat([interpolate(m.float(), size, mode="area").to(m.dtype) for m in maps], 1)
 
 
-def transformers_config(config: VisionConfig) -> SiglipVisionConfig:
-    """The same tower in transformers' terms."""
-    built = SiglipVisionConfig(
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        intermediate_size=config.intermediate_size,
-        patch_size=config.patch_size,
-        image_size=config.image_size,
-        hidden_act=config.hidden_act,
-        layer_norm_eps=config.layer_norm_eps,
-    )
-    built._attn_implementation = "sdpa"
-    return built
+def _merge(tiles: Tensor, rows: int, columns: int) -> Tensor:
+    """Square tiles [rows · columns, side², channels] → one map [1, channels, height, width]."""
+    side = round(tiles.shape[1] ** 0.5)
+    grid = tiles.unflatten(0, (rows, columns)).unflatten(2, (side, side))
+    return grid.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)[None]
 
 
-def _load(module: nn.Module, weights: WeightSource, prefix: str, dtype: torch.dtype) -> None:
-    state = {name: weights.tensor(prefix + name).to(dtype) for name in module.state_dict()}
-    module.load_state_dict(state, strict=True, assign=True)
+def _split(feature_map: Tensor, rows: int, columns: int) -> Tensor:
+    """A map [1, channels, height, width] → blocks [rows · columns, channels, height/rows, …]."""
+    blocks = feature_map[0].unflatten(1, (rows, -1)).unflatten(3, (columns, -1))
+    return blocks.permute(1, 3, 0, 2, 4).flatten(0, 1)

@@ -96,7 +96,7 @@ def calibrate(checkpoint: Checkpoint, examples: Sequence[Example], seed: int) ->
         limit = _limit(config, len(own))
         spliced = splice(sequence.pieces, own, embed_tokens)[:limit]
         embeds.append(torch.from_numpy(spliced))
-        image_tokens += _image_tokens(sequence.pieces, config.tokens_per_image, limit)
+        image_tokens += _image_tokens(sequence.pieces, config.tokens_per_block, limit)
         digest.update(repr((sequence.pieces, [p.name for p in sequence.pictures])).encode())
     return Calibration(
         embeds=embeds,
@@ -110,7 +110,7 @@ def calibrate(checkpoint: Checkpoint, examples: Sequence[Example], seed: int) ->
 
 
 def _limit(config: VilaConfig, num_images: int) -> int:
-    longest = MAX_TOKENS + num_images * config.tokens_per_image
+    longest = MAX_TOKENS + num_images * config.tokens_per_block
     return min(longest, config.model_max_length, config.llm.max_position_embeddings)
 
 
@@ -161,10 +161,12 @@ def _encode(
     """Features [tokens, hidden] of each picture; the tower is in memory only during this."""
     if not pictures:
         return {}
-    encoder = VisionEncoder(checkpoint.config, checkpoint.vision, checkpoint.projector)
+    config = checkpoint.config
+    encoder = VisionEncoder(config, checkpoint.vision, checkpoint.projector)
     features: dict[str, NDArray[np.float32]] = {}
     for name, picture in pictures.items():
-        pixels = preprocess([picture.load()], checkpoint.config.image)
-        digest.update(pixels.tobytes())
-        features[name] = encoder(torch.from_numpy(pixels))[0].numpy()
+        # As if it were one of several: cut into dynamic tiles, pictures would drown the text.
+        (pixels,) = preprocess([picture.load()], config.image, config.tiling, alone=False)
+        digest.update(pixels.tiles.tobytes())
+        features[name] = encoder(torch.from_numpy(pixels.tiles), pixels.grid)[0].numpy()
     return features

@@ -15,10 +15,10 @@ from vila_deploy.errors import VilaDeployError
 from vila_deploy.graph.dialects.onnxruntime import OnnxRuntimeDialect, check_group_size
 from vila_deploy.graph.llm import StoredLlm, build_llm_graph, store_llm
 from vila_deploy.graph.tensors import float16
-from vila_deploy.graph.vision import build_vision_graph
+from vila_deploy.graph.vision import build_projector_graph, build_vision_graph
 from vila_deploy.graph.writer import WeightFile
 from vila_deploy.model.weights import WeightSource
-from vila_deploy.progress import progress
+from vila_deploy.progress import Advance, progress
 
 MAX_BATCH_SIZE = 1
 HEAD_DIM_MULTIPLE = 8
@@ -63,10 +63,7 @@ def build(
     check(config)
     steps = config.vision_layers_used + 1 + config.llm.num_layers + 2
     with progress(steps, "building") as advance:
-        (folder / files.VISION).mkdir()
-        with WeightFile(folder / files.VISION / files.WEIGHTS) as file:
-            graph = build_vision_graph(config, tower, projector, file, advance)
-        graph.save(folder / files.VISION / files.GRAPH)
+        _save_vision(folder / files.VISION, config, tower, projector, advance)
 
         (folder / files.LLM).mkdir()
         with WeightFile(folder / files.LLM / files.WEIGHTS) as file:
@@ -78,6 +75,24 @@ def build(
         np.save(folder / files.EMBEDDING, table)
         advance("embedding table")
     return Built(stored.bytes_per_step, {name: version(name) for name in ("onnx", "onnxruntime")})
+
+
+def _save_vision(
+    folder: Path,
+    config: VilaConfig,
+    tower: WeightSource,
+    projector: WeightSource,
+    advance: Advance,
+) -> None:
+    """One graph from pixels to embeddings; two where features of several scales are joined."""
+    folder.mkdir()
+    with WeightFile(folder / files.WEIGHTS) as file:
+        whole = None if config.tiling.joins_scales else projector
+        build_vision_graph(config, tower, whole, file, advance).save(folder / files.GRAPH)
+    if config.tiling.joins_scales:
+        with WeightFile(folder / files.PROJECTOR_WEIGHTS) as file:
+            graph = build_projector_graph(config, projector, file, advance)
+        graph.save(folder / files.PROJECTOR_GRAPH)
 
 
 def _save_llm(folder: Path, config: LlmConfig, stored: StoredLlm) -> None:

@@ -14,6 +14,7 @@ from vila_deploy.backends.onnxruntime import files
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.session import Floats
 from vila_deploy.errors import VilaDeployError
+from vila_deploy.model.scales import join_blocks, join_scales
 
 # Tokens that go through the LLM at a time: enough to keep the cores busy, little scratch memory.
 PREFILL_TOKENS = 256
@@ -34,7 +35,11 @@ class OnnxRuntimeSession:
         self._table = np.load(folder / files.EMBEDDING, mmap_mode="r")
         small = manifest.weight_bytes_per_token < ONE_THREAD_BYTES
         threads = 1 if small else physical_cores()
+        self._tiling = model.tiling
         self._vision = _load(folder / files.VISION / files.GRAPH, threads, repack=True)
+        if self._tiling.joins_scales:
+            projector = folder / files.VISION / files.PROJECTOR_GRAPH
+            self._projector = _load(projector, threads, repack=True)
         llm = folder / files.LLM
         single = not (llm / files.PREFILL_GRAPH).exists()
         # Repacking float32 weights would only slow down decoding.
@@ -53,13 +58,13 @@ class OnnxRuntimeSession:
             self._prefill = _Bound(filler, self.cache, None)
         self._single = single
 
-    def encode_images(self, pixels: Floats) -> Floats:
-        """[images, 3, size, size] → [images, tokens, hidden], one picture at a time."""
-        pictures = [
-            self._vision.run(["features"], {"pixels": np.ascontiguousarray(picture[None])})[0]
-            for picture in pixels
-        ]
-        return np.concatenate(pictures)
+    def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
+        """Tiles [tiles, 3, size, size] → [images, tokens, hidden], one tile at a time."""
+        features = _each(self._vision, "pixels", pixels)
+        if not self._tiling.joins_scales:
+            return features
+        blocks = join_scales(features, self._tiling, grid)
+        return join_blocks(_each(self._projector, "features", blocks), self._tiling, grid)
 
     def embed_tokens(self, tokens: Sequence[int]) -> Floats:
         return self._table[np.asarray(tokens, np.int64)].astype(np.float32)
@@ -105,7 +110,7 @@ class OnnxRuntimeSession:
 
     def close(self) -> None:
         """Frees the models and the cache."""
-        for name in ("_vision", "_decoder", "_prefill", "_table", "cache"):
+        for name in ("_vision", "_projector", "_decoder", "_prefill", "_table", "cache"):
             self.__dict__.pop(name, None)
 
 
@@ -146,6 +151,13 @@ class _Bound:
     def _bind(self, name: str, array: NDArray[np.generic], output: bool = False) -> None:
         bind = self._io.bind_output if output else self._io.bind_input
         bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _each(session: onnxruntime.InferenceSession, name: str, batch: Floats) -> Floats:
+    """The graph's only output for each item of a batch; activations of one at a time in memory."""
+    (output,) = session.get_outputs()
+    outputs = [session.run([output.name], {name: np.ascontiguousarray(x[None])})[0] for x in batch]
+    return np.concatenate(outputs)
 
 
 def _load(path: Path, threads: int, *, repack: bool) -> onnxruntime.InferenceSession:
