@@ -20,6 +20,7 @@ from vila_deploy.model.tokenizer import load_tokenizer
 
 LLM, ROOT = "llm/config.json", "config.json"
 TOWER, PROJECTOR_CONFIG = "vision_tower/config.json", "mm_projector/config.json"
+PREPROCESSOR = "vision_tower/preprocessor_config.json"
 
 
 def pop(file: str, name: str) -> Damage:
@@ -113,11 +114,135 @@ def test_llama_refuses(case: str, tmp_path: Path) -> None:
     assert re.search(message, refused(root))
 
 
+TOWER_WEIGHTS = "vision_tower/model.safetensors"
+# What every tower must refuse, and what is particular to one.
+EVERY_TOWER: dict[str, tuple[Damage, str]] = {
+    "no heads": (set_key(TOWER, "num_attention_heads", 0), r"num_attention_heads: must be an int"),
+    "heads that do not divide": (
+        set_key(TOWER, "num_attention_heads", 5),
+        r"num_attention_heads: 5 does not divide hidden_size 64",
+    ),
+    "negative size": (set_key(TOWER, "hidden_size", -64), r"hidden_size: must be an integer"),
+    "size as text": (set_key(TOWER, "intermediate_size", "128"), r"intermediate_size: must be an"),
+    "no patches": (set_key(TOWER, "patch_size", None), r"patch_size: is missing"),
+    "patch larger than the picture": (
+        set_key(TOWER, "patch_size", 64), r"patch_size: 64 is larger than image_size 42",
+    ),
+    "a billion layers": (set_key(TOWER, "num_hidden_layers", 10**9), r"num_hidden_layers: must be"),
+    "layer that is not there": (
+        set_key(ROOT, "mm_vision_select_layer", -9), r"mm_vision_select_layer: -9 is outside",
+    ),
+    "activation": (set_key(TOWER, "hidden_act", "swish"), r"hidden_act: unknown activation 'swish"),
+    "four channels": (set_key(TOWER, "num_channels", 4), r"num_channels: must be 3"),
+    "no spread": (
+        set_key(PREPROCESSOR, "image_std", [0.5, 0.0, 0.5]), r"image_std: must be positive",
+    ),
+    "pixels of another tower": (
+        set_key(PREPROCESSOR, "crop_size", 56), r"preprocessor makes 56 pixels, 42 are needed",
+    ),
+}  # fmt: skip
+ONE_TOWER: dict[str, dict[str, tuple[Damage, str]]] = {
+    "siglip": {
+        "class token": (
+            set_key(ROOT, "mm_vision_select_feature", "patch"),
+            r"mm_vision_select_feature: 'patch' doesn't fit siglip, which has no class token",
+        ),
+    },
+    "clip": {
+        "class token kept": (
+            set_key(ROOT, "mm_vision_select_feature", "cls_patch"),
+            r"mm_vision_select_feature: 'cls_patch' doesn't fit clip, which has a class token",
+        ),
+        "no class token": (
+            pop(TOWER_WEIGHTS, "vision_model.embeddings.class_embedding"),
+            r"tensor vision_model\.embeddings\.class_embedding is missing",
+        ),
+        "crop no square": (
+            set_key(PREPROCESSOR, "crop_size", {"height": 42, "width": 40}),
+            r"crop_size: must be square, found 42 by 40",
+        ),
+    },
+    "internvit": {
+        "no scale": (
+            pop(TOWER_WEIGHTS, "encoder.layers.1.ls2"), r"encoder\.layers\.1\.ls2 is missing",
+        ),
+        "another norm": (set_key(TOWER, "norm_type", "layer_norm"), r"norm_type: only rms_norm"),
+        "bias that is not there": (
+            set_key(TOWER, "qkv_bias", True), r"encoder\.layers\.0\.attn\.qkv\.bias is missing",
+        ),
+        "norms nobody asked for": (
+            set_key(TOWER, "qk_normalization", False), r"[qk]_norm\.weight is not part",
+        ),
+        "flag as text": (set_key(TOWER, "qkv_bias", "no"), r"qkv_bias: must be true or false"),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tower", "case"),
+    [(tower, case) for tower, own in ONE_TOWER.items() for case in (*EVERY_TOWER, *own)],
+)
+def test_tower_refuses(tower: str, case: str, tmp_path: Path) -> None:
+    damage, message = (EVERY_TOWER | ONE_TOWER[tower])[case]
+    root = make_checkpoint(tmp_path / "c", tower=tower)
+    damage(root)
+    assert re.search(message, refused(root))
+
+
+STATIC = {"s2": True, "s2_scales": "42,84", "s2_max_split_size": 42}
+DYNAMIC_S2 = {
+    "image_aspect_ratio": "dynamic_s2", "dynamic_s2": True, "s2_scales": "42,84,126",
+    "s2_max_split_size": 42, "s2_resize_output_to_scale_idx": -1,
+}  # fmt: skip
+# Root keys, what is wrong, and how often the scales widen the projector.
+TILING: dict[str, tuple[dict[str, object], str]] = {
+    "flag as text": ({"s2": "yes"}, r"s2: must be true or false, found 'yes'"),
+    "no scales": ({**STATIC, "s2_scales": None}, r"s2_scales: must be 1 to 8 sizes"),
+    "scales are words": ({**STATIC, "s2_scales": "small,large"}, r"s2_scales: must be 1 to 8"),
+    "scales are fractions": ({**STATIC, "s2_scales": [42, 84.5]}, r"s2_scales: must be 1 to 8"),
+    "scale zero": ({**STATIC, "s2_scales": "0,42"}, r"s2_scales: must be 1 to 8"),
+    "negative scale": ({**STATIC, "s2_scales": "-42,42"}, r"s2_scales: must be 1 to 8"),
+    "scales that do not divide": (
+        {**STATIC, "s2_scales": "42,100"}, r"s2_scales: \[42, 100\] must be multiples of the",
+    ),
+    "first scale too large": ({**STATIC, "s2_scales": "84,168"}, r"s2_scales: \[84, 168\] must be"),
+    "scale of 10^9 tiles": ({**STATIC, "s2_scales": "42,1328156"}, r"s2_scales: must be 1 to 8"),
+    "split of another size": (
+        {**STATIC, "s2_max_split_size": 21}, r"s2_max_split_size: 21 differs from the tower's 42",
+    ),
+    "output scale outside": (
+        {**STATIC, "s2_resize_output_to_scale_idx": 2}, r"s2_resize_output_to_scale_idx: must be",
+    ),
+    "pixels of the small scale": (STATIC, r"preprocessor makes 42 pixels, 84 are needed"),
+    "10^9 tiles": ({**DYNAMIC_S2, "max_tiles": 10**9}, r"max_tiles: must be"),
+    "no tiles": ({**DYNAMIC_S2, "max_tiles": 0}, r"max_tiles: must be an integer"),
+    "fewer tiles than the scale has": (
+        {**DYNAMIC_S2, "max_tiles": 8}, r"max_tiles: 8 is fewer than the 9 tiles",
+    ),
+    "mode without its flag": (
+        {**DYNAMIC_S2, "dynamic_s2": False}, r"dynamic_s2: must be true, as image_aspect_ratio",
+    ),
+    "more least than most": (
+        {"image_aspect_ratio": "dynamic", "min_tiles": 5, "max_tiles": 4},
+        r"max_tiles: must be in min_tiles 5\.\.64, found 4",
+    ),
+    "tiles as a list": ({"image_aspect_ratio": "dynamic", "max_tiles": [12]}, r"max_tiles: must"),
+    "10^9 dynamic tiles": ({"image_aspect_ratio": "dynamic", "max_tiles": 10**9}, r"max_tiles: mu"),
+    "width of one scale": (
+        {**DYNAMIC_S2, "mm_hidden_size": 64}, r"mm_hidden_size: 64 differs from its part's 192",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TILING)
+def test_tiling_refuses(case: str, tmp_path: Path) -> None:
+    changes, message = TILING[case]
+    root = make_checkpoint(tmp_path / "c", root_config=changes)
+    assert re.search(message, refused(root))
+
+
 # What VILA releases have and this version has not.
 UNSUPPORTED: dict[str, tuple[str, str, Any, str]] = {
-    "mode without its flag": (
-        ROOT, "image_aspect_ratio", "dynamic_s2", r"dynamic_s2: must be true, as image_asp",
-    ),
     "mode": (ROOT, "image_aspect_ratio", "anyres", r"image_aspect_ratio: unknown image mode 'anyr"),
     "tower": (TOWER, "model_type", "radio", r"model_type: unknown vision tower 'radio'; .*siglip"),
     "S2 projector": (

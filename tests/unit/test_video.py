@@ -132,14 +132,19 @@ def test_the_display_matrix_is_applied(
         assert bright.sum() == 1
 
 
-def _sound(path: Path) -> Path:
-    with av.open(str(path), "w") as container:
+def _sound(path: Path, cover: bool = False) -> None:
+    with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("aac", rate=44100, layout="stereo")
+        if cover:
+            art = container.add_stream("mjpeg", rate=1)
+            art.width, art.height, art.pix_fmt = 32, 16, "yuvj420p"
+            art.disposition = av.stream.Disposition.attached_pic
+            container.mux(art.encode(av.VideoFrame.from_ndarray(grey(9), "rgb24")))
+            container.mux(art.encode())
         sound = av.AudioFrame.from_ndarray(np.zeros((2, 4096), np.float32), "fltp", "stereo")
         sound.rate = 44100
         container.mux(stream.encode(sound))
         container.mux(stream.encode())
-    return path
 
 
 def _cut(path: Path, share: float) -> Path:
@@ -157,6 +162,10 @@ def hostile(folder: Path, name: str) -> Path:
         os.mkfifo(path)
     elif name == "sound.m4a":
         _sound(path)
+    elif name == "music.m4a":
+        _sound(path, cover=True)
+        with av.open(str(path)) as container:
+            assert len(container.streams.video) == 1
     elif name == "still.png":
         Image.new("RGB", (32, 16)).save(path)
     elif name == "cut.mp4":
@@ -196,6 +205,7 @@ def hostile(folder: Path, name: str) -> Path:
         ("list.m3u8", "is not a video"),
         ("list.ffconcat", "is not a video"),
         ("sound.m4a", "no video stream"),
+        ("music.m4a", "no video stream"),
         ("cut.mp4", "cut short"),
         ("cut-index-first.mp4", r"cut short: only its first \d+ frames"),
         ("no-frames.mkv", "has no frame"),
