@@ -138,7 +138,7 @@ def _sound(path: Path, cover: bool = False) -> None:
         if cover:
             art = container.add_stream("mjpeg", rate=1)
             art.width, art.height, art.pix_fmt = 32, 16, "yuvj420p"
-            art.disposition = av.stream.Disposition.attached_pic
+            art.disposition = av.stream.Disposition.attached_pic.value
             container.mux(art.encode(av.VideoFrame.from_ndarray(grey(9), "rgb24")))
             container.mux(art.encode())
         sound = av.AudioFrame.from_ndarray(np.zeros((2, 4096), np.float32), "fltp", "stereo")
