@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from torch import Tensor
 
@@ -149,6 +150,33 @@ def make_checkpoint(root: Path, **overrides: Any) -> Path:
     write_tokenizer(root / "llm", tiny)
     if tiny.checksums:
         write_checksums(root)
+    return root
+
+
+def flatten(root: Path, tower: str) -> Path:
+    """Turns a checkpoint of three folders into the first generation's one, which names `tower`."""
+    prefixes = {
+        "llm": ("", ""),
+        "vision_tower": ("", "model.vision_tower.vision_tower."),
+        "mm_projector": ("layers.", "model.mm_projector."),
+    }
+    tensors: dict[str, Tensor] = {}
+    for part, (old, new) in prefixes.items():
+        for file in (root / part).glob("*.safetensors"):
+            for name, tensor in load_file(file).items():
+                tensors[new + name.removeprefix(old)] = tensor
+    config = json.loads((root / "llm" / "config.json").read_text("utf-8"))
+    config |= json.loads((root / "config.json").read_text("utf-8"))
+    config["architectures"] = ["LlavaLlamaForCausalLM"]
+    config["mm_vision_tower"] = tower
+    projector = json.loads((root / "mm_projector" / "config.json").read_text("utf-8"))
+    config["mm_projector_type"] = projector["mm_projector_type"]
+    for file in (root / "llm").glob("*.json"):
+        file.rename(root / file.name)
+    (root / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
+    for part in prefixes:
+        shutil.rmtree(root / part)
+    write_weights(root, tensors, shards=2)
     return root
 
 

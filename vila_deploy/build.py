@@ -62,11 +62,11 @@ def build_engine(root: Path, out: Path, options: BuildOptions) -> Manifest:
     limits = _limits(config, options)
     _check(module, config, limits)
     checkpoint = open_checkpoint(root)
-    tokenizer = load_tokenizer(root / "llm")
+    tokenizer = load_tokenizer(checkpoint.layout.folder("llm"))
     if tokenizer.vocab_size > config.llm.vocab_size:
         raise VilaDeployError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.llm.vocab_size}",
-            where=root / "llm",
+            where=checkpoint.layout.folder("llm"),
             fix="use the tokenizer files that belong to this checkpoint",
         )
     with new_folder(out) as folder:
@@ -194,6 +194,6 @@ def _limits(config: VilaConfig, options: BuildOptions) -> Limits:
 def _copy_tokenizer(checkpoint: Checkpoint, destination: Path) -> None:
     destination.mkdir()
     for name in TOKENIZER_FILES:
-        source = checkpoint.root / "llm" / name
+        source = checkpoint.layout.folder("llm") / name
         if source.is_file():
             shutil.copyfile(source, destination / name)

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from vila_deploy.backends import open_engine
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.engine.session import Session
+from vila_deploy.engine.session import Floats, Session
 from vila_deploy.generate import Sampling, encode_images, generate, place_images
 from vila_deploy.model.prompts import PROMPT_TEMPLATES, render
 from vila_deploy.model.splice import prompt_pieces, splice
@@ -18,25 +19,36 @@ from vila_deploy.model.vila import ReferenceSession
 
 Prompt = tuple[list[Image.Image], str]
 NEW_TOKENS = 64
+SAMPLING = Sampling(NEW_TOKENS)
 
 
 def greedy_tokens_of_both(
     checkpoint: Path, engine: Path, prompts: Sequence[Prompt]
 ) -> list[tuple[list[int], list[int]]]:
-    """(reference's tokens, engine's tokens) for each prompt; stop tokens do not stop them."""
+    """(reference's tokens, engine's tokens) for each prompt; stop tokens do not stop them.
+
+    The reference reads prompt and engine's answer at once and gives its most likely token at every
+    place: up to the first that differs, these are the tokens that it would have decoded itself.
+    """
     reference = ReferenceSession(open_checkpoint(checkpoint))
+    pairs = []
     with open_engine(engine) as opened:
         assert opened.tokenizer is not None
         template = PROMPT_TEMPLATES[opened.model.prompt]
-
-        def answer(session: Session, images: list[Image.Image], question: str) -> list[int]:
+        for images, question in prompts:
             placed, pixels = place_images(question, images, opened.model)
             text = render(template, [], placed)
             pieces = prompt_pieces(opened.tokenizer, text, opened.model.image_end)
-            embeds = splice(pieces, encode_images(session, pixels), session.embed_tokens)
-            return list(generate(session, embeds, (), Sampling(NEW_TOKENS)))
 
-        return [(answer(reference, *prompt), answer(opened.session, *prompt)) for prompt in prompts]
+            def embed(session: Session) -> Floats:
+                return splice(pieces, encode_images(session, pixels), session.embed_tokens)  # noqa: B023
+
+            tokens = list(generate(opened.session, embed(opened.session), (), SAMPLING))
+            prompt = embed(reference)
+            whole = np.concatenate([prompt, reference.embed_tokens(tokens[:-1])])
+            logits = reference.llm(torch.from_numpy(whole))[len(prompt) - 1 :]
+            pairs.append((logits.argmax(-1).tolist(), tokens))
+    return pairs
 
 
 def noise(seed: int) -> Image.Image:

@@ -22,13 +22,14 @@ from vila_deploy.engine.description import describe
 from vila_deploy.engine.manifest import Limits, Manifest
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats.quantized_linear import SYMMETRIC_ZERO
-from vila_deploy.model.presets import PRESETS, preset
+from vila_deploy.model.presets import preset
 from vila_deploy.model.random_weights import random_parts
 from vila_deploy.model.vila import ReferenceSession
 
 MAX_SEQ_LEN = 160
-# Of the logits' spread; float32 sums in another order differ by about 4e-6 here.
-TOLERANCE = 5e-5
+# Of the logits' spread. float32 sums in another order differ by about 4e-6 here; two int8 terms of
+# the activations by up to 4e-4, where float16 arithmetic differs by 4e-3 to 7e-3.
+TOLERANCE, INT4_TOLERANCE = 5e-5, 1e-3
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,13 @@ def test_logits_and_greedy_tokens_equal_the_reference(tmp_path: Path, variant: s
     session = opened(tmp_path / "engine", checkpoint)
     embeds = prompt(reference, checkpoint.config.vision.image_size)
     logits, expected = session.prefill(embeds), reference.prefill(embeds)
-    assert deviation(logits, expected) < TOLERANCE
+    tolerance = INT4_TOLERANCE if VARIANTS[variant].get("quantized") else TOLERANCE
+    assert deviation(logits, expected) < tolerance
     for _ in range(64):
         token = int(expected.argmax())
         assert int(logits.argmax()) == token
         logits, expected = session.decode(token), reference.decode(token)
-        assert deviation(logits, expected) < TOLERANCE
+        assert deviation(logits, expected) < tolerance
     assert session.position == reference.position
 
 
@@ -124,12 +126,13 @@ def test_prompt_in_parts_equals_prompt_at_once(
     embeds = prompt(session, checkpoint.config.vision.image_size)
     expected = session.prefill(embeds)
     session.reset()
+    tolerance = INT4_TOLERANCE if quantized else TOLERANCE
     monkeypatch.setattr(session_module, "PREFILL_TOKENS", 5)
-    assert deviation(session.prefill(embeds), expected) < TOLERANCE
+    assert deviation(session.prefill(embeds), expected) < tolerance
     session.reset()
     for part in (embeds[:1], embeds[1:20], embeds[20:21], embeds[21:]):
         logits = session.prefill(part)
-    assert deviation(logits, expected) < TOLERANCE
+    assert deviation(logits, expected) < tolerance
     assert session.position == len(embeds)
 
 
@@ -246,7 +249,9 @@ def test_random_weights_run_with_logits_that_differ(tmp_path: Path, precision: s
     embeds = prompt(session, 42)
     logits = session.prefill(embeds)
     assert 0.1 < logits.std() < 10
-    assert deviation(logits, reference.prefill(embeds)) < TOLERANCE
+    assert deviation(logits, reference.prefill(embeds)) < (
+        INT4_TOLERANCE if precision == "int4" else TOLERANCE
+    )
 
 
 def test_random_layers_differ() -> None:
@@ -271,23 +276,3 @@ def test_weight_bytes_of_a_token(tmp_path: Path, int4: Checkpoint) -> None:
     norms = (2 * llm.num_layers + 1) * llm.hidden_size
     expected = linears // 2 + groups // 2 + 4 * (groups + norms + llm.vocab_size * llm.hidden_size)
     assert manifest.weight_bytes_per_token == expected
-
-
-# Parameters of llm/ as the sizes of the released float16 files give them, in millions.
-RELEASED = {"VILA1.5-3b": 2702, "Llama-3-VILA1.5-8B": 8030, "VILA1.5-13b": 13016}
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_have_the_released_sizes(name: str) -> None:
-    from vila_deploy.checkpoint.expected import expected_llm, expected_projector
-
-    config = preset(name, "fp16")
-    parameters = sum(int(np.prod(tensor.shape)) for tensor in expected_llm(config.llm))
-    assert parameters / 1e6 == pytest.approx(RELEASED[name], rel=1e-3)
-    projector_bytes = 2 * sum(int(np.prod(t.shape)) for t in expected_projector(config))
-    assert projector_bytes / 1e6 == pytest.approx(
-        {2560: 36.7, 4096: 71.3, 5120: 99.7}[config.llm.hidden_size], rel=2e-3
-    )
-    assert config.tokens_per_block == 196
-    with pytest.raises(VilaDeployError, match=r"choose from VILA1\.5-3b"):
-        preset("VILA-9000", "fp16")

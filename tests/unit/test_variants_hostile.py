@@ -262,13 +262,6 @@ def test_what_is_not_supported_is_said(case: str, tmp_path: Path) -> None:
     assert re.search(message, refused(root))
 
 
-def test_first_generation_layout_is_refused(tmp_path: Path) -> None:
-    root = make_checkpoint(tmp_path / "c", root_config={"mm_vision_tower": "openai/clip"})
-    (root / "llm").rename(tmp_path / "elsewhere")
-    message = r"mm_vision_tower: the flat layout of the first generation is not supported .*; use"
-    assert re.search(message, refused(root))
-
-
 @pytest.mark.parametrize("given", PROJECTORS)
 @pytest.mark.parametrize("named", PROJECTORS)
 def test_projector_must_be_the_named_one(named: str, given: str, tmp_path: Path) -> None:

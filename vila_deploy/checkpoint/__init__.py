@@ -1,4 +1,4 @@
-"""Checkpoints in the three-folder VILA1.5 layout: found, checked in full, then read lazily."""
+"""Checkpoints of every generation: found, checked in full, then read lazily."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vila_deploy.checkpoint.checksums import ChecksumError, verify_checksums
-from vila_deploy.checkpoint.config import PARTS, VilaConfig, load_config
+from vila_deploy.checkpoint.config import VilaConfig, config_of
 from vila_deploy.checkpoint.expected import (
     EMBEDDING,
     HEAD,
@@ -17,6 +17,7 @@ from vila_deploy.checkpoint.expected import (
     check_tower,
 )
 from vila_deploy.checkpoint.header import TensorInfo
+from vila_deploy.checkpoint.layout import PARTS, Layout, find_layout, split_flat
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.tensors import TensorReader, find_tensors
 from vila_deploy.checkpoint.tinychat import VERSION as TINYCHAT
@@ -35,14 +36,14 @@ class Checkpoint:
 
     def __init__(
         self,
-        root: Path,
+        layout: Layout,
         config: VilaConfig,
         llm: TensorReader,
         vision: TensorReader,
         projector: TensorReader,
         digests: dict[Path, str],
     ):
-        self.root, self.config = root, config
+        self.layout, self.root, self.config = layout, layout.root, config
         self.llm, self.vision, self.projector = llm, vision, projector
         self._digests = digests
 
@@ -52,16 +53,16 @@ class Checkpoint:
         Reads every file once, unless opening has done so already.
         """
         files = [self.root / "config.json"]
-        for part in PARTS:
+        for folder in self.layout.folders():
             files += [
                 path
-                for path in (self.root / part).iterdir()
+                for path in folder.iterdir()
                 if path.suffix in IDENTIFYING_SUFFIXES and path.is_file()
             ]
         for reader in (self.llm, self.vision, self.projector):
             files += reader.files()
         total = hashlib.sha256()
-        for file in sorted(files):
+        for file in sorted(set(files)):
             if file not in self._digests:
                 self._digests[file] = sha256_file(file)
             total.update(f"{self._digests[file]}  ".encode())
@@ -89,14 +90,18 @@ def open_checkpoint(root: Path) -> Checkpoint:
 
 
 def _open(root: Path) -> Checkpoint:
-    config = load_config(root)
-    found = {
-        "llm": _find_llm(root / "llm", config.llm),
-        **{part: find_tensors(root / part) for part in PARTS[1:]},
-    }
-    check_llm(config.llm, found["llm"], root / "llm")
-    check_tower(config, found["vision_tower"], root / "vision_tower")
-    check_projector(config, found["mm_projector"], root / "mm_projector")
+    layout = find_layout(root)
+    config = config_of(layout)
+    if layout.flat:
+        found = split_flat(find_tensors(root))
+    else:
+        found = {
+            "llm": _find_llm(root / "llm", config.llm),
+            **{part: find_tensors(root / part) for part in PARTS[1:]},
+        }
+    check_llm(config.llm, found["llm"], layout.folder("llm"))
+    check_tower(config, found["vision_tower"], layout.folder("vision_tower"))
+    check_projector(config, found["mm_projector"], layout.folder("mm_projector"))
     quantization = config.llm.quantization
     llm = TensorReader(
         found["llm"],
@@ -111,7 +116,7 @@ def _open(root: Path) -> Checkpoint:
     except ChecksumError as error:
         _refuse_non_finite(readers, error.file)
         raise
-    return Checkpoint(root, config, llm, vision, projector, digests or {})
+    return Checkpoint(layout, config, llm, vision, projector, digests or {})
 
 
 def _find_llm(folder: Path, config: LlmConfig) -> dict[str, TensorInfo]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vila_deploy.checkpoint.fields import Fields
+from vila_deploy.checkpoint.layout import Layout, find_layout
 from vila_deploy.checkpoint.llm_config import LlmConfig, check_quantized_sizes, load_llm_config
 from vila_deploy.checkpoint.variants import (
     PROJECTOR_TYPES,
@@ -24,8 +24,6 @@ from vila_deploy.checkpoint.vision_config import (
     load_vision_config,
 )
 from vila_deploy.errors import VilaDeployError, short
-
-PARTS = ("llm", "vision_tower", "mm_projector")
 
 
 @dataclass(frozen=True)
@@ -76,30 +74,19 @@ class VilaConfig:
 
 
 def load_config(root: Path) -> VilaConfig:
-    """Reads and checks every config file of the three-folder layout under `root`; no weights.
+    """Reads and checks every config file under `root`; no weights.
 
     Raises:
         VilaDeployError: a missing folder, file or key, a wrong type, or an unsupported variant.
     """
-    if not os.path.isdir(root):  # noqa: PTH112  Path.is_dir raises on EACCES
-        raise VilaDeployError("no such folder", where=root, fix="give the checkpoint's folder")
-    fields = Fields.from_file(root / "config.json")
-    if "mm_vision_tower" in fields and "llm_cfg" not in fields:
-        raise fields.error(
-            "mm_vision_tower",
-            "the flat layout of the first generation is not supported by this version",
-            f"use VILA1.5 or later, which has {', '.join(PARTS)}",
-        )
-    for part in PARTS:
-        if not os.path.isdir(root / part):  # noqa: PTH112
-            raise VilaDeployError(
-                f"part {part}/ is missing", where=root, fix="download the whole checkpoint"
-            )
-    llm_fields = Fields.from_file(root / "llm" / "config.json")
-    llm = load_llm_config(llm_fields, root / "llm" / "generation_config.json")
-    vision = load_vision_config(Fields.from_file(root / "vision_tower" / "config.json"))
-    preprocessor = Fields.from_file(root / "vision_tower" / "preprocessor_config.json")
-    projector_fields = Fields.from_file(root / "mm_projector" / "config.json")
+    return config_of(find_layout(root))
+
+
+def config_of(layout: Layout) -> VilaConfig:
+    """The config of a checkpoint whose files have been read; raises as load_config does."""
+    fields, llm_fields, projector_fields = layout.fields, layout.llm, layout.projector
+    llm = load_llm_config(llm_fields, layout.generation)
+    vision = load_vision_config(layout.vision)
     projector = PROJECTOR_TYPES[
         projector_fields.choice("mm_projector_type", PROJECTOR_TYPES, what="projector")
     ]
@@ -107,7 +94,7 @@ def load_config(root: Path) -> VilaConfig:
         llm=llm,
         vision=vision,
         projector=projector,
-        image=load_image_config(fields, preprocessor, vision),
+        image=load_image_config(fields, layout.preprocessor, vision),
         tiling=load_tiling_config(fields, vision),
         select_layer=fields.integer("mm_vision_select_layer", -2, low=-200, high=200),
         select_feature=fields.choice(

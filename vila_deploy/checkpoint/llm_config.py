@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.checkpoint.tinychat import VERSION as TINYCHAT
@@ -43,7 +41,8 @@ class LlmConfig:
     quantization: QuantizationConfig | None
 
 
-def load_llm_config(fields: Fields, generation_file: Path) -> LlmConfig:
+def load_llm_config(fields: Fields, generation: Fields) -> LlmConfig:
+    """Reads llm/config.json and the stop tokens of generation_config.json."""
     architectures = fields.values.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     if not isinstance(name, str) or name not in LLM_FAMILIES:
@@ -70,10 +69,6 @@ def load_llm_config(fields: Fields, generation_file: Path) -> LlmConfig:
             raise fields.error(flag, f"{family.name} always has {str(expected).lower()} here")
     if fields.boolean("use_sliding_window", False):
         raise fields.error("use_sliding_window", "sliding-window attention is not supported")
-    if os.path.lexists(generation_file):
-        generation = Fields.from_file(generation_file)
-    else:
-        generation = Fields({}, generation_file)
     vocab = fields.integer("vocab_size")
     stops = {
         *fields.integers("eos_token_id", [], high=vocab - 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,39 @@ PROJECTOR_TYPES = {
         window=3,
         steps=("downsample", "norm", "3c", "gelu", "norm", "hidden", "gelu", "hidden"),
         token_order="row",
+    ),
+}
+
+# The towers that first-generation checkpoints only name, in `mm_vision_tower`: their published
+# config.json and preprocessor_config.json.
+KNOWN_TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "openai/clip-vit-large-patch14-336": (
+        {
+            "model_type": "clip_vision_model",
+            "hidden_size": 1024,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "intermediate_size": 4096,
+            "patch_size": 14,
+            "image_size": 336,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+        },
+        {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}, "resample": 3},
+    ),
+    "google/siglip-so400m-patch14-384": (
+        {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "num_hidden_layers": 27,
+            "num_attention_heads": 16,
+            "intermediate_size": 4304,
+            "patch_size": 14,
+            "image_size": 384,
+            "hidden_act": "gelu_pytorch_tanh",
+            "layer_norm_eps": 1e-6,
+        },
+        {"size": {"height": 384, "width": 384}, "resample": 3},
     ),
 }
 

@@ -67,7 +67,7 @@ def calibrate(checkpoint: Checkpoint, examples: Sequence[Example], seed: int) ->
         VilaDeployError: a picture can't be read, or the tokenizer doesn't belong to the model.
     """
     config = checkpoint.config
-    tokenizer = load_tokenizer(checkpoint.root / "llm")
+    tokenizer = load_tokenizer(checkpoint.layout.folder("llm"))
     shuffled = list(examples)
     random.Random(seed).shuffle(shuffled)
     blocks = _text_blocks(shuffled, tokenizer, config)
@@ -85,7 +85,7 @@ def calibrate(checkpoint: Checkpoint, examples: Sequence[Example], seed: int) ->
         if ids and max(ids) >= len(table):
             raise VilaDeployError(
                 f"its token {max(ids)} is outside the embedding of {len(table)} rows",
-                where=checkpoint.root / "llm",
+                where=checkpoint.layout.folder("llm"),
                 fix="use the tokenizer files that belong to this checkpoint",
             )
         return table[torch.tensor(list(ids), dtype=torch.int64)].float().numpy()

@@ -56,7 +56,6 @@ def quantize(root: Path, out: Path, options: Options) -> dict[str, Any]:
     examples = load_examples(options.calib, options.calib_images) if awq else []
     with new_folder(out) as folder:
         _check_space(folder, checkpoint, planned)
-        (folder / "llm").mkdir()
         copy_parts(checkpoint, folder)
         writer = ShardWriter(folder / "llm")
         _write_unquantized(checkpoint, writer)

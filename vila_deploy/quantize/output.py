@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.checkpoint.tensors import INDEX_FILE, SINGLE_FILE
+from vila_deploy.checkpoint.layout import PARTS, part_configs
+from vila_deploy.checkpoint.tensors import INDEX_FILE, SINGLE_FILE, TensorReader
 from vila_deploy.files import canonical_json, read_json_object, sha256_file
 from vila_deploy.model.tokenizer import TOKENIZER_FILES
 from vila_deploy.quantize.plan import SHARD_BYTES
@@ -65,27 +66,39 @@ class ShardWriter:
 
 
 def copy_parts(checkpoint: Checkpoint, root: Path) -> None:
-    """The tower, the projector, the root config and the tokenizer, as they are.
+    """The tower, the projector, their configs and the tokenizer, as they are, in three folders.
 
     Raises:
         VilaDeployError: NaN or Inf in a tensor of the tower or projector.
     """
-    shutil.copyfile(checkpoint.root / "config.json", root / "config.json")
-    _write_prompt_template(checkpoint, root / "config.json")
-    readers = {"vision_tower": checkpoint.vision, "mm_projector": checkpoint.projector}
-    for part, reader in readers.items():
+    for part in PARTS:
         (root / part).mkdir()
-        for source in sorted((checkpoint.root / part).glob("*.json")):
-            if source.is_file():
-                shutil.copyfile(source, root / part / source.name)
-        for name in reader.names():
-            reader.tensor(name)
-        for source in reader.files():
-            shutil.copyfile(source, root / part / source.name)
+    readers = {"vision_tower": checkpoint.vision, "mm_projector": checkpoint.projector}
+    if checkpoint.layout.flat:
+        for name, values in part_configs(checkpoint.layout).items():
+            (root / name).write_text(canonical_json(values), "utf-8")
+        for part, reader in readers.items():
+            tensors = {name: reader.tensor(name).contiguous() for name in reader.names()}
+            save_file(tensors, root / part / SINGLE_FILE, metadata={"format": "pt"})
+    else:
+        shutil.copyfile(checkpoint.root / "config.json", root / "config.json")
+        for part, reader in readers.items():
+            _copy_part(reader, checkpoint.root / part, root / part)
+    _write_prompt_template(checkpoint, root / "config.json")
     for name in LLM_FILES:
-        source = checkpoint.root / "llm" / name
+        source = checkpoint.layout.folder("llm") / name
         if source.is_file():
             shutil.copyfile(source, root / "llm" / name)
+
+
+def _copy_part(reader: TensorReader, source: Path, destination: Path) -> None:
+    for file in sorted(source.glob("*.json")):
+        if file.is_file():
+            shutil.copyfile(file, destination / file.name)
+    for name in reader.names():
+        reader.tensor(name)
+    for file in reader.files():
+        shutil.copyfile(file, destination / file.name)
 
 
 def _write_prompt_template(checkpoint: Checkpoint, file: Path) -> None:
@@ -97,7 +110,7 @@ def _write_prompt_template(checkpoint: Checkpoint, file: Path) -> None:
 
 def write_llm_config(checkpoint: Checkpoint, root: Path, scheme: QuantScheme) -> None:
     """llm/config.json with the `quantization_config` that AWQ loaders look for."""
-    config = read_json_object(checkpoint.root / "llm" / "config.json")
+    config = dict(checkpoint.layout.llm.values)
     config["quantization_config"] = {
         "quant_method": "awq",
         "bits": scheme.bits,
