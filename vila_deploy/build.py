@@ -14,6 +14,7 @@ from vila_deploy.backends import BACKENDS, TOKENIZER_FOLDER
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import VilaConfig, load_config, with_template
 from vila_deploy.engine.description import describe
+from vila_deploy.engine.fit import Fit, fit_everywhere
 from vila_deploy.engine.manifest import Limits, Manifest, write_manifest
 from vila_deploy.engine.plan import EnginePlan, plan_engine
 from vila_deploy.engine.target import Target, get_target
@@ -38,14 +39,29 @@ class BuildOptions:
     prompt_template: str | None = None
 
 
+def default_limits(config: VilaConfig) -> Limits:
+    """The limits of an engine for which nothing else is asked."""
+    return _limits(config, BuildOptions(target="cpu"))
+
+
 def plan_build(root: Path, options: BuildOptions) -> EnginePlan:
     """What building `root` would give, from its config files alone."""
-    config = with_template(load_config(root), options.prompt_template)
-    target = get_target(options.target)
-    precision = options.precision or ("int4" if config.llm.quantization else "fp16")
-    return plan_engine(
-        config, target, _backend(target, options), precision, _limits(config, options)
+    config, target = (
+        with_template(load_config(root), options.prompt_template),
+        get_target(options.target),
     )
+    backend, limits = _backend(target, options), _limits(config, options)
+    return plan_engine(config, target, backend, _planned_precision(config, options), limits)
+
+
+def plan_targets(root: Path, options: BuildOptions) -> list[Fit]:
+    """On which targets that engine would fit, from the config files alone."""
+    config = load_config(root)
+    return fit_everywhere(config, _planned_precision(config, options), _limits(config, options))
+
+
+def _planned_precision(config: VilaConfig, options: BuildOptions) -> str:
+    return options.precision or ("int4" if config.llm.quantization else "fp16")
 
 
 def build_engine(root: Path, out: Path, options: BuildOptions) -> Manifest:

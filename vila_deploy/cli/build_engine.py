@@ -10,6 +10,7 @@ import click
 from vila_deploy.cli.common import command_errors, echo_json
 
 if TYPE_CHECKING:
+    from vila_deploy.engine.fit import Fit
     from vila_deploy.engine.plan import EnginePlan
 
 
@@ -56,17 +57,17 @@ def main(
     if out is None and not plan_only:
         raise click.UsageError("-o is missing: name the folder to write, or give --plan")
 
-    from vila_deploy.build import BuildOptions, build_engine, plan_build
+    from vila_deploy.build import BuildOptions, build_engine, plan_build, plan_targets
 
     options = BuildOptions(
         target, backend, precision, max_batch_size, max_input_len, max_seq_len, prompt_template
     )
     if plan_only or out is None:
-        planned = plan_build(checkpoint, options)
+        planned, fits = plan_build(checkpoint, options), plan_targets(checkpoint, options)
         if as_json:
-            echo_json(planned.to_json())
+            echo_json({**planned.to_json(), "targets": [fit.to_json() for fit in fits]})
         else:
-            _show_plan(planned)
+            _show_plan(planned, fits)
         return
     manifest = build_engine(checkpoint, out, options)
     if as_json:
@@ -86,8 +87,8 @@ def main(
         )
 
 
-def _show_plan(planned: EnginePlan) -> None:
-    from vila_deploy.cli.common import show_plan
+def _show_plan(planned: EnginePlan, fits: list[Fit]) -> None:
+    from vila_deploy.cli.common import show_fits, show_plan
 
     show_plan(planned.components, planned.stages)
     verdict = "fits" if planned.fits else "does not fit"
@@ -95,3 +96,5 @@ def _show_plan(planned: EnginePlan) -> None:
         f"{planned.target} with {planned.backend}, {planned.precision}: needs "
         f"{planned.device_bytes / 1e9:.2f} GB of {planned.limit_bytes / 1e9:.1f} GB: {verdict}"
     )
+    click.echo("\nWhen it runs:")
+    show_fits(fits)

@@ -16,7 +16,8 @@ import click
 from vila_deploy.errors import VilaDeployError, printable
 
 if TYPE_CHECKING:
-    from vila_deploy.quantize.plan import Component, Stage
+    from vila_deploy.engine.fit import Fit
+    from vila_deploy.sizes import Component, Stage
 
 P = ParamSpec("P")
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
@@ -75,6 +76,19 @@ def show_plan(components: Iterable[Component], stages: Iterable[Stage]) -> None:
     console.print(table)
     for stage in stages:
         console.print(f"{stage.name}: about {stage.memory_bytes / 1e9:.1f} GB of memory")
+
+
+def show_fits(fits: Iterable[Fit]) -> None:
+    """Prints on which targets a model fits, and what to change where it doesn't."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("target", "needs GB", "has GB", "", box=None)
+    for fit in fits:
+        verdict = "fits" if fit.fits else f"does not fit; {fit.advice}"
+        row = (f"{fit.device_bytes / 1e9:.1f}", f"{fit.limit_bytes / 1e9:.1f}", verdict)
+        table.add_row(f"{fit.target} ({fit.title})", *row)
+    Console(soft_wrap=True).print(table)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

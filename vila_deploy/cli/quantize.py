@@ -10,6 +10,7 @@ import click
 from vila_deploy.cli.common import command_errors, echo_json
 
 if TYPE_CHECKING:
+    from vila_deploy.engine.fit import Fit
     from vila_deploy.quantize.plan import QuantizePlan
 
 ALGORITHMS, FORMATS = ("awq", "rtn"), ("awq",)
@@ -80,13 +81,17 @@ def main(
     scheme = QuantScheme(group_size, symmetric)
     options = Options(scheme, algorithm, calib, calib_images, seed, prompt_template)
     if plan_only or out is None:
+        from vila_deploy.build import default_limits
         from vila_deploy.checkpoint.config import load_config, with_template
+        from vila_deploy.engine.fit import fit_everywhere
 
-        planned = plan(with_template(load_config(checkpoint), prompt_template), options)
+        config = with_template(load_config(checkpoint), prompt_template)
+        planned = plan(config, options)
+        fits = fit_everywhere(config, "int4", default_limits(config))
         if as_json:
-            echo_json(planned.to_json())
+            echo_json({**planned.to_json(), "targets": [fit.to_json() for fit in fits]})
         else:
-            _show_plan(planned)
+            _show_plan(planned, fits)
         return
 
     from vila_deploy.quantize.job import quantize
@@ -99,8 +104,8 @@ def main(
         click.echo(f"{out}: {before:,.1f} MB → {after:,.1f} MB of weights; see {out / 'report.md'}")
 
 
-def _show_plan(planned: QuantizePlan) -> None:
-    from vila_deploy.cli.common import show_plan
+def _show_plan(planned: QuantizePlan, fits: list[Fit]) -> None:
+    from vila_deploy.cli.common import show_fits, show_plan
 
     show_plan(planned.components, planned.stages)
     click.echo(f"output: {planned.output_bytes / 1e6:,.1f} MB of weights")
@@ -109,3 +114,5 @@ def _show_plan(planned: QuantizePlan) -> None:
         f"needs about {planned.device_bytes / 1e9:.1f} GB, "
         f"{planned.limit_bytes / 1e9:.1f} GB are available: {verdict}"
     )
+    click.echo("\nThe 4-bit model, when it runs:")
+    show_fits(fits)

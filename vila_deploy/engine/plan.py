@@ -9,7 +9,6 @@ from typing import Any
 
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.expected import (
-    Expected,
     decoder_linears,
     expected_projector,
     expected_tower,
@@ -17,7 +16,7 @@ from vila_deploy.checkpoint.expected import (
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.target import Target
-from vila_deploy.quantize.plan import Component, Stage, available_memory_bytes
+from vila_deploy.sizes import Component, Stage, available_memory_bytes, parameters
 
 DEFAULT_GROUP_SIZE = 128
 # Python with onnxruntime, and a CUDA context with its libraries.
@@ -70,7 +69,7 @@ def plan_engine(
     )
     program = CPU_PROGRAM_BYTES if on_cpu else GPU_PROGRAM_BYTES
     device_bytes = program + sum(component.bytes for component in components)
-    limit_bytes = target.memory_bytes or available_memory_bytes()
+    limit_bytes = target.usable_bytes or available_memory_bytes()
     layer = sum(map(math.prod, decoder_linears(config.llm).values())) * 4
     head = config.llm.vocab_size * config.llm.hidden_size * 6
     return EnginePlan(
@@ -94,19 +93,21 @@ def _weights(config: VilaConfig, precision: str, storage: Storage) -> Iterable[C
     group = llm.quantization.group_size if llm.quantization else DEFAULT_GROUP_SIZE
     bits = storage.dense_bits if precision == "fp16" else 4 + (storage.scale_bits + 4) / group
     table = llm.vocab_size * llm.hidden_size
-    yield _component("llm decoder linears", linears, bits)
+    yield Component.of("llm decoder linears", linears, bits)
     # Looked up row by row, so it stays in float16 everywhere.
-    yield _component("llm embeddings", table, 16)
-    yield _component("llm head", table, storage.dense_bits)
-    yield _component("llm norms", llm.hidden_size * (2 * llm.num_layers + 1), storage.dense_bits)
-    yield _component("vision tower", _count(expected_tower(config)), storage.dense_bits)
-    yield _component("projector", _count(expected_projector(config)), storage.dense_bits)
+    yield Component.of("llm embeddings", table, 16)
+    yield Component.of("llm head", table, storage.dense_bits)
+    yield Component.of("llm norms", llm.hidden_size * (2 * llm.num_layers + 1), storage.dense_bits)
+    yield Component.of("vision tower", parameters(expected_tower(config)), storage.dense_bits)
+    yield Component.of("projector", parameters(expected_projector(config)), storage.dense_bits)
 
 
 def _cache(llm: LlmConfig, limits: Limits, storage: Storage) -> Component:
     per_token = 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim
     count = limits.max_batch_size * limits.max_seq_len * per_token
-    return _component(f"key/value cache of {limits.max_seq_len} tokens", count, storage.cache_bits)
+    return Component.of(
+        f"key/value cache of {limits.max_seq_len} tokens", count, storage.cache_bits
+    )
 
 
 def _activations(config: VilaConfig, limits: Limits, storage: Storage) -> Component:
@@ -120,12 +121,4 @@ def _activations(config: VilaConfig, limits: Limits, storage: Storage) -> Compon
         6 * llm.hidden_size + 3 * llm.intermediate_size
     )
     count = max(tower, decoder) + llm.vocab_size
-    return _component("activations (estimate)", count, storage.dense_bits)
-
-
-def _component(name: str, count: int, bits: float) -> Component:
-    return Component(name, count, bits, int(count * bits / 8))
-
-
-def _count(tensors: Iterable[Expected]) -> int:
-    return sum(math.prod(tensor.shape) for tensor in tensors)
+    return Component.of("activations (estimate)", count, storage.dense_bits)

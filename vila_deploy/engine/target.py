@@ -19,7 +19,8 @@ class Target:
         name: file name in engines/ without `.toml`; what `--target` takes.
         title: the device's full name.
         compute_capability: CUDA's, e.g. "8.7"; None for a CPU.
-        memory_bytes: memory of the device that an engine may fill; None means this host's.
+        memory_bytes: memory of the device; None means this host's.
+        reserved_bytes: what the system takes of it where it is the only memory (estimate).
         bandwidth_bytes_per_s: published DRAM bandwidth; None means to be measured.
         host: platform that the engine runs on, e.g. "linux-aarch64"; "any" for a CPU.
         default_backend: built unless `--backend` says otherwise.
@@ -34,6 +35,12 @@ class Target:
     host: str
     default_backend: str
     backends: dict[str, str]
+    reserved_bytes: int | None = None
+
+    @property
+    def usable_bytes(self) -> int | None:
+        """Memory that an engine may fill; None means what this host has to spare."""
+        return self.memory_bytes and self.memory_bytes - (self.reserved_bytes or 0)
 
 
 @cache
@@ -61,7 +68,9 @@ def get_target(name: str) -> Target:
 
 def _target(name: str, row: dict[str, Any]) -> Target:
     known = {field.name for field in fields(Target)} - {"name"}
-    optional = {"compute_capability", "memory_bytes", "bandwidth_bytes_per_s"}
+    optional = {
+        "compute_capability", "memory_bytes", "bandwidth_bytes_per_s", "reserved_bytes",
+    }  # fmt: skip
     unknown, missing = row.keys() - known, known - optional - row.keys()
     if unknown or missing:
         raise VilaDeployError(

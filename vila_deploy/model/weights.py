@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from vila_deploy.formats.quantized_linear import QuantizedLinear
+    from vila_deploy.formats.quantized_linear import QuantizedLinear
 
 
 class WeightSource(Protocol):

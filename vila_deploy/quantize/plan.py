@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.expected import (
-    Expected,
     decoder_linears,
     expected_llm,
     expected_projector,
@@ -20,6 +17,7 @@ from vila_deploy.checkpoint.expected import (
 )
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.quantize.scheme import QuantScheme, check_scheme
+from vila_deploy.sizes import Component, Stage, available_memory_bytes, parameters
 
 ALGORITHMS = ("awq", "rtn")
 FORMATS = ("awq",)
@@ -39,24 +37,6 @@ class Options:
     calib_images: Path | None = None
     seed: int = 0
     prompt_template: str | None = None
-
-
-@dataclass(frozen=True)
-class Component:
-    """A part of the output: how many parameters, in how many bits each, in how many bytes."""
-
-    name: str
-    parameters: int
-    bits: float
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A step of the job and the memory that it needs at its peak."""
-
-    name: str
-    memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -106,8 +86,8 @@ def check_not_quantized(config: VilaConfig) -> None:
     if found is not None:
         raise VilaDeployError(
             f"is quantized already ({found.bits} bits, group size {found.group_size})",
-            where="llm/config.json: quantization_config",
-            fix="give the original fp16 checkpoint",
+            where=f"llm/, in the layout of {found.version}",
+            fix="build an engine from it, or give the original fp16 checkpoint",
         )
 
 
@@ -118,16 +98,11 @@ def output_components(config: VilaConfig, scheme: QuantScheme) -> tuple[Componen
     embedding = llm.vocab_size * llm.hidden_size
     norms = llm.hidden_size * (2 * llm.num_layers + 1)
     components = [
-        Component(
-            "llm decoder linears",
-            linears,
-            scheme.bits_per_weight,
-            int(linears * scheme.bits_per_weight / 8),
-        ),
+        Component.of("llm decoder linears", linears, scheme.bits_per_weight),
         _float16("llm embeddings", embedding),
         _float16("llm norms", norms),
-        _float16("vision tower", _count(expected_tower(config))),
-        _float16("projector", _count(expected_projector(config))),
+        _float16("vision tower", parameters(expected_tower(config))),
+        _float16("projector", parameters(expected_projector(config))),
     ]
     rows = {name: out for name, (out, _) in decoder_linears(llm).items() if has_bias(llm, name)}
     if rows:
@@ -137,12 +112,8 @@ def output_components(config: VilaConfig, scheme: QuantScheme) -> tuple[Componen
     return tuple(components)
 
 
-def _float16(name: str, parameters: int) -> Component:
-    return Component(name, parameters, 16, parameters * FLOAT16)
-
-
-def _count(tensors: Iterable[Expected]) -> int:
-    return sum(math.prod(tensor.shape) for tensor in tensors)
+def _float16(name: str, count: int) -> Component:
+    return Component.of(name, count, 16)
 
 
 def _stages(config: VilaConfig, options: Options, tokens: int) -> tuple[Stage, ...]:
@@ -150,7 +121,7 @@ def _stages(config: VilaConfig, options: Options, tokens: int) -> tuple[Stage, .
     layer = sum(map(math.prod, decoder_linears(llm).values())) * FLOAT32
     table = llm.vocab_size * llm.hidden_size
     # A shard waits in memory until it is full; the embedding is never split.
-    shard = min(SHARD_BYTES, sum(_count([t]) for t in expected_llm(llm)) * FLOAT16)
+    shard = min(SHARD_BYTES, sum(parameters([t]) for t in expected_llm(llm)) * FLOAT16)
     write = Stage("write embeddings and head", PROGRAM_BYTES + shard + table * (FLOAT16 + FLOAT32))
     if options.algorithm == "rtn":
         return (
@@ -158,7 +129,7 @@ def _stages(config: VilaConfig, options: Options, tokens: int) -> tuple[Stage, .
             write,
         )
     hidden = tokens * llm.hidden_size * FLOAT32
-    tower = (_count(expected_tower(config)) + _count(expected_projector(config))) * FLOAT32
+    tower = (parameters(expected_tower(config)) + parameters(expected_projector(config))) * FLOAT32
     grams = sum({width: width * width for _, width in decoder_linears(llm).values()}.values())
     search = PROGRAM_BYTES + shard + 3 * layer + 5 * hidden + 2 * grams * FLOAT32
     return (
@@ -166,17 +137,3 @@ def _stages(config: VilaConfig, options: Options, tokens: int) -> tuple[Stage, .
         Stage("search and round each decoder layer", search),
         write,
     )
-
-
-def available_memory_bytes() -> int:
-    """Memory that a new program can use: what the system says, within the container's limit."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        found.append(max(0, int(limit.read_text()) - int(used.read_text())))
-    return min(found)

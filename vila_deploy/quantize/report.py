@@ -14,7 +14,8 @@ from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.progress import clock
 from vila_deploy.quantize.awq import LayerResult, ratios
 from vila_deploy.quantize.calibrate import Calibration
-from vila_deploy.quantize.plan import Component, Options, output_components
+from vila_deploy.quantize.plan import Options, output_components
+from vila_deploy.sizes import Component
 
 LIBRARIES = ("vila-deploy", "torch", "transformers", "safetensors")
 REASONS = {

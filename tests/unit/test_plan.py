@@ -1,0 +1,97 @@
+"""Plans against what the authors' table says of memory, and against one another."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny import make_checkpoint
+
+from vila_deploy.engine.fit import fit_everywhere
+from vila_deploy.engine.manifest import Limits
+from vila_deploy.engine.plan import plan_engine
+from vila_deploy.engine.target import get_target
+from vila_deploy.model.presets import PRESETS, preset
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = list(csv.DictReader((ROOT / "benchmarks" / "published.csv").open()))
+A100_80GB = 80 << 30
+
+
+def device_bytes(model: str, precision: str, target_name: str) -> int:
+    config, target = preset(model, precision), get_target(target_name)
+    length = min(config.model_max_length, 4096)
+    limits = Limits(1, length, length)
+    return plan_engine(config, target, target.default_backend, precision, limits).device_bytes
+
+
+def fits(model: str, precision: str, target: str) -> bool:
+    return device_bytes(model, precision, target) <= (get_target(target).usable_bytes or 0)
+
+
+@pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: " ".join(list(row.values())[1:4]))
+def test_fits_where_the_authors_had_a_figure_and_not_where_memory_ran_out(
+    row: dict[str, str],
+) -> None:
+    ran_out = row["decode_tokens_per_s"] == "out of memory"
+    assert fits(row["model"], row["precision"], row["target"]) != ran_out
+
+
+def test_margins_of_40b_on_an_a100_of_80_gb() -> None:
+    assert device_bytes("VILA1.5-40b", "int4", "a100") < 0.5 * A100_80GB
+    assert 0.9 * A100_80GB < device_bytes("VILA1.5-40b", "fp16", "a100") < A100_80GB
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+@pytest.mark.parametrize("model", PRESETS)
+def test_advice_makes_it_fit(model: str, precision: str) -> None:
+    config = preset(model, precision)
+    limits = Limits(1, 4096, 4096)
+    for fit in fit_everywhere(config, precision, limits):
+        if fit.target == "cpu":
+            continue
+        assert fit.fits == (not fit.advice)
+        if fit.advice.startswith("--max-seq-len "):
+            length = int(fit.advice.split()[1])
+            shorter = dataclasses.replace(limits, max_seq_len=length, max_input_len=length)
+            again = {f.target: f for f in fit_everywhere(config, precision, shorter)}
+            assert again[fit.target].fits
+        elif fit.advice.startswith("quantize"):
+            assert precision == "fp16"
+            again = {f.target: f for f in fit_everywhere(config, "int4", limits)}
+            assert again[fit.target].fits
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["vila-quantize", "{root}", "--plan", "--json"],
+        ["vila-build-engine", "{root}", "--target", "orin-nano", "--plan", "--json"],
+    ],
+)
+def test_plan_needs_no_weights_and_two_seconds(command: list[str], tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "c")
+    for file in root.rglob("*.safetensors"):
+        file.unlink()
+    name, *arguments = (word.format(root=root) for word in command)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(
+            [Path(sys.executable).parent / name, *arguments], capture_output=True, text=True
+        )
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+    assert min(times) < 2
+    planned = json.loads(done.stdout)
+    assert planned["fits"] is True
+    assert {"name", "parameters", "bits", "bytes"} == planned["components"][0].keys()
+    targets = {fit["target"]: fit for fit in planned["targets"]}
+    assert targets["orin-nano"]["fits"]
+    assert len(targets) == 7

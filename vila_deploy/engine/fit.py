@@ -1,0 +1,61 @@
+"""On which targets a model fits, and what to change where it doesn't."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.engine.manifest import Limits
+from vila_deploy.engine.plan import plan_engine
+from vila_deploy.engine.target import Target, load_targets
+
+SEQUENCE_STEP = 256
+
+
+@dataclass(frozen=True)
+class Fit:
+    """`advice` says what makes it fit; empty where it does."""
+
+    target: str
+    title: str
+    fits: bool
+    device_bytes: int
+    limit_bytes: int
+    advice: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def fit_everywhere(config: VilaConfig, precision: str, limits: Limits) -> list[Fit]:
+    """The model on every target, each with its default backend; no weights are read."""
+    return [_fit(config, precision, limits, target) for target in load_targets().values()]
+
+
+def _fit(config: VilaConfig, precision: str, limits: Limits, target: Target) -> Fit:
+    plan = plan_engine(config, target, target.default_backend, precision, limits)
+    advice = "" if plan.fits else advise(config, precision, limits, target)
+    return Fit(target.name, target.title, plan.fits, plan.device_bytes, plan.limit_bytes, advice)
+
+
+def advise(config: VilaConfig, precision: str, limits: Limits, target: Target) -> str:
+    """The smallest change that makes a model fit that doesn't."""
+    backend = target.default_backend
+
+    def needed(precision: str, limits: Limits) -> int:
+        return plan_engine(config, target, backend, precision, limits).device_bytes
+
+    limit = plan_engine(config, target, backend, precision, limits).limit_bytes
+    least = config.max_tokens_per_image + SEQUENCE_STEP
+    for length in range(limits.max_seq_len - SEQUENCE_STEP, least - 1, -SEQUENCE_STEP):
+        shorter = replace(
+            limits, max_seq_len=length, max_input_len=min(limits.max_input_len, length)
+        )
+        if needed(precision, shorter) <= limit:
+            return f"--max-seq-len {length}"
+    quantized = needed("int4", limits)
+    if precision == "fp16" and quantized <= limit:
+        return f"quantize it first: int4 needs {quantized / 1e9:.1f} GB"
+    smallest = min(needed("int4", limits), needed(precision, limits))
+    return f"a smaller model, or a device with {smallest / 1e9:.0f} GB to spare"
