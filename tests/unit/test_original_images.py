@@ -200,3 +200,15 @@ def test_logits_of_a_spliced_prompt(
         assert_sample(logits, expected["logits"])
     else:
         np.testing.assert_allclose(logits, expected["logits"], rtol=0, atol=1e-5)
+
+
+def test_truncated_prompt(tmp_path: Path) -> None:
+    """The original cuts what is too long at its end; calibration does so, a question is refused."""
+    expected = SPLICED["vila15_truncated"]
+    session = session_of(write_checkpoint(tmp_path / "c"))
+    shape, seed = expected["pixels"]
+    features = session.encode_images(cases.pixels(tuple(shape), seed))
+    embeds = splice([[1, 5, 9], [7, 8], [11, 3]], list(features), session.embed_tokens)
+    cut = embeds[: expected["max_length"]]
+    assert_sample(cut, expected["embeds"])
+    assert_sample(session.llm(torch.from_numpy(cut)).numpy(), expected["logits"])

@@ -116,6 +116,8 @@ def test_output_is_a_checkpoint_with_its_own_checksums(awq, root):
     )
     actual = {k: v for k, v in digests(out).items() if k.endswith(".safetensors")}
     assert listed == actual
+    modes = {file.stat().st_mode for file in out.rglob("*") if file.is_file()}
+    assert len(modes) == 1, "all files are as readable as the others"
     config = json.loads((out / "llm" / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "awq"
     assert config["quantization_config"]["version"] == "gemm"

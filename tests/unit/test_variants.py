@@ -12,6 +12,7 @@ from PIL import Image
 from tiny import PROJECTORS, make_checkpoint
 
 from vila_deploy.backends import open_engine
+from vila_deploy.bench.measure import measure
 from vila_deploy.build import BuildOptions, build_engine, plan_build
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.variants import (
@@ -175,6 +176,17 @@ def test_engine_answers_as_the_reference(
         expected = answers(ReferenceSession(open_checkpoint(root)), opened)
         assert len(expected[0]) > 5
         assert answers(opened.session, opened) == expected
+
+
+@pytest.mark.parametrize("row", ["dynamic", "dynamic S2", "static S2", "InternViT"])
+def test_bench_measures_it(row: str, tmp_path: Path) -> None:
+    fields, _ = (LLM_ROWS | VISION_ROWS)[row]
+    root = make_checkpoint(tmp_path / "c", max_length=1024, **fields)
+    manifest = build_engine(root, tmp_path / "e", BuildOptions("cpu"))
+    measured = measure(tmp_path / "e")
+    assert measured["decode_tokens_per_s"] > 0
+    tiles = {"dynamic": 7, "dynamic S2": 12}.get(row, 1)
+    assert measured["prompt_tokens"] > tiles * manifest.model.tokens_per_block
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])

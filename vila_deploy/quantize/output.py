@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -58,11 +59,19 @@ class ShardWriter:
     def _flush(self) -> None:
         if self._pending:
             self._shards.append(list(self._pending))
-            save_file(self._pending, self._partial(len(self._shards)), metadata={"format": "pt"})
+            _save(self._pending, self._partial(len(self._shards)))
             self._pending, self._pending_bytes = {}, 0
 
     def _partial(self, number: int) -> Path:
         return self._folder / f"shard-{number}.safetensors"
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors makes files that only their owner may read; these are as readable as others."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def copy_parts(checkpoint: Checkpoint, root: Path) -> None:
@@ -79,7 +88,7 @@ def copy_parts(checkpoint: Checkpoint, root: Path) -> None:
             (root / name).write_text(canonical_json(values), "utf-8")
         for part, reader in readers.items():
             tensors = {name: reader.tensor(name).contiguous() for name in reader.names()}
-            save_file(tensors, root / part / SINGLE_FILE, metadata={"format": "pt"})
+            _save(tensors, root / part / SINGLE_FILE)
     else:
         shutil.copyfile(checkpoint.root / "config.json", root / "config.json")
         for part, reader in readers.items():
