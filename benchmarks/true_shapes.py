@@ -124,7 +124,7 @@ def run(root: Path) -> None:
     work = root.with_name(f"{root.name}-run")
     shutil.rmtree(work, ignore_errors=True)
     (work / "pictures").mkdir(parents=True)
-    (work / "texts.txt").write_text(TEXT * 12, "utf-8")
+    (work / "texts.txt").write_text(TEXT * 2, "utf-8")
     picture = work / "pictures" / "stripes.png"
     Image.linear_gradient("L").resize((320, 240)).convert("RGB").save(picture)
     data = ["--calib", work / "texts.txt", "--calib-images", work / "pictures"]

@@ -15,7 +15,7 @@ import torch
 from awq_case import CASES, llm_config, random_layer, sequences_of
 
 from vila_deploy.model.llm import LINEARS, run_layer
-from vila_deploy.quantize.activations import CLIP_SAMPLE_TOKENS, InputStats, output_error
+from vila_deploy.quantize.activations import CLIP_SAMPLE_TOKENS, InputStats
 from vila_deploy.quantize.awq import quantize_layer, ratios, steps_per_layer
 from vila_deploy.quantize.clip import apply_clip, search_clip
 from vila_deploy.quantize.round import fake_quantize
@@ -186,7 +186,19 @@ def test_statistics_are_those_of_all_tokens():
     torch.testing.assert_close(stats.mean_abs, x.abs().mean(0))
     difference = torch.randn(5, 8, generator=torch.Generator().manual_seed(6))
     expected = float((x @ difference.T).square().mean())
-    assert output_error(difference, stats.gram) == pytest.approx(expected, rel=1e-5)
+    assert stats.output_error(difference) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("channels", [8, 64, 65, 200])
+def test_output_error_with_fewer_and_with_more_tokens_than_channels(channels: int) -> None:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(64, channels, generator=generator)
+    difference = torch.randn(5, channels, generator=generator)
+    stats = InputStats(len(x))
+    for part in x.split([1, 40, 23]):
+        stats.add(part)
+    expected = float((x.double() @ difference.double().T).square().mean())
+    assert stats.output_error(difference) == pytest.approx(expected, rel=1e-5)
 
 
 def test_two_runs_are_the_same_bit_for_bit():

@@ -119,3 +119,8 @@ def part_configs(layout: Layout) -> dict[str, dict[str, Any]]:
         "vision_tower/preprocessor_config.json": layout.preprocessor.values,
         "mm_projector/config.json": layout.projector.values,
     }
+
+
+def llm_config_values(layout: Layout) -> dict[str, Any]:
+    """What llm/config.json says apart from a quantization."""
+    return {key: value for key, value in layout.llm.values.items() if key != "quantization_config"}

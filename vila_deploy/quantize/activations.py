@@ -15,8 +15,9 @@ CLIP_SAMPLE_TOKENS = 512
 class InputStats:
     """Statistics over all calibration tokens of the inputs x [tokens, channels] of a linear.
 
-    They replace the inputs themselves, whose size would grow with the calibration set: the output
-    error of a linear whose weight changes by D is tr(D Σ xᵀx Dᵀ), exactly.
+    The output error of a linear whose weight changes by D is tr(D Σ xᵀx Dᵀ), exactly. So Σ xᵀx, the
+    Gram matrix, replaces the inputs, whose size would grow with the calibration set. Only where
+    there are fewer tokens than channels are the inputs smaller, and quicker to multiply with.
 
     Args:
         num_tokens: how many tokens will come in all.
@@ -25,13 +26,17 @@ class InputStats:
     num_tokens: int
     seen: int = 0
     abs_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
-    gram_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
+    _gram_sum: Tensor = field(default_factory=lambda: torch.zeros(()))
+    _inputs: list[Tensor] = field(default_factory=list)
     _samples: list[Tensor] = field(default_factory=list)
 
     def add(self, inputs: Tensor) -> None:
         """Takes the next tokens, [tokens, channels] float32."""
         self.abs_sum = self.abs_sum + inputs.abs().sum(0)
-        self.gram_sum = self.gram_sum + inputs.T @ inputs
+        if self.num_tokens < inputs.shape[1]:
+            self._inputs.append(inputs.clone())
+        else:
+            self._gram_sum = self._gram_sum + inputs.T @ inputs
         stride = max(1, self.num_tokens // CLIP_SAMPLE_TOKENS)
         self._samples.append(inputs[-self.seen % stride :: stride].clone())
         self.seen += len(inputs)
@@ -41,21 +46,15 @@ class InputStats:
         """Mean |x| per channel [channels]."""
         return self.abs_sum / self.seen
 
-    @property
-    def gram(self) -> Tensor:
-        """Mean over tokens of xᵀx [channels, channels]."""
-        return self.gram_sum / self.seen
+    def output_error(self, difference: Tensor) -> float:
+        """Mean square over tokens and output channels of x Dᵀ, for D `difference` [out, in]."""
+        if self._inputs:
+            total = sum(float((x @ difference.T).square().mean(1).sum()) for x in self._inputs)
+            return total / self.seen
+        gram = self._gram_sum / self.seen
+        return float(((difference @ gram) * difference).sum(1).mean())
 
     @property
     def samples(self) -> Tensor:
         """The strided sample of tokens [512 to 1023 or all, channels]."""
         return torch.cat(self._samples)
-
-
-def output_error(difference: Tensor, gram: Tensor) -> float:
-    """Mean square over tokens and output channels of x Dᵀ, for D `difference` [out, in].
-
-    Args:
-        gram: mean xᵀx [in, in].
-    """
-    return float(((difference @ gram) * difference).sum(1).mean())

@@ -13,7 +13,7 @@ from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats.quantized_linear import QuantizedLinear
 from vila_deploy.model.llm import LINEARS, NORMS
-from vila_deploy.quantize.activations import InputStats, output_error
+from vila_deploy.quantize.activations import InputStats
 from vila_deploy.quantize.clip import SKIPPED, apply_clip, search_clip
 from vila_deploy.quantize.round import fake_quantize, round_to_nearest
 from vila_deploy.quantize.scheme import QuantScheme
@@ -184,10 +184,10 @@ class _Work:
 
     def _search_linear(self, group: ScaleGroup) -> None:
         if has_group(self.layer, group):
-            weight, gram = weight_of(self.layer, group.linears[0]), self.stats[group].gram
+            weight, stats = weight_of(self.layer, group.linears[0]), self.stats[group]
             self._search(
                 group,
-                lambda weights: output_error(next(iter(weights.values())) - weight, gram),
+                lambda weights: stats.output_error(next(iter(weights.values())) - weight),
             )
 
     def fold(self) -> None:
@@ -223,9 +223,9 @@ class _Work:
         """Output error of each linear with `weights`, relative to its output."""
         errors = {}
         for name, weight in weights.items():
-            gram, exact = self._stats_of(name).gram, original(name)
-            power = output_error(exact, gram)
-            errors[name] = output_error(weight - exact, gram) / power if power else 0.0
+            stats, exact = self._stats_of(name), original(name)
+            power = stats.output_error(exact)
+            errors[name] = stats.output_error(weight - exact) / power if power else 0.0
         return errors
 
     def layer_error(self, inputs: Tensor, weights: Mapping[str, Tensor] | None = None) -> float:

@@ -19,6 +19,7 @@ from vila_deploy.quantize.scheme import QuantScheme
 
 LLM_FILES = (*TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")
 NOT_CONVERTED = ["lm_head"]
+WEIGHT_SUFFIXES = (".safetensors", ".pt")
 
 
 class ShardWriter:
@@ -135,9 +136,10 @@ def write_llm_config(checkpoint: Checkpoint, root: Path, scheme: QuantScheme) ->
 
 
 def write_checksums(root: Path) -> None:
-    """SHA256SUMS over every safetensors file below `root`."""
+    """SHA256SUMS over every file of weights below `root`."""
     lines = [
         f"{sha256_file(file)}  {file.relative_to(root).as_posix()}\n"
-        for file in sorted(root.rglob("*.safetensors"))
+        for file in sorted(root.rglob("*"))
+        if file.suffix in WEIGHT_SUFFIXES
     ]
     (root / "SHA256SUMS").write_text("".join(lines), "utf-8")

@@ -1,0 +1,97 @@
+"""Formats into one another and back: the same weights, and nothing of the rest lost."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from tiny import make_checkpoint
+
+from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.checkpoint.expected import decoder_linears
+from vila_deploy.cli.convert import FORMATS, main
+from vila_deploy.convert import CONVERTERS, convert
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.formats.quantized_linear import QuantizedLinear
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "grouped queries, group 32": {"kv_heads": 2, "group_size": 32},
+    "Qwen2, tied": {"qwen2": True, "tied": True},
+    "group 128, shards": {"group_size": 128, "shards": 2},
+}
+
+
+def assert_same_llm(first: Path, second: Path) -> None:
+    one, two = open_checkpoint(first), open_checkpoint(second)
+    assert one.config.llm.quantization is not None
+    for index in range(one.config.llm.num_layers):
+        for name in decoder_linears(one.config.llm):
+            full = f"model.layers.{index}.{name}"
+            left, right = one.llm.linear(full), two.llm.linear(full)
+            assert isinstance(left, QuantizedLinear)
+            assert isinstance(right, QuantizedLinear)
+            for field in ("q", "scale", "zero"):
+                assert torch.equal(getattr(left, field), getattr(right, field)), (full, field)
+            assert (left.bias is None) == (right.bias is None)
+            assert left.bias is None or torch.equal(left.bias, right.bias)
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        assert torch.equal(one.llm.tensor(name), two.llm.tensor(name))
+    assert one.config.image == two.config.image
+    assert one.projector.names() == two.projector.names()
+
+
+def test_the_command_knows_every_format() -> None:
+    assert tuple(CONVERTERS) == FORMATS
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_there_and_back(variant: str, tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "q", quantized=True, **VARIANTS[variant])
+    convert(root, tmp_path / "tinychat", "tinychat")
+    convert(tmp_path / "tinychat", tmp_path / "awq", "awq")
+    assert not list((tmp_path / "tinychat" / "llm").glob("*.safetensors"))
+    assert_same_llm(root, tmp_path / "tinychat")
+    assert_same_llm(root, tmp_path / "awq")
+    original: dict[str, torch.Tensor] = {}
+    for file in (root / "llm").glob("*.safetensors"):
+        original |= load_file(file)
+    found = load_file(tmp_path / "awq" / "llm" / "model.safetensors")
+    if "lm_head.weight" not in found:
+        original.pop("lm_head.weight", None)
+    assert found.keys() == original.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in original.items())
+
+
+def test_tinychat_file_is_what_llm_awq_loads(tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "q", quantized=True, group_size=64)
+    convert(root, tmp_path / "t", "tinychat")
+    (file,) = (tmp_path / "t" / "llm").glob("*-v2.pt")
+    assert file.name == "q-w4-g64-awq-v2.pt"
+    tensors = torch.load(file, weights_only=True)
+    prefix = "model.layers.0.self_attn.q_proj"
+    assert {n for n in tensors if n.startswith(prefix)} == {
+        f"{prefix}.{part}" for part in ("qweight", "scales", "scaled_zeros")
+    }
+    assert tensors[f"{prefix}.qweight"].dtype == torch.int16
+    assert "quantization_config" not in json.loads((tmp_path / "t/llm/config.json").read_text())
+    sums = (tmp_path / "t" / "SHA256SUMS").read_text()
+    assert f"llm/{file.name}" in sums
+
+
+def test_refusals_leave_nothing(tmp_path: Path) -> None:
+    plain = make_checkpoint(tmp_path / "plain")
+    result = CliRunner().invoke(main, [str(plain), "--to", "awq", "-o", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert re.search(r"plain: is not quantized; run vila-quantize first", result.output)
+    odd = make_checkpoint(tmp_path / "odd", quantized=True, group_size=16)
+    with pytest.raises(VilaDeployError, match="group") as caught:
+        convert(odd, tmp_path / "out", "tinychat")
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["odd", "plain"]
