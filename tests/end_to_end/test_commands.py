@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny import make_checkpoint
 
-COMMANDS = ("vila-quantize", "vila-build-engine", "vila-chat", "vila-bench")
+COMMANDS = ("vila-quantize", "vila-build-engine", "vila-chat", "vila-bench", "vila-convert")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
