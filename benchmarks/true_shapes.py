@@ -21,6 +21,7 @@ from typing import Any
 
 from PIL import Image
 
+from vila_deploy.bench.measure import commit, device_name, versions
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.expected import (
     Expected,
@@ -119,13 +120,14 @@ def _key(table: dict[str, Any], row: Any) -> str:
     return next(name for name, value in table.items() if value == row)
 
 
-def run(root: Path) -> None:
+def run(root: Path, model: str) -> None:
     """Quantizes with AWQ on a few sentences and a picture, builds for the CPU and asks."""
     work = root.with_name(f"{root.name}-run")
-    shutil.rmtree(work, ignore_errors=True)
+    if work.exists():
+        sys.exit(f"{work} is there already; remove it first")
     (work / "pictures").mkdir(parents=True)
     (work / "texts.txt").write_text(TEXT * 2, "utf-8")
-    picture = work / "pictures" / "stripes.png"
+    picture = work / "pictures" / "gradient.png"
     Image.linear_gradient("L").resize((320, 240)).convert("RGB").save(picture)
     data = ["--calib", work / "texts.txt", "--calib-images", work / "pictures"]
     for command in (
@@ -142,6 +144,8 @@ def run(root: Path) -> None:
         seconds = time.monotonic() - start
         row = {"command": name, "seconds": round(seconds, 1)}
         row |= {"peak_memory_bytes": usage.ru_maxrss * 1024, "label": "measured"}
+        row |= {"model": model, "weights": "random", "device": device_name()}
+        row |= {"versions": versions(), "commit": commit()}
         print(json.dumps(row), flush=True)
         if status:
             sys.exit(1)
@@ -158,7 +162,7 @@ def main() -> None:
     if not options.folder.exists():
         write_checkpoint(options.folder, preset(options.model, "fp16"))
     if options.run:
-        run(options.folder)
+        run(options.folder, options.model)
 
 
 if __name__ == "__main__":

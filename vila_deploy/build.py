@@ -61,7 +61,10 @@ def plan_targets(root: Path, options: BuildOptions) -> list[Fit]:
 
 
 def _planned_precision(config: VilaConfig, options: BuildOptions) -> str:
-    return options.precision or ("int4" if config.llm.quantization else "fp16")
+    """An fp16 checkpoint may be planned as what it would be in 4 bits."""
+    if config.llm.quantization is None and options.precision == "int4":
+        return "int4"
+    return _precision(config, options)
 
 
 def build_engine(root: Path, out: Path, options: BuildOptions) -> Manifest:

@@ -14,6 +14,7 @@ from vila_deploy.engine.session import Floats, Session
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.model.images import Pixels, preprocess
 from vila_deploy.model.prompts import (
+    IMAGE_MARKER,
     PROMPT_TEMPLATES,
     render,
     with_markers,
@@ -138,6 +139,7 @@ class Conversation:
             VilaDeployError: markers and pictures differ in number, or the prompt is too long.
         """
         clock = _Clock()
+        _check_text(question)
         question, pixels = place_images(question, images, self.model, first=not self._features)
         clock.lap("preprocess")
         prompt = render(PROMPT_TEMPLATES[self.model.prompt], self.turns, question)
@@ -164,7 +166,8 @@ class Conversation:
         on_text(rest)
         clock.lap("decode")
         text = (text + rest).strip()
-        self.turns.append((question, text))
+        # An answer may spell a marker; in later prompts it would ask for a picture.
+        self.turns.append((question, text.replace(IMAGE_MARKER, "")))
         self._features = features
         return Answer(
             text=text,
@@ -190,6 +193,16 @@ class Conversation:
         if tokens and tokens[-1] in self.model.stop_token_ids:
             return "stop"
         return "length" if len(tokens) == sampling.max_new_tokens else "context"
+
+
+def _check_text(question: str) -> None:
+    """Bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer takes."""
+    try:
+        question.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise VilaDeployError(
+            "the question is not valid UTF-8", fix="check the encoding of your terminal or file"
+        ) from error
 
 
 class _Clock:

@@ -43,6 +43,16 @@ def test_wrong_usage_ends_with_2(command: str, flags: list[str]) -> None:
     assert "Usage:" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [["--seed", "-1"], ["--temperature", "nan"], ["--top-p", "nan"], ["--video-frames", "0"]],
+)
+def test_numbers_out_of_range_are_wrong_usage(flags: list[str]) -> None:
+    done = run("vila-chat", "engine", "-p", "What?", *flags)
+    assert done.returncode == 2
+    assert flags[0] in done.stderr
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("commands") / "checkpoint")

@@ -112,6 +112,17 @@ def test_second_turn_holds_the_first(checkpoint: Path) -> None:
     assert chat.ask("one", [], Sampling()).prompt_tokens < first.prompt_tokens
 
 
+def test_a_marker_in_an_answer_asks_for_no_picture(checkpoint: Path) -> None:
+    chat = conversation(checkpoint, " see <image> here")
+    assert chat.ask("What?", [], Sampling()).text == "see <image> here"
+    assert chat.ask("And?", [], Sampling()).text == "see <image> here"
+
+
+def test_a_question_that_is_no_utf8_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(VilaDeployError, match="not valid UTF-8"):
+        conversation(checkpoint, " a").ask("\udcff", [], Sampling())
+
+
 def test_too_long_a_prompt_and_wrong_markers_are_refused(checkpoint: Path) -> None:
     chat = conversation(checkpoint, " a")
     with pytest.raises(VilaDeployError, match=r"2 <image> markers for 1 image"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,14 @@ def test_static_scales(name: str, tmp_path: Path) -> None:
         tiles = static_tiles(pixels, config.tiling)
         tokens.append(session.encode_images(tiles, (config.tiling.side(-1),) * 2)[0])
     assert_sample(np.stack(tokens), expected["tokens_column_major"])
+    largest = dataclasses.replace(config.tiling, output_scale=len(scales) - 1)
+    joined = []
+    for pixels in cases.pixels(tuple(shape), seed):
+        with torch.inference_mode():
+            tiles = torch.from_numpy(static_tiles(pixels, config.tiling))
+            features = session.vision.tower(tiles).numpy()
+        joined.append(join_scales(features, largest, (largest.side(-1),) * 2)[0])
+    assert_sample(np.stack(joined), expected["features_largest"])
 
 
 def static_tiles(pixels: np.ndarray, tiling: TilingConfig) -> np.ndarray:

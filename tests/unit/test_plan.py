@@ -57,8 +57,8 @@ def test_advice_makes_it_fit(model: str, precision: str) -> None:
         if fit.target == "cpu":
             continue
         assert fit.fits == (not fit.advice)
-        if fit.advice.startswith("--max-seq-len "):
-            length = int(fit.advice.split()[1])
+        if fit.advice.startswith("vila-build-engine --max-seq-len "):
+            length = int(fit.advice.split()[2])
             shorter = dataclasses.replace(limits, max_seq_len=length, max_input_len=length)
             again = {f.target: f for f in fit_everywhere(config, precision, shorter)}
             assert again[fit.target].fits

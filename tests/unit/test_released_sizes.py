@@ -8,7 +8,12 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    LlamaForCausalLM,
+    Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from vila_deploy.checkpoint.expected import (
     Expected,
@@ -17,7 +22,10 @@ from vila_deploy.checkpoint.expected import (
     expected_tower,
 )
 from vila_deploy.checkpoint.llm_config import QuantizationConfig
-from vila_deploy.model.presets import preset
+from vila_deploy.model import llm as llm_module
+from vila_deploy.model import towers
+from vila_deploy.model.presets import PRESETS, preset
+from vila_deploy.model.projector import Projector
 
 DTYPE_BYTES = {"I32": 4, "F16": 2}
 # float16 bytes of a layer, the last norm and the pooling head, from the released sizes.
@@ -38,6 +46,7 @@ def size_bytes(tensors: Iterable[Expected]) -> int:
         ("Llama-3-VILA1.5-8B", 16.06e9),
         ("VILA1.5-13b", 26.03e9),
         ("NVILA-8B", 15.22e9),
+        ("NVILA-Lite-8B", 15.22e9),
     ],
 )
 def test_llm_in_float16(name: str, file_bytes: float) -> None:
@@ -106,6 +115,7 @@ def test_tower(name: str, file_bytes: float, unused: int) -> None:
         ("VILA1.5-13b", 99.7e6),
         ("VILA1.5-40b", 286e6),
         ("NVILA-8B", 125e6),
+        ("NVILA-15B", 194e6),
         ("NVILA-Lite-8B", 122e6),
         ("VILA-13b", 63e6),
     ],
@@ -129,3 +139,26 @@ def test_projector(name: str, file_bytes: float) -> None:
 )
 def test_tokens_per_image(name: str, tokens: int) -> None:
     assert preset(name, "fp16").max_tokens_per_image == tokens
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_part_on_the_meta_device(name: str) -> None:
+    """What the tables expect is what the modules hold: LLM by transformers, tower and projector."""
+    config = preset(name, "fp16")
+    kinds = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM}
+    with torch.device("meta"):
+        llm = kinds[config.llm.family.name](llm_module.transformers_config(config.llm))
+        embeddings, norm, layers = towers._BUILDERS[config.vision.family.name](
+            config.vision, config.vision_layers_used
+        )
+        tower = torch.nn.ModuleList([embeddings, *layers, *([norm] if norm else [])])
+        projector = Projector(
+            config.feature_channels, config.llm.hidden_size, config.projector, config.token_order
+        )
+    for module, expected in (
+        (llm, expected_llm(config.llm)),
+        (tower, expected_tower(config)),
+        (projector, expected_projector(config)),
+    ):
+        count = sum(parameter.numel() for parameter in module.parameters())
+        assert count == sum(math.prod(tensor.shape) for tensor in expected)

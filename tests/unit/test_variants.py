@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import PROJECTORS, make_checkpoint
+from tiny import PROJECTORS, TOWERS, Tiny, make_checkpoint
 
 from vila_deploy.backends import open_engine
 from vila_deploy.bench.measure import measure
 from vila_deploy.build import BuildOptions, build_engine, plan_build
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.variants import (
+    IMAGE_MODES,
     LLM_FAMILIES,
     PROJECTOR_TYPES,
     PROMPT_CHOICES,
     PROMPT_NAMES,
+    TOWER_FAMILIES,
 )
 from vila_deploy.engine.session import Session
 from vila_deploy.errors import VilaDeployError
@@ -257,3 +259,10 @@ def test_every_row_of_the_tables_is_tested() -> None:
     assert families == {choice.family for choice in PROMPT_CHOICES}
     assert {choice.template for choice in PROMPT_CHOICES} == {row[1] for row in LLM_ROWS.values()}
     assert set(PROMPT_TEMPLATES) == set(PROMPT_NAMES)
+    fields = [Tiny(**row) for row, _ in (*LLM_ROWS.values(), *VISION_ROWS.values())]
+    assert {row.projector for row in fields} == set(PROJECTOR_TYPES)
+    towers = {TOWERS[row.tower]["model_type"] for row in fields}
+    assert towers == set(TOWER_FAMILIES)
+    modes = {row.root_config.get("image_aspect_ratio", "resize") for row in fields}
+    assert modes == set(IMAGE_MODES)
+    assert any(row.root_config.get("s2") for row in fields)

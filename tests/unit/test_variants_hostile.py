@@ -137,12 +137,13 @@ EVERY_TOWER: dict[str, tuple[Damage, str]] = {
     "no spread": (
         set_key(PREPROCESSOR, "image_std", [0.5, 0.0, 0.5]), r"image_std: must be positive",
     ),
-    "pixels of another tower": (
-        set_key(PREPROCESSOR, "crop_size", 56), r"preprocessor makes 56 pixels, 42 are needed",
-    ),
 }  # fmt: skip
 ONE_TOWER: dict[str, dict[str, tuple[Damage, str]]] = {
     "siglip": {
+        "pixels of another tower": (
+            set_key(PREPROCESSOR, "size", {"height": 56, "width": 56}),
+            r"preprocessor makes 56 pixels, 42 are needed",
+        ),
         "class token": (
             set_key(ROOT, "mm_vision_select_feature", "patch"),
             r"mm_vision_select_feature: 'patch' doesn't fit siglip, which has no class token",
@@ -156,6 +157,12 @@ ONE_TOWER: dict[str, dict[str, tuple[Damage, str]]] = {
         "no class token": (
             pop(TOWER_WEIGHTS, "vision_model.embeddings.class_embedding"),
             r"tensor vision_model\.embeddings\.class_embedding is missing",
+        ),
+        "another size before the crop": (
+            set_key(PREPROCESSOR, "size", {"shortest_edge": 96}), r"size: the shorter side must be",
+        ),
+        "no crop": (
+            set_key(PREPROCESSOR, "do_center_crop", False), r"do_center_crop: the middle",
         ),
         "crop no square": (
             set_key(PREPROCESSOR, "crop_size", {"height": 42, "width": 40}),
@@ -222,6 +229,20 @@ TILING: dict[str, tuple[dict[str, object], str]] = {
     "mode without its flag": (
         {**DYNAMIC_S2, "dynamic_s2": False}, r"dynamic_s2: must be true, as image_aspect_ratio",
     ),
+    "scales without their mode": (
+        {**DYNAMIC_S2, "image_aspect_ratio": "resize"}, r"dynamic_s2: must be false, as image_asp",
+    ),
+    "static scales of dynamic tiles": (
+        {**STATIC, "image_aspect_ratio": "dynamic"}, r"s2: must be false, as image_aspect_ratio",
+    ),
+    "PS3": ({"ps3": True}, r"ps3: PS3 towers are not supported"),
+    "time tokens": ({"num_time_tokens": 100}, r"num_time_tokens: time tokens are not supported"),
+    "pooled frames": (
+        {"video_encoder": {"_target_": "llava.model.encoders.TSPVideoEncoder"}},
+        r"video_encoder: '.*TSPVideoEncoder' is not supported; use BasicVideoEncoder",
+    ),
+    "template file": ({"chat_template": "qwen2"}, r"chat_template: is not read; use --prompt-temp"),
+    "no frames": ({"num_video_frames": 0}, r"num_video_frames: must be an integer"),
     "more least than most": (
         {"image_aspect_ratio": "dynamic", "min_tiles": 5, "max_tiles": 4},
         r"max_tiles: must be in min_tiles 5\.\.64, found 4",

@@ -66,8 +66,8 @@ def measure(folder: Path) -> dict[str, Any]:
         "weight_bytes_per_token": weight_bytes,
         "read_bandwidth_bytes_per_s": bandwidth,
         "roofline_fraction": weight_bytes * tokens_per_s / bandwidth,
-        "versions": _versions(),
-        "commit": _commit(),
+        "versions": versions(),
+        "commit": commit(),
     }
 
 
@@ -146,7 +146,7 @@ def device_name() -> str:
     return f"{facts['model name']} ({cores} cores, {facts['cpu MHz'].partition('.')[0]} MHz)"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     names = ("onnxruntime", "numpy")
     return {
         "vila-deploy": __version__,
@@ -155,7 +155,7 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of this source tree, if it runs from one."""
     here = Path(__file__).resolve().parent
     try:

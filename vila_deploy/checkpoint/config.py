@@ -37,6 +37,7 @@ class VilaConfig:
     select_feature: str
     token_order: str
     model_max_length: int
+    num_video_frames: int = 8
     prompt_template: str | None = None  # None: chosen by LLM family and tokenizer
 
     @property
@@ -112,6 +113,7 @@ def config_of(layout: Layout) -> VilaConfig:
             "model_max_length",
             llm_fields.integer("tokenizer_model_max_length", llm.max_position_embeddings),
         ),
+        num_video_frames=fields.integer("num_video_frames", 8, high=4096),
         prompt_template=_prompt_template(fields),
     )
     check_quantized_sizes(llm, llm_fields)
@@ -145,6 +147,7 @@ def _check_consistency(config: VilaConfig, fields: Fields) -> None:
     vision = config.vision
     if fields.boolean("mm_use_im_start_end", False):
         raise fields.error("mm_use_im_start_end", "markers around pictures are not supported")
+    _refuse_unsupported(fields)
     keeps_all, class_token = config.select_feature == "cls_patch", vision.family.has_class_token
     if keeps_all == class_token:
         right = "patch" if class_token else "cls_patch"
@@ -172,3 +175,21 @@ def _check_consistency(config: VilaConfig, fields: Fields) -> None:
     ):
         if fields.integer(key, expected) != expected:
             raise fields.error(key, f"{fields.values[key]} differs from its part's {expected}")
+
+
+def _refuse_unsupported(fields: Fields) -> None:
+    """Keys of later VILA code that change what it computes, at values that no release has."""
+    if fields.boolean("ps3", False):
+        raise fields.error("ps3", "PS3 towers are not supported")
+    if fields.integer("num_time_tokens", 0, low=0):
+        raise fields.error("num_time_tokens", "time tokens are not supported", "use 0")
+    if "chat_template" in fields:
+        raise fields.error("chat_template", "is not read", "use --prompt-template instead")
+    for key, basic in (
+        ("image_encoder", "BasicImageEncoder"),
+        ("video_encoder", "BasicVideoEncoder"),
+    ):
+        if key in fields:
+            target = fields.child(key).text("_target_", basic)
+            if target.rpartition(".")[2] != basic:
+                raise fields.error(key, f"{short(target)} is not supported", f"use {basic}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.checkpoint.variants import ACTIVATIONS, IMAGE_MODES, TOWER_FAMILIES, TowerFamily
+from vila_deploy.errors import short
 
 MAX_PIXELS = 8192
 MAX_SCALES, MAX_TILES = 8, 64
@@ -184,6 +185,15 @@ def _processor_size(fields: Fields, vision: VisionConfig) -> int:
     key = "crop_size" if "crop_size" in fields else "size"
     if key not in fields:
         return vision.image_size
+    if vision.family.crops and not fields.boolean("do_center_crop", True):
+        raise fields.error("do_center_crop", "the middle of the picture is always taken")
+    if key == "crop_size" and "size" in fields and _side(fields, "size") != _side(fields, key):
+        raise fields.error("size", "the shorter side must be scaled to what is then cut out")
+    return _side(fields, key)
+
+
+def _side(fields: Fields, key: str) -> int:
+    """A square's side, in any of the ways in which image processors write it."""
     if isinstance(fields.values[key], int):
         return fields.integer(key, high=MAX_PIXELS)
     size = fields.child(key)
@@ -226,15 +236,18 @@ def load_tiling_config(root: Fields, vision: VisionConfig) -> TilingConfig:
 
 
 def _tiling_mode(root: Fields) -> str:
-    if root.boolean("dynamic_s2", False):
+    dynamic_s2, static_s2 = root.boolean("dynamic_s2", False), root.boolean("s2", False)
+    aspect = root.values.get("image_aspect_ratio")
+    if dynamic_s2 != (aspect == "dynamic_s2"):
+        wanted, key = ("false", "true")[aspect == "dynamic_s2"], "dynamic_s2"
+        raise root.error(key, f"must be {wanted}, as image_aspect_ratio is {short(aspect)}")
+    if static_s2 and (dynamic_s2 or aspect == "dynamic"):
+        raise root.error("s2", f"must be false, as image_aspect_ratio is {short(aspect)}")
+    if dynamic_s2:
         return "dynamic_s2"
-    if root.boolean("s2", False):
+    if static_s2:
         return "s2"
-    if root.values.get("image_aspect_ratio") == "dynamic":
-        return "dynamic"
-    if root.values.get("image_aspect_ratio") == "dynamic_s2":
-        raise root.error("dynamic_s2", "must be true, as image_aspect_ratio is dynamic_s2")
-    return "single"
+    return "dynamic" if aspect == "dynamic" else "single"
 
 
 def _scales(root: Fields, tile: int) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vila_deploy.cli.common import command_errors, echo_json
+from vila_deploy.cli.common import command_errors, echo_json, no_nan
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,28 +32,29 @@ HELP_INTERACTIVE = (
     help="Video, taken as pictures at even distances; repeatable. Videos come after all pictures.",
 )  # fmt: skip
 @click.option(
-    # VILA1.5's own number, `num_video_frames`.
-    "--video-frames", type=click.IntRange(1), default=8, show_default=True,
-    help="Pictures from each video.",
+    "--video-frames", type=click.IntRange(1),
+    help="Pictures from each video; the model's own number if left out, mostly 8.",
 )  # fmt: skip
 @click.option("-p", "--prompt", help="Question; <image> in it marks where each picture goes.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True)
 @click.option(
     "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True,
+    callback=no_nan,
     help="0 always takes the most likely token.",
 )  # fmt: skip
 @click.option(
     "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
+    callback=no_nan,
     help="Draw only from the most likely tokens that hold this share of probability.",
 )  # fmt: skip
-@click.option("--seed", type=int, help="Makes draws repeatable.")
+@click.option("--seed", type=click.IntRange(0), help="Makes draws repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object; needs -p.")
 @command_errors
 def main(
     engine: Path,
     images: tuple[Path, ...],
     videos: tuple[Path, ...],
-    video_frames: int,
+    video_frames: int | None,
     prompt: str | None,
     max_new_tokens: int,
     temperature: float,
@@ -79,15 +80,15 @@ def main(
     from vila_deploy.model.images import open_image
     from vila_deploy.model.video import sample_frames
 
-    frames_of = partial(sample_frames, count=video_frames)
     pictures = [open_image(path) for path in images]
-    pictures += [frame for path in videos for frame in frames_of(path)]
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
     with open_engine(engine) as opened:
         if opened.tokenizer is None:
             raise VilaDeployError(
                 "has random weights and no tokenizer", where=engine, fix="use it with vila-bench"
             )
+        frames_of = partial(sample_frames, count=video_frames or opened.model.num_video_frames)
+        pictures += [frame for path in videos for frame in frames_of(path)]
         conversation = Conversation(
             opened.session, opened.tokenizer, opened.model, opened.max_input_len
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -47,6 +48,13 @@ def command_errors(command: Callable[P, None]) -> Callable[P, None]:
             fail(f"{where}{error.strerror or error}; check the path, its permissions and the disk")
 
     return run
+
+
+def no_nan(context: click.Context, option: click.Parameter, value: float) -> float:
+    """Refuses NaN, which lies in every range as click sees it."""
+    if math.isnan(value):
+        raise click.BadParameter("must be a number")
+    return value
 
 
 def fail(message: str) -> NoReturn:

@@ -33,6 +33,7 @@ class ModelDescription:
     image_end: str
     prompt: str
     stop_token_ids: tuple[int, ...]
+    num_video_frames: int
 
     @property
     def max_tokens_per_image(self) -> int:
@@ -82,6 +83,7 @@ class ModelDescription:
             image_end=fields.text("image_end"),
             prompt=fields.choice("prompt", PROMPT_TEMPLATES, what="prompt template"),
             stop_token_ids=tuple(fields.integers("stop_token_ids")),
+            num_video_frames=fields.integer("num_video_frames"),
         )
 
 
@@ -106,4 +108,5 @@ def describe(config: VilaConfig, tokenizer: Tokenizer | None) -> ModelDescriptio
         image_end=config.image_end,
         prompt=prompt,
         stop_token_ids=tuple(sorted(stops)),
+        num_video_frames=config.num_video_frames,
     )

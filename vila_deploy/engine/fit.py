@@ -53,7 +53,7 @@ def advise(config: VilaConfig, precision: str, limits: Limits, target: Target) -
             limits, max_seq_len=length, max_input_len=min(limits.max_input_len, length)
         )
         if needed(precision, shorter) <= limit:
-            return f"--max-seq-len {length}"
+            return f"vila-build-engine --max-seq-len {length}"
     quantized = needed("int4", limits)
     if precision == "fp16" and quantized <= limit:
         return f"quantize it first: int4 needs {quantized / 1e9:.1f} GB"

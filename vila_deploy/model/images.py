@@ -149,15 +149,17 @@ def square(image: Image.Image, config: ImageConfig) -> Image.Image:
         background = tuple(int(value * 255) for value in config.mean)
         padded = Image.new("RGB", (longer, longer), background)
         padded.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
-        image = padded
-    elif config.mode == "crop":
+        return padded.resize((size, size), resample)
+    if config.mode == "crop":
         shorter = min(image.size)
         width, height = (int(size * side / shorter) for side in image.size)
         _check_area(image, width, height)
         image = image.resize((width, height), resample)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         return image.crop((left, top, left + size, top + size))
-    return image.resize((size, size), resample)
+        return image.resize((size, size), resample)
+    # The original stretches by Pillow's own filter before its processor, which finds nothing to do.
+    return image.resize((size, size))
 
 
 def _check_area(image: Image.Image, width: int, height: int) -> None:

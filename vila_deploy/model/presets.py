@@ -47,6 +47,7 @@ class _Model:
     select_layer: int = -2
     image_mode: str = "resize"
     tiling: tuple[str, tuple[int, ...], int, int, int] | None = None
+    model_max_length: int | None = None  # None: the LLM's
 
 
 _DYNAMIC_S2 = ("dynamic_s2", (448, 896, 1344), 2, 9, 12)
@@ -59,7 +60,11 @@ _MODELS = {
     "NVILA-8B": _Model("Qwen2.5-7B", "SigLIP-448", tiling=_DYNAMIC_S2),
     "NVILA-15B": _Model("Qwen2.5-14B", "SigLIP-448", tiling=_DYNAMIC_S2),
     "NVILA-Lite-8B": _Model(
-        "Qwen2.5-7B", "SigLIP-448", "mlp_downsample_3x3_fix", tiling=("dynamic", (448,), 0, 1, 12)
+        "Qwen2.5-7B",
+        "SigLIP-448",
+        "mlp_downsample_3x3_fix",
+        tiling=("dynamic", (448,), 0, 1, 12),
+        model_max_length=4096,
     ),
     "VILA-7b": _Model("Vicuna-7B", "CLIP-L-336", "mlp2x_gelu", image_mode="pad"),
     "VILA-13b": _Model("Vicuna-13B", "CLIP-L-336", "mlp2x_gelu", image_mode="pad"),
@@ -90,7 +95,7 @@ def preset(name: str, precision: str) -> VilaConfig:
         select_layer=model.select_layer,
         select_feature="patch" if family.has_class_token else "cls_patch",
         token_order=projector.token_order or llm.family.token_order,
-        model_max_length=model_max_length,
+        model_max_length=model.model_max_length or model_max_length,
     )
 
 
