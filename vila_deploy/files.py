@@ -28,36 +28,46 @@ _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def new_folder(destination: Path) -> Iterator[Path]:
+def new_folder(destination: Path, work: Path | None = None) -> Iterator[Path]:
     """Yields an empty folder beside `destination`, renamed there on success, removed on failure.
 
     Ctrl-C, SIGTERM and SIGHUP leave nothing behind either, and then end the program as usual.
+
+    Args:
+        work: an existing folder beside `destination` to make the new one in; on success it goes
+            too, and what a killed program left of an earlier new one goes at the start.
 
     Raises:
         VilaDeployError: `destination` exists or appears meanwhile, its parent does not exist, or
             something can't be written, as on a full disk.
     """
-    _check_new(destination)
+    check_new(destination)
     # The name is cut, so that the longest legal destination still leaves room for the suffix.
     partial = destination.parent / f".{destination.name[:32]}.partial-{secrets.token_hex(4)}"
+    if work is not None:
+        partial = work / "output"
+    no_longer_needed = partial
     with _interrupted_once() as ignore_signals:
         try:
+            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             yield partial
             _sync(partial)
             ignore_signals()
             _publish(partial, destination)
+            no_longer_needed = work or partial
         except Exception as error:
-            problem = _write_problem(error, partial, destination)
+            problem = _write_problem(error, work or partial, destination)
             if problem is None:
                 raise
             raise problem from error
         finally:
             ignore_signals()
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(no_longer_needed, ignore_errors=True)
 
 
-def _check_new(destination: Path) -> None:
+def check_new(destination: Path) -> None:
+    """Raises if something can't appear at `destination`: it exists, or its parent does not."""
     if os.path.lexists(destination):
         raise VilaDeployError(
             "output folder exists", where=destination, fix="remove it or choose another -o"
@@ -70,12 +80,12 @@ def _check_new(destination: Path) -> None:
 
 def _publish(partial: Path, destination: Path) -> None:
     """Renames without replacing: rename(2) alone would take the place of an empty folder."""
-    _check_new(destination)
+    check_new(destination)
     try:
         partial.rename(destination)
     except OSError as error:
         if error.errno in _APPEARED:
-            _check_new(destination)
+            check_new(destination)
         raise
 
 
@@ -83,13 +93,23 @@ def _sync(folder: Path) -> None:
     """Brings every file to the disk, so that not even a power cut shows a folder half filled."""
     for parent, _, names in os.walk(folder):
         for path in (*(Path(parent, name) for name in names), Path(parent)):
-            if path.is_symlink():
-                continue
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            if not path.is_symlink():
+                _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(temporary: Path, destination: Path) -> None:
+    """Renames a file within its folder so that a power cut shows all of the old or of the new."""
+    _sync_one(temporary)
+    temporary.replace(destination)
+    _sync_one(destination.parent)
 
 
 def _write_problem(error: Exception, partial: Path, destination: Path) -> VilaDeployError | None:

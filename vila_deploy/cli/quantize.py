@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from vila_deploy.cli.common import command_errors, echo_json
+from vila_deploy.cli.common import EXIT_INTERRUPTED, command_errors, echo_json
 
 if TYPE_CHECKING:
     from vila_deploy.engine.fit import Fit
-    from vila_deploy.quantize.plan import QuantizePlan
+    from vila_deploy.quantize.plan import Options, QuantizePlan
 
 ALGORITHMS, FORMATS = ("awq", "rtn"), ("awq",)
 FILE = click.Path(path_type=Path)
@@ -43,6 +44,10 @@ FILE = click.Path(path_type=Path)
     help="vicuna_v1, llama_3, hermes-2, qwen2 …; chosen by LLM and tokenizer if left out.",
 )  # fmt: skip
 @click.option("--plan", "plan_only", is_flag=True, help="Show sizes and memory; config files only.")
+@click.option(
+    "--resume", is_flag=True,
+    help="Keep finished layers in OUT.partial if this is ended early; go on from there.",
+)  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses calibration samples.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or report as JSON.")
 @command_errors
@@ -57,6 +62,7 @@ def main(
     formats: str,
     prompt_template: str | None,
     plan_only: bool,
+    resume: bool,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -75,28 +81,46 @@ def main(
     if algorithm == "rtn" and (calib or calib_images):
         raise click.UsageError("--calib and --calib-images are of no use to --algorithm rtn")
 
-    from vila_deploy.quantize.plan import Options, plan
+    from vila_deploy.quantize.plan import Options
     from vila_deploy.quantize.scheme import QuantScheme
 
     scheme = QuantScheme(group_size, symmetric)
     options = Options(scheme, algorithm, calib, calib_images, seed, prompt_template)
     if plan_only or out is None:
-        from vila_deploy.build import default_limits
-        from vila_deploy.checkpoint.config import load_config, with_template
-        from vila_deploy.engine.fit import fit_everywhere
+        _plan(checkpoint, options, as_json)
+    else:
+        _quantize(checkpoint, out, options, resume, as_json)
 
-        config = with_template(load_config(checkpoint), prompt_template)
-        planned = plan(config, options)
-        fits = fit_everywhere(config, "int4", default_limits(config))
-        if as_json:
-            echo_json({**planned.to_json(), "targets": [fit.to_json() for fit in fits]})
-        else:
-            _show_plan(planned, fits)
-        return
 
+def _plan(checkpoint: Path, options: Options, as_json: bool) -> None:
+    from vila_deploy.build import default_limits
+    from vila_deploy.checkpoint.config import load_config, with_template
+    from vila_deploy.engine.fit import fit_everywhere
+    from vila_deploy.quantize.plan import plan
+
+    config = with_template(load_config(checkpoint), options.prompt_template)
+    planned = plan(config, options)
+    fits = fit_everywhere(config, "int4", default_limits(config))
+    if as_json:
+        echo_json({**planned.to_json(), "targets": [fit.to_json() for fit in fits]})
+    else:
+        _show_plan(planned, fits)
+
+
+def _quantize(checkpoint: Path, out: Path, options: Options, resume: bool, as_json: bool) -> None:
     from vila_deploy.quantize.job import quantize
+    from vila_deploy.quantize.work import path_of
 
-    report = quantize(checkpoint, out, options)
+    try:
+        report = quantize(checkpoint, out, options, resume=resume)
+    except KeyboardInterrupt:
+        if not (resume and path_of(out).exists()):
+            raise
+        click.echo(
+            f"interrupted: finished layers are kept in {path_of(out)}; the same command goes on",
+            err=True,
+        )
+        sys.exit(EXIT_INTERRUPTED)
     if as_json:
         echo_json(report)
     else:

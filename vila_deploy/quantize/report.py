@@ -61,7 +61,12 @@ def build_report(
     layers: list[dict[str, Any]],
     seconds: float,
 ) -> dict[str, Any]:
-    """The report of the checkpoint that lies in `out`. Errors are mean squares, relative."""
+    """The report of the checkpoint that lies in `out`. Errors are mean squares, relative.
+
+    Args:
+        seconds: of this run and of the layers that an interrupted one finished. With the memory,
+            which is this run's, it is all that may differ between two runs.
+    """
     readers = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
     input_bytes = sum(file.stat().st_size for reader in readers for file in reader.files())
     output_bytes = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
@@ -87,11 +92,13 @@ def build_report(
         "layers": layers,
         "seconds": round(seconds, 3),
         "peak_memory_bytes": peak_memory_bytes(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in LIBRARIES},
-        },
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of everything whose change may change the numbers."""
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
 def _mean_bits(components: list[Component]) -> float:

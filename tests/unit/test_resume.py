@@ -1,0 +1,400 @@
+"""vila-quantize --resume: killed anywhere, it goes on to the bytes of an uninterrupted run."""
+
+import errno
+import fcntl
+import gc
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from tiny import make_checkpoint
+
+from vila_deploy import files
+from vila_deploy.cli.quantize import main
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.quantize import awq, job, work
+from vila_deploy.quantize.plan import Options
+from vila_deploy.quantize.scheme import QuantScheme
+
+SIZES = {"layers": 3, "hidden": 64, "intermediate": 128}
+SCHEME = QuantScheme(64)
+PARTIAL = "out.partial"
+MODULES = {"awq": awq, "files": files, "job": job, "work": work}
+
+
+@pytest.fixture(autouse=True)
+def _no_fsync(monkeypatch):
+    """Tests can't cut the power, and on a busy disk syncing takes longer than all the rest."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _little_garbage():
+    """A job collects garbage at each layer, which takes long with all of torch among it."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A checkpoint, texts and a picture."""
+    folder = tmp_path_factory.mktemp("data")
+    make_checkpoint(folder / "root", **SIZES)
+    (folder / "texts.txt").write_text("the king saw the red house on the hill.\n\n" * 8, "utf-8")
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (50, 40), "red").save(folder / "pictures" / "a.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(data):
+    return Options(SCHEME, "awq", data / "texts.txt", data / "pictures")
+
+
+@pytest.fixture(scope="module")
+def whole_out(data, options, tmp_path_factory):
+    """The output of an uninterrupted run without --resume."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    job.quantize(data / "root", out, options)
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(whole_out):
+    return contents(whole_out)
+
+
+@pytest.fixture(scope="module")
+def begun(data, options, tmp_path_factory):
+    """The work folder of a run that Ctrl-C ended in the last of three layers."""
+    folder = tmp_path_factory.mktemp("begun")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(work, "save_file", interrupt_at(work.save_file, 3))
+        with pytest.raises(KeyboardInterrupt):
+            job.quantize(data / "root", folder / "out", options, resume=True)
+    assert [path.name for path in folder.iterdir()] == [PARTIAL]
+    assert len(layer_files(folder)) == 2
+    return folder / PARTIAL
+
+
+@pytest.fixture
+def here(begun, tmp_path):
+    shutil.copytree(begun, tmp_path / PARTIAL)
+    return tmp_path
+
+
+def contents(out):
+    """Every file's bytes, without the time and the memory in the reports."""
+    found = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    report = json.loads(found[Path("report.json")])
+    assert report.pop("seconds") > 0
+    assert report.pop("peak_memory_bytes") > 0
+    found[Path("report.json")] = json.dumps(report)
+    lines = found[Path("report.md")].decode().split("\n")
+    found[Path("report.md")] = [line for line in lines if "of memory at the peak" not in line]
+    assert len(found[Path("report.md")]) == len(lines) - 1
+    return found
+
+
+def layer_files(folder):
+    return sorted((folder / PARTIAL).glob("layer-*.safetensors"))
+
+
+def assert_finishes(data, options, here, whole):
+    job.quantize(data / "root", here / "out", options, resume=True)
+    assert contents(here / "out") == whole
+    assert [path.name for path in here.iterdir()] == ["out"]
+
+
+def interrupt_at(function, number):
+    calls = itertools.count(1)
+
+    def interrupted(*args, **kwargs):
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return interrupted
+
+
+def die_at(module, name, number, when):
+    """Replaces a function by one that ends the program before or after its call `number`."""
+    function, calls = getattr(module, name), itertools.count(1)
+
+    def deadly(*args, **kwargs):
+        last = next(calls) == number
+        if last and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*args, **kwargs)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(module, name, deadly)
+
+
+def quantize_and_die(root, out, options, threads, death):
+    """In a process of its own: `death` is a place in the program, or seconds from its start."""
+    torch.set_num_threads(threads)
+    gc.freeze()
+    os.fsync = lambda descriptor: None
+    if isinstance(death, float):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which ends a program on the spot
+        signal.setitimer(signal.ITIMER_REAL, death)
+    else:
+        die_at(MODULES[death[0]], *death[1:])
+    job.quantize(root, out, options, resume=True)
+
+
+def exit_code(root, out, options, death):
+    """Of a process that runs `quantize_and_die`; a server imports torch once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["vila_deploy.quantize.job", "transformers.models.llama.modeling_llama"]
+    )
+    args = (root, out, options, torch.get_num_threads(), death)
+    process = context.Process(target=quantize_and_die, args=args)
+    process.start()
+    process.join(300)
+    return process.exitcode
+
+
+DEATHS = [
+    (("work", "save_file", 1, "after"), 0),  # the first layer written, but without its name yet
+    (("work", "save_file", 2, "before"), 1),  # at the end of a layer
+    (("awq", "search_clip", 1, "after"), 1),  # within a layer
+    (("job", "quantize_layer", 2, "before"), 2),  # between two layers
+    (("job", "write_checksums", 1, "after"), 3),  # all layers finished, shards written
+    (("files", "_publish", 1, "before"), 3),  # the output whole, but in the work folder
+]
+
+
+def test_killed_at_every_stage(data, options, whole, tmp_path):
+    for death, finished in DEATHS:
+        assert exit_code(data / "root", tmp_path / "out", options, death) == -signal.SIGKILL
+        assert [path.name for path in tmp_path.iterdir()] == [PARTIAL]
+        assert len(layer_files(tmp_path)) == finished, death
+    assert_finishes(data, options, tmp_path, whole)
+
+
+def test_killed_at_random_moments(data, options, whole_out, whole, tmp_path):
+    chance = random.Random(0)
+    takes_s = json.loads((whole_out / "report.json").read_text())["seconds"]
+    for _ in range(3):
+        moment = chance.uniform(0.1, 1.0) * takes_s
+        code = exit_code(data / "root", tmp_path / "out", options, moment)
+        assert code in (0, -signal.SIGALRM)
+        if (tmp_path / "out").exists():
+            assert contents(tmp_path / "out") == whole
+            shutil.rmtree(tmp_path / "out")
+    # Only the making of the work folder itself goes through a folder of a random name.
+    for path in tmp_path.glob(".out.partial*"):
+        shutil.rmtree(path)
+    assert_finishes(data, options, tmp_path, whole)
+
+
+def test_killed_between_publishing_and_cleaning_up(here, data, options, whole):
+    die = ("files", "_publish", 1, "after")
+    assert exit_code(data / "root", here / "out", options, die) == -signal.SIGKILL
+    assert contents(here / "out") == whole
+    with pytest.raises(VilaDeployError, match=r"exists, and so does out\.partial; remove the la"):
+        job.quantize(data / "root", here / "out", options, resume=True)
+    assert contents(here / "out") == whole
+
+
+def test_time_is_summed_and_finished_layers_are_not_searched_again(
+    here, data, options, whole, monkeypatch, capsys
+):
+    for index, file in enumerate(layer_files(here)):
+        layer = work._read_layer(file)
+        file.unlink()
+        slow = work.FinishedLayer(layer.tensors, layer.entry, 1000.0)
+        work.WorkFolder(here / PARTIAL, {}, {}).save(index, slow)
+    searched, alive = [], []
+    quantize_layer, load = job.quantize_layer, job.load_decoder_layer
+
+    def counting(layer, original, sequences, scheme, where, *rest):
+        searched.append(where)
+        return quantize_layer(layer, original, sequences, scheme, where, *rest)
+
+    def one_at_a_time(*args):
+        gc.collect()
+        assert not any(reference() is not None for reference in alive)
+        layer = load(*args)
+        alive.append(weakref.ref(layer))
+        return layer
+
+    monkeypatch.setattr(job, "quantize_layer", counting)
+    monkeypatch.setattr(job, "load_decoder_layer", one_at_a_time)
+    report = job.quantize(data / "root", here / "out", options, resume=True)
+    assert searched == ["model.layers.2"]
+    assert len(alive) == 3
+    assert 2000 < report["seconds"] < 2900
+    assert contents(here / "out") == whole
+    assert "2 finished layers found" in capsys.readouterr().err
+
+
+def truncate(first, second):
+    os.truncate(first, first.stat().st_size // 2)
+
+
+def flip_a_bit(first, second):
+    content = bytearray(first.read_bytes())
+    content[len(content) // 2] ^= 4
+    first.write_bytes(content)
+
+
+def swap_names(first, second):
+    first.rename(first.with_name(first.name.replace("layer-00000", "layer-00007")))
+    second.rename(second.with_name(second.name.replace("layer-00001", "layer-00000")))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, swap_names])
+def test_a_damaged_layer_is_computed_again(here, data, options, whole, damage, capsys):
+    damage(*layer_files(here))
+    assert_finishes(data, options, here, whole)
+    assert "damaged, is computed again" in capsys.readouterr().err
+
+
+def refused(data, out, options, root="root"):
+    """The message, after which nothing has changed."""
+    before = {p: p.read_bytes() for p in out.parent.rglob("*") if p.is_file()}
+    with pytest.raises(VilaDeployError) as caught:
+        job.quantize(data / root, out, options, resume=True)
+    assert {p: p.read_bytes() for p in out.parent.rglob("*") if p.is_file()} == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": 1}, "--seed was 0 and is 1 now"),
+        ({"scheme": QuantScheme(32)}, "--group-size was 64 and is 32 now"),
+        ({"scheme": QuantScheme(64, True)}, "--symmetric was False and is True now"),
+        ({"algorithm": "rtn", "calib": None, "calib_images": None}, "--algorithm was 'awq'"),
+        ({"prompt_template": "llama_3"}, "--prompt-template was None and is 'llama_3' now"),
+        ({"calib": "other.txt"}, "the calibration data has changed since this was begun; go back"),
+    ],
+)
+def test_refuses_other_options(here, data, options, changed, message):
+    (here / "other.txt").write_text("no kings in here.\n\n" * 20, "utf-8")
+    changed = {k: here / v if v == "other.txt" else v for k, v in changed.items()}
+    line = refused(data, here / "out", Options(**{**vars(options), **changed}))
+    assert line.startswith(f"{here / PARTIAL}: {message}")
+
+
+def test_refuses_another_checkpoint(here, data, options):
+    make_checkpoint(here / "other", **SIZES, seed=1)
+    line = refused(here, here / "out", options, "other")
+    assert "the checkpoint has changed since this was begun" in line
+
+
+def test_refuses_other_versions_and_threads(here, data, options, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "versions", lambda: {"vila-deploy": "9.9"})
+        assert " now since this was begun" in refused(data, here / "out", options)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert "OMP_NUM_THREADS was" in refused(data, here / "out", options)
+
+
+def test_refuses_a_damaged_state_and_a_foreign_folder(here, data, options):
+    state = here / PARTIAL / work.STATE_FILE
+    content = state.read_bytes()
+    for damaged in (content[:50], content.replace(b'seed": 0', b'seed": 1'), b"[]", b""):
+        state.write_bytes(damaged)
+        line = refused(data, here / "out", options)
+        assert line.startswith(f"{state}: ")
+        assert "remove this folder to begin again" in line
+    state.unlink()
+    assert "is missing" in refused(data, here / "out", options)
+    shutil.rmtree(here / PARTIAL)
+    (here / PARTIAL).write_text("mine")
+    assert "remove this folder" in refused(data, here / "out", options)
+
+
+def test_refuses_a_folder_that_is_in_use(here, data, options):
+    descriptor = os.open(here / PARTIAL, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        assert "another program is at work in it" in refused(data, here / "out", options)
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize(("place", "finished"), [("save_file", 2), ("finish", 3)])
+def test_goes_on_when_the_disk_was_full(here, data, options, whole, monkeypatch, place, finished):
+    owner = work if place == "save_file" else job.ShardWriter
+    write = getattr(owner, place)
+
+    def full(*args):
+        """A limit on file size stands for the full disk: writing fails in the same places."""
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+        try:
+            return write(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+    monkeypatch.setattr(owner, place, full)
+    message = f"{os.strerror(errno.EFBIG)}; free some space"
+    with pytest.raises(VilaDeployError, match=message):
+        job.quantize(data / "root", here / "out", options, resume=True)
+    assert len(layer_files(here)) == finished
+    assert not (here / PARTIAL / "output").exists()
+    monkeypatch.undo()
+    assert_finishes(data, options, here, whole)
+
+
+def test_nothing_is_left_while_no_layer_is_finished(data, options, tmp_path, monkeypatch):
+    assert "output folder exists" in refused(data, data / "pictures", options)
+    usage = type("Usage", (), {"free": 1000})
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: usage)
+        with pytest.raises(VilaDeployError, match="are free; free some space"):
+            job.quantize(data / "root", tmp_path / "out", options, resume=True)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(job, "quantize_layer", interrupt_at(job.quantize_layer, 1))
+    with pytest.raises(KeyboardInterrupt):
+        job.quantize(data / "root", tmp_path / "out", options, resume=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rounding_to_nearest_goes_on_too(tmp_path, monkeypatch):
+    root = make_checkpoint(tmp_path / "root", **SIZES, qwen2=True, kv_heads=2, dtype=torch.float32)
+    rtn = Options(SCHEME, "rtn")
+    job.quantize(root, tmp_path / "whole", rtn)
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "save_file", interrupt_at(work.save_file, 3))
+        with pytest.raises(KeyboardInterrupt):
+            job.quantize(root, tmp_path / "out", rtn, resume=True)
+    assert len(layer_files(tmp_path)) == 2
+    job.quantize(root, tmp_path / "out", rtn, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_ctrl_c_says_how_to_go_on(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(job, "write_llm_config", interrupt_at(job.write_llm_config, 1))
+    flags = ["--algorithm", "rtn", "--group-size", "64", "--resume"]
+    command = [str(data / "root"), "-o", str(tmp_path / "out"), *flags]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 130
+    said = f"finished layers are kept in {tmp_path / PARTIAL}; the same command goes on"
+    assert done.stderr.splitlines()[-1] == f"interrupted: {said}"
+    assert [path.name for path in tmp_path.iterdir()] == [PARTIAL]
+    again = CliRunner().invoke(main, command)
+    assert again.exit_code == 0, again.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -1,0 +1,248 @@
+"""The work folder of `vila-quantize --resume`: finished layers outlive the program.
+
+`OUT.partial` holds state.json, which says what the quantization was begun with, and one safetensors
+file per finished decoder layer, whose name ends in the SHA-256 of its bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.errors import VilaDeployError, short
+from vila_deploy.files import (
+    canonical_json,
+    check_new,
+    new_folder,
+    read_json_object,
+    replace_file,
+    sha256_file,
+)
+from vila_deploy.quantize.plan import Options
+from vila_deploy.quantize.report import versions
+
+STATE_FILE = "state.json"
+LAYER_FILE = re.compile(r"layer-(\d{5,})-([0-9a-f]{64})\.safetensors")
+TEMPORARY_SUFFIX = ".tmp"
+CALIBRATION = "the calibration data"
+BEGIN_AGAIN = "remove this folder to begin again, or choose another -o"
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FinishedLayer:
+    """What the output needs of a decoder layer.
+
+    Args:
+        tensors: in the order in which they are written, by their names in the checkpoint.
+        entry: what the report says of it.
+        seconds: that it took.
+    """
+
+    tensors: dict[str, Tensor]
+    entry: dict[str, Any]
+    seconds: float
+
+
+class WorkFolder:
+    """Finished layers and what they depend on; made by `work_folder`."""
+
+    def __init__(self, path: Path, state: State, files: dict[int, Path]):
+        self.path, self._state, self._files = path, state, files
+
+    @property
+    def finished(self) -> frozenset[int]:
+        """The indices of the layers that need not be done again."""
+        return frozenset(self._files)
+
+    @property
+    def layer_bytes(self) -> int:
+        """What the files of the finished layers take on the disk."""
+        return sum(file.stat().st_size for file in self._files.values())
+
+    def check_calibration(self, sha256: str) -> None:
+        """Remembers the calibration data.
+
+        Raises:
+            VilaDeployError: it is not that of the finished layers.
+        """
+        now = {**self._state, CALIBRATION: sha256}
+        if self._files:
+            _refuse_change(self.path, self._state, now)
+        else:
+            _write_state(self.path, now)
+        self._state = now
+
+    def save(self, index: int, layer: FinishedLayer) -> None:
+        """Keeps a layer; it counts as finished once its file has its name."""
+        temporary = self.path / f"layer-{index:05d}{TEMPORARY_SUFFIX}"
+        # Neither safetensors nor canonical JSON keeps an order, which shards and tables depend on.
+        order = {"tensors": list(layer.tensors), "entry": layer.entry, "seconds": layer.seconds}
+        save_file(layer.tensors, temporary, {"layer": json.dumps(order)})
+        file = self.path / f"layer-{index:05d}-{sha256_file(temporary)}.safetensors"
+        replace_file(temporary, file)
+        self._files[index] = file
+
+    def load(self, index: int) -> FinishedLayer:
+        """A finished layer, as it was saved."""
+        return _read_layer(self._files[index])
+
+
+@contextmanager
+def work_folder(out: Path, checkpoint: Checkpoint, options: Options) -> Iterator[WorkFolder]:
+    """Yields the work folder beside `out`, made if it isn't there, locked against other programs.
+
+    It stays when something goes wrong, unless no layer is finished by then.
+
+    Raises:
+        VilaDeployError: `out` exists, the folder is in use or none of ours, or its layers are those
+            of another checkpoint, other options or other versions.
+    """
+    path, now = path_of(out), _state_of(checkpoint, options)
+    found = os.path.lexists(path)
+    if found and os.path.lexists(out):
+        raise VilaDeployError(
+            f"exists, and so does {path.name}",
+            where=out,
+            fix="remove the latter if the output is what you wanted, otherwise the former",
+        )
+    check_new(out)
+    if not found:
+        with new_folder(path) as folder:
+            _write_state(folder, now)
+    with _locked(path):
+        work = _open(path, now)
+        if found:
+            print(f"{path}: {len(work.finished)} finished layers found", file=sys.stderr)
+        try:
+            yield work
+        finally:
+            if not work.finished:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def path_of(out: Path) -> Path:
+    """The work folder that belongs to the output folder `out`."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def _state_of(checkpoint: Checkpoint, options: Options) -> State:
+    """Everything that the layers depend on, by the name that a message gives it."""
+    return {
+        "the checkpoint": checkpoint.fingerprint(),
+        CALIBRATION: None,
+        "--algorithm": options.algorithm,
+        "--group-size": options.scheme.group_size,
+        "--symmetric": options.scheme.symmetric,
+        "--seed": options.seed,
+        "--prompt-template": options.prompt_template,
+        # Sums come out differently when they are split among another number of threads.
+        "OMP_NUM_THREADS": torch.get_num_threads(),
+        **versions(),
+    }
+
+
+def _open(path: Path, now: State) -> WorkFolder:
+    before = _read_state(path)
+    names = sorted(file.name for file in path.iterdir())
+    if not any(map(LAYER_FILE.fullmatch, names)):
+        _write_state(path, now)
+        return WorkFolder(path, now, {})
+    _refuse_change(path, before, {**now, CALIBRATION: before.get(CALIBRATION)})
+    files = {}
+    for name in names:
+        match = LAYER_FILE.fullmatch(name)
+        if match and _is_whole(path / name, int(match[1]), match[2]):
+            files[int(match[1])] = path / name
+        elif match:
+            print(f"{path / name}: damaged, is computed again", file=sys.stderr)
+        if name.endswith(TEMPORARY_SUFFIX) or (match and int(match[1]) not in files):
+            (path / name).unlink()
+    return WorkFolder(path, before, files)
+
+
+def _is_whole(file: Path, index: int, sha256: str) -> bool:
+    try:
+        # The entry names the layer too, so that a renamed file is not taken for another's.
+        return sha256_file(file) == sha256 and _read_layer(file).entry["layer"] == index
+    except OSError:
+        return False
+
+
+def _read_layer(file: Path) -> FinishedLayer:
+    with safe_open(file, "pt") as opened:
+        order = json.loads(opened.metadata()["layer"])
+        tensors = {name: opened.get_tensor(name) for name in order["tensors"]}
+    return FinishedLayer(tensors, order["entry"], order["seconds"])
+
+
+def _refuse_change(path: Path, before: State, now: State) -> None:
+    for name in {**now, **before}:
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        values = f"was {short(old)} and is {short(new)} now"
+        raise VilaDeployError(
+            f"{name} {'has changed' if name.startswith('the ') else values} since this was begun",
+            where=path,
+            fix=f"go back to what it was; or {BEGIN_AGAIN}",
+        )
+
+
+def _write_state(path: Path, state: State) -> None:
+    temporary = path / f"{STATE_FILE}{TEMPORARY_SUFFIX}"
+    temporary.write_text(canonical_json({**state, "sha256": _digest(state)}), "utf-8")
+    replace_file(temporary, path / STATE_FILE)
+
+
+def _read_state(path: Path) -> State:
+    try:
+        state = read_json_object(path / STATE_FILE)
+    except VilaDeployError as error:
+        raise VilaDeployError(error.what, where=error.where, fix=BEGIN_AGAIN) from error
+    if state.pop("sha256", None) != _digest(state):
+        raise VilaDeployError("is damaged", where=path / STATE_FILE, fix=BEGIN_AGAIN)
+    return state
+
+
+def _digest(state: State) -> str:
+    return hashlib.sha256(canonical_json(state).encode()).hexdigest()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Two programs would write into each other's output; the lock ends with the program."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # Some network file systems have no locks; then it is up to the user.
+        with suppress(OSError):
+            _lock(descriptor, path)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise VilaDeployError(
+            "another program is at work in it", where=path, fix="wait for it or choose another -o"
+        ) from error
