@@ -112,6 +112,9 @@ def encode_images(session: Session, pixels: Sequence[Pixels]) -> list[Floats]:
 class Conversation:
     """Questions about pictures, one after the other; earlier turns stay in the prompt.
 
+    The original answers one question at a time, and cuts a picture into dynamic tiles where it is
+    the only one. Here that is the first picture of a conversation, if it comes alone.
+
     Args:
         max_input_len: the longest prompt that the session takes, in tokens.
     """

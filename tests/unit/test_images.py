@@ -85,3 +85,11 @@ def test_hostile_picture_gives_one_line(tmp_path: Path, name: str) -> None:
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("values", [np.uint16([[0, 65535]]), np.float32([[0.0, 1.0]])])
+def test_pictures_that_would_be_clipped_are_refused(values: np.ndarray, tmp_path: Path) -> None:
+    file = tmp_path / "deep.tiff"
+    Image.fromarray(values).save(file)
+    with pytest.raises(VilaDeployError, match=r"deep\.tiff: has \S+ pixels, 8 bits a channel"):
+        open_image(file)

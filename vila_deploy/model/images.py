@@ -37,6 +37,13 @@ def open_image(path: Path) -> Image.Image:
                         where=path,
                         fix="scale it down first",
                     )
+                if image.mode.startswith(("I", "F")):
+                    # Pillow would clip such values to 255: a white or a black picture.
+                    raise VilaDeployError(
+                        f"has {image.mode} pixels, 8 bits a channel are needed",
+                        where=path,
+                        fix="convert it to 8 bits first",
+                    )
                 return ImageOps.exif_transpose(image).convert("RGB")
     except VilaDeployError:
         raise
@@ -119,7 +126,7 @@ def _cut(image: Image.Image, tile: int, rows: int, columns: int) -> list[Image.I
 def closest_grid(size: tuple[int, int], least: int, most: int, tile: int) -> tuple[int, int]:
     """Rows and columns of `least` to `most` tiles, nearest to the shape of a picture.
 
-    Of grids of equal shape the last one whose area is less than twice the picture's wins.
+    Of grids equally far from it a larger one wins if its area is less than twice the picture's.
 
     Args:
         size: width and height in pixels.
