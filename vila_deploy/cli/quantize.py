@@ -108,16 +108,18 @@ def _plan(checkpoint: Path, options: Options, as_json: bool) -> None:
 
 
 def _quantize(checkpoint: Path, out: Path, options: Options, resume: bool, as_json: bool) -> None:
-    from vila_deploy.quantize.job import quantize
-    from vila_deploy.quantize.work import path_of
+    from vila_deploy.quantize.plan import work_path
 
     try:
+        # Inside, since this takes seconds, in which Ctrl-C finds an earlier run's layers.
+        from vila_deploy.quantize.job import quantize
+
         report = quantize(checkpoint, out, options, resume=resume)
     except KeyboardInterrupt:
-        if not (resume and path_of(out).exists()):
+        if not (resume and work_path(out).exists()):
             raise
         click.echo(
-            f"interrupted: finished layers are kept in {path_of(out)}; the same command goes on",
+            f"interrupted: finished layers are kept in {work_path(out)}; the same command goes on",
             err=True,
         )
         sys.exit(EXIT_INTERRUPTED)

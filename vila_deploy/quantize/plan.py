@@ -80,6 +80,11 @@ def plan(config: VilaConfig, options: Options, tokens: int = 128 * 512) -> Quant
     )
 
 
+def work_path(out: Path) -> Path:
+    """Where `--resume` keeps the finished layers of the output folder `out`."""
+    return out.with_name(f"{out.name}.partial")
+
+
 def check_not_quantized(config: VilaConfig) -> None:
     """Raises if llm/ holds 4-bit weights."""
     found = config.llm.quantization

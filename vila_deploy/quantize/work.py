@@ -34,7 +34,7 @@ from vila_deploy.files import (
     replace_file,
     sha256_file,
 )
-from vila_deploy.quantize.plan import Options
+from vila_deploy.quantize.plan import Options, work_path
 from vila_deploy.quantize.report import versions
 
 STATE_FILE = "state.json"
@@ -115,7 +115,7 @@ def work_folder(out: Path, checkpoint: Checkpoint, options: Options) -> Iterator
         VilaDeployError: `out` exists, the folder is in use or none of ours, or its layers are those
             of another checkpoint, other options or other versions.
     """
-    path, now = path_of(out), _state_of(checkpoint, options)
+    path, now = work_path(out), _state_of(checkpoint, options)
     found = os.path.lexists(path)
     if found and os.path.lexists(out):
         raise VilaDeployError(
@@ -136,11 +136,6 @@ def work_folder(out: Path, checkpoint: Checkpoint, options: Options) -> Iterator
         finally:
             if not work.finished:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def path_of(out: Path) -> Path:
-    """The work folder that belongs to the output folder `out`."""
-    return out.with_name(f"{out.name}.partial")
 
 
 def _state_of(checkpoint: Checkpoint, options: Options) -> State:
