@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,12 @@ def test_tinychat_file_is_what_llm_awq_loads(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "t/llm/config.json").read_text())
     sums = (tmp_path / "t" / "SHA256SUMS").read_text()
     assert f"llm/{file.name}" in sums
+
+
+def test_a_command_leaves_the_signals_of_its_caller(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    CliRunner().invoke(main, [str(tmp_path / "none"), "--to", "awq", "-o", str(tmp_path / "out")])
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_refusals_leave_nothing(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def command_errors(command: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        signal.signal(signal.SIGTERM, _interrupt)
+        previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
             command(*args, **kwargs)
         except VilaDeployError as error:
@@ -46,6 +46,9 @@ def command_errors(command: Callable[P, None]) -> Callable[P, None]:
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             fail(f"{where}{error.strerror or error}; check the path, its permissions and the disk")
+        finally:
+            # A program that calls a command keeps its own way of ending.
+            signal.signal(signal.SIGTERM, previous)
 
     return run
 
