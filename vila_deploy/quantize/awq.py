@@ -88,12 +88,7 @@ def quantize_layer(
     inputs = sequences.hidden
     work.search_attention()
     work.search_mlp()
-    if not bool(torch.isfinite(sequences.hidden).all()):
-        raise VilaDeployError(
-            "its outputs on the calibration data are not finite",
-            where=where,
-            fix="check that this checkpoint is not damaged",
-        )
+    _check_finite(sequences.hidden, where)
     on_step("round to nearest, for comparison")
     rounded = {name: fake_quantize(weight_of(layer, name), scheme) for name in LINEARS}
     before = work.relative_errors(rounded, original) | {"layer": work.layer_error(inputs, rounded)}
@@ -120,6 +115,15 @@ def quantize_layer(
         clipped=work.clipped,
         errors={name: (before[name], after[name]) for name in before},
     )
+
+
+def _check_finite(outputs: Tensor, where: str) -> None:
+    if not bool(torch.isfinite(outputs).all()):
+        raise VilaDeployError(
+            "its outputs on the calibration data are not finite",
+            where=where,
+            fix="check that this checkpoint is not damaged",
+        )
 
 
 class _Work:
