@@ -106,7 +106,7 @@ def _mean_bits(components: list[Component]) -> float:
 
 
 def _calibration(calibration: Calibration) -> dict[str, Any]:
-    counts = {k: v for k, v in vars(calibration).items() if k != "embeds"}
+    counts = {k: v for k, v in vars(calibration).items() if k not in ("embeds", "is_image")}
     return {**counts, "sequences": calibration.text_sequences + calibration.image_sequences}
 
 
