@@ -16,7 +16,8 @@ from tiny import make_checkpoint
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats.quantized_linear import QuantizedLinear
-from vila_deploy.graph.dialects.onnxruntime import OnnxRuntimeDialect, pack_nibbles
+from vila_deploy.graph.dialects import pack_nibbles
+from vila_deploy.graph.dialects.onnxruntime import OnnxRuntimeDialect
 from vila_deploy.graph.llm import rotary_tables, store_llm
 from vila_deploy.graph.tensors import float16
 from vila_deploy.graph.writer import GraphWriter, WeightFile

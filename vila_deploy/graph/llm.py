@@ -109,24 +109,25 @@ def build_llm_graph(
 ) -> GraphWriter:
     """The graph over weights that `store_llm` wrote.
 
-    Inputs: inputs_embeds [1, tokens, hidden] and what the dialect's cache takes. Outputs: logits
-    [1, vocab] of the last token, and the cache with these tokens added.
+    Inputs: inputs_embeds [batch, tokens, hidden] and what the dialect's cache takes. Outputs:
+    logits [batch, vocab] of the last token, and the cache with these tokens added. The batch is 1
+    in dialect `onnxruntime`.
 
     Args:
         tokens: how many the graph takes at a time; None for any number.
         logits: False makes a graph that only fills the cache.
     """
-    graph, epsilon = GraphWriter(), config.rms_norm_eps
-    hidden = config.hidden_size
-    embeds = graph.input("inputs_embeds", np.float32, [1, tokens or "tokens", hidden])
+    graph, epsilon = GraphWriter(dialect.opset), config.rms_norm_eps
+    batch, count, hidden = dialect.batch, tokens or "tokens", config.hidden_size
+    embeds = graph.input("inputs_embeds", np.float32, [batch, count, hidden])
     shape = AttentionShape(
-        config.num_heads, config.num_kv_heads, config.head_dim,
+        config.num_heads, config.num_kv_heads, config.head_dim, stored.cos.shape[0],
         graph.weight("rotary.cos", stored.cos), graph.weight("rotary.sin", stored.sin),
     )  # fmt: skip
     if logits:
-        graph.output("logits", np.float32, [1, config.vocab_size])
-    dialect.cache(graph, shape, config.num_layers)
-    x = graph.node("Reshape", embeds, graph.integers(-1, hidden))
+        graph.output("logits", np.float32, [batch, config.vocab_size])
+    dialect.cache(graph, shape, config.num_layers, count)
+    x = dialect.rows(graph, embeds, hidden)
     delta = None
     for index, layer in enumerate(stored.layers):
         graph.scope(f"layer_{index}")
@@ -137,25 +138,16 @@ def build_llm_graph(
             normed, x = dialect.add_norm(graph, x, delta, norm, epsilon)
         attended = dialect.attention(graph, dialect.linear(graph, normed, layer.qkv), shape, index)
         if not logits and index == config.num_layers - 1:
+            dialect.finish(graph, config.num_layers)
             return graph
         delta = dialect.linear(graph, attended, layer.o)
         norm = graph.weight(f"layer_{index}.post_attention_norm", layer.post_attention_norm)
         normed, x = dialect.add_norm(graph, x, delta, norm, epsilon)
-        delta = _mlp(graph, normed, layer, config, dialect)
+        both = dialect.linear(graph, normed, layer.gate_up)
+        delta = dialect.linear(graph, dialect.gated(graph, both), layer.down)
     graph.scope("head")
     assert delta is not None
     normed, _ = dialect.add_norm(graph, x, delta, graph.weight("norm", stored.norm), epsilon)
-    last = graph.node("Gather", normed, graph.integers(-1), axis=0)
-    dialect.head(graph, last, stored.head)
+    dialect.head(graph, dialect.last(graph, normed), stored.head)
+    dialect.finish(graph, config.num_layers)
     return graph
-
-
-def _mlp(
-    graph: GraphWriter, x: str, layer: StoredLayer, config: LlmConfig, dialect: Dialect
-) -> str:
-    """down(silu(gate(x)) · up(x))."""
-    both = dialect.linear(graph, x, layer.gate_up)
-    names = [graph.new_name("gate"), graph.new_name("up")]
-    gate, up = graph.nodes("Split", both, outputs=names, axis=-1, num_outputs=2)
-    silu = graph.node("Mul", gate, graph.node("Sigmoid", gate))
-    return dialect.linear(graph, graph.node("Mul", silu, up), layer.down)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from onnx import TensorProto
 
@@ -16,23 +18,45 @@ QUICK_GELU_SLOPE = 1.702
 
 
 class Part:
-    """Emits the layers of one part of the checkpoint; matrices are stored in float16."""
+    """Emits the layers of one part of the checkpoint; matrices are stored in float16.
 
-    def __init__(self, graph: GraphWriter, weights: WeightSource, file: WeightFile):
-        self.graph, self.weights, self.file = graph, weights, file
+    Args:
+        half: multiply in float16, as GPUs do; what runs from layer to layer stays float32.
+    """
+
+    def __init__(
+        self, graph: GraphWriter, weights: WeightSource, file: WeightFile, half: bool = False
+    ):
+        self.graph, self.weights, self.file, self.half = graph, weights, file, half
 
     def vector(self, name: str) -> str:
         return self.graph.weight(name, self.file.append(float32(self.weights.tensor(name))))
 
+    def stored(self, name: str, transpose: bool = False) -> str:
+        array = float16(self.weights.tensor(name), name)
+        return self.graph.weight(name, self.file.append(array.T if transpose else array))
+
     def widened(self, name: str, transpose: bool = False) -> str:
         """A matrix kept in float16 and widened once, when the session is made."""
-        array = float16(self.weights.tensor(name), name)
-        stored = self.file.append(array.T if transpose else array)
-        return self.graph.node("Cast", self.graph.weight(name, stored), to=TensorProto.FLOAT)
+        return self.graph.node("Cast", self.stored(name, transpose), to=TensorProto.FLOAT)
+
+    def narrowed(self, x: str) -> str:
+        """A factor of a product: float16 where products are."""
+        return self.graph.node("Cast", x, to=TensorProto.FLOAT16) if self.half else x
+
+    def product(self, op: str, *factors: str, **attributes: Any) -> str:
+        """`op` of factors that `narrowed` or `factor` gave; float32."""
+        y = self.graph.node(op, *factors, **attributes)
+        return self.graph.node("Cast", y, to=TensorProto.FLOAT) if self.half else y
+
+    def factor(self, name: str, transpose: bool = False) -> str:
+        """A matrix of weights in the type of products."""
+        return self.stored(name, transpose) if self.half else self.widened(name, transpose)
 
     def linear(self, x: str, prefix: str, bias: bool = True) -> str:
-        product = self.graph.node("MatMul", x, self.widened(f"{prefix}.weight", transpose=True))
-        return self.graph.node("Add", product, self.vector(f"{prefix}.bias")) if bias else product
+        weight = self.factor(f"{prefix}.weight", transpose=True)
+        y = self.product("MatMul", self.narrowed(x), weight)
+        return self.graph.node("Add", y, self.vector(f"{prefix}.bias")) if bias else y
 
     def norm(self, x: str, prefix: str, epsilon: float) -> str:
         scale, bias = self.vector(f"{prefix}.weight"), self.vector(f"{prefix}.bias")
@@ -69,10 +93,10 @@ def _embeddings(part: Part, pixels: str, config: VisionConfig) -> str:
     """Patches, behind a class token if there is one, with their learned positions added."""
     graph, width = part.graph, config.hidden_size
     prefix = f"{config.family.prefix}embeddings"
-    inputs = [pixels, part.widened(f"{prefix}.patch_embedding.weight")]
+    inputs = [part.narrowed(pixels), part.factor(f"{prefix}.patch_embedding.weight")]
     if config.family.name != "clip":
-        inputs.append(part.vector(f"{prefix}.patch_embedding.bias"))
-    patches = graph.node("Conv", *inputs, strides=[config.patch_size] * 2)
+        inputs.append(part.narrowed(part.vector(f"{prefix}.patch_embedding.bias")))
+    patches = part.product("Conv", *inputs, strides=[config.patch_size] * 2)
     flat = graph.node("Reshape", patches, graph.integers(0, width, -1))
     rows = graph.node("Transpose", flat, perm=[0, 2, 1])
     if config.family.has_class_token:
@@ -89,9 +113,7 @@ def _layer(part: Part, x: str, config: VisionConfig, prefix: str) -> str:
     graph = part.graph
     normed = part.norm(x, f"{prefix}.layer_norm1", config.layer_norm_eps)
     query, key, value = (part.linear(normed, f"{prefix}.self_attn.{n}_proj") for n in "qkv")
-    mixed = part.linear(
-        _attention(graph, query, key, value, config), f"{prefix}.self_attn.out_proj"
-    )
+    mixed = part.linear(_attention(part, query, key, value, config), f"{prefix}.self_attn.out_proj")
     x = graph.node("Add", x, mixed)
     normed = part.norm(x, f"{prefix}.layer_norm2", config.layer_norm_eps)
     return graph.node("Add", x, _mlp(part, normed, config, f"{prefix}.mlp"))
@@ -107,25 +129,28 @@ def _internvit_layer(part: Part, x: str, config: VisionConfig, prefix: str) -> s
     if config.qk_norm:
         query = part.rms_norm(query, f"{prefix}.attn.q_norm", epsilon)
         key = part.rms_norm(key, f"{prefix}.attn.k_norm", epsilon)
-    mixed = part.linear(_attention(graph, query, key, value, config), f"{prefix}.attn.proj")
+    mixed = part.linear(_attention(part, query, key, value, config), f"{prefix}.attn.proj")
     x = graph.node("Add", x, graph.node("Mul", mixed, part.vector(f"{prefix}.ls1")))
     normed = part.rms_norm(x, f"{prefix}.norm2", epsilon)
     inner = _mlp(part, normed, config, f"{prefix}.mlp")
     return graph.node("Add", x, graph.node("Mul", inner, part.vector(f"{prefix}.ls2")))
 
 
-def _attention(graph: GraphWriter, query: str, key: str, value: str, config: VisionConfig) -> str:
+def _attention(part: Part, query: str, key: str, value: str, config: VisionConfig) -> str:
     """Full attention of [tiles, tokens, channels], by heads."""
+    graph = part.graph
     heads, head_dim = config.num_heads, config.hidden_size // config.num_heads
     split = graph.integers(0, 0, heads, head_dim)
 
     def by_head(rows: str, order: list[int]) -> str:
-        return graph.node("Transpose", graph.node("Reshape", rows, split), perm=order)
+        halves = graph.node("Reshape", part.narrowed(rows), split)
+        return graph.node("Transpose", halves, perm=order)
 
-    product = graph.node("MatMul", by_head(query, [0, 2, 1, 3]), by_head(key, [0, 2, 3, 1]))
-    scores = graph.node("Mul", product, graph.constant(np.array(head_dim**-0.5, np.float32)))
-    shares = graph.node("Softmax", scores, axis=-1)
-    mixed = graph.node("MatMul", shares, by_head(value, [0, 2, 1, 3]))
+    # Scaled first, so that float16 products stay in range.
+    scaled = graph.node("Mul", query, graph.constant(np.array(head_dim**-0.5, np.float32)))
+    scores = part.product("MatMul", by_head(scaled, [0, 2, 1, 3]), by_head(key, [0, 2, 3, 1]))
+    shares = part.narrowed(graph.node("Softmax", scores, axis=-1))
+    mixed = part.product("MatMul", shares, by_head(value, [0, 2, 1, 3]))
     rows = graph.node("Transpose", mixed, perm=[0, 2, 1, 3])
     return graph.node("Reshape", rows, graph.integers(0, 0, heads * head_dim))
 

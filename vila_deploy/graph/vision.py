@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.graph.towers import Part, tower
-from vila_deploy.graph.writer import GraphWriter, WeightFile
+from vila_deploy.graph.writer import OPSET, GraphWriter, WeightFile
 from vila_deploy.model.projector import NORM_EPSILON
 from vila_deploy.model.weights import WeightSource
 from vila_deploy.progress import Advance
+
+
+@dataclass(frozen=True)
+class Style:
+    """Opset of a graph, and whether it multiplies in float16."""
+
+    opset: int
+    half: bool
+
+
+FLOAT32 = Style(OPSET, half=False)
 
 
 def build_vision_graph(
@@ -18,20 +31,21 @@ def build_vision_graph(
     projector: WeightSource | None,
     file: WeightFile,
     advance: Advance,
+    style: Style = FLOAT32,
 ) -> GraphWriter:
     """pixels [tiles, 3, size, size] → features [tiles, tokens, hidden], both float32.
 
     Args:
         projector: None leaves it out: features are then the tower's, [tiles, patches, channels].
     """
-    graph, vision = GraphWriter(), config.vision
+    graph, vision = GraphWriter(style.opset), config.vision
     size = vision.image_size
     pixels = graph.input("pixels", np.float32, ["tiles", 3, size, size])
-    part = Part(graph, tower_weights, file)
+    part = Part(graph, tower_weights, file, style.half)
     x = tower(part, pixels, vision, config.vision_layers_used, advance)
     shape: list[int | str] = ["tiles", vision.grid**2, vision.hidden_size]
     if projector is not None:
-        x = _project(Part(graph, projector, file), x, config)
+        x = _project(Part(graph, projector, file, style.half), x, config)
         shape = ["tiles", config.tokens_per_block, config.llm.hidden_size]
         advance("projector")
     graph.output(graph.node("Identity", x, output="features"), np.float32, shape)
@@ -39,13 +53,17 @@ def build_vision_graph(
 
 
 def build_projector_graph(
-    config: VilaConfig, projector: WeightSource, file: WeightFile, advance: Advance
+    config: VilaConfig,
+    projector: WeightSource,
+    file: WeightFile,
+    advance: Advance,
+    style: Style = FLOAT32,
 ) -> GraphWriter:
     """features [blocks, patches, channels of all scales] → tokens [blocks, tokens, hidden]."""
-    graph = GraphWriter()
+    graph = GraphWriter(style.opset)
     shape: list[int | str] = ["blocks", config.feature_side**2, config.feature_channels]
     features = graph.input("features", np.float32, shape)
-    tokens = _project(Part(graph, projector, file), features, config)
+    tokens = _project(Part(graph, projector, file, style.half), features, config)
     shape = ["blocks", config.tokens_per_block, config.llm.hidden_size]
     graph.output(graph.node("Identity", tokens, output="tokens"), np.float32, shape)
     advance("projector")

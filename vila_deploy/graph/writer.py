@@ -12,7 +12,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-OPSET, IR_VERSION = 21, 10
+OPSET = 21
+IR_VERSIONS = {21: 10, 24: 12}
 MICROSOFT = "com.microsoft"
 ALIGNMENT_BYTES = 64
 
@@ -47,9 +48,16 @@ class WeightFile:
 
     def append(self, array: NDArray[Any]) -> StoredTensor:
         """Writes `array` in C order at an aligned offset."""
+        return self._append(array, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+
+    def append_int4(self, packed: NDArray[np.uint8], shape: tuple[int, ...]) -> StoredTensor:
+        """Writes signed 4-bit values of `shape`, two to a byte, the first in the low half."""
+        assert packed.size * 2 == np.prod(shape)
+        return self._append(packed, onnx.TensorProto.INT4, shape)
+
+    def _append(self, array: NDArray[Any], data_type: int, shape: tuple[int, ...]) -> StoredTensor:
         self._offset += self._file.write(b"\0" * (-self._offset % ALIGNMENT_BYTES))
-        data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
-        stored = StoredTensor(self._path.name, data_type, array.shape, self._offset, array.nbytes)
+        stored = StoredTensor(self._path.name, data_type, shape, self._offset, array.nbytes)
         self._offset += self._file.write(np.ascontiguousarray(array).data)
         return stored
 
@@ -57,7 +65,8 @@ class WeightFile:
 class GraphWriter:
     """An ONNX graph under construction; values are their names."""
 
-    def __init__(self) -> None:
+    def __init__(self, opset: int = OPSET) -> None:
+        self._opset = opset
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -126,9 +135,15 @@ class GraphWriter:
         graph = helper.make_graph(
             self._nodes, path.stem, self._inputs, self._outputs, list(self._initializers.values())
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+        versions = {"": self._opset, MICROSOFT: 1}
+        used = {"", *(node.domain for node in self._nodes)}
         model = helper.make_model(
-            graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="vila-deploy"
+            graph,
+            opset_imports=[
+                helper.make_opsetid(domain, versions[domain]) for domain in sorted(used)
+            ],
+            ir_version=IR_VERSIONS[self._opset],
+            producer_name="vila-deploy",
         )
         path.write_bytes(model.SerializeToString(deterministic=True))
 

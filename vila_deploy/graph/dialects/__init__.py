@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vila_deploy.formats.quantized_linear import QuantizedLinear
@@ -30,17 +33,38 @@ class StoredLinear:
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Heads of a layer and the values that every layer's attention takes."""
+    """Heads of a layer, positions of a cache, and the values that every layer's attention takes."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    max_seq_len: int
     cos: str
     sin: str
 
 
 class Dialect(Protocol):
-    """Emits the building blocks of a decoder; hidden states are [tokens, channels] float32."""
+    """Emits the building blocks of a decoder.
+
+    What runs from layer to layer is float32, as [tokens, channels] or [batch, tokens, channels];
+    what `norm` gives and `linear` takes and gives is in the dialect's own type.
+    """
+
+    @property
+    def opset(self) -> int: ...
+
+    @property
+    def batch(self) -> int | str:
+        """How many sequences a graph takes at a time; a name for any number."""
+        ...
+
+    def rows(self, graph: GraphWriter, embeds: str, hidden: int) -> str:
+        """inputs_embeds [batch, tokens, hidden] → hidden states."""
+        ...
+
+    def last(self, graph: GraphWriter, x: str) -> str:
+        """Hidden states → those of the last token [batch, hidden]."""
+        ...
 
     def store_linear(
         self,
@@ -57,6 +81,10 @@ class Dialect(Protocol):
         ...
 
     def linear(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str: ...
+
+    def gated(self, graph: GraphWriter, both: str) -> str:
+        """silu(gate) · up, of gate and up side by side."""
+        ...
 
     def head(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
         """[1, hidden] → logits [1, vocab]; its weight is never quantized."""
@@ -76,6 +104,27 @@ class Dialect(Protocol):
         """Rotary embedding, cache update and causal attention over q | k | v side by side."""
         ...
 
-    def cache(self, graph: GraphWriter, shape: AttentionShape, num_layers: int) -> None:
-        """Declares the graph's inputs and outputs for the key/value cache."""
+    def cache(
+        self, graph: GraphWriter, shape: AttentionShape, num_layers: int, tokens: int | str
+    ) -> None:
+        """Declares the graph's inputs and outputs for positions and the key/value cache."""
         ...
+
+    def finish(self, graph: GraphWriter, num_layers: int) -> None:
+        """Adds what comes after all layers."""
+        ...
+
+
+def gated(graph: GraphWriter, both: str) -> str:
+    """silu(gate) · up, of gate and up side by side."""
+    names = [graph.new_name("gate"), graph.new_name("up")]
+    gate, up = graph.nodes("Split", both, outputs=names, axis=-1, num_outputs=2)
+    silu = graph.node("Mul", gate, graph.node("Sigmoid", gate))
+    return graph.node("Mul", silu, up)
+
+
+def pack_nibbles(levels: Tensor) -> NDArray[np.uint8]:
+    """uint8 [rows, columns] of 0..15 → [rows, ceil(columns/2)], even columns in the low halves."""
+    if levels.shape[1] % 2:
+        levels = torch.nn.functional.pad(levels, (0, 1))
+    return (levels[:, 0::2] | (levels[:, 1::2] << 4)).numpy()

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from onnx import TensorProto
 from torch import Tensor
 
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats.quantized_linear import QuantizedLinear
-from vila_deploy.graph.dialects import AttentionShape, StoredLinear
+from vila_deploy.graph.dialects import AttentionShape, StoredLinear, gated, pack_nibbles
 from vila_deploy.graph.tensors import float16, float32
-from vila_deploy.graph.writer import MICROSOFT, GraphWriter, WeightFile
+from vila_deploy.graph.writer import MICROSOFT, OPSET, GraphWriter, WeightFile
 
 GROUP_SIZES = (16, 32, 64, 128, 256)
 ACCURACY_FLOAT32, ACCURACY_INT8 = 1, 4
@@ -34,6 +34,17 @@ class OnnxRuntimeDialect:
     """
 
     int8_terms: int = 0
+    opset: ClassVar[int] = OPSET
+    batch: ClassVar[int] = 1
+
+    def rows(self, graph: GraphWriter, embeds: str, hidden: int) -> str:
+        return graph.node("Reshape", embeds, graph.integers(-1, hidden))
+
+    def last(self, graph: GraphWriter, x: str) -> str:
+        return graph.node("Gather", x, graph.integers(-1), axis=0)
+
+    def gated(self, graph: GraphWriter, both: str) -> str:
+        return gated(graph, both)
 
     def store_linear(
         self,
@@ -126,7 +137,9 @@ class OnnxRuntimeDialect:
         )  # fmt: skip
         return graph.node("Reshape", attended, graph.integers(-1, heads * shape.head_dim))
 
-    def cache(self, graph: GraphWriter, shape: AttentionShape, num_layers: int) -> None:
+    def cache(
+        self, graph: GraphWriter, shape: AttentionShape, num_layers: int, tokens: int | str
+    ) -> None:
         graph.input("seqlens_k", np.int32, [1])
         graph.input("total_sequence_length", np.int32, [])
         dims: list[int | str] = [1, shape.num_kv_heads, "max_seq_len", shape.head_dim]
@@ -134,6 +147,9 @@ class OnnxRuntimeDialect:
             for name in _cache_names(layer):
                 graph.input(f"past_{name}", np.float32, dims)
                 graph.output(f"present_{name}", np.float32, dims)
+
+    def finish(self, graph: GraphWriter, num_layers: int) -> None:
+        """Each layer has written its own part of the cache."""
 
 
 _QUANTIZED = ("q", "scale", "zero")
@@ -199,13 +215,6 @@ def check_group_size(group_size: int, where: str) -> None:
             where=where,
             fix="run vila-quantize with one of these as --group-size",
         )
-
-
-def pack_nibbles(levels: Tensor) -> NDArray[np.uint8]:
-    """uint8 [rows, columns] of 0..15 → [rows, ceil(columns/2)], even columns in the low halves."""
-    if levels.shape[1] % 2:
-        levels = torch.nn.functional.pad(levels, (0, 1))
-    return (levels[:, 0::2] | (levels[:, 1::2] << 4)).numpy()
 
 
 def _identity(graph: GraphWriter, size: int) -> list[str]:
