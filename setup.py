@@ -15,6 +15,6 @@ setup(
     package_data={
         "vila_deploy": ["py.typed"],
         "vila_deploy.engines": ["*.toml"],
-        "vila_deploy.quantize": ["calibration/*"],
+        "vila_deploy.quantize": ["calibration/*", "evaluation/*"],
     },
 )

@@ -1,9 +1,10 @@
-"""Calibration examples: the shipped set, or the user's own texts, conversations and pictures."""
+"""Examples to calibrate or evaluate with: shipped ones, or the user's own texts and pictures."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -13,7 +14,9 @@ from PIL import Image
 from vila_deploy.errors import VilaDeployError, short
 from vila_deploy.model.images import open_image
 from vila_deploy.model.prompts import IMAGE_MARKER
-from vila_deploy.quantize.pictures import SCENES
+from vila_deploy.quantize import held_out
+from vila_deploy.quantize.pictures import SCENES, Scene
+from vila_deploy.quantize.plan import Options
 
 MAX_FILE_BYTES = 64 << 20
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -51,13 +54,16 @@ class Example:
         return self.answer is None and not self.pictures
 
 
-def load_examples(texts: Path | None, pictures: Path | None) -> list[Example]:
+def load_examples(
+    texts: Path | None, pictures: Path | None, *, text_only: bool = False
+) -> list[Example]:
     """The examples to calibrate with; what the user gives replaces the shipped ones of its kind.
 
     Args:
         texts: a .txt file (paragraphs), a .jsonl file (objects with `text` and, if wanted, `answer`
             and `image`), or a folder of such files.
         pictures: a folder of pictures.
+        text_only: leave out every example with pictures.
 
     Raises:
         VilaDeployError: a file that is no such thing, is too large, or holds nothing.
@@ -70,12 +76,64 @@ def load_examples(texts: Path | None, pictures: Path | None) -> list[Example]:
         examples += shipped_texts()
     if not any(example.pictures for example in own):
         examples += shipped_pictures()
-    return examples
+    return [e for e in examples if not (text_only and e.pictures)]
+
+
+def load_held_out(path: Path | None) -> list[Example]:
+    """The examples to evaluate with: the user's own, or the shipped ones.
+
+    Args:
+        path: what `load_examples` takes as `texts`, or a folder of nothing but pictures.
+
+    Raises:
+        VilaDeployError: as `load_examples`.
+    """
+    if path is None:
+        return _shipped_texts("evaluation") + _of_scenes(held_out.SCENES)
+    if path.is_dir() and not _files(path, TEXT_SUFFIXES) and _files(path, PICTURE_SUFFIXES):
+        return _own_pictures(path)
+    return _own_texts(path)
+
+
+def data_warnings(
+    options: Options, calibration: Sequence[Example], held_out: Sequence[Example]
+) -> list[str]:
+    """What the user should know of the data; printed on stderr too, a line each."""
+    warnings = []
+    own_pictures = {p.name for e in calibration for p in e.pictures} - {s.name for s in SCENES}
+    if options.text_only and calibration:
+        warnings.append(
+            "calibrated without pictures (--text-only): answers about pictures may suffer most"
+        )
+    elif options.calib and not own_pictures:
+        warnings.append(
+            "no picture among the calibration data: the shipped drawings stand in; "
+            "give your own with --calib-images"
+        )
+    seen = {(e.text, e.answer) for e in calibration}
+    again = sum((e.text, e.answer) in seen for e in held_out if not e.pictures or e.answer)
+    if again:
+        warnings.append(
+            f"{again} of {len(held_out)} evaluation examples were calibrated on: the figures are "
+            "better than on new data"
+        )
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return warnings
 
 
 def shipped_texts() -> list[Example]:
     """The texts and conversations in calibration/, written for this project."""
-    folder = resources.files("vila_deploy.quantize") / "calibration"
+    return _shipped_texts("calibration")
+
+
+def shipped_pictures() -> list[Example]:
+    """Conversations about the drawn scenes."""
+    return _of_scenes(SCENES)
+
+
+def _shipped_texts(name: str) -> list[Example]:
+    folder = resources.files("vila_deploy.quantize") / name
     passages = (folder / "passages.txt").read_text("utf-8")
     conversations = (folder / "conversations.jsonl").read_text("utf-8")
     return [
@@ -84,18 +142,21 @@ def shipped_texts() -> list[Example]:
     ]
 
 
-def shipped_pictures() -> list[Example]:
-    """Conversations about the drawn scenes."""
+def _of_scenes(scenes: Sequence[Scene]) -> list[Example]:
     return [
         Example(question, answer, (Picture(scene.name, scene.picture),))
-        for scene in SCENES
+        for scene in scenes
         for question, answer in scene.conversations
     ]
 
 
+def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes)
+
+
 def _own_texts(path: Path) -> list[Example]:
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in TEXT_SUFFIXES)
+        files = _files(path, TEXT_SUFFIXES)
         if not files:
             raise VilaDeployError(
                 "holds no .txt or .jsonl file", where=path, fix="give a folder of texts"
@@ -178,7 +239,7 @@ def _unicode(text: str) -> str:
 def _own_pictures(folder: Path) -> list[Example]:
     if not folder.is_dir():
         raise VilaDeployError("no such folder", where=folder, fix="give a folder of pictures")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES)
+    files = _files(folder, PICTURE_SUFFIXES)
     if not files:
         raise VilaDeployError(
             f"holds no picture ({', '.join(PICTURE_SUFFIXES)})", where=folder, fix="add some"

@@ -130,11 +130,14 @@ class Splicer:
 
     def ids(self, sequence: TokenSequence) -> Tensor:
         """int64 [positions]; PICTURE_ID where a picture's embedding stands."""
-        picture = [[PICTURE_ID] * len(self._features[p.name]) for p in sequence.pictures]
         ids = list(sequence.pieces[0])
-        for places, piece in zip(picture, sequence.pieces[1:], strict=True):
-            ids += places + piece
+        for picture, piece in zip(sequence.pictures, sequence.pieces[1:], strict=True):
+            ids += [PICTURE_ID] * self.picture_tokens(picture) + piece
         return torch.tensor(ids[: self._limit(sequence)], dtype=torch.int64)
+
+    def picture_tokens(self, picture: Picture) -> int:
+        """How many positions it takes."""
+        return len(self._features[picture.name])
 
     def embeds(self, sequence: TokenSequence, checkpoint: Checkpoint) -> Tensor:
         """float32 [positions, hidden], with the token embeddings of `checkpoint`.
