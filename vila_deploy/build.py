@@ -17,6 +17,7 @@ from vila_deploy.engine.description import describe
 from vila_deploy.engine.fit import Fit, fit_everywhere
 from vila_deploy.engine.manifest import Limits, Manifest, write_manifest
 from vila_deploy.engine.plan import EnginePlan, plan_engine
+from vila_deploy.engine.request import BuildRequest
 from vila_deploy.engine.target import Target, get_target
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import new_folder
@@ -37,6 +38,7 @@ class BuildOptions:
     max_input_len: int | None = None
     max_seq_len: int | None = None
     prompt_template: str | None = None
+    tp: int = 1
 
 
 def default_limits(config: VilaConfig) -> Limits:
@@ -79,7 +81,8 @@ def build_engine(root: Path, out: Path, options: BuildOptions) -> Manifest:
     module = _backend_module(target, options)
     precision = _precision(config, options)
     limits = _limits(config, options)
-    _check(module, config, limits)
+    request = BuildRequest(target, limits, options.tp)
+    _check(module, config, request)
     checkpoint = open_checkpoint(root)
     tokenizer = load_tokenizer(checkpoint.layout.folder("llm"))
     if tokenizer.vocab_size > config.llm.vocab_size:
@@ -103,7 +106,7 @@ def build_engine(root: Path, out: Path, options: BuildOptions) -> Manifest:
             model=describe(config, tokenizer),
             versions={},
         )
-        return _write(folder, config, parts, manifest)
+        return _write(folder, config, parts, manifest, request)
 
 
 def build_random_engine(model: str, precision: str, target_name: str, out: Path) -> Manifest:
@@ -118,7 +121,8 @@ def build_random_engine(model: str, precision: str, target_name: str, out: Path)
     options = BuildOptions(target_name, max_seq_len=1024)
     config, target = preset(model, precision), get_target(target_name)
     module, limits = _backend_module(target, options), _limits(config, options)
-    _check(module, config, limits)
+    request = BuildRequest(target, limits)
+    _check(module, config, request)
     with new_folder(out) as folder:
         manifest = Manifest(
             name=model,
@@ -132,7 +136,7 @@ def build_random_engine(model: str, precision: str, target_name: str, out: Path)
             model=describe(config, None),
             versions={},
         )
-        return _write(folder, config, random_parts(config), manifest)
+        return _write(folder, config, random_parts(config), manifest, request)
 
 
 def _write(
@@ -140,12 +144,16 @@ def _write(
     config: VilaConfig,
     parts: tuple[WeightSource, WeightSource, WeightSource],
     manifest: Manifest,
+    request: BuildRequest,
 ) -> Manifest:
     module = import_module(f"{BACKENDS[manifest.backend]}.build")
-    built = module.build(folder, config, *parts, manifest.limits.max_seq_len)
+    built = module.build(folder, config, *parts, request)
     versions: Mapping[str, str] = {"vila-deploy": __version__, **built.versions}
     whole = replace(
-        manifest, weight_bytes_per_token=built.weight_bytes_per_token, versions=versions
+        manifest,
+        weight_bytes_per_token=built.weight_bytes_per_token,
+        versions=versions,
+        needs=built.needs,
     )
     write_manifest(folder, whole)
     return whole
@@ -171,14 +179,14 @@ def _backend_module(target: Target, options: BuildOptions) -> ModuleType:
     return import_module(f"{BACKENDS[backend]}.build")
 
 
-def _check(module: ModuleType, config: VilaConfig, limits: Limits) -> None:
-    if limits.max_batch_size > module.MAX_BATCH_SIZE:
+def _check(module: ModuleType, config: VilaConfig, request: BuildRequest) -> None:
+    most, asked = module.MAX_BATCH_SIZE, request.limits.max_batch_size
+    if asked > most:
         raise VilaDeployError(
-            f"--max-batch-size {limits.max_batch_size} is more than this backend's "
-            f"{module.MAX_BATCH_SIZE}",
-            fix=f"use --max-batch-size {module.MAX_BATCH_SIZE}",
+            f"--max-batch-size {asked} is more than this backend's {most}",
+            fix=f"use --max-batch-size {most}",
         )
-    module.check(config)
+    module.check(config, request)
 
 
 def _precision(config: VilaConfig, options: BuildOptions) -> str:

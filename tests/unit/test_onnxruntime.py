@@ -20,6 +20,8 @@ from vila_deploy.backends.onnxruntime.session import OnnxRuntimeSession
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.engine.description import describe
 from vila_deploy.engine.manifest import Limits, Manifest
+from vila_deploy.engine.request import BuildRequest
+from vila_deploy.engine.target import get_target
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats.quantized_linear import SYMMETRIC_ZERO
 from vila_deploy.model.presets import preset
@@ -46,11 +48,15 @@ class Symmetric:
         return replace(linear, zero=torch.full_like(linear.zero, SYMMETRIC_ZERO))
 
 
+def request(max_seq_len: int = MAX_SEQ_LEN) -> BuildRequest:
+    return BuildRequest(get_target("cpu"), Limits(1, max_seq_len, max_seq_len))
+
+
 def build(folder: Path, checkpoint: Any, max_seq_len: int = MAX_SEQ_LEN) -> tuple[Path, Manifest]:
     config = checkpoint.config
     folder.mkdir()
     parts = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
-    built = build_module.build(folder, config, *parts, max_seq_len)
+    built = build_module.build(folder, config, *parts, request(max_seq_len))
     return folder, Manifest(
         name="tiny",
         target="cpu",
@@ -211,9 +217,9 @@ def test_models_that_have_no_kernel_are_refused(int4: Checkpoint) -> None:
     assert llm.quantization is not None
     config = replace(llm, quantization=replace(llm.quantization, group_size=96))
     with pytest.raises(VilaDeployError, match=r"group size 96.*16, 32, 64, 128, 256.*--group-size"):
-        build_module.check(replace(int4.config, llm=config))
+        build_module.check(replace(int4.config, llm=config), request())
     with pytest.raises(VilaDeployError, match="head_dim"):
-        build_module.check(replace(int4.config, llm=replace(llm, head_dim=36)))
+        build_module.check(replace(int4.config, llm=replace(llm, head_dim=36)), request())
 
 
 def test_file_that_onnxruntime_refuses_is_named(tmp_path: Path, int4: Checkpoint) -> None:

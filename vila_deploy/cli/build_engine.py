@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     "--prompt-template", metavar="NAME",
     help="vicuna_v1, llama_3, hermes-2, qwen2 …; chosen by LLM and tokenizer if left out.",
 )  # fmt: skip
+@click.option(
+    "--tp", type=click.IntRange(1), default=1, show_default=True,
+    help="GPUs that share each layer; --backend tensorrt-llm only.",
+)  # fmt: skip
 @click.option("--plan", "plan_only", is_flag=True, help="Show sizes and memory; config files only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or manifest as JSON.")
 @command_errors
@@ -45,6 +49,7 @@ def main(
     max_input_len: int | None,
     max_seq_len: int | None,
     prompt_template: str | None,
+    tp: int,
     plan_only: bool,
     as_json: bool,
 ) -> None:
@@ -60,7 +65,7 @@ def main(
     from vila_deploy.build import BuildOptions, build_engine, plan_build, plan_targets
 
     options = BuildOptions(
-        target, backend, precision, max_batch_size, max_input_len, max_seq_len, prompt_template
+        target, backend, precision, max_batch_size, max_input_len, max_seq_len, prompt_template, tp
     )
     if plan_only or out is None:
         planned, fits = plan_build(checkpoint, options), plan_targets(checkpoint, options)

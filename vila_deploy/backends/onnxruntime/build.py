@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 from vila_deploy.backends.onnxruntime import files
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.engine.request import BuildRequest, Built
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.graph.dialects.onnxruntime import OnnxRuntimeDialect, check_group_size
 from vila_deploy.graph.llm import StoredLlm, build_llm_graph, store_llm
@@ -27,17 +27,14 @@ HEAD_DIM_MULTIPLE = 8
 INT8_TERMS = 2
 
 
-@dataclass(frozen=True)
-class Built:
-    """What the manifest says about the files that were written."""
-
-    weight_bytes_per_token: int
-    versions: dict[str, str]
-
-
-def check(config: VilaConfig) -> None:
+def check(config: VilaConfig, request: BuildRequest) -> None:
     """Raises VilaDeployError if this backend can't build the model; before any work."""
     llm = config.llm
+    if request.tp > 1:
+        raise VilaDeployError(
+            "backend onnxruntime runs on one processor, --tp is for several GPUs",
+            fix="leave --tp out, or use --backend tensorrt-llm",
+        )
     if llm.quantization is not None:
         where = "llm/config.json: quantization_config.group_size"
         check_group_size(llm.quantization.group_size, where)
@@ -55,13 +52,13 @@ def build(
     llm: WeightSource,
     tower: WeightSource,
     projector: WeightSource,
-    max_seq_len: int,
+    request: BuildRequest,
 ) -> Built:
     """Writes vision/, llm/ and the embedding table into `folder`, with memory for one layer.
 
     The LLM's linears are 4-bit where `llm` gives them so, float16 otherwise; the rest is float16.
     """
-    check(config)
+    check(config, request)
     steps = config.vision_layers_used + 1 + config.llm.num_layers + 2
     with progress(steps, "building") as advance:
         _save_vision(folder / files.VISION, config, tower, projector, advance)
@@ -69,7 +66,7 @@ def build(
         (folder / files.LLM).mkdir()
         with WeightFile(folder / files.LLM / files.WEIGHTS) as file:
             dialect = OnnxRuntimeDialect()
-            stored = store_llm(config.llm, llm, max_seq_len, file, dialect, advance)
+            stored = store_llm(config.llm, llm, request.limits.max_seq_len, file, dialect, advance)
         _save_llm(folder / files.LLM, config.llm, stored)
 
         table = float16(llm.tensor("model.embed_tokens.weight"), "model.embed_tokens.weight")
