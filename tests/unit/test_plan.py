@@ -94,4 +94,4 @@ def test_plan_needs_no_weights_and_two_seconds(command: list[str], tmp_path: Pat
     assert {"name", "parameters", "bits", "bytes"} == planned["components"][0].keys()
     targets = {fit["target"]: fit for fit in planned["targets"]}
     assert targets["orin-nano"]["fits"]
-    assert len(targets) == 7
+    assert len(targets) == 9

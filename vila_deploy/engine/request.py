@@ -15,11 +15,13 @@ class BuildRequest:
     target: the device that it is for.
     limits: batch and lengths that the engine must take.
     tp: GPUs that share each layer.
+    jetpack: release of JetPack on a Jetson; None means the target's usual one.
     """
 
     target: Target
     limits: Limits
     tp: int = 1
+    jetpack: str | None = None
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib import resources
 from typing import Any
 
 from vila_deploy.errors import VilaDeployError
+
+
+@dataclass(frozen=True)
+class TensorRt:
+    """How TensorRT engines are made for a device.
+
+    Args:
+        package: "tensorrt-rtx", which compiles on any computer, or "tensorrt", on the device.
+        dialect: of the graphs that it reads there.
+        jetpacks: on Jetson, the dialect by JetPack release; the first is what is built unless
+            `--jetpack` says otherwise.
+    """
+
+    package: str
+    dialect: str
+    jetpacks: dict[str, str] = field(default_factory=dict)
+
+    def dialect_of(self, jetpack: str | None) -> str:
+        return self.dialect if jetpack is None else self.jetpacks[jetpack]
 
 
 @dataclass(frozen=True)
@@ -25,6 +44,7 @@ class Target:
         host: platform that the engine runs on, e.g. "linux-aarch64"; "any" for a CPU.
         default_backend: built unless `--backend` says otherwise.
         backends: every backend that can serve it, with what it needs there.
+        tensorrt: how backend tensorrt makes its engines, where there is one.
     """
 
     name: str
@@ -36,6 +56,7 @@ class Target:
     default_backend: str
     backends: dict[str, str]
     reserved_bytes: int | None = None
+    tensorrt: TensorRt | None = None
 
     @property
     def usable_bytes(self) -> int | None:
@@ -69,7 +90,7 @@ def get_target(name: str) -> Target:
 def _target(name: str, row: dict[str, Any]) -> Target:
     known = {field.name for field in fields(Target)} - {"name"}
     optional = {
-        "compute_capability", "memory_bytes", "bandwidth_bytes_per_s", "reserved_bytes",
+        "compute_capability", "memory_bytes", "bandwidth_bytes_per_s", "reserved_bytes", "tensorrt",
     }  # fmt: skip
     unknown, missing = row.keys() - known, known - optional - row.keys()
     if unknown or missing:
@@ -80,4 +101,6 @@ def _target(name: str, row: dict[str, Any]) -> Target:
     if row["default_backend"] not in row["backends"]:
         raise VilaDeployError("default_backend is not in backends", where=f"engines/{name}.toml")
     values: dict[str, Any] = {key: row.get(key) for key in known}
+    if "tensorrt" in row:
+        values["tensorrt"] = TensorRt(**row["tensorrt"])
     return Target(name=name, **values)
