@@ -17,10 +17,10 @@ from tiny import make_checkpoint
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.config import load_config
 from vila_deploy.errors import VilaDeployError
+from vila_deploy.formats.folder import ShardWriter
 from vila_deploy.model.llm import LINEARS
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.quantize import job
-from vila_deploy.quantize.output import ShardWriter
 from vila_deploy.quantize.plan import Options, plan
 from vila_deploy.quantize.round import round_to_nearest
 from vila_deploy.quantize.scheme import QuantScheme

@@ -176,7 +176,7 @@ DEATHS = [
     (("work", "save_file", 2, "before"), 1),  # at the end of a layer
     (("awq", "search_clip", 1, "after"), 1),  # within a layer
     (("job", "quantize_layer", 2, "before"), 2),  # between two layers
-    (("job", "write_checksums", 1, "after"), 3),  # all layers finished, shards written
+    (("job", "build_report", 1, "before"), 3),  # all layers finished, shards written
     (("files", "_publish", 1, "before"), 3),  # the output whole, but in the work folder
 ]
 
@@ -336,7 +336,7 @@ def test_refuses_a_folder_that_is_in_use(here, data, options):
 
 @pytest.mark.parametrize(("place", "finished"), [("save_file", 2), ("finish", 3)])
 def test_goes_on_when_the_disk_was_full(here, data, options, whole, monkeypatch, place, finished):
-    owner = work if place == "save_file" else job.ShardWriter
+    owner = work if place == "save_file" else job.Outputs
     write = getattr(owner, place)
 
     def full(*args):
@@ -387,7 +387,7 @@ def test_rounding_to_nearest_goes_on_too(tmp_path, monkeypatch):
 
 def test_ctrl_c_says_how_to_go_on(data, tmp_path, monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    monkeypatch.setattr(job, "write_llm_config", interrupt_at(job.write_llm_config, 1))
+    monkeypatch.setattr(job, "build_report", interrupt_at(job.build_report, 1))
     flags = ["--algorithm", "rtn", "--group-size", "64", "--resume"]
     command = [str(data / "root"), "-o", str(tmp_path / "out"), *flags]
     done = CliRunner().invoke(main, command)

@@ -1,4 +1,4 @@
-"""vila-convert: a quantized checkpoint in another on-disk format."""
+"""vila-convert: a quantized checkpoint in other on-disk formats."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from pathlib import Path
 import click
 
 from vila_deploy.cli.common import command_errors
-
-FORMATS = ("awq", "tinychat")
+from vila_deploy.cli.formats import FormatNames
+from vila_deploy.formats.registry import FORMATS
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--to", "to", type=click.Choice(FORMATS), required=True, help="Format to write.")
+@click.option(
+    "--to", "formats", type=FormatNames(), required=True,
+    help=f"Format to write: {', '.join(FORMATS)}; several come into OUT/NAME/.",
+)  # fmt: skip
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True,
     help="Folder to write; must not exist.",
 )  # fmt: skip
 @command_errors
-def main(checkpoint: Path, to: str, out: Path) -> None:
+def main(checkpoint: Path, formats: tuple[str, ...], out: Path) -> None:
     """Write the quantized CHECKPOINT in another format, weight for weight.
 
-    awq is AutoAWQ's GEMM layout in safetensors, which vila-quantize writes; tinychat is the one
-    *-v2.pt of llm-awq and of VILA's published AWQ repositories. Either is read by every command.
+    awq is AutoAWQ's GEMM layout in safetensors, which vila-quantize writes if not told otherwise;
+    tinychat is the one *-v2.pt of llm-awq and of VILA's published AWQ repositories. CHECKPOINT may
+    be in any of the formats; docs/formats.md says which tool reads which.
 
     \b
     vila-convert VILA1.5-3b-AWQ --to awq -o VILA1.5-3b-autoawq
@@ -31,5 +35,5 @@ def main(checkpoint: Path, to: str, out: Path) -> None:
     """
     from vila_deploy.convert import convert
 
-    convert(checkpoint, out, to)
-    click.echo(f"{out}: {to}")
+    convert(checkpoint, out, formats)
+    click.echo(f"{out}: {', '.join(formats)}")

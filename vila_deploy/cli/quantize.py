@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 import click
 
 from vila_deploy.cli.common import EXIT_INTERRUPTED, command_errors, echo_json
+from vila_deploy.cli.formats import FormatNames
+from vila_deploy.formats.registry import FORMATS
 
 if TYPE_CHECKING:
     from vila_deploy.engine.fit import Fit
     from vila_deploy.quantize.plan import Options, QuantizePlan
 
-ALGORITHMS, FORMATS = ("awq", "rtn"), ("awq",)
+ALGORITHMS = ("awq", "rtn")
 FILE = click.Path(path_type=Path)
 
 
@@ -36,8 +38,8 @@ FILE = click.Path(path_type=Path)
 )  # fmt: skip
 @click.option("--calib-images", type=FILE, metavar="DIR", help="Own calibration pictures.")
 @click.option(
-    "--format", "formats", default="awq", show_default=True, metavar="NAME",
-    help=f"How the 4-bit weights are stored: {', '.join(FORMATS)}.",
+    "--format", "formats", type=FormatNames(), default="awq", show_default=True,
+    help=f"How the 4-bit weights are stored: {', '.join(FORMATS)}; several come into OUT/NAME/.",
 )  # fmt: skip
 @click.option(
     "--prompt-template", metavar="NAME",
@@ -59,7 +61,7 @@ def main(
     symmetric: bool,
     calib: Path | None,
     calib_images: Path | None,
-    formats: str,
+    formats: tuple[str, ...],
     prompt_template: str | None,
     plan_only: bool,
     resume: bool,
@@ -73,9 +75,6 @@ def main(
     vila-quantize VILA1.5-3b -o out --calib my-questions.jsonl --calib-images photos
     vila-quantize VILA1.5-3b --plan
     """
-    unknown = [name for name in formats.split(",") if name not in FORMATS]
-    if unknown or formats.count(","):
-        raise click.UsageError(f"--format {formats}: this version writes {', '.join(FORMATS)}")
     if out is None and not plan_only:
         raise click.UsageError("-o is missing: name the folder to write, or give --plan")
     if algorithm == "rtn" and (calib or calib_images):
@@ -85,7 +84,7 @@ def main(
     from vila_deploy.quantize.scheme import QuantScheme
 
     scheme = QuantScheme(group_size, symmetric)
-    options = Options(scheme, algorithm, calib, calib_images, seed, prompt_template)
+    options = Options(scheme, algorithm, calib, calib_images, seed, prompt_template, formats)
     if plan_only or out is None:
         _plan(checkpoint, options, as_json)
     else:

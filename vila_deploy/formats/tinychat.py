@@ -14,12 +14,23 @@ groups of G:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.expected import decoder_linears
+from vila_deploy.checkpoint.layout import llm_config_values
 from vila_deploy.errors import VilaDeployError
+from vila_deploy.files import canonical_json
+from vila_deploy.formats.folder import copy_parts, packed, write_checksums
 from vila_deploy.formats.quantized_linear import MAX_LEVEL, QuantizedLinear
+
+if TYPE_CHECKING:
+    from vila_deploy.quantize.scheme import QuantScheme
 
 TENSORS = ("qweight", "scales", "scaled_zeros")
 # Group size → what the number of blocks of 8 groups is a multiple of.
@@ -194,3 +205,37 @@ def _pad_rows(table: Tensor, rows: int) -> Tensor:
 def _unfit(name: str, what: str) -> VilaDeployError:
     fix = "this is not a TinyChat v2 checkpoint of that group size; download it again"
     return VilaDeployError(what, where=name, fix=fix)
+
+
+def check(config: VilaConfig, scheme: QuantScheme) -> None:
+    """Refuses group sizes and layers that TinyChat's tiles don't hold.
+
+    Raises:
+        VilaDeployError: names the first linear that doesn't fit.
+    """
+    for name, (out_features, in_features) in decoder_linears(config.llm).items():
+        try:
+            _check_sizes(out_features, in_features, scheme.group_size)
+        except VilaDeployError as error:
+            where = f"model.layers.0.{name}"
+            raise VilaDeployError(error.what, where=where, fix=error.fix) from error
+
+
+class Writer:
+    """One file of torch.save in llm/, as llm-awq's --dump_quant writes it."""
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path, scheme: QuantScheme):
+        self._checkpoint, self._folder = checkpoint, folder
+        copy_parts(checkpoint, folder)
+        name = f"{checkpoint.root.resolve().name}-w4-g{scheme.group_size}-awq-v2.pt"
+        self._file = folder / "llm" / name
+        self._tensors: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor | QuantizedLinear) -> None:
+        self._tensors |= packed(name, value, pack)
+
+    def finish(self) -> None:
+        torch.save(self._tensors, self._file)
+        values = llm_config_values(self._checkpoint.layout)
+        (self._folder / "llm" / "config.json").write_text(canonical_json(values), "utf-8")
+        write_checksums(self._folder)

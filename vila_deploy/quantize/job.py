@@ -19,19 +19,13 @@ from vila_deploy.checkpoint.expected import has_bias
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import canonical_json, new_folder
-from vila_deploy.formats import awq_gemm
 from vila_deploy.formats.quantized_linear import QuantizedLinear
 from vila_deploy.model.llm import LINEARS, NORMS, dense_weight, load_decoder_layer
 from vila_deploy.progress import progress
 from vila_deploy.quantize.awq import quantize_layer, steps_per_layer
 from vila_deploy.quantize.calibrate import Calibration, calibrate
 from vila_deploy.quantize.examples import load_examples
-from vila_deploy.quantize.output import (
-    ShardWriter,
-    copy_parts,
-    write_checksums,
-    write_llm_config,
-)
+from vila_deploy.quantize.output import Outputs
 from vila_deploy.quantize.plan import Options, QuantizePlan, plan
 from vila_deploy.quantize.report import build_report, layer_entry, markdown, rtn_entry
 from vila_deploy.quantize.round import round_to_nearest, to_float16
@@ -40,6 +34,7 @@ from vila_deploy.quantize.sequences import Sequences
 from vila_deploy.quantize.work import FinishedLayer, WorkFolder, work_folder
 
 LayerEntry = dict[str, Any]
+LayerTensors = dict[str, Tensor | QuantizedLinear]
 OnStep = Callable[[str], None]
 
 
@@ -67,19 +62,16 @@ def quantize(root: Path, out: Path, options: Options, *, resume: bool = False) -
     with ExitStack() as stack:
         work = stack.enter_context(work_folder(out, checkpoint, options)) if resume else None
         folder = stack.enter_context(new_folder(out, work.path if work else None))
-        _check_space(out, checkpoint, planned, work)
-        copy_parts(checkpoint, folder)
-        writer = ShardWriter(folder / "llm")
-        _write_unquantized(checkpoint, writer)
+        _check_space(out, checkpoint, planned, work, len(options.formats))
+        outputs = Outputs(checkpoint, folder, options.formats, options.scheme)
+        _write_unquantized(checkpoint, outputs)
         calibration = calibrate(checkpoint, examples, options.seed) if awq else None
         if calibration and work:
             work.check_calibration(calibration.sha256)
         scheme = options.scheme
         method = _Awq(checkpoint, scheme, calibration) if calibration else _Rtn(checkpoint, scheme)
-        layers, saved_seconds = _write_layers(checkpoint.config.llm, method, writer, work)
-        writer.finish()
-        write_llm_config(checkpoint, folder, scheme)
-        write_checksums(folder)
+        layers, saved_seconds = _write_layers(checkpoint.config.llm, method, outputs, work)
+        outputs.finish()
         seconds = time.monotonic() - start + saved_seconds
         report = build_report(checkpoint, folder, options, calibration, layers, seconds)
         (folder / "report.json").write_text(canonical_json(report), "utf-8")
@@ -88,13 +80,13 @@ def quantize(root: Path, out: Path, options: Options, *, resume: bool = False) -
 
 
 def _check_space(
-    out: Path, checkpoint: Checkpoint, planned: QuantizePlan, work: WorkFolder | None
+    out: Path, checkpoint: Checkpoint, planned: QuantizePlan, work: WorkFolder | None, formats: int
 ) -> None:
     copied = sum(
         f.stat().st_size for f in (*checkpoint.vision.files(), *checkpoint.projector.files())
     )
     sizes = {part.name: part.bytes for part in planned.components if part.name.startswith("llm")}
-    needed = copied + sum(sizes.values())
+    needed = formats * (copied + sum(sizes.values()))
     if work:
         needed += max(0, sizes["llm decoder linears"] - work.layer_bytes)
     free = shutil.disk_usage(out.parent).free
@@ -106,12 +98,12 @@ def _check_space(
         )
 
 
-def _write_unquantized(checkpoint: Checkpoint, writer: ShardWriter) -> None:
+def _write_unquantized(checkpoint: Checkpoint, outputs: Outputs) -> None:
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     if not checkpoint.config.llm.tie_word_embeddings:
         names.append("lm_head.weight")
     for name in names:
-        writer.add(name, to_float16(checkpoint.llm.tensor(name), name))
+        outputs.add(name, to_float16(checkpoint.llm.tensor(name), name))
 
 
 class _Method(Protocol):
@@ -119,15 +111,15 @@ class _Method(Protocol):
 
     steps_per_layer: int
 
-    def quantize(self, index: int, on_step: OnStep) -> tuple[dict[str, Tensor], LayerEntry]:
-        """The layer's tensors by name and what the report says of it."""
+    def quantize(self, index: int, on_step: OnStep) -> tuple[LayerTensors, LayerEntry]:
+        """The layer's norms and linears by name and what the report says of it."""
 
     def skip(self, index: int) -> None:
         """Does to the state of this object what quantizing the layer would do."""
 
 
 def _write_layers(
-    config: LlmConfig, method: _Method, writer: ShardWriter, work: WorkFolder | None
+    config: LlmConfig, method: _Method, outputs: Outputs, work: WorkFolder | None
 ) -> tuple[list[LayerEntry], float]:
     """Writes all layers, finished ones out of `work`.
 
@@ -152,8 +144,8 @@ def _write_layers(
                 del result
                 if work:
                     work.save(index, layer)
-            for name, tensor in layer.tensors.items():
-                writer.add(name, tensor)
+            for name, value in layer.tensors.items():
+                outputs.add(name, value)
             entries.append(layer.entry)
             del layer
     return entries, saved_seconds
@@ -169,7 +161,7 @@ class _Awq:
         calibration.embeds.clear()
         self.steps_per_layer = steps_per_layer(self._config)
 
-    def quantize(self, index: int, on_step: OnStep) -> tuple[dict[str, Tensor], LayerEntry]:
+    def quantize(self, index: int, on_step: OnStep) -> tuple[LayerTensors, LayerEntry]:
         where = f"model.layers.{index}"
         result = quantize_layer(
             self._load(index),
@@ -181,7 +173,7 @@ class _Awq:
         )
         tensors = _norm_tensors(where, result.norms)
         for name, linear in result.linears.items():
-            tensors |= _linear_tensors(f"{where}.{name}", linear)
+            tensors[f"{where}.{name}"] = linear
         return tensors, layer_entry(index, result)
 
     def skip(self, index: int) -> None:
@@ -205,7 +197,7 @@ class _Rtn:
     def __init__(self, checkpoint: Checkpoint, scheme: QuantScheme):
         self._checkpoint, self._scheme = checkpoint, scheme
 
-    def quantize(self, index: int, on_step: OnStep) -> tuple[dict[str, Tensor], LayerEntry]:
+    def quantize(self, index: int, on_step: OnStep) -> tuple[LayerTensors, LayerEntry]:
         llm, where = self._checkpoint.llm, f"model.layers.{index}"
         tensors = _norm_tensors(where, {n: llm.tensor(f"{where}.{n}.weight") for n in NORMS})
         errors = {}
@@ -219,21 +211,16 @@ class _Rtn:
             power = float(weight.square().mean())
             lost = float((linear.dequantize() - weight).square().mean())
             errors[name] = lost / power if power else 0.0
-            tensors |= _linear_tensors(full, linear)
+            tensors[full] = linear
         return tensors, rtn_entry(index, errors)
 
     def skip(self, index: int) -> None:
         pass
 
 
-def _norm_tensors(where: str, norms: dict[str, Tensor]) -> dict[str, Tensor]:
+def _norm_tensors(where: str, norms: dict[str, Tensor]) -> LayerTensors:
     names = {f"{where}.{name}.weight": weight for name, weight in norms.items()}
     return {name: to_float16(weight, name).contiguous() for name, weight in names.items()}
-
-
-def _linear_tensors(where: str, linear: QuantizedLinear) -> dict[str, Tensor]:
-    packed = awq_gemm.pack(linear)
-    return {f"{where}.{part}": tensor.contiguous() for part, tensor in packed.items()}
 
 
 @contextmanager

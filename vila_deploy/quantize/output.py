@@ -1,145 +1,40 @@
-"""Writing the quantized checkpoint: shards of llm/, the copied parts, configs and checksums."""
+"""The quantized checkpoint in every format that was asked for, written as the layers come."""
 
 from __future__ import annotations
 
-import os
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.checkpoint.layout import PARTS, part_configs
-from vila_deploy.checkpoint.tensors import INDEX_FILE, SINGLE_FILE, TensorReader
-from vila_deploy.files import canonical_json, read_json_object, sha256_file
-from vila_deploy.model.tokenizer import TOKENIZER_FILES
-from vila_deploy.quantize.plan import SHARD_BYTES
+from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.formats.registry import FORMATS
 from vila_deploy.quantize.scheme import QuantScheme
 
-LLM_FILES = (*TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")
-NOT_CONVERTED = ["lm_head"]
-WEIGHT_SUFFIXES = (".safetensors", ".pt")
 
+class Outputs:
+    """One checkpoint in `folder` for one format, in `folder`/NAME each for several.
 
-class ShardWriter:
-    """Collects tensors and writes a shard whenever SHARD_BYTES are full.
-
-    Shards get their final names in `finish`, when their number is known.
+    Args:
+        formats: keys of FORMATS.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
-        self._folder, self._shard_bytes = folder, shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self.total_bytes = 0
+    def __init__(
+        self, checkpoint: Checkpoint, folder: Path, formats: Sequence[str], scheme: QuantScheme
+    ):
+        self._writers = []
+        for name in formats:
+            own = folder / name if len(formats) > 1 else folder
+            own.mkdir(exist_ok=True)
+            self._writers.append(FORMATS[name].writer(checkpoint, own, scheme))
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Takes a tensor; floating-point ones must be float16."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self._shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.contiguous()
-        self._pending_bytes += size
-        self.total_bytes += size
+    def add(self, name: str, value: Tensor | QuantizedLinear) -> None:
+        """What llm/ holds under `name`: a float16 tensor, or a quantized linear."""
+        for writer in self._writers:
+            writer.add(name, value)
 
     def finish(self) -> None:
-        """Writes what is left, the final names and, for more than one shard, the index."""
-        self._flush()
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards, 1):
-            file = SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            self._partial(number).rename(self._folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        if count > 1:
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            (self._folder / INDEX_FILE).write_text(canonical_json(index), "utf-8")
-
-    def _flush(self) -> None:
-        if self._pending:
-            self._shards.append(list(self._pending))
-            _save(self._pending, self._partial(len(self._shards)))
-            self._pending, self._pending_bytes = {}, 0
-
-    def _partial(self, number: int) -> Path:
-        return self._folder / f"shard-{number}.safetensors"
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """safetensors makes files that only their owner may read; these are as readable as others."""
-    save_file(tensors, path, metadata={"format": "pt"})
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
-
-
-def copy_parts(checkpoint: Checkpoint, root: Path) -> None:
-    """The tower, the projector, their configs and the tokenizer, as they are, in three folders.
-
-    Raises:
-        VilaDeployError: NaN or Inf in a tensor of the tower or projector.
-    """
-    for part in PARTS:
-        (root / part).mkdir()
-    readers = {"vision_tower": checkpoint.vision, "mm_projector": checkpoint.projector}
-    if checkpoint.layout.flat:
-        for name, values in part_configs(checkpoint.layout).items():
-            (root / name).write_text(canonical_json(values), "utf-8")
-        for part, reader in readers.items():
-            tensors = {name: reader.tensor(name).contiguous() for name in reader.names()}
-            _save(tensors, root / part / SINGLE_FILE)
-    else:
-        shutil.copyfile(checkpoint.root / "config.json", root / "config.json")
-        for part, reader in readers.items():
-            _copy_part(reader, checkpoint.root / part, root / part)
-    _write_prompt_template(checkpoint, root / "config.json")
-    for name in LLM_FILES:
-        source = checkpoint.layout.folder("llm") / name
-        if source.is_file():
-            shutil.copyfile(source, root / "llm" / name)
-
-
-def _copy_part(reader: TensorReader, source: Path, destination: Path) -> None:
-    for file in sorted(source.glob("*.json")):
-        if file.is_file():
-            shutil.copyfile(file, destination / file.name)
-    for name in reader.names():
-        reader.tensor(name)
-    for file in reader.files():
-        shutil.copyfile(file, destination / file.name)
-
-
-def _write_prompt_template(checkpoint: Checkpoint, file: Path) -> None:
-    """Keeps the template that was asked for, so that the engine gets it too."""
-    values, template = read_json_object(file), checkpoint.config.prompt_template
-    if values.get("prompt_template") != template:
-        file.write_text(canonical_json({**values, "prompt_template": template}), "utf-8")
-
-
-def write_llm_config(checkpoint: Checkpoint, root: Path, scheme: QuantScheme) -> None:
-    """llm/config.json with the `quantization_config` that AWQ loaders look for."""
-    config = dict(checkpoint.layout.llm.values)
-    config["quantization_config"] = {
-        "quant_method": "awq",
-        "bits": scheme.bits,
-        "group_size": scheme.group_size,
-        "zero_point": not scheme.symmetric,
-        "version": "gemm",
-        "modules_to_not_convert": NOT_CONVERTED,
-    }
-    # Either spelling may be there; the unquantized tensors are float16 whatever they were before.
-    config.pop("torch_dtype", None)
-    config["dtype"] = config["torch_dtype"] = "float16"
-    (root / "llm" / "config.json").write_text(canonical_json(config), "utf-8")
-
-
-def write_checksums(root: Path) -> None:
-    """SHA256SUMS over every file of weights below `root`."""
-    lines = [
-        f"{sha256_file(file)}  {file.relative_to(root).as_posix()}\n"
-        for file in sorted(root.rglob("*"))
-        if file.suffix in WEIGHT_SUFFIXES
-    ]
-    (root / "SHA256SUMS").write_text("".join(lines), "utf-8")
+        """Writes the rest of each checkpoint, its configs and its checksums."""
+        for writer in self._writers:
+            writer.finish()

@@ -16,12 +16,11 @@ from vila_deploy.checkpoint.expected import (
     has_bias,
 )
 from vila_deploy.errors import VilaDeployError
+from vila_deploy.formats.registry import FORMATS, SHARD_BYTES
 from vila_deploy.quantize.scheme import QuantScheme, check_scheme
 from vila_deploy.sizes import Component, Stage, available_memory_bytes, parameters
 
 ALGORITHMS = ("awq", "rtn")
-FORMATS = ("awq",)
-SHARD_BYTES = 512 << 20
 # Python, torch and transformers themselves, as measured on Linux.
 PROGRAM_BYTES = 600 << 20
 FLOAT32, FLOAT16 = 4, 2
@@ -37,6 +36,7 @@ class Options:
     calib_images: Path | None = None
     seed: int = 0
     prompt_template: str | None = None
+    formats: tuple[str, ...] = ("awq",)
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ def plan(config: VilaConfig, options: Options, tokens: int = 128 * 512) -> Quant
     """
     check_not_quantized(config)
     check_scheme(options.scheme, config.llm)
+    for name in options.formats:
+        FORMATS[name].check(config, options.scheme)
     components = output_components(config, options.scheme)
     stages = _stages(config, options, tokens)
     peak, limit = max(stage.memory_bytes for stage in stages), available_memory_bytes()
@@ -73,7 +75,7 @@ def plan(config: VilaConfig, options: Options, tokens: int = 128 * 512) -> Quant
         fits=peak <= limit,
         device_bytes=peak,
         limit_bytes=limit,
-        output_bytes=sum(component.bytes for component in components),
+        output_bytes=len(options.formats) * sum(component.bytes for component in components),
         bits_per_weight=options.scheme.bits_per_weight,
         components=components,
         stages=stages,
@@ -125,8 +127,9 @@ def _stages(config: VilaConfig, options: Options, tokens: int) -> tuple[Stage, .
     llm = config.llm
     layer = sum(map(math.prod, decoder_linears(llm).values())) * FLOAT32
     table = llm.vocab_size * llm.hidden_size
-    # A shard waits in memory until it is full; the embedding is never split.
+    # A shard of each format waits in memory until it is full; the embedding is never split.
     shard = min(SHARD_BYTES, sum(parameters([t]) for t in expected_llm(llm)) * FLOAT16)
+    shard *= len(options.formats)
     write = Stage("write embeddings and head", PROGRAM_BYTES + shard + table * (FLOAT16 + FLOAT32))
     if options.algorithm == "rtn":
         return (

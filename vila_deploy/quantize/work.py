@@ -34,6 +34,9 @@ from vila_deploy.files import (
     replace_file,
     sha256_file,
 )
+from vila_deploy.formats import awq_gemm
+from vila_deploy.formats.folder import packed
+from vila_deploy.formats.quantized_linear import QuantizedLinear
 from vila_deploy.quantize.plan import Options, work_path
 from vila_deploy.quantize.report import versions
 
@@ -51,12 +54,12 @@ class FinishedLayer:
     """What the output needs of a decoder layer.
 
     Args:
-        tensors: in the order in which they are written, by their names in the checkpoint.
+        tensors: norms and linears in the order in which they are written, by their names.
         entry: what the report says of it.
         seconds: that it took.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor | QuantizedLinear]
     entry: dict[str, Any]
     seconds: float
 
@@ -94,8 +97,15 @@ class WorkFolder:
         """Keeps a layer; it counts as finished once its file has its name."""
         temporary = self.path / f"layer-{index:05d}{TEMPORARY_SUFFIX}"
         # Neither safetensors nor canonical JSON keeps an order, which shards and tables depend on.
-        order = {"tensors": list(layer.tensors), "entry": layer.entry, "seconds": layer.seconds}
-        save_file(layer.tensors, temporary, {"layer": json.dumps(order)})
+        order = {
+            "tensors": {n: _group_size(value) for n, value in layer.tensors.items()},
+            "entry": layer.entry,
+            "seconds": layer.seconds,
+        }
+        stored: dict[str, Tensor] = {}
+        for name, value in layer.tensors.items():
+            stored |= packed(name, value, awq_gemm.pack)
+        save_file(stored, temporary, {"layer": json.dumps(order)})
         file = self.path / f"layer-{index:05d}-{sha256_file(temporary)}.safetensors"
         replace_file(temporary, file)
         self._files[index] = file
@@ -181,10 +191,22 @@ def _is_whole(file: Path, index: int, sha256: str) -> bool:
         return False
 
 
+def _group_size(value: Tensor | QuantizedLinear) -> int | None:
+    return value.group_size if isinstance(value, QuantizedLinear) else None
+
+
 def _read_layer(file: Path) -> FinishedLayer:
     with safe_open(file, "pt") as opened:
         order = json.loads(opened.metadata()["layer"])
-        tensors = {name: opened.get_tensor(name) for name in order["tensors"]}
+        stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    tensors: dict[str, Tensor | QuantizedLinear] = {}
+    for name, group_size in order["tensors"].items():
+        if group_size is None:
+            tensors[name] = stored[name]
+        else:
+            prefix = f"{name}."
+            parts = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
+            tensors[name] = awq_gemm.unpack(parts, group_size)
     return FinishedLayer(tensors, order["entry"], order["seconds"])
 
 

@@ -1,0 +1,30 @@
+"""The option with which commands are told on-disk formats: one, or several after one another."""
+
+from __future__ import annotations
+
+import click
+
+from vila_deploy.formats.registry import FORMATS
+
+
+class FormatNames(click.ParamType):
+    """NAME[,NAME…] out of FORMATS, as a tuple without repetitions."""
+
+    name = "formats"
+
+    def convert(
+        self,
+        value: str | tuple[str, ...],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> tuple[str, ...]:
+        if isinstance(value, tuple):
+            return value
+        names = tuple(dict.fromkeys(value.split(",")))
+        for name in names:
+            if name not in FORMATS:
+                self.fail(f"{name!r} is not one of {', '.join(FORMATS)}", param, ctx)
+        return names
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "NAME[,NAME…]"

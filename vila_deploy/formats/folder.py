@@ -1,0 +1,177 @@
+"""Files of a written checkpoint: shards of weights, the copied parts, configs and checksums."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.checkpoint.layout import PARTS, llm_config_values, part_configs
+from vila_deploy.checkpoint.tensors import INDEX_FILE, SINGLE_FILE, TensorReader
+from vila_deploy.files import canonical_json, read_json_object, sha256_file
+from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.formats.registry import SHARD_BYTES
+from vila_deploy.model.tokenizer import TOKENIZER_FILES
+
+LLM_FILES = (*TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")
+WEIGHT_SUFFIXES = (".safetensors", ".pt")
+Pack = Callable[[QuantizedLinear], dict[str, Tensor]]
+
+
+class ShardWriter:
+    """Collects tensors and writes a shard whenever SHARD_BYTES are full.
+
+    Shards get their final names in `finish`, when their number is known.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
+        self._folder, self._shard_bytes = folder, shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self.total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Takes a tensor; floating-point ones must be float16."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self._shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._pending_bytes += size
+        self.total_bytes += size
+
+    def finish(self) -> None:
+        """Writes what is left, the final names and, for more than one shard, the index."""
+        self._flush()
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._shards, 1):
+            file = SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            self._partial(number).rename(self._folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        if count > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            (self._folder / INDEX_FILE).write_text(canonical_json(index), "utf-8")
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._shards.append(list(self._pending))
+            _save(self._pending, self._partial(len(self._shards)))
+            self._pending, self._pending_bytes = {}, 0
+
+    def _partial(self, number: int) -> Path:
+        return self._folder / f"shard-{number}.safetensors"
+
+
+class ShardedLlm:
+    """Three folders whose llm/ holds packed linears in shards and says so in its config.json.
+
+    Args:
+        pack: the tensors of a linear, by what follows its name.
+        quantization: the `quantization_config` of llm/config.json.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, folder: Path, pack: Pack, quantization: dict[str, Any]
+    ):
+        self._checkpoint, self._folder = checkpoint, folder
+        self._pack, self._quantization = pack, quantization
+        copy_parts(checkpoint, folder)
+        self._shards = ShardWriter(folder / "llm")
+
+    def add(self, name: str, value: Tensor | QuantizedLinear) -> None:
+        for full, tensor in packed(name, value, self._pack).items():
+            self._shards.add(full, tensor)
+
+    def finish(self) -> None:
+        self._shards.finish()
+        config = quantized_config(self._checkpoint, self._quantization)
+        (self._folder / "llm" / "config.json").write_text(canonical_json(config), "utf-8")
+        write_checksums(self._folder)
+
+
+def packed(name: str, value: Tensor | QuantizedLinear, pack: Pack) -> dict[str, Tensor]:
+    """What is stored of `value`, under full names."""
+    if isinstance(value, QuantizedLinear):
+        return {f"{name}.{part}": tensor for part, tensor in pack(value).items()}
+    return {name: value}
+
+
+def quantized_config(checkpoint: Checkpoint, quantization: dict[str, Any]) -> dict[str, Any]:
+    """llm/config.json with `quantization` as its quantization_config, for float16."""
+    config = llm_config_values(checkpoint.layout)
+    # Either spelling may be there; the unquantized tensors are float16 whatever they were before.
+    config["dtype"] = config["torch_dtype"] = "float16"
+    return {**config, "quantization_config": quantization}
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors makes files that only their owner may read; these are as readable as others."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def copy_parts(checkpoint: Checkpoint, root: Path) -> None:
+    """The tower, the projector, their configs and the tokenizer, as they are, in three folders.
+
+    Raises:
+        VilaDeployError: NaN or Inf in a tensor of the tower or projector.
+    """
+    for part in PARTS:
+        (root / part).mkdir()
+    readers = {"vision_tower": checkpoint.vision, "mm_projector": checkpoint.projector}
+    if checkpoint.layout.flat:
+        for name, values in part_configs(checkpoint.layout).items():
+            (root / name).write_text(canonical_json(values), "utf-8")
+        for part, reader in readers.items():
+            tensors = {name: reader.tensor(name).contiguous() for name in reader.names()}
+            _save(tensors, root / part / SINGLE_FILE)
+    else:
+        shutil.copyfile(checkpoint.root / "config.json", root / "config.json")
+        for part, reader in readers.items():
+            _copy_part(reader, checkpoint.root / part, root / part)
+    _write_prompt_template(checkpoint, root / "config.json")
+    copy_llm_files(checkpoint, root / "llm")
+
+
+def copy_llm_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """The tokenizer and generation_config.json."""
+    for name in LLM_FILES:
+        source = checkpoint.layout.folder("llm") / name
+        if source.is_file():
+            shutil.copyfile(source, folder / name)
+
+
+def _copy_part(reader: TensorReader, source: Path, destination: Path) -> None:
+    for file in sorted(source.glob("*.json")):
+        if file.is_file():
+            shutil.copyfile(file, destination / file.name)
+    for name in reader.names():
+        reader.tensor(name)
+    for file in reader.files():
+        shutil.copyfile(file, destination / file.name)
+
+
+def _write_prompt_template(checkpoint: Checkpoint, file: Path) -> None:
+    """Keeps the template that was asked for, so that the engine gets it too."""
+    values, template = read_json_object(file), checkpoint.config.prompt_template
+    if values.get("prompt_template") != template:
+        file.write_text(canonical_json({**values, "prompt_template": template}), "utf-8")
+
+
+def write_checksums(root: Path) -> None:
+    """SHA256SUMS over every file of weights below `root`."""
+    lines = [
+        f"{sha256_file(file)}  {file.relative_to(root).as_posix()}\n"
+        for file in sorted(root.rglob("*"))
+        if file.suffix in WEIGHT_SUFFIXES
+    ]
+    (root / "SHA256SUMS").write_text("".join(lines), "utf-8")
