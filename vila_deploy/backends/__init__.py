@@ -15,7 +15,10 @@ from vila_deploy.errors import VilaDeployError
 from vila_deploy.model.tokenizer import Tokenizer, load_tokenizer
 
 # Each module offers open_session(folder, manifest) → Session.
-BACKENDS = {"onnxruntime": "vila_deploy.backends.onnxruntime"}
+BACKENDS = {
+    "onnxruntime": "vila_deploy.backends.onnxruntime",
+    "tensorrt": "vila_deploy.backends.tensorrt",
+}
 
 TOKENIZER_FOLDER = "tokenizer"
 

@@ -1,0 +1,212 @@
+"""A CUDA runtime in host memory and a TensorRT whose engines are ONNX files run by onnxruntime.
+
+With them the real Session and its copies run on any computer: addresses are real, freshly
+allocated memory holds NaN as a GPU's may, a captured graph runs when it is launched and not before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+
+from vila_deploy.backends.tensorrt import compilers, cuda
+
+TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+}
+
+
+class FakeCuda:
+    """The calls of cuda.bindings.runtime that the project makes; everything happens at once."""
+
+    cudaError_t = SimpleNamespace(cudaSuccess=0)
+    cudaMemcpyKind = SimpleNamespace(
+        cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
+    )
+    cudaDeviceAttr = SimpleNamespace(
+        cudaDevAttrComputeCapabilityMajor=0, cudaDevAttrComputeCapabilityMinor=1
+    )
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=0)
+
+    def __init__(self, capability: str):
+        self.capability = capability
+        self.memory: dict[int, NDArray[np.uint8]] = {}
+        self.recorded: list[Callable[[], None]] | None = None
+        self.launches = 0
+
+    def cudaDeviceGetAttribute(self, which: int, device: int) -> tuple[int, int]:
+        return 0, int(self.capability.split(".")[which])
+
+    def cudaMalloc(self, size: int) -> tuple[int, int]:
+        memory = np.full(size, 0xFF, np.uint8)
+        self.memory[memory.ctypes.data] = memory
+        return 0, memory.ctypes.data
+
+    cudaMallocHost = cudaMalloc
+
+    def cudaFree(self, address: int) -> tuple[int]:
+        del self.memory[address]
+        return (0,)
+
+    cudaFreeHost = cudaFree
+
+    def cudaStreamCreate(self) -> tuple[int, int]:
+        return 0, 7
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
+        return (0,)
+
+    cudaStreamDestroy = cudaStreamSynchronize
+
+    def cudaMemcpyAsync(self, to: int, source: int, size: int, *rest: Any) -> tuple[int]:
+        assert self.recorded is None
+        ctypes.memmove(to, source, size)
+        return (0,)
+
+    def cudaMemcpy2DAsync(
+        self, to: int, pitch: int, source: int, source_pitch: int, width: int, rows: int, *_: Any
+    ) -> tuple[int]:
+        assert width <= pitch
+        for row in range(rows):
+            ctypes.memmove(to + row * pitch, source + row * source_pitch, width)
+        return (0,)
+
+    def cudaMemsetAsync(self, address: int, value: int, size: int, stream: int) -> tuple[int]:
+        ctypes.memset(address, value, size)
+        return (0,)
+
+    def cudaStreamBeginCapture(self, stream: int, mode: int) -> tuple[int]:
+        self.recorded = []
+        return (0,)
+
+    def cudaStreamEndCapture(self, stream: int) -> tuple[int, Any]:
+        recorded, self.recorded = self.recorded, None
+        return 0, recorded
+
+    def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[int, Any]:
+        return 0, graph
+
+    def cudaGraphDestroy(self, graph: Any) -> tuple[int]:
+        return (0,)
+
+    def cudaGraphLaunch(self, graph: Any, stream: int) -> tuple[int]:
+        self.launches += 1
+        for call in graph:
+            call()
+        return (0,)
+
+
+class FakeContext:
+    def __init__(self, gpu: FakeCuda, session: onnxruntime.InferenceSession):
+        self.gpu, self.session, self.profile = gpu, session, 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self.profile = profile
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        if self.profile == 0 and name == "positions" and shape[1] != 1:
+            return False
+        self.shapes[name] = shape
+        return True
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        (first,) = (shape[0] for shape in self.shapes.values())
+        (output,) = (o for o in self.session.get_outputs() if o.name == name)
+        return (first, *output.shape[1:])
+
+    def execute_async_v3(self, stream: int) -> bool:
+        if self.gpu.recorded is not None:
+            self.gpu.recorded.append(self._run)
+        else:
+            self._run()
+        return True
+
+    def _run(self) -> None:
+        feeds = {}
+        for value in self.session.get_inputs():
+            dtype, shape = np.dtype(TYPES[value.type]), self.shapes[value.name]
+            size = int(np.prod(shape)) * dtype.itemsize
+            raw = (ctypes.c_byte * size).from_address(self.addresses[value.name])
+            feeds[value.name] = np.frombuffer(raw, dtype).reshape(shape)
+        names = [output.name for output in self.session.get_outputs()]
+        for name, array in zip(names, self.session.run(names, feeds), strict=True):
+            ctypes.memmove(
+                self.addresses[name], np.ascontiguousarray(array).ctypes.data, array.nbytes
+            )
+
+
+class FakeEngine:
+    def __init__(self, gpu: FakeCuda, graph: Path):
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = 1
+        # Otherwise onnxruntime would round activations to int8, which no GPU engine does.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        providers = ["CPUExecutionProvider"]
+        self.gpu = gpu
+        self.session = onnxruntime.InferenceSession(graph, options, providers=providers)
+        self.tensors = [v.name for v in (*self.session.get_inputs(), *self.session.get_outputs())]
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.tensors)
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.tensors[index]
+
+    def create_execution_context(self, config: Any = None) -> FakeContext:
+        return FakeContext(self.gpu, self.session)
+
+
+class FakeRtxEngine(FakeEngine):
+    def create_runtime_config(self) -> Any:
+        cache = SimpleNamespace(deserialize=lambda data: True, serialize=lambda: b"kernels")
+        return SimpleNamespace(
+            create_runtime_cache=lambda: cache, set_runtime_cache=lambda cache: None
+        )
+
+
+class FakeLogger:
+    ERROR, INTERNAL_ERROR = "ERROR", "INTERNAL_ERROR"
+
+
+def install(
+    monkeypatch: pytest.MonkeyPatch, package: str, version: str, capability: str
+) -> FakeCuda:
+    """Puts both in the place of the real ones; a plan is then the path of an ONNX file."""
+    gpu = FakeCuda(capability)
+    kind = FakeRtxEngine if package == "tensorrt-rtx" else FakeEngine
+
+    class Runtime:
+        def __init__(self, logger: Any):
+            pass
+
+        def deserialize_cuda_engine(self, plan: Any) -> FakeEngine:
+            return kind(gpu, Path(bytes(plan).decode()))
+
+    trt = SimpleNamespace(
+        __version__=version,
+        ILogger=FakeLogger,
+        Runtime=Runtime,
+        CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE=1),
+    )
+    monkeypatch.setattr(cuda, "runtime", lambda: gpu)
+    monkeypatch.setattr(compilers.Compiler, "load", lambda self: trt)
+    return gpu

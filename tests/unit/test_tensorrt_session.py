@@ -1,0 +1,179 @@
+"""The graphs for TensorRT on onnxruntime, through the real Session, against the reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fake_tensorrt
+import numpy as np
+import pytest
+import torch
+from tiny import make_checkpoint
+
+from vila_deploy.backends.tensorrt import decoder, files, graphs, open_session
+from vila_deploy.backends.tensorrt.build import write_description
+from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.engine.description import describe
+from vila_deploy.engine.manifest import Limits, Manifest
+from vila_deploy.engine.request import BuildRequest
+from vila_deploy.engine.target import get_target
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.formats.quantized_linear import SYMMETRIC_ZERO
+from vila_deploy.model.vila import ReferenceSession
+
+MAX_SEQ_LEN = 160
+# Of the logits' spread; float16 arithmetic of these sizes differs by 1e-3 to 5e-3.
+TOLERANCE = 1e-2
+# dialect → target that takes it, JetPack, package, version
+DIALECTS = {
+    "standard": ("rtx4090", None, "tensorrt-rtx", "1.7.1"),
+    "primitive": ("orin", "6", "tensorrt", "10.3.0"),
+}
+
+
+class Symmetric:
+    """A 4-bit WeightSource whose zero points are all 8."""
+
+    def __init__(self, source: Any):
+        self.tensor, self._linear = source.tensor, source.linear
+
+    def linear(self, prefix: str) -> Any:
+        linear = self._linear(prefix)
+        return replace(linear, zero=torch.full_like(linear.zero, SYMMETRIC_ZERO))
+
+
+def write_engine(folder: Path, checkpoint: Any, dialect: str, max_batch_size: int = 1) -> Manifest:
+    """An engine folder whose plans are the graphs themselves."""
+    folder.mkdir()
+    name, jetpack, package, version = DIALECTS[dialect]
+    config, target = checkpoint.config, get_target(name)
+    limits = Limits(max_batch_size, MAX_SEQ_LEN, MAX_SEQ_LEN)
+    write_description(folder, config, BuildRequest(target, limits, jetpack=jetpack))
+
+    def advance(text: str = "", steps: int = 1) -> None: ...
+
+    graphs.write_vision(folder, config, checkpoint.vision, checkpoint.projector, dialect, advance)
+    size = graphs.write_llm(folder, config, checkpoint.llm, MAX_SEQ_LEN, dialect, advance)
+    for part in graphs.parts_of(config):
+        (folder / part / files.PLAN).write_text(str(folder / part / files.GRAPH))
+    return Manifest(
+        name="tiny",
+        target=name,
+        backend="tensorrt",
+        precision="int4",
+        weights="trained",
+        weight_bytes_per_token=size,
+        checkpoint_fingerprint=None,
+        limits=limits,
+        model=describe(config, None),
+        versions={package: version, files.CAPABILITY: str(target.compute_capability)},
+    )
+
+
+def install(monkeypatch: pytest.MonkeyPatch, dialect: str, **other: str) -> fake_tensorrt.FakeCuda:
+    name, _, package, version = DIALECTS[dialect]
+    facts = {"version": version, "capability": str(get_target(name).compute_capability)}
+    return fake_tensorrt.install(monkeypatch, package, **{**facts, **other})
+
+
+def prompt(session: Any, size: int) -> np.ndarray:
+    """Text, a picture, text: the embeddings [tokens, hidden]."""
+    pixels = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
+    features = session.encode_images(pixels)[0]
+    return np.concatenate(
+        [session.embed_tokens([1, 5, 9]), features, session.embed_tokens(range(20, 50))]
+    )
+
+
+def deviation(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / expected.std())
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp16, grouped queries, tied": {"kv_heads": 2, "tied": True},
+    "int4, grouped queries": {"quantized": True, "kv_heads": 1},
+    "int4, symmetric": {"quantized": True},
+    "Qwen2's biases, int4": {"quantized": True, "qwen2": True},
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_the_reference(
+    tmp_path: Path, variant: str, dialect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint: Any = open_checkpoint(make_checkpoint(tmp_path / "c", **VARIANTS[variant]))
+    if "symmetric" in variant:
+        parts = {"vision": checkpoint.vision, "projector": checkpoint.projector}
+        checkpoint = SimpleNamespace(
+            config=checkpoint.config, llm=Symmetric(checkpoint.llm), **parts
+        )
+    gpu = install(monkeypatch, dialect)
+    manifest = write_engine(tmp_path / "engine", checkpoint, dialect)
+    reference, session = ReferenceSession(checkpoint), open_session(tmp_path / "engine", manifest)
+    embeds = prompt(session, checkpoint.config.vision.image_size)
+    assert deviation(embeds, prompt(reference, checkpoint.config.vision.image_size)) < TOLERANCE
+    logits, expected = session.prefill(embeds), reference.prefill(embeds)
+    assert deviation(logits, expected) < TOLERANCE
+    for _ in range(8):
+        token = int(expected.argmax())
+        logits, expected = session.decode(token), reference.decode(token)
+        assert deviation(logits, expected) < TOLERANCE
+    assert session.position == reference.position
+    # The package for the device leaves recording to the session, tensorrt-rtx does it itself.
+    assert gpu.launches == (0 if dialect == "standard" else 8 - decoder.RUNS_BEFORE_CAPTURE)
+    session.close()
+    assert not gpu.memory
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_prompt_in_chunks_equals_prompt_at_once(
+    tmp_path: Path, dialect: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=True, kv_heads=2))
+    install(monkeypatch, dialect)
+    manifest = write_engine(tmp_path / "engine", checkpoint, dialect)
+    session = open_session(tmp_path / "engine", manifest)
+    embeds = session.embed_tokens(np.random.default_rng(0).integers(0, 60, 100))
+    expected = session.prefill(embeds)
+    # What an earlier conversation left in the cache must not be seen.
+    session.reset()
+    session._decoder.chunk = chunk
+    assert deviation(session.prefill(embeds), expected) < TOLERANCE
+    assert session.position == 100
+    with pytest.raises(VilaDeployError, match="161 tokens don't fit into the 160 positions"):
+        session.prefill(embeds[:61])
+
+
+def test_kernels_are_kept_beside_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c"))
+    install(monkeypatch, "standard")
+    manifest = write_engine(tmp_path / "engine", checkpoint, "standard")
+    session = open_session(tmp_path / "engine", manifest)
+    session.prefill(session.embed_tokens([1, 2]))
+    session.close()
+    cache = tmp_path / "engine" / files.LLM / files.RUNTIME_CACHE
+    assert cache.read_bytes() == b"kernels"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"version": "1.8.0"}, r"was built with tensorrt-rtx 1\.7\.1, here is 1\.8\.0; install"),
+        ({"capability": "9.0"}, r"compute capability 8\.9 \(rtx4090\), this GPU has 9\.0; build"),
+    ],
+)
+def test_other_version_or_gpu_is_refused(
+    tmp_path: Path, other: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c"))
+    install(monkeypatch, "standard", **other)
+    manifest = write_engine(tmp_path / "engine", checkpoint, "standard")
+    with pytest.raises(VilaDeployError, match=message):
+        open_session(tmp_path / "engine", manifest)

@@ -1,0 +1,21 @@
+"""TensorRT: engines compiled for a GPU elsewhere or on the device, and the Session over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vila_deploy.backends.tensorrt.session import TensorRtSession
+    from vila_deploy.engine.manifest import Manifest
+
+
+def open_session(folder: Path, manifest: Manifest) -> TensorRtSession:
+    """Runs the engine in `folder`, whose files have been checked against `manifest`.
+
+    Raises:
+        VilaDeployError: another version of TensorRT, another GPU or none, or too little memory.
+    """
+    from vila_deploy.backends.tensorrt.session import TensorRtSession
+
+    return TensorRtSession(folder, manifest)

@@ -1,0 +1,210 @@
+"""Makes the engines of backend tensorrt, or everything up to them where only the device can."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vila_deploy.backends.tensorrt import files
+from vila_deploy.backends.tensorrt.compile import Job, compile_graph
+from vila_deploy.backends.tensorrt.compilers import COMPILERS, Compiler, host_platform
+from vila_deploy.engine.manifest import Manifest
+from vila_deploy.engine.request import BuildRequest, Built
+from vila_deploy.engine.target import Target, get_target
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.files import canonical_json, read_json_object
+from vila_deploy.progress import Advance, progress
+
+if TYPE_CHECKING:
+    from vila_deploy.checkpoint.config import VilaConfig
+    from vila_deploy.model.weights import WeightSource
+
+MAX_BATCH_SIZE = 64
+# Sizes of a group for which blocked INT4 weights have been compiled and compared.
+GROUP_SIZES = (16, 32, 64, 128)
+
+
+def check(config: VilaConfig, request: BuildRequest) -> None:
+    """Raises VilaDeployError if this backend can't build the model; before any work."""
+    if request.tp > 1:
+        raise VilaDeployError(
+            "backend tensorrt runs on one GPU, --tp is for several",
+            fix="leave --tp out, or use --backend tensorrt-llm",
+        )
+    compiler = compiler_of(request.target)
+    _check_jetpack(request)
+    group_size = config.llm.quantization.group_size if config.llm.quantization else None
+    if group_size is not None and group_size not in GROUP_SIZES:
+        raise VilaDeployError(
+            f"group size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}",
+            where="llm/config.json: quantization_config.group_size",
+            fix="run vila-quantize with one of these as --group-size",
+        )
+    if compiler.ahead_of_time:
+        compiler.check_dialect(_dialect(request))
+
+
+def compiler_of(target: Target) -> Compiler:
+    """What makes the engines of a target.
+
+    Raises:
+        VilaDeployError: nothing does, or not for its compute capability.
+    """
+    if target.tensorrt is None:
+        raise VilaDeployError(
+            f"target {target.name} has no TensorRT",
+            fix=f"use --backend {target.default_backend}",
+        )
+    compiler = COMPILERS[target.tensorrt.package]
+    if compiler.ahead_of_time and target.compute_capability not in compiler.ahead_of_time:
+        others = [name for name in target.backends if name != "tensorrt"]
+        raise VilaDeployError(
+            f"{compiler.package} compiles for compute capability "
+            f"{', '.join(compiler.ahead_of_time)}, not for {target.compute_capability} of "
+            f"{target.title}",
+            fix=f"use --backend {' or '.join(others)}",
+        )
+    return compiler
+
+
+def build(
+    folder: Path,
+    config: VilaConfig,
+    llm: WeightSource,
+    tower: WeightSource,
+    projector: WeightSource,
+    request: BuildRequest,
+) -> Built:
+    """Writes the graphs part by part, and compiles each at once where this computer can.
+
+    Memory for one layer while graphs are written, then what the compiler takes.
+    """
+    from importlib.metadata import version
+
+    from vila_deploy.backends.tensorrt import graphs
+
+    check(config, request)
+    compiler, dialect = compiler_of(request.target), _dialect(request)
+    parts = graphs.parts_of(config)
+    write_description(folder, config, request)
+    versions = {"onnx": version("onnx")}
+    steps = graphs.graph_steps(config) + len(parts) * bool(compiler.ahead_of_time)
+    with progress(steps, "building") as advance:
+        graphs.write_vision(folder, config, tower, projector, dialect, advance)
+        if compiler.ahead_of_time:
+            for part in parts[:-1]:
+                versions |= _compile_and_clear(folder, part, advance)
+        max_seq_len = request.limits.max_seq_len
+        weight_bytes = graphs.write_llm(folder, config, llm, max_seq_len, dialect, advance)
+        if compiler.ahead_of_time:
+            versions |= _compile_and_clear(folder, parts[-1], advance)
+            return Built(weight_bytes, versions)
+    return Built(weight_bytes, versions, tuple(_need(part) for part in parts))
+
+
+def check_device(manifest: Manifest) -> None:
+    """Raises VilaDeployError if this computer is not what the steps that are left need."""
+    target = get_target(manifest.target)
+    compiler = compiler_of(target)
+    if host_platform() != target.host:
+        raise VilaDeployError(
+            f"TensorRT engines for {target.title} are compiled on {target.host}, this is "
+            f"{host_platform()}",
+            fix="copy the engine folder to the device and run the same command there",
+        )
+    compiler.load()
+    # Only now, since nothing else of a build needs a GPU.
+    from vila_deploy.backends.tensorrt.cuda import compute_capability
+
+    found = compute_capability()
+    if found != target.compute_capability:
+        raise VilaDeployError(
+            f"was begun for compute capability {target.compute_capability} ({target.title}), "
+            f"this GPU has {found}",
+            fix="run this on the device, or build again with its own --target",
+        )
+
+
+def outputs(need: str) -> tuple[str, ...]:
+    """What a step makes; a killed one may have left some of it."""
+    return (f"{_part(need)}/{files.PLAN}",)
+
+
+def finish_step(folder: Path, manifest: Manifest, need: str) -> dict[str, str]:
+    """Compiles one part, on the device; versions of what did it."""
+    with progress(1, "compiling") as advance:
+        return compile_part(folder, _part(need), advance)
+
+
+def compile_part(folder: Path, part: str, advance: Advance) -> dict[str, str]:
+    """Compiles the graph in `folder`/`part`; versions and compute capability for the manifest."""
+    described = read_json_object(folder / files.DESCRIPTION)
+    compiler, capability = COMPILERS[described["package"]], described["compute_capability"]
+    version = compiler.check_dialect(described["dialect"])
+    ahead = bool(compiler.ahead_of_time)
+    job = Job(
+        graph=folder / part / files.GRAPH,
+        plan=folder / part / files.PLAN,
+        profiles=described["profiles"][part],
+        capability=capability if ahead else None,
+        timing_cache=None if ahead else folder / files.TIMING_CACHE,
+    )
+    compile_graph(compiler, job, advance)
+    advance(f"{part}: compiled")
+    return {compiler.package: version, files.CAPABILITY: capability}
+
+
+def _compile_and_clear(folder: Path, part: str, advance: Advance) -> dict[str, str]:
+    versions = compile_part(folder, part, advance)
+    for name in (files.GRAPH, files.WEIGHTS):
+        (folder / part / name).unlink()
+    return versions
+
+
+def write_description(folder: Path, config: VilaConfig, request: BuildRequest) -> None:
+    """What compiling needs to know besides the graphs: on the device there is no checkpoint."""
+    from vila_deploy.backends.tensorrt import graphs
+
+    content: dict[str, Any] = {
+        "package": compiler_of(request.target).package,
+        "compute_capability": request.target.compute_capability,
+        "dialect": _dialect(request),
+        "jetpack": _jetpack(request),
+        "limits": asdict(request.limits),
+        "profiles": graphs.profiles(config, request.limits),
+    }
+    (folder / files.DESCRIPTION).write_text(canonical_json(content), "utf-8")
+
+
+def _jetpack(request: BuildRequest) -> str | None:
+    assert request.target.tensorrt is not None
+    return request.jetpack or next(iter(request.target.tensorrt.jetpacks), None)
+
+
+def _dialect(request: BuildRequest) -> str:
+    assert request.target.tensorrt is not None
+    return request.target.tensorrt.dialect_of(_jetpack(request))
+
+
+def _check_jetpack(request: BuildRequest) -> None:
+    assert request.target.tensorrt is not None
+    known = request.target.tensorrt.jetpacks
+    if request.jetpack is None or request.jetpack in known:
+        return
+    if not known:
+        raise VilaDeployError(
+            f"--jetpack is for Jetson, not for {request.target.title}", fix="leave it out"
+        )
+    raise VilaDeployError(
+        f"--jetpack {request.jetpack} is unknown for {request.target.title}",
+        fix=f"choose from {', '.join(known)}",
+    )
+
+
+def _need(part: str) -> str:
+    return f"compile {part}/{files.GRAPH} with TensorRT"
+
+
+def _part(need: str) -> str:
+    return need.split()[1].partition("/")[0]

@@ -1,0 +1,167 @@
+"""Compiles one ONNX graph into one TensorRT engine, with bounded memory and visible progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vila_deploy.backends.tensorrt.compilers import Compiler, compute_capability_member
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.progress import Advance
+
+# inputs by name: least, usual and largest shape
+Profile = dict[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One graph and what its engine is for.
+
+    Args:
+        graph: ONNX file, its weights beside it.
+        plan: file to write.
+        profiles: ranges of shapes that the engine is made for, one execution context each.
+        capability: what to compile for; None means this computer's GPU.
+        timing_cache: file that remembers how fast kernels were, for compilers on the device.
+    """
+
+    graph: Path
+    plan: Path
+    profiles: Sequence[Profile]
+    capability: str | None
+    timing_cache: Path | None = None
+    workspace_bytes: int | None = None
+    messages: list[str] = field(default_factory=list)
+
+
+def compile_graph(compiler: Compiler, job: Job, advance: Advance) -> None:
+    """Writes `job.plan`; the file is incomplete until this returns.
+
+    Raises:
+        VilaDeployError: the compiler refuses the graph; the message has its own first words.
+    """
+    trt = compiler.load()
+    logger = error_keeper(trt, job.messages)
+    builder = trt.Builder(logger)
+    network = builder.create_network(_strongly_typed(trt))
+    parser = trt.OnnxParser(network, logger)
+    advance(f"{job.graph.parent.name}: reading the graph", steps=0)
+    if not parser.parse_from_file(str(job.graph)):
+        first = parser.get_error(0).desc() if parser.num_errors else "no reason given"
+        raise _refused(compiler, trt, job, first)
+    config = _config(trt, builder, job, advance)
+    _write_plan(compiler, trt, builder, network, config, job)
+    _save_timing_cache(config, job)
+
+
+def _config(trt: Any, builder: Any, job: Job, advance: Advance) -> Any:
+    config = builder.create_builder_config()
+    for profile in job.profiles:
+        shapes = builder.create_optimization_profile()
+        for name, (least, usual, largest) in profile.items():
+            shapes.set_shape(name, tuple(least), tuple(usual), tuple(largest))
+        config.add_optimization_profile(shapes)
+    if job.capability is not None:
+        config.num_compute_capabilities = 1
+        member = compute_capability_member(trt, job.capability)
+        config.set_compute_capability(member, 0)
+    if job.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
+    if job.timing_cache is not None:
+        known = job.timing_cache.read_bytes() if job.timing_cache.exists() else b""
+        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+    config.progress_monitor = _monitor(trt, job, advance)
+    return config
+
+
+def _write_plan(
+    compiler: Compiler, trt: Any, builder: Any, network: Any, config: Any, job: Job
+) -> None:
+    """Into a stream where the compiler can, so that the plan is never in memory as a whole."""
+    with job.plan.open("xb") as file:
+        if hasattr(builder, "build_serialized_network_to_stream"):
+            writer = _stream_writer(trt, file)
+            done = builder.build_serialized_network_to_stream(network, config, writer)
+            if writer.error is not None:
+                raise writer.error
+        else:
+            plan = builder.build_serialized_network(network, config)
+            done = plan is not None
+            if done:
+                file.write(memoryview(plan))
+    if not done:
+        raise _refused(compiler, trt, job, "no reason given")
+
+
+def _save_timing_cache(config: Any, job: Job) -> None:
+    if job.timing_cache is not None:
+        job.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
+
+
+def _strongly_typed(trt: Any) -> int:
+    """Types are those of the graph: always so from TensorRT 11 on, a flag before."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def _refused(compiler: Compiler, trt: Any, job: Job, reason: str) -> VilaDeployError:
+    reason = next(iter(job.messages), reason)
+    return VilaDeployError(
+        f"{compiler.package} {trt.__version__} can't compile it ({reason})",
+        where=job.graph,
+        fix="use another --backend, or report this line",
+    )
+
+
+def error_keeper(trt: Any, messages: list[str]) -> Any:
+    class Logger(trt.ILogger):
+        """Keeps errors for the exception that follows; drops the rest."""
+
+        def __init__(self) -> None:
+            super().__init__()
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                messages.append(message.partition("\n")[0])
+
+    return Logger()
+
+
+def _stream_writer(trt: Any, file: Any) -> Any:
+    class Writer(trt.IStreamWriter):
+        """Hands the plan on to a file; an exception must not cross into the compiler."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.error: Exception | None = None
+
+        def write(self, data: Any) -> int:
+            try:
+                return file.write(data)
+            except Exception as error:
+                self.error = error
+                return 0
+
+    return Writer()
+
+
+def _monitor(trt: Any, job: Job, advance: Advance) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        """Shows the phase that the builder is in; Ctrl-C stops it at the next step."""
+
+        def __init__(self) -> None:
+            super().__init__()
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            if parent is None:
+                advance(f"{job.graph.parent.name}: {name.lower()}", steps=0)
+
+        def step_complete(self, name: str, step: int) -> bool:
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            pass
+
+    return Monitor()

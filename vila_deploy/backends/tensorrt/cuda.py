@@ -1,0 +1,131 @@
+"""The few calls of the CUDA runtime that running an engine needs, each checked."""
+
+from __future__ import annotations
+
+import ctypes
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vila_deploy.errors import VilaDeployError
+
+INSTALL = "pip install cuda-bindings, of the CUDA release that the driver supports"
+
+
+def runtime() -> ModuleType:
+    """The CUDA runtime's Python module.
+
+    Raises:
+        VilaDeployError: not installed.
+    """
+    try:
+        from cuda.bindings import runtime as module
+    except ImportError as error:
+        raise VilaDeployError("the package cuda-bindings is not here", fix=INSTALL) from error
+    return module
+
+
+def call(function: str, *arguments: Any) -> Any:
+    """Calls the CUDA runtime; its one result, a tuple of several, or None.
+
+    Raises:
+        VilaDeployError: CUDA reports an error.
+    """
+    cuda = runtime()
+    error, *results = getattr(cuda, function)(*arguments)
+    if error != cuda.cudaError_t.cudaSuccess:
+        _, text = cuda.cudaGetErrorString(error)
+        reason = text.decode() if isinstance(text, bytes) else str(error)
+        raise VilaDeployError(
+            f"CUDA can't do {function} ({reason})", fix="check the driver with nvidia-smi"
+        )
+    return results[0] if len(results) == 1 else tuple(results) or None
+
+
+def compute_capability() -> str:
+    """Of the first GPU, e.g. "8.7"."""
+    names = runtime().cudaDeviceAttr
+    major = call("cudaDeviceGetAttribute", names.cudaDevAttrComputeCapabilityMajor, 0)
+    minor = call("cudaDeviceGetAttribute", names.cudaDevAttrComputeCapabilityMinor, 0)
+    return f"{major}.{minor}"
+
+
+class Stream:
+    """A CUDA stream, with the copies that a session makes on it."""
+
+    def __init__(self) -> None:
+        self.handle = call("cudaStreamCreate")
+
+    def __int__(self) -> int:
+        return int(self.handle)
+
+    def synchronize(self) -> None:
+        call("cudaStreamSynchronize", self.handle)
+
+    def upload(self, destination: Buffer, source: NDArray[Any]) -> None:
+        """Host to device; `source` must stay until the stream is synchronized."""
+        self._copy(destination.address, source.ctypes.data, source.nbytes, "HostToDevice")
+
+    def download(self, destination: NDArray[Any], source: Buffer) -> None:
+        size = destination.nbytes
+        self._copy(destination.ctypes.data, source.address, size, "DeviceToHost")
+
+    def copy_rows(
+        self, destination: int, pitch: int, source: int, width_bytes: int, rows: int
+    ) -> None:
+        """`rows` rows of `width_bytes`, side by side in `source`, `pitch` bytes apart there."""
+        kind = runtime().cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        arguments = (destination, pitch, source, width_bytes, width_bytes, rows, kind, self.handle)
+        call("cudaMemcpy2DAsync", *arguments)
+
+    def _copy(self, destination: int, source: int, size_bytes: int, kind: str) -> None:
+        direction = getattr(runtime().cudaMemcpyKind, f"cudaMemcpy{kind}")
+        call("cudaMemcpyAsync", destination, source, size_bytes, direction, self.handle)
+
+    def zero(self, buffer: Buffer) -> None:
+        call("cudaMemsetAsync", buffer.address, 0, buffer.size_bytes, self.handle)
+
+    def begin_capture(self) -> None:
+        mode = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        call("cudaStreamBeginCapture", self.handle, mode)
+
+    def end_capture(self) -> Any:
+        """What was put on the stream since `begin_capture`, as a graph that `launch` runs."""
+        graph = call("cudaStreamEndCapture", self.handle)
+        executable = call("cudaGraphInstantiate", graph, 0)
+        call("cudaGraphDestroy", graph)
+        return executable
+
+    def launch(self, executable: Any) -> None:
+        call("cudaGraphLaunch", executable, self.handle)
+
+    def close(self) -> None:
+        call("cudaStreamDestroy", self.handle)
+
+
+class Buffer:
+    """Memory of the GPU."""
+
+    def __init__(self, size_bytes: int):
+        self.size_bytes = size_bytes
+        self.address = int(call("cudaMalloc", size_bytes))
+
+    def close(self) -> None:
+        call("cudaFree", self.address)
+
+
+class Pinned:
+    """Page-locked memory of the host, which copies need to run beside kernels; see `array`."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: type[np.generic]):
+        count = int(np.prod(shape))
+        size_bytes = max(1, count * np.dtype(dtype).itemsize)
+        self._address = int(call("cudaMallocHost", size_bytes))
+        raw = (ctypes.c_byte * size_bytes).from_address(self._address)
+        self.array: NDArray[Any] = np.frombuffer(raw, dtype, count).reshape(shape)
+
+    def close(self) -> None:
+        self.array = np.empty(0)
+        call("cudaFreeHost", self._address)

@@ -1,0 +1,145 @@
+"""The LLM's engine with its cache: chunks of a prompt, and single tokens as a CUDA graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from vila_deploy.backends.tensorrt.cuda import Buffer, Pinned, Stream
+from vila_deploy.backends.tensorrt.engine import Engine
+from vila_deploy.engine.description import ModelDescription
+from vila_deploy.engine.manifest import Limits
+from vila_deploy.engine.plan import PREFILL_TOKENS
+from vila_deploy.engine.session import Floats
+
+DECODE, PREFILL = 0, 1
+# The engine has run as often before its kernels are recorded, so that all are loaded by then.
+RUNS_BEFORE_CAPTURE = 2
+ALIGNMENT_BYTES = 256
+NEW_CACHE = "new_cache"
+HALF_BYTES = np.dtype(np.float16).itemsize
+
+
+class Decoder:
+    """Appends tokens to one sequence's cache.
+
+    The cache is one buffer, keys and values of each layer in turn, each
+    [1, kv_heads, max_seq_len, head_dim] float16. Engines either write into it (present_key_0 is
+    bound to the memory of past_key_0) or return the new rows, which are then copied in.
+    """
+
+    def __init__(self, engine: Engine, model: ModelDescription, limits: Limits, stream: Stream):
+        self._engine, self._stream = engine, stream
+        self.chunk = min(PREFILL_TOKENS, limits.max_input_len)
+        self._hidden, self._layers = model.hidden_size, model.num_layers
+        self._kv_heads, self._head_dim = model.num_kv_heads, model.head_dim
+        self._max_seq_len = limits.max_seq_len
+        self._in_place = NEW_CACHE not in engine.names
+        self._host = (
+            Pinned((self.chunk, self._hidden), np.float32),
+            Pinned((self.chunk,), np.int64),
+            Pinned((1,), np.int64),
+        )
+        self._logits = Pinned((model.vocab_size,), np.float32)
+        inputs = ("inputs_embeds", "positions", "last")
+        self._device = {
+            name: Buffer(pinned.array.nbytes)
+            for name, pinned in zip(inputs, self._host, strict=True)
+        }
+        self._device["logits"] = Buffer(self._logits.array.nbytes)
+        rows = self._kv_heads * self._max_seq_len * self._head_dim * HALF_BYTES
+        self._stride = -(-rows // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        self._cache = Buffer(2 * self._layers * self._stride)
+        if not self._in_place:
+            self._device[NEW_CACHE] = Buffer(2 * self._layers * self._new_bytes(self.chunk))
+        # Memory that was never written may hold NaN, which no mask takes away.
+        stream.zero(self._cache)
+        self._contexts = {profile: self._prepared(profile) for profile in (DECODE, PREFILL)}
+        self._decoded, self._graph = 0, None
+
+    def append(self, embeds: Floats, position: int) -> Floats:
+        """[tokens, hidden] from `position` on → logits of the last one [vocab]."""
+        count = len(embeds)
+        profile = DECODE if count == 1 else PREFILL
+        context = self._contexts[profile]
+        host_embeds, host_positions, host_last = (pinned.array for pinned in self._host)
+        host_embeds[:count] = embeds
+        host_positions[:count] = np.arange(position, position + count)
+        host_last[0] = count - 1
+        if profile == PREFILL:
+            self._shape(context, count)
+        for name, array in (
+            ("inputs_embeds", host_embeds[:count]),
+            ("positions", host_positions[:count]),
+            ("last", host_last),
+        ):
+            self._stream.upload(self._device[name], array)
+        if profile == DECODE:
+            self._step(context)
+        else:
+            self._engine.run(context, self._stream)
+        if not self._in_place:
+            self._keep(position, count)
+        self._stream.download(self._logits.array, self._device["logits"])
+        self._stream.synchronize()
+        return self._logits.array.copy()
+
+    def close(self) -> None:
+        self._contexts.clear()
+        self._engine.close()
+        for buffer in (*self._device.values(), self._cache, *self._host, self._logits):
+            buffer.close()
+
+    def _prepared(self, profile: int) -> Any:
+        """A context with everything bound; that of single tokens has its shapes for good."""
+        context = self._engine.context(profile, self._stream)
+        self._engine.bind(context, {name: b.address for name, b in self._device.items()})
+        for layer in range(self._layers):
+            for offset, kind in enumerate(("key", "value")):
+                address = self._cache.address + (2 * layer + offset) * self._stride
+                self._engine.bind(context, {f"past_{kind}_{layer}": address})
+                if self._in_place:
+                    self._engine.bind(context, {f"present_{kind}_{layer}": address})
+        cache = (1, self._kv_heads, self._max_seq_len, self._head_dim)
+        names = [f"past_{kind}_{n}" for n in range(self._layers) for kind in ("key", "value")]
+        self._engine.shape(context, {name: cache for name in names})
+        self._shape(context, 1)
+        return context
+
+    def _shape(self, context: Any, count: int) -> None:
+        shapes = {"inputs_embeds": (1, count, self._hidden), "positions": (1, count), "last": (1,)}
+        self._engine.shape(context, shapes)
+
+    def _step(self, context: Any) -> None:
+        """One token: recorded as a CUDA graph, unless TensorRT does that itself."""
+        if self._graph is not None:
+            self._stream.launch(self._graph)
+            return
+        if self._engine.captures_graphs or self._decoded < RUNS_BEFORE_CAPTURE:
+            self._engine.run(context, self._stream)
+            self._decoded += 1
+            return
+        self._stream.begin_capture()
+        self._engine.run(context, self._stream)
+        self._graph = self._stream.end_capture()
+        self._stream.launch(self._graph)
+
+    def _new_bytes(self, count: int) -> int:
+        return self._kv_heads * count * self._head_dim * HALF_BYTES
+
+    def _keep(self, position: int, count: int) -> None:
+        """Copies the rows that the engine returned to their places in the cache."""
+        row, width = self._head_dim * HALF_BYTES, self._new_bytes(count)
+        pitch, blocks, rows = self._max_seq_len * row, 2 * self._layers, self._kv_heads
+        if self._stride == rows * pitch:
+            # All layers lie side by side without gaps: one copy does.
+            blocks, rows = 1, blocks * rows
+        for index in range(blocks):
+            self._stream.copy_rows(
+                self._cache.address + index * self._stride + position * row,
+                pitch,
+                self._device[NEW_CACHE].address + index * width,
+                count * row,
+                rows,
+            )

@@ -1,0 +1,122 @@
+"""One compiled TensorRT engine, loaded and run, whichever package made it."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vila_deploy.backends.tensorrt.compile import error_keeper
+from vila_deploy.backends.tensorrt.cuda import Stream
+from vila_deploy.errors import VilaDeployError
+
+
+class Engine:
+    """An engine in memory of the GPU, with an execution context for each profile in use.
+
+    Args:
+        plan: what the compiler wrote.
+        cache: file of kernels that tensorrt-rtx has made for this very GPU; read if it is there.
+            Other packages have none.
+    """
+
+    def __init__(self, trt: Any, plan: Path, cache: Path | None = None):
+        self._trt, self._cache_file = trt, cache
+        messages: list[str] = []
+        # Messages come until the engine is freed, so the logger must live as long.
+        self._logger = error_keeper(trt, messages)
+        self._runtime = trt.Runtime(self._logger)
+        with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+            engine = self._runtime.deserialize_cuda_engine(whole)
+        if engine is None:
+            raise VilaDeployError(
+                f"TensorRT {trt.__version__} can't load it ({next(iter(messages), 'no reason')})",
+                where=plan,
+                fix="close other programs on this GPU, or build the engine again",
+            )
+        self.engine, self._messages, self._plan = engine, messages, plan
+        self._config = self._runtime_config()
+        self._contexts: dict[int, Any] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all inputs and outputs."""
+        return [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
+
+    @property
+    def captures_graphs(self) -> bool:
+        """Whether the package makes CUDA graphs by itself."""
+        return self._config is not None
+
+    def context(self, profile: int, stream: Stream) -> Any:
+        """The execution context of a profile; made at the first call."""
+        if profile not in self._contexts:
+            made = (
+                self.engine.create_execution_context(self._config)
+                if self._config is not None
+                else self.engine.create_execution_context()
+            )
+            if made is None or not made.set_optimization_profile_async(profile, int(stream)):
+                raise self._failed("can't prepare it")
+            self._contexts[profile] = made
+        return self._contexts[profile]
+
+    def bind(self, context: Any, addresses: Mapping[str, int]) -> None:
+        """Where each input and output lies in memory of the GPU."""
+        for name, address in addresses.items():
+            if not context.set_tensor_address(name, address):
+                raise self._failed(f"can't bind {name}")
+
+    def shape(self, context: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Shapes of the inputs for the next runs."""
+        for name, shape in shapes.items():
+            if not context.set_input_shape(name, shape):
+                raise self._failed(f"does not take {name} of shape {list(shape)}")
+
+    def run(self, context: Any, stream: Stream) -> None:
+        """Puts one pass on the stream."""
+        if not context.execute_async_v3(int(stream)):
+            raise self._failed("can't run it")
+
+    def close(self) -> None:
+        """Frees everything; kernels made on the way stay beside the engine for the next time."""
+        self._save_cache()
+        self._contexts.clear()
+        self._config = self.engine = self._runtime = None
+
+    def _runtime_config(self) -> Any:
+        if not hasattr(self.engine, "create_runtime_config"):
+            return None
+        config = self.engine.create_runtime_config()
+        if not hasattr(config, "create_runtime_cache"):
+            return None
+        self._cache = config.create_runtime_cache()
+        if self._cache_file is not None and self._cache_file.exists():
+            # One of another driver or version is refused, and then made anew.
+            self._cache.deserialize(self._cache_file.read_bytes())
+        config.set_runtime_cache(self._cache)
+        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return config
+
+    def _save_cache(self) -> None:
+        if self._config is None or self._cache_file is None:
+            return
+        kernels = self._cache.serialize()
+        if kernels is None:
+            return
+        partial = self._cache_file.with_name(f"{self._cache_file.name}.partial")
+        try:
+            partial.write_bytes(memoryview(kernels))
+            partial.replace(self._cache_file)
+        except OSError:
+            # A read-only engine folder only costs time at the next start.
+            partial.unlink(missing_ok=True)
+
+    def _failed(self, what: str) -> VilaDeployError:
+        reason = self._messages[-1] if self._messages else "no reason given"
+        return VilaDeployError(
+            f"TensorRT {self._trt.__version__} {what} ({reason})",
+            where=self._plan,
+            fix="close other programs on this GPU, or build with a smaller --max-seq-len",
+        )

@@ -1,0 +1,118 @@
+"""The ONNX graphs that TensorRT compiles, and the shapes that they are compiled for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from vila_deploy.backends.tensorrt import files
+from vila_deploy.backends.tensorrt.compile import Profile
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.engine.manifest import Limits
+from vila_deploy.engine.plan import PREFILL_TOKENS
+from vila_deploy.graph.dialects.half import HalfDialect, cache_names
+from vila_deploy.graph.dialects.primitive import PrimitiveDialect
+from vila_deploy.graph.dialects.standard import StandardDialect
+from vila_deploy.graph.llm import build_llm_graph, store_llm
+from vila_deploy.graph.tensors import float16
+from vila_deploy.graph.vision import Style, build_projector_graph, build_vision_graph
+from vila_deploy.graph.writer import WeightFile
+from vila_deploy.model.weights import WeightSource
+from vila_deploy.progress import Advance
+
+DIALECTS: dict[str, type[HalfDialect]] = {
+    "standard": StandardDialect,
+    "primitive": PrimitiveDialect,
+}
+
+
+def parts_of(config: VilaConfig) -> tuple[str, ...]:
+    """Folders of the graphs of a model; features of several scales are joined between two."""
+    if config.tiling.joins_scales:
+        return files.VISION, files.PROJECTOR, files.LLM
+    return files.VISION, files.LLM
+
+
+def graph_steps(config: VilaConfig) -> int:
+    """How often writing all of a model's graphs calls `advance`."""
+    return config.vision_layers_used + 1 + config.llm.num_layers + 2
+
+
+def write_vision(
+    folder: Path,
+    config: VilaConfig,
+    tower: WeightSource,
+    projector: WeightSource,
+    dialect: str,
+    advance: Advance,
+) -> None:
+    """vision/ and, where features of several scales are joined before it, projector/."""
+    style = Style(DIALECTS[dialect].opset, half=True)
+    (folder / files.VISION).mkdir()
+    with WeightFile(folder / files.VISION / files.WEIGHTS) as file:
+        whole = None if config.tiling.joins_scales else projector
+        graph = build_vision_graph(config, tower, whole, file, advance, style)
+    graph.save(folder / files.VISION / files.GRAPH)
+    if config.tiling.joins_scales:
+        (folder / files.PROJECTOR).mkdir()
+        with WeightFile(folder / files.PROJECTOR / files.WEIGHTS) as file:
+            graph = build_projector_graph(config, projector, file, advance, style)
+        graph.save(folder / files.PROJECTOR / files.GRAPH)
+
+
+def write_llm(
+    folder: Path,
+    config: VilaConfig,
+    llm: WeightSource,
+    max_seq_len: int,
+    dialect: str,
+    advance: Advance,
+) -> int:
+    """llm/ and the embedding table; bytes of weights that a decoding step reads."""
+    (folder / files.LLM).mkdir()
+    emitter = DIALECTS[dialect]()
+    with WeightFile(folder / files.LLM / files.WEIGHTS) as file:
+        stored = store_llm(config.llm, llm, max_seq_len, file, emitter, advance)
+    graph = build_llm_graph(config.llm, stored, emitter, tokens=None, logits=True)
+    graph.save(folder / files.LLM / files.GRAPH)
+    name = "model.embed_tokens.weight"
+    np.save(folder / files.EMBEDDING, float16(llm.tensor(name), name))
+    advance("embedding table")
+    return stored.bytes_per_step
+
+
+def profiles(config: VilaConfig, limits: Limits) -> dict[str, tuple[Profile, ...]]:
+    """Shapes of each part's inputs: the LLM decodes in its first profile, prefills in its second.
+
+    A prompt goes through the LLM in chunks, so that memory does not grow with --max-input-len.
+    """
+    llm, size, batch = config.llm, config.vision.image_size, limits.max_batch_size
+    chunk = min(PREFILL_TOKENS, limits.max_input_len)
+    cache = (llm.num_kv_heads, limits.max_seq_len, llm.head_dim)
+    past = {f"past_{n}": cache for layer in range(llm.num_layers) for n in cache_names(layer)}
+
+    def steps(least: int, largest: int) -> Profile:
+        shapes = {
+            "inputs_embeds": (lambda b, t: (b, t, llm.hidden_size)),
+            "positions": (lambda b, t: (b, t)),
+            "last": (lambda b, t: (b,)),
+        }
+        every: Profile = {
+            name: (shape(1, least), shape(1, largest), shape(batch, largest))
+            for name, shape in shapes.items()
+        }
+        every |= {name: ((1, *dims), (1, *dims), (batch, *dims)) for name, dims in past.items()}
+        return every
+
+    def tiles(name: str, most: int, *dims: int) -> Profile:
+        return {name: ((1, *dims), (1, *dims), (most, *dims))}
+
+    side, tiling = config.feature_side, config.tiling
+    made = {
+        files.VISION: (tiles("pixels", 1, 3, size, size),),
+        files.LLM: (steps(1, 1), steps(1, chunk)),
+    }
+    if tiling.joins_scales:
+        made[files.PROJECTOR] = (tiles("features", 1, side**2, config.feature_channels),)
+    return made
