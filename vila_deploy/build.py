@@ -21,6 +21,7 @@ from vila_deploy.engine.request import BuildRequest
 from vila_deploy.engine.target import Target, get_target
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import new_folder
+from vila_deploy.finish import can_finish_here, finish_engine, is_unfinished
 from vila_deploy.model.tokenizer import TOKENIZER_FILES, load_tokenizer
 from vila_deploy.model.weights import WeightSource
 
@@ -72,10 +73,21 @@ def _planned_precision(config: VilaConfig, options: BuildOptions) -> str:
 def build_engine(root: Path, out: Path, options: BuildOptions) -> Manifest:
     """Builds the checkpoint in `root` into the new folder `out`, which appears whole or not at all.
 
+    Where `out` is an engine with steps left for the device, does those; `root` isn't needed then.
+
     Raises:
         VilaDeployError: anything wrong with checkpoint, options or disk, or a target whose backend
             this version can't build.
     """
+    if is_unfinished(out):
+        return finish_engine(out, options.target, options.backend)
+    manifest = _build(root, out, options)
+    if manifest.needs and can_finish_here(manifest):
+        return finish_engine(out, manifest.target, manifest.backend)
+    return manifest
+
+
+def _build(root: Path, out: Path, options: BuildOptions) -> Manifest:
     config = with_template(load_config(root), options.prompt_template)
     target = get_target(options.target)
     module = _backend_module(target, options)

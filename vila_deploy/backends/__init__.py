@@ -18,6 +18,7 @@ from vila_deploy.model.tokenizer import Tokenizer, load_tokenizer
 BACKENDS = {
     "onnxruntime": "vila_deploy.backends.onnxruntime",
     "tensorrt": "vila_deploy.backends.tensorrt",
+    "tensorrt-llm": "vila_deploy.backends.tensorrt_llm",
 }
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -56,7 +57,8 @@ def open_engine(folder: Path) -> Iterator[OpenedEngine]:
         raise VilaDeployError(
             f"is not finished: {'; '.join(manifest.needs)}",
             where=folder,
-            fix="run vila-build-engine on the device",
+            fix=f"run on the device: vila-build-engine {folder} --target {manifest.target} "
+            f"--backend {manifest.backend} -o {folder}",
         )
     if manifest.backend not in BACKENDS:
         raise VilaDeployError(

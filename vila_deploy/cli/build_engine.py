@@ -83,6 +83,7 @@ def main(
                 "backend": manifest.backend,
                 "precision": manifest.precision,
                 "weight_bytes_per_token": manifest.weight_bytes_per_token,
+                "needs": list(manifest.needs),
             }
         )
     else:
@@ -90,6 +91,12 @@ def main(
         click.echo(
             f"{out}: {manifest.precision} engine for {manifest.target}, {size / 1e6:,.1f} MB"
         )
+        if manifest.needs:
+            click.echo(
+                f"Left for the device: {'; '.join(manifest.needs)}. Copy {out.name} there and run: "
+                f"vila-build-engine {out.name} --target {manifest.target} "
+                f"--backend {manifest.backend} -o {out.name}"
+            )
 
 
 def _show_plan(planned: EnginePlan, fits: list[Fit]) -> None:

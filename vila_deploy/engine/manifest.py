@@ -13,7 +13,7 @@ from typing import Any
 from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.engine.description import ModelDescription
 from vila_deploy.errors import VilaDeployError
-from vila_deploy.files import canonical_json, read_json_object, sha256_file
+from vila_deploy.files import canonical_json, read_json_object, replace_file, sha256_file
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -58,7 +58,11 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes manifest.json with size and SHA-256 of every other file below `folder`."""
+    """Writes manifest.json with size and SHA-256 of every other file below `folder`.
+
+    One that is there is replaced at once.
+    """
+    partial = folder / f".{MANIFEST}.partial"
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         **{field.name: getattr(manifest, field.name) for field in fields(Manifest)},
@@ -70,11 +74,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
                 "size_bytes": path.stat().st_size,
             }
             for path in sorted(folder.rglob("*"))
-            if path.is_file()
+            if path.is_file() and path not in (folder / MANIFEST, partial)
         },
     }
     content[CHECKSUM] = _digest(content)
-    (folder / MANIFEST).write_text(canonical_json(content), "utf-8")
+    partial.write_text(canonical_json(content), "utf-8")
+    replace_file(partial, folder / MANIFEST)
 
 
 def load_manifest(folder: Path) -> Manifest:

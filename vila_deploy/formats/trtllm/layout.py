@@ -21,7 +21,7 @@ from vila_deploy.formats.trtllm import linears as trtllm
 
 CONFIG, QUANT_CONFIG = "config.json", "quant_cfg.json"
 VOCABULARY_MULTIPLE = 64  # of a checkpoint with 4-bit linears
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "QWenForCausalLM"}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 DECODERS = {"llama": "llama", "qwen2": "qwen"}
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -138,8 +138,15 @@ def checkpoint_config(
         "rank": rank,
     }
     if family == "qwen2":
-        values |= {"qwen_type": "qwen2", "seq_length": config.max_position_embeddings}
+        values["qwen_type"] = "qwen2"
     return values
+
+
+def layer_quantization(group_size: int | None) -> dict[str, Any] | None:
+    """quant_cfg.json as Model Optimizer writes it: where not all linears are quantized alike."""
+    if group_size is not None:
+        return None
+    return {"quant_algo": None, "kv_cache_quant_algo": None, "quantized_layers": {}}
 
 
 def padded_vocabulary(config: LlmConfig, group_size: int | None, parallel: Parallel) -> int:

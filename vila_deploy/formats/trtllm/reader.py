@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vila_deploy.checkpoint.expected import EMBEDDING, HEAD
 from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.checkpoint.header import TensorInfo, read_header
 from vila_deploy.checkpoint.llm_config import LlmConfig
@@ -28,6 +29,7 @@ from vila_deploy.formats.trtllm.linears import Dense, Linear
 from vila_deploy.formats.trtllm.writer import DTYPES
 
 AGAIN = "make the checkpoint again"
+FINAL_NORM = "model.norm.weight"
 
 
 class TrtllmCheckpoint:
@@ -50,26 +52,54 @@ class TrtllmCheckpoint:
         fields.integer("vocab_size", low=config.vocab_size)
         if fields.values["vocab_size"] != padded_vocabulary(config, self.group_size, self.parallel):
             raise fields.error("vocab_size", f"does not fit the model's {config.vocab_size}", AGAIN)
-        self._files: dict[int, Any] = {}
+        self._opened: dict[int, Any] = {}
         for rank in range(self.parallel.ranks):
             self._check_rank(rank)
 
+    def files(self) -> list[Path]:
+        """The files of weights."""
+        return [self._folder / rank_file(rank) for rank in range(self.parallel.ranks)]
+
+    def names(self) -> list[str]:
+        """What `tensor` gives, biases apart."""
+        layers = [
+            f"model.layers.{index}.{norm}.weight"
+            for index in range(self._config.num_layers)
+            for norm in trtllm.NORMS
+        ]
+        return sorted([EMBEDDING, HEAD, FINAL_NORM, *layers])
+
+    def info(self, name: str) -> TensorInfo:
+        """Where the first share of a tensor of `names` lies."""
+        stage, full = self._place(name)
+        path = self._folder / rank_file(stage * self.parallel.tp)
+        return read_header(path)[full]
+
+    def _place(self, name: str) -> tuple[int, str]:
+        """Stage and TensorRT-LLM's name of a tensor that no linear has."""
+        last = self.parallel.pp - 1
+        ends = {
+            EMBEDDING: (0, trtllm.EMBEDDING),
+            HEAD: (last, trtllm.HEAD),
+            FINAL_NORM: (last, trtllm.FINAL_NORM),
+        }
+        if name in ends:
+            stage, place = ends[name]
+            return stage, f"{place.name}.weight"
+        stage, target, norm = self._layer(name.removesuffix(".weight"))
+        return stage, f"{target}.{trtllm.NORMS[norm].name}.weight"
+
     def tensor(self, name: str) -> Tensor:
         """A float16 tensor such as `model.norm.weight`, or the bias of q, k or v."""
-        if name == "model.embed_tokens.weight":
-            return self._rows(0, f"{trtllm.EMBEDDING.name}.weight")[: self._config.vocab_size]
-        last = self.parallel.pp - 1
-        if name == "lm_head.weight":
-            return self._rows(last, f"{trtllm.HEAD.name}.weight")[: self._config.vocab_size]
-        if name == "model.norm.weight":
-            return self._get(last, 0, f"{trtllm.FINAL_NORM.name}.weight")
         prefix, _, part = name.rpartition(".")
         if part == "bias":
             bias = self._linear(prefix).bias
             assert bias is not None, name
             return bias
-        stage, target, norm = self._layer(prefix)
-        return self._get(stage, 0, f"{target}.{trtllm.NORMS[norm].name}.weight")
+        stage, full = self._place(name)
+        if name in (EMBEDDING, HEAD):
+            return self._rows(stage, full)[: self._config.vocab_size]
+        return self._get(stage, 0, full)
 
     def linear(self, prefix: str) -> Tensor | QuantizedLinear:
         """The weight of a linear, e.g. `model.layers.0.mlp.up_proj`; 4-bit ones with their bias."""
@@ -121,9 +151,9 @@ class TrtllmCheckpoint:
         rank = stage * self.parallel.tp + t
         path = self._folder / rank_file(rank)
         try:
-            if rank not in self._files:
-                self._files[rank] = safe_open(path, framework="pt")
-            tensor: Tensor = self._files[rank].get_tensor(name)
+            if rank not in self._opened:
+                self._opened[rank] = safe_open(path, framework="pt")
+            tensor: Tensor = self._opened[rank].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise VilaDeployError(f"cannot be read ({error})", where=path, fix=AGAIN) from error
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

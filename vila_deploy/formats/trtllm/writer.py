@@ -23,6 +23,7 @@ from vila_deploy.formats.trtllm.layout import (
     Shapes,
     check_llm,
     checkpoint_config,
+    layer_quantization,
     padded_vocabulary,
     qkv_rows,
     rank_file,
@@ -150,9 +151,9 @@ class CheckpointWriter:
         assert not missing, missing[:3]
         values = checkpoint_config(self._config, self._group_size, self._parallel)
         (self._folder / CONFIG).write_text(canonical_json(values), "utf-8")
-        if self._group_size is not None:
-            quantization = canonical_json(values["quantization"])
-            (self._folder / QUANT_CONFIG).write_text(quantization, "utf-8")
+        layers = layer_quantization(self._group_size)
+        if layers is not None:
+            (self._folder / QUANT_CONFIG).write_text(canonical_json(layers), "utf-8")
 
     def _layer(self, name: str) -> tuple[int, str, str]:
         """model.layers.17.mlp.up_proj → (stage, name of the layer in it, mlp.up_proj)."""

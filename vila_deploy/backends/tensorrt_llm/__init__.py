@@ -1,0 +1,19 @@
+"""TensorRT-LLM: its checkpoint anywhere, its engines and its runtime on the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vila_deploy.engine.manifest import Manifest
+from vila_deploy.engine.session import Session
+
+
+def open_session(folder: Path, manifest: Manifest) -> Session:
+    """Loads the engines in `folder`, whose files have been checked.
+
+    Raises:
+        VilaDeployError: TensorRT-LLM isn't here, or the engine is for several GPUs.
+    """
+    from vila_deploy.backends.tensorrt_llm.session import TensorrtLlmSession
+
+    return TensorrtLlmSession(folder, manifest)

@@ -1,0 +1,178 @@
+"""Writes what TensorRT-LLM builds from, anywhere; builds its engines, on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vila_deploy.backends.tensorrt_llm import files
+from vila_deploy.backends.tensorrt_llm.device import (
+    check_capability,
+    find_builder,
+    run_builder,
+)
+from vila_deploy.backends.tensorrt_llm.instructions import instructions
+from vila_deploy.backends.tensorrt_llm.releases import (
+    DESKTOP,
+    JETSON,
+    Release,
+    build_command,
+    check_version,
+    release_for,
+)
+from vila_deploy.backends.tensorrt_llm.vision import compile_vision, write_vision
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.fields import Fields
+from vila_deploy.engine.manifest import Manifest
+from vila_deploy.engine.request import BuildRequest, Built
+from vila_deploy.engine.target import get_target
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.formats.trtllm import linears as trtllm
+from vila_deploy.formats.trtllm.layout import Parallel, check_llm, rank_tensors
+from vila_deploy.formats.trtllm.writer import write_trtllm
+from vila_deploy.graph.tensors import float16
+from vila_deploy.model.weights import WeightSource
+from vila_deploy.progress import progress
+
+MAX_BATCH_SIZE = 256
+VISION_STEP = "compile the vision encoder with TensorRT"
+LLM_STEP = "build the LLM with trtllm-build"
+PACKAGES = ("tensorrt_llm", "tensorrt-llm")
+
+
+def check(config: VilaConfig, request: BuildRequest) -> None:
+    """Raises VilaDeployError if TensorRT-LLM has no engines for this model; before any work."""
+    release_for(request.target.compute_capability, request.target.name)
+    if config.llm.family.name != "llama":
+        raise VilaDeployError(
+            "TensorRT-LLM never had engines for NVILA (Qwen2)",
+            fix="use --backend tensorrt or --backend native",
+        )
+    if config.tiling.mode != "single":
+        raise VilaDeployError(
+            f"TensorRT-LLM's vision engines take one picture size, this model tiles them "
+            f"({config.tiling.mode})",
+            fix="use --backend tensorrt or --backend native",
+        )
+    quantization = config.llm.quantization
+    if quantization is not None and quantization.zero_point:
+        raise trtllm.asymmetric("llm/config.json: quantization_config.zero_point")
+    group_size = None if quantization is None else quantization.group_size
+    check_llm(config.llm, group_size, Parallel(request.tp))
+
+
+def build(
+    folder: Path,
+    config: VilaConfig,
+    llm: WeightSource,
+    tower: WeightSource,
+    projector: WeightSource,
+    request: BuildRequest,
+) -> Built:
+    """Writes vision/, llm_checkpoint/, the embedding table and what to do on the device.
+
+    Memory for one layer; engines come from `finish_step`.
+    """
+    check(config, request)
+    release = release_for(request.target.compute_capability, request.target.name)
+    with progress(config.vision_layers_used + 2, "writing the vision encoder") as advance:
+        write_vision(folder, config, tower, projector, release, advance)
+        name = "model.embed_tokens.weight"
+        np.save(folder / files.EMBEDDING, float16(llm.tensor(name), name))
+        advance("embedding table")
+    (folder / files.CHECKPOINT).mkdir()
+    parallel = Parallel(request.tp)
+    write_trtllm(config.llm, llm, folder / files.CHECKPOINT, parallel)
+    precision = "fp16" if config.llm.quantization is None else "int4"
+    text = instructions(release, request, precision, config.vision.image_size)
+    (folder / files.INSTRUCTIONS).write_text(text, "utf-8")
+    return Built(
+        _bytes_per_step(config, parallel), {"onnx": version("onnx")}, (VISION_STEP, LLM_STEP)
+    )
+
+
+def _bytes_per_step(config: VilaConfig, parallel: Parallel) -> int:
+    """Of all ranks; the build makes scales float16, the embedding table is looked up by row."""
+    quantization = config.llm.quantization
+    group_size = None if quantization is None else quantization.group_size
+    total = 0
+    for rank in range(parallel.ranks):
+        for name, (dtype, shape) in rank_tensors(config.llm, group_size, parallel, rank).items():
+            if not name.startswith(trtllm.EMBEDDING.name):
+                total += math.prod(shape) * (1 if dtype == torch.int8 else 2)
+    return total
+
+
+def outputs(need: str) -> tuple[str, ...]:
+    """What a step makes in the folder, in whole or in part."""
+    if need == LLM_STEP:
+        return files.LLM, f"{files.LLM}.partial"
+    names = (JETSON.vision_engine, DESKTOP.vision_engine)
+    return tuple(f"{files.VISION}/{name}{end}" for name in names for end in ("", ".partial"))
+
+
+def check_device(manifest: Manifest) -> None:
+    """Raises VilaDeployError if the engines can't be built here; says what to install."""
+    release = _release(manifest)
+    find_builder(release)
+    installed = _installed()
+    if installed is not None:
+        check_version(release, installed)
+    target = get_target(manifest.target)
+    assert target.compute_capability is not None
+    check_capability(target.compute_capability, target.title)
+
+
+def finish_step(folder: Path, manifest: Manifest, need: str) -> Mapping[str, str]:
+    """Makes the vision engine or the LLM's engines; the versions of the tools that did.
+
+    Raises:
+        VilaDeployError: what the tool says, in one line.
+    """
+    release, folder = _release(manifest), folder.resolve()
+    if need == VISION_STEP:
+        size = manifest.model.image.size
+        return {"tensorrt": compile_vision(folder, release.vision_engine, size)}
+    request = BuildRequest(get_target(manifest.target), manifest.limits, tp_of(folder))
+    command = build_command(release, request, manifest.precision, folder)
+    partial = folder / f"{files.LLM}.partial"
+    aside = [f"--output_dir={partial}" if p.startswith("--output_dir=") else p for p in command]
+    run_builder([find_builder(release), *aside[1:]])
+    missing = [
+        name
+        for name in (files.CONFIG, *map(files.engine_file, range(request.tp)))
+        if not (partial / name).is_file()
+    ]
+    if missing:
+        raise VilaDeployError(
+            f"trtllm-build ended without writing {missing[0]}",
+            where=folder,
+            fix="run it by hand, as BUILD.md there says, to see why",
+        )
+    partial.rename(folder / files.LLM)
+    return {"tensorrt_llm": _installed() or "unknown"}
+
+
+def tp_of(folder: Path) -> int:
+    """GPUs that the checkpoint in an engine folder is cut for."""
+    mapping = Fields.from_file(folder / files.CHECKPOINT / files.CONFIG).child("mapping")
+    return mapping.integer("tp_size", high=1024)
+
+
+def _release(manifest: Manifest) -> Release:
+    target = get_target(manifest.target)
+    return release_for(target.compute_capability, target.name)
+
+
+def _installed() -> str | None:
+    for package in PACKAGES:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            continue
+    return None

@@ -1,0 +1,113 @@
+"""TensorRT-LLM's releases that still build engines, and the commands that each understands.
+
+Sources: tensorrt_llm/commands/build.py and examples/multimodal of 0.12 to 1.2.1, README4Jetson.md
+of branch v0.12.0-jetson.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vila_deploy.backends.tensorrt_llm import files
+from vila_deploy.engine.request import BuildRequest
+from vila_deploy.errors import VilaDeployError
+
+
+@dataclass(frozen=True)
+class Release:
+    """What differs between versions.
+
+    Args:
+        title: the versions, in words.
+        oldest, newest: first two numbers of the versions that it stands for.
+        vision_engine, vision_output: file and output that its multimodal runner looks for.
+        fused_mlp: switches by precision. A fused MLP has one prequant scale for gate and up, which
+            W4A16_AWQ does not.
+        install: how to get it.
+    """
+
+    title: str
+    oldest: tuple[int, int]
+    newest: tuple[int, int]
+    vision_engine: str
+    vision_output: str
+    fused_mlp: Mapping[str, tuple[str, ...]]
+    install: tuple[str, ...]
+
+
+JETSON = Release(
+    title="0.12.0 of branch v0.12.0-jetson",
+    oldest=(0, 12),
+    newest=(0, 12),
+    vision_engine="visual_encoder.engine",
+    vision_output="output",
+    fused_mlp={"fp16": ("--use_fused_mlp",), "int4": ()},
+    install=(
+        "git clone --branch v0.12.0-jetson https://github.com/NVIDIA/TensorRT-LLM",
+        "# then follow its README4Jetson.md: JetPack 6.1, build_wheel.py for architecture 87",
+    ),
+)
+DESKTOP = Release(
+    title="0.13 to 1.2.1",
+    oldest=(0, 13),
+    newest=(1, 2),
+    vision_engine="model.engine",
+    vision_output="encoder_output",
+    fused_mlp={"fp16": ("--use_fused_mlp=enable",), "int4": ("--use_fused_mlp=disable",)},
+    install=("pip install 'tensorrt-llm==1.2.1'",),
+)
+# CUDA compute capability → release; what is not here has never been served.
+BY_CAPABILITY = {"8.0": DESKTOP, "8.6": DESKTOP, "8.9": DESKTOP, "9.0": DESKTOP, "8.7": JETSON}
+
+
+def release_for(capability: str | None, target: str) -> Release:
+    """Raises VilaDeployError for a device that no release builds engines for."""
+    if capability not in BY_CAPABILITY:
+        raise VilaDeployError(
+            f"TensorRT-LLM builds no engines for {target}", fix="use another --backend"
+        )
+    return BY_CAPABILITY[capability]
+
+
+def check_version(release: Release, version: str) -> None:
+    """Raises VilaDeployError if an installed TensorRT-LLM is not of this release."""
+    numbers = version.split(".")
+    found = (int(numbers[0]), int(numbers[1])) if numbers[1:] and numbers[0].isdigit() else (0, 0)
+    if not release.oldest <= found <= release.newest:
+        raise VilaDeployError(
+            f"TensorRT-LLM {version} is here, this engine needs {release.title}",
+            fix=f"install it ({release.install[0]}) or use --backend tensorrt",
+        )
+
+
+def build_command(
+    release: Release, request: BuildRequest, precision: str, folder: Path
+) -> list[str]:
+    """The command that makes `folder`/llm out of `folder`/llm_checkpoint.
+
+    The prompt table has room for the longest prompt of every request, so that any number of
+    pictures fits.
+    """
+    limits = request.limits
+    tokens = limits.max_batch_size * limits.max_input_len
+    command = [
+        "trtllm-build",
+        f"--checkpoint_dir={folder / files.CHECKPOINT}",
+        f"--output_dir={folder / files.LLM}",
+        "--gemm_plugin=float16",
+        f"--max_batch_size={limits.max_batch_size}",
+        f"--max_input_len={limits.max_input_len}",
+        f"--max_seq_len={limits.max_seq_len}",
+        f"--max_num_tokens={tokens}",
+        f"--max_multimodal_len={tokens}",
+        *release.fused_mlp[precision],
+    ]
+    return [*command, f"--workers={request.tp}"] if request.tp > 1 else command
+
+
+def shell_line(command: list[str]) -> str:
+    """The command as it is typed."""
+    return " \\\n    ".join(shlex.quote(part) for part in command)

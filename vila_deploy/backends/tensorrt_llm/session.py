@@ -1,0 +1,297 @@
+"""Runs an engine through TensorRT-LLM's Python runtime (ModelRunner, 0.12 to 1.2.1).
+
+Not yet run on a device: written against the source of those releases, and tested against a module
+that records its calls.
+
+The whole prompt goes in as rows of the prompt table, its ids counting up from the vocabulary's end,
+so that pictures and text need not be told apart. `ModelRunner.generate` has a loop of its own; it
+runs in a thread, hands the logits of each step over in its logits processor, and is made to take
+the token that comes back by leaving no other.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vila_deploy.backends.tensorrt_llm import files
+from vila_deploy.backends.tensorrt_llm.releases import release_for
+from vila_deploy.engine.manifest import Manifest
+from vila_deploy.engine.session import Floats
+from vila_deploy.engine.target import get_target
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.files import read_json_object
+
+STOP = None
+
+
+class TensorrtLlmSession:
+    """Implements `vila_deploy.engine.session.Session`.
+
+    `max_seq_len` is one less than the engine's, in which the token after the last pass counts.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        _check_one_gpu(folder)
+        self.position, self.max_seq_len = 0, manifest.limits.max_seq_len - 1
+        self._max_input_len = manifest.limits.max_input_len
+        self._vocab_size = manifest.model.vocab_size
+        self._table = np.load(folder / files.EMBEDDING, mmap_mode="r")
+        self._embeds: list[Floats] = []
+        self._generating = False
+        self._thread = _RuntimeThread(lambda: Runtime(folder, manifest))
+
+    def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
+        """Tiles [tiles, 3, size, size] → [images, tokens, hidden]; every tile is an image."""
+        self._end_generation()
+        features: Floats = self._thread.call(lambda runtime: runtime.encode(pixels))
+        return features
+
+    def embed_tokens(self, tokens: Sequence[int]) -> Floats:
+        return self._table[np.asarray(tokens, np.int64)].astype(np.float32)
+
+    def prefill(self, embeds: Floats) -> Floats:
+        """Appends [tokens, hidden] → logits of the last token [vocab].
+
+        Earlier tokens are computed again: the runtime takes a prompt as a whole.
+        """
+        self._check_room(len(embeds))
+        self._end_generation()
+        self._embeds.append(np.asarray(embeds, np.float32))
+        prompt = np.concatenate(self._embeds)
+        if len(prompt) > self._max_input_len:
+            self._embeds.pop()
+            raise VilaDeployError(
+                f"{len(prompt)} tokens are more than the {self._max_input_len} that this engine "
+                "takes at once",
+                fix="ask for less, or build it with a larger --max-input-len",
+            )
+        self.position = len(prompt)
+        logits = self._thread.begin(lambda runtime, step: runtime.generate(prompt, step))
+        self._generating = True
+        return self._own(logits)
+
+    def decode(self, token: int) -> Floats:
+        self._check_room(1)
+        logits = self._thread.step(token) if self._generating else None
+        if logits is None:  # the runtime took the token for an end
+            self._generating = False
+            return self.prefill(self.embed_tokens([token]))
+        self._embeds.append(self.embed_tokens([token]))
+        self.position += 1
+        return self._own(logits)
+
+    def reset(self) -> None:
+        self._end_generation()
+        self.position, self._embeds = 0, []
+
+    def close(self) -> None:
+        """Ends the thread and with it the engines."""
+        self._end_generation()
+        self._thread.close()
+
+    def _end_generation(self) -> None:
+        if self._generating:
+            self._generating = False
+            self._thread.end()
+
+    def _own(self, logits: Floats) -> Floats:
+        """Without the rows that pad the vocabulary."""
+        return logits[: self._vocab_size]
+
+    def _check_room(self, tokens: int) -> None:
+        if not tokens:
+            raise VilaDeployError("the prompt is empty", fix="give at least one token")
+        if self.position + tokens > self.max_seq_len:
+            raise VilaDeployError(
+                f"{self.position + tokens} tokens don't fit into the {self.max_seq_len} positions "
+                "of this engine",
+                fix="ask for less, or build it with a larger --max-seq-len",
+            )
+
+
+Step = Callable[[Floats], int | None]
+"""Takes the logits of a pass, returns the next token or STOP."""
+
+
+class Runtime:
+    """The engines of one GPU; everything here runs in one thread, as CUDA's state is a thread's."""
+
+    device = "cuda"
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self._trtllm, self._torch = _import()
+        release = release_for(get_target(manifest.target).compute_capability, manifest.target)
+        runtime = self._trtllm.runtime
+        self._output = release.vision_output
+        self._stops = manifest.model.stop_token_ids
+        self._max_seq_len = manifest.limits.max_seq_len
+        engine = (folder / files.VISION / release.vision_engine).read_bytes()
+        self._vision = runtime.Session.from_serialized_engine(engine)
+        self._llm = runtime.ModelRunner.from_dir(engine_dir=str(folder / files.LLM), rank=0)
+
+    def encode(self, pixels: Floats) -> Floats:
+        torch = self._torch
+        from vila_deploy.backends.tensorrt_llm.vision import INPUT, MAX_IMAGES
+
+        half = self._trtllm._utils.str_dtype_to_trt("float16")
+        features = []
+        for start in range(0, len(pixels), MAX_IMAGES):
+            batch = torch.from_numpy(np.ascontiguousarray(pixels[start : start + MAX_IMAGES]))
+            batch = batch.to(self.device, torch.float16).contiguous()
+            info = self._trtllm.runtime.TensorInfo(INPUT, half, tuple(batch.shape))
+            (found,) = self._vision.infer_shapes([info])
+            output = torch.empty(tuple(found.shape), dtype=torch.float16, device=self.device)
+            stream = torch.cuda.current_stream()
+            if not self._vision.run({INPUT: batch}, {self._output: output}, stream.cuda_stream):
+                raise VilaDeployError(
+                    "TensorRT could not run the vision engine", fix="build the engine again"
+                )
+            stream.synchronize()
+            features.append(output.float().cpu().numpy())
+        return np.concatenate(features)
+
+    def generate(self, embeds: Floats, step: Step) -> None:
+        """One pass over the prompt, then one for each token that `step` returns, until STOP."""
+        torch, runner = self._torch, self._llm
+        first, count = runner.vocab_size, len(embeds)
+        stopped = False
+
+        def take(number: int, ids: Any, logits: Any) -> Any:
+            nonlocal stopped
+            token = step(logits[0].float().cpu().numpy().copy())
+            if token is STOP:
+                stopped = True
+                return logits
+            # In place: the next pass writes into this very buffer.
+            logits.fill_(torch.finfo(logits.dtype).min)
+            logits[0, token] = 0
+            return logits
+
+        # No penalty may reach for an end id before the first token; a stop token ends it anyway.
+        end = self._stops[-1] if self._stops else first - 1
+        sampling = self._trtllm.runtime.SamplingConfig(
+            end_id=end,
+            pad_id=end,
+            max_new_tokens=self._max_seq_len - count,
+            num_beams=1,
+            top_k=1,
+            temperature=1.0,
+            min_length=0,
+        )
+        runner.generate(
+            [torch.arange(first, first + count, dtype=torch.int32)],
+            sampling_config=sampling,
+            prompt_table=torch.from_numpy(embeds)[None],
+            prompt_tasks="0",
+            logits_processor=take,
+            stopping_criteria=lambda number, ids, logits: stopped,
+        )
+
+
+class _RuntimeThread:
+    """A Runtime in a thread of its own, which does one thing at a time for one caller."""
+
+    def __init__(self, make: Callable[[], Runtime]):
+        self._asked: queue.Queue[Any] = queue.Queue()
+        self._answers: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self._thread = threading.Thread(target=self._work, args=(make,), daemon=True)
+        self._thread.start()
+        self._answer()
+
+    def call(self, work: Callable[[Runtime], Any]) -> Any:
+        """What `work` returns."""
+        self._asked.put(work)
+        return self._answer()[1]
+
+    def begin(self, work: Callable[[Runtime, Step], None]) -> Floats:
+        """Starts a generation; logits of its first pass."""
+        self._asked.put(lambda runtime: work(runtime, self._step))
+        kind, logits = self._answer()
+        if kind != "logits":
+            raise VilaDeployError(
+                "TensorRT-LLM gave no logits", fix="build the engine for one GPU, --tp 1"
+            )
+        return logits  # type: ignore[no-any-return]
+
+    def step(self, token: int) -> Floats | None:
+        """Logits after `token`; None if the generation ended instead."""
+        self._asked.put(token)
+        kind, logits = self._answer()
+        return logits if kind == "logits" else None
+
+    def end(self) -> None:
+        """Ends the generation that waits for a token."""
+        self._asked.put(STOP)
+        self._answer()
+
+    def close(self) -> None:
+        self._asked.put(STOP)
+        self._thread.join()
+
+    def _answer(self) -> tuple[str, Any]:
+        kind, value = self._answers.get()
+        if kind == "error":
+            raise value if isinstance(value, VilaDeployError) else _failure(value) from value
+        return kind, value
+
+    def _step(self, logits: Floats) -> int | None:
+        """Called by the runtime's loop, in the thread."""
+        self._answers.put(("logits", logits))
+        token: int | None = self._asked.get()
+        return token
+
+    def _work(self, make: Callable[[], Runtime]) -> None:
+        try:
+            runtime = make()
+        except Exception as error:
+            self._answers.put(("error", error))
+            return
+        self._answers.put(("done", None))
+        while (work := self._asked.get()) is not STOP:
+            try:
+                self._answers.put(("done", work(runtime)))
+            except Exception as error:
+                self._answers.put(("error", error))
+
+
+def _failure(error: Exception) -> VilaDeployError:
+    first_line = str(error).partition("\n")[0] or type(error).__name__
+    return VilaDeployError(
+        f"TensorRT-LLM failed ({first_line[:200]})",
+        fix="build the engine again with the version that is installed",
+    )
+
+
+def _import() -> tuple[Any, Any]:
+    """tensorrt_llm and torch."""
+    try:
+        import tensorrt_llm
+        import tensorrt_llm._utils
+        import tensorrt_llm.runtime
+        import torch
+    except Exception as error:  # a half-installed TensorRT-LLM raises what its libraries raise
+        first_line = str(error).partition("\n")[0]
+        raise VilaDeployError(
+            f"TensorRT-LLM can't be loaded ({first_line[:200]})",
+            fix="install the version that built the engine; manifest.json names it",
+        ) from error
+    return tensorrt_llm, torch
+
+
+def _check_one_gpu(folder: Path) -> None:
+    config = read_json_object(folder / files.LLM / files.CONFIG)
+    mapping = config.get("pretrained_config", {}).get("mapping", {})
+    ranks = mapping.get("world_size", 1)
+    if ranks != 1:
+        raise VilaDeployError(
+            f"was built for {ranks} GPUs, vila-deploy runs TensorRT-LLM on one",
+            where=folder,
+            fix=f"run it with mpirun -n {ranks} and TensorRT-LLM's examples/multimodal/run.py, or "
+            "build it with --tp 1",
+        )

@@ -1,0 +1,90 @@
+"""Finishes an engine folder on the device that it is for: the steps that its manifest still needs.
+
+A backend that leaves steps to the device has, in its build module,
+
+- `check_device(manifest)`, which raises what is missing here before any work;
+- `outputs(need)`, the paths in the folder that a step makes;
+- `finish_step(folder, manifest, need)`, which makes them and returns the versions of its tools.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from vila_deploy.backends import BACKENDS
+from vila_deploy.engine.manifest import MANIFEST, Manifest, load_manifest, write_manifest
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.files import read_json_object
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether `folder` is an engine with steps that are left for the device."""
+    if not os.path.lexists(folder / MANIFEST):
+        return False
+    return bool(read_json_object(folder / MANIFEST).get("needs"))
+
+
+def finish_engine(folder: Path, target: str, backend: str | None) -> Manifest:
+    """Does what is left, a step at a time; one that was finished earlier is not done again.
+
+    Args:
+        target, backend: what the user asks for, which must be what the folder was built for.
+
+    Raises:
+        VilaDeployError: built for something else, an altered file, a tool that isn't here, or a
+            step that fails; steps before it stay done.
+    """
+    _remove_begun(folder)
+    manifest = load_manifest(folder)
+    for option, asked, found in (
+        ("--target", target, manifest.target),
+        ("--backend", backend or manifest.backend, manifest.backend),
+    ):
+        if asked != found:
+            raise VilaDeployError(
+                f"was begun with {option} {found}, not {asked}",
+                where=folder,
+                fix=f"give {option} {found}, or choose another -o",
+            )
+    module = _module(manifest.backend)
+    module.check_device(manifest)
+    while manifest.needs:
+        need, *rest = manifest.needs
+        versions = module.finish_step(folder, manifest, need)
+        manifest = replace(manifest, needs=tuple(rest), versions={**manifest.versions, **versions})
+        write_manifest(folder, manifest)
+    return manifest
+
+
+def can_finish_here(manifest: Manifest) -> bool:
+    """Whether this computer has what the steps that are left need."""
+    try:
+        _module(manifest.backend).check_device(manifest)
+    except VilaDeployError:
+        return False
+    return True
+
+
+def _remove_begun(folder: Path) -> None:
+    """What a killed step left: it made its files, but the manifest does not list them yet."""
+    values = read_json_object(folder / MANIFEST)
+    listed = values.get("files", {})
+    (folder / f".{MANIFEST}.partial").unlink(missing_ok=True)
+    if values.get("backend") not in BACKENDS:
+        return
+    module: Any = _module(values["backend"])
+    for need in values.get("needs", []):
+        for path in module.outputs(need):
+            if path not in listed and not any(name.startswith(f"{path}/") for name in listed):
+                shutil.rmtree(folder / path, ignore_errors=True)
+                if (folder / path).is_file():
+                    (folder / path).unlink()
+
+
+def _module(backend: str) -> Any:
+    return import_module(f"{BACKENDS[backend]}.build")
