@@ -1,0 +1,143 @@
+"""Attention of one or a few new tokens over the cache, split along it, query heads in groups.
+
+Each program takes the query heads that share a key head and a part of the cache; a second kernel
+adds the parts up in their order, so results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from vila_deploy.kernels.launch import Launch, next_power_of_2
+from vila_deploy.kernels.tiles import device
+
+QUERIES = 16  # rows of the narrowest tensor core product
+SLOTS = 64  # of the cache at a time
+
+
+@triton.jit
+def attention_part_kernel(
+    q, keys, values, position, sums, maxima, weights, heads, kv_heads, slots, splits, scale,
+    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr,
+    SLOTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(position) + token + 1
+    chunk = tl.cdiv(tl.cdiv(length, splits), SLOTS) * SLOTS
+    start = split * chunk
+    end = tl.minimum(start + chunk, length)
+    query, slot, dim = tl.arange(0, QUERIES), tl.arange(0, SLOTS), tl.arange(0, DIM_BLOCK)
+    head = kv_head * GROUP + query
+    mine, whole = query < GROUP, dim < DIM
+    rows = (token * heads + head)[:, None]
+    inside = mine[:, None] & whole[None, :]
+    vectors = tl.load(q + rows * DIM + dim[None, :], mask=inside, other=0.0)
+    keys += kv_head.to(tl.int64) * slots * DIM
+    values += kv_head.to(tl.int64) * slots * DIM
+    top = tl.full((QUERIES,), -1e30, tl.float32)
+    mass = tl.zeros((QUERIES,), tl.float32)
+    total = tl.zeros((QUERIES, DIM_BLOCK), tl.float32)
+    for first in tl.range(start, end, SLOTS, num_stages=STAGES):
+        at = first + slot
+        k = tl.load(
+            keys + at[None, :] * DIM + dim[:, None],
+            mask=(at[None, :] < end) & whole[:, None], other=0.0,
+        )  # fmt: skip
+        v = tl.load(
+            values + at[:, None] * DIM + dim[None, :],
+            mask=(at[:, None] < end) & whole[None, :], other=0.0,
+        )  # fmt: skip
+        scores = tl.where(at[None, :] < end, tl.dot(vectors, k) * scale, -1e30)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        shares = tl.exp2(scores - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        mass = mass * shrink + tl.sum(shares, 1)
+        total = tl.dot(shares.to(tl.float16), v, total * shrink[:, None])
+        top = new_top
+    place = rows * splits + split
+    tl.store(sums + place * DIM + dim[None, :], total, mask=inside)
+    flat = (token * heads + head) * splits + split
+    tl.store(maxima + flat, top, mask=mine)
+    tl.store(weights + flat, mass, mask=mine)
+
+
+@triton.jit
+def attention_merge_kernel(
+    sums, maxima, weights, out,
+    SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    split, dim = tl.arange(0, SPLITS), tl.arange(0, DIM_BLOCK)
+    tops = tl.load(maxima + row * SPLITS + split)
+    shares = tl.exp2(tops - tl.max(tops, 0))
+    mass = tl.sum(shares * tl.load(weights + row * SPLITS + split), 0)
+    inside = (split[:, None] >= 0) & (dim[None, :] < DIM)
+    parts = sums + (row * SPLITS + split[:, None]) * DIM + dim[None, :]
+    total = tl.sum(tl.load(parts, mask=inside, other=0.0) * shares[:, None], 0) / mass
+    tl.store(out + row * DIM + dim, total.to(tl.float16), mask=dim < DIM)
+
+
+def attention(
+    q: Tensor, keys: Tensor, values: Tensor, position: Tensor, out: Tensor, parts: Parts, sm: int
+) -> tuple[Launch, Launch]:
+    """Two launches that fill `out`.
+
+    Args:
+        q: float16 [tokens, heads, dim]; token i sees the slots up to position + i.
+        keys, values: float16 [kv_heads, slots, dim].
+        position: int32 [1], of the first token.
+        out: float16 [tokens, heads · dim].
+        parts: scratch for at least as many tokens.
+    """
+    tokens, heads, dim = q.shape
+    kv_heads, slots, _ = keys.shape
+    assert heads // kv_heads <= QUERIES
+    block = max(16, next_power_of_2(dim))
+    scratch = {"sums": parts.sums, "maxima": parts.maxima, "weights": parts.weights}
+    part = Launch(
+        attention_part_kernel,
+        (tokens, kv_heads, parts.splits),
+        {
+            "q": q, "keys": keys, "values": values, "position": position, **scratch,
+            "heads": heads, "kv_heads": kv_heads, "slots": slots, "splits": parts.splits,
+            "scale": dim**-0.5 * 1.4426950408889634,
+        },
+        {
+            "GROUP": heads // kv_heads, "DIM": dim, "DIM_BLOCK": block, "QUERIES": QUERIES,
+            "SLOTS": SLOTS, "STAGES": device(sm).attention_stages,
+        },
+        4,
+    )  # fmt: skip
+    constants = {"SPLITS": parts.splits, "DIM": dim, "DIM_BLOCK": block}
+    merge = Launch(attention_merge_kernel, (tokens * heads,), {**scratch, "out": out}, constants, 1)
+    return part, merge
+
+
+class Parts:
+    """Scratch between the two kernels: float32 sums [tokens, heads, splits, dim] and their weights.
+
+    Args:
+        splits: a power of two.
+    """
+
+    def __init__(self, tokens: int, heads: int, dim: int, splits: int, device: str):
+        self.splits = splits
+        shape = (tokens, heads, splits)
+        self.sums = torch.empty((*shape, dim), dtype=torch.float32, device=device)
+        self.maxima = torch.empty(shape, dtype=torch.float32, device=device)
+        self.weights = torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def attention_reference(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
+    """The same in float32, [tokens, heads · dim]."""
+    tokens, heads, dim = q.shape
+    group = heads // keys.shape[0]
+    outputs = []
+    for token in range(tokens):
+        length = int(position) + token + 1
+        k, v = (x[:, :length].float().repeat_interleave(group, 0) for x in (keys, values))
+        scores = torch.einsum("hd,hsd->hs", q[token].float(), k) * dim**-0.5
+        outputs.append(torch.einsum("hs,hsd->hd", scores.softmax(1), v).flatten())
+    return torch.stack(outputs)

@@ -1,0 +1,81 @@
+"""Rotary embedding of q and k, and k and v into their place in the cache."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from vila_deploy.kernels.launch import Launch, next_power_of_2
+from vila_deploy.kernels.tiles import TOKENS
+
+BLOCK_TOKENS = 32  # of a prompt, a program
+
+
+@triton.jit
+def rope_kv_kernel(
+    qkv, cos, sin, position, q, keys, values, tokens, heads, kv_heads, slots,
+    TOKENS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None].to(tl.int64)
+    where = tl.load(position) + token
+    lane = tl.arange(0, HALF_BLOCK)[None, :]
+    inside = (lane < HALF) & (token < tokens)
+    source = qkv + (token * (heads + 2 * kv_heads) + head) * DIM + lane
+    low = tl.load(source, mask=inside, other=0.0)
+    high = tl.load(source + HALF, mask=inside, other=0.0)
+    if head >= heads + kv_heads:
+        target = values + ((head - heads - kv_heads) * slots + where) * DIM + lane
+    else:
+        c = tl.load(cos + where * HALF + lane, mask=inside, other=0.0)
+        s = tl.load(sin + where * HALF + lane, mask=inside, other=0.0)
+        first, second = low.to(tl.float32), high.to(tl.float32)
+        low = (first * c - second * s).to(tl.float16)
+        high = (second * c + first * s).to(tl.float16)
+        target = q + (token * heads + head) * DIM + lane
+        if head >= heads:
+            target = keys + ((head - heads) * slots + where) * DIM + lane
+    tl.store(target, low, mask=inside)
+    tl.store(target + HALF, high, mask=inside)
+
+
+def rope_kv(
+    qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, q: Tensor, keys: Tensor, values: Tensor
+) -> Launch:
+    """A launch that fills `q` and the slots of `keys` and `values` from `position` on.
+
+    Args:
+        qkv: float16 [tokens, (heads + 2 · kv_heads) · dim].
+        cos, sin: float32 [slots, dim / 2].
+        position: int32 [1], of the first token; positions + tokens must not exceed slots.
+        q: float16 [tokens, heads, dim].
+        keys, values: float16 [kv_heads, slots, dim].
+    """
+    tokens, heads, dim = q.shape
+    kv_heads, slots, _ = keys.shape
+    block = 1 if tokens <= TOKENS else BLOCK_TOKENS
+    return Launch(
+        rope_kv_kernel,
+        (triton.cdiv(tokens, block), heads + 2 * kv_heads),
+        {
+            "qkv": qkv, "cos": cos, "sin": sin, "position": position, "q": q, "keys": keys,
+            "values": values, "tokens": tokens, "heads": heads, "kv_heads": kv_heads,
+            "slots": slots,
+        },
+        {"TOKENS": block, "DIM": dim, "HALF": dim // 2, "HALF_BLOCK": next_power_of_2(dim // 2)},
+        1,
+    )  # fmt: skip
+
+
+def rope_kv_reference(
+    qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [tokens, heads, dim], keys and values [kv_heads, tokens, dim], in float32."""
+    parts = qkv.float().unflatten(1, (heads + 2 * kv_heads, -1))
+    where = int(position) + torch.arange(len(qkv), device=qkv.device)
+    c, s = cos[where][:, None], sin[where][:, None]
+    low, high = parts.chunk(2, 2)
+    turned = torch.cat([low * c - high * s, high * c + low * s], 2)
+    q, keys, _ = turned.split([heads, kv_heads, kv_heads], 1)
+    return q, keys.transpose(0, 1), parts[:, heads + kv_heads :].transpose(0, 1)
