@@ -42,14 +42,24 @@ def group_levels(
     Returns:
         q float32 [out, in/group, group], scale float32 and zero float32 [out, in/group, 1].
     """
-    groups = weight.unflatten(1, (-1, scheme.group_size))
+    return range_levels(weight.unflatten(1, (-1, scheme.group_size)), scheme, 1.0, scale_dtype)
+
+
+def range_levels(
+    groups: Tensor,
+    scheme: QuantScheme,
+    factor: float,
+    scale_dtype: torch.dtype = torch.float16,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for `groups` [out, in/group, group] whose ranges are taken times `factor`."""
     if scheme.symmetric:
-        scale = groups.abs().amax(-1, keepdim=True).clamp(min=MIN_RANGE) / (SYMMETRIC_ZERO - 1)
+        extent = groups.abs().amax(-1, keepdim=True) * factor
+        scale = extent.clamp(min=MIN_RANGE) / (SYMMETRIC_ZERO - 1)
         scale = scale.to(scale_dtype).float()
         zero = torch.full_like(scale, SYMMETRIC_ZERO)
     else:
-        low = groups.amin(-1, keepdim=True).clamp(max=0)
-        high = groups.amax(-1, keepdim=True).clamp(min=0)
+        low = groups.amin(-1, keepdim=True).clamp(max=0) * factor
+        high = groups.amax(-1, keepdim=True).clamp(min=0) * factor
         scale = ((high - low).clamp(min=MIN_RANGE) / MAX_LEVEL).to(scale_dtype).float()
         zero = torch.round(-low / scale).clamp(0, MAX_LEVEL)
     q = (torch.round(groups / scale) + zero).clamp(0, MAX_LEVEL)

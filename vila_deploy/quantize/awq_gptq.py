@@ -1,0 +1,237 @@
+"""The default algorithm on a decoder layer: learned scales, error feedback, compensation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.model.llm import LINEARS, NORMS
+from vila_deploy.quantize.feedback import round_with_feedback
+from vila_deploy.quantize.learned_scales import learn_scales
+from vila_deploy.quantize.moments import InputMoments, Metric
+from vila_deploy.quantize.round import fake_quantize
+from vila_deploy.quantize.scheme import QuantScheme
+from vila_deploy.quantize.search import (
+    ATTENTION_GROUP,
+    DOWN_GROUP,
+    MLP_GROUP,
+    OUT_GROUP,
+    ScaleChoice,
+    ScaleGroup,
+    bias_of,
+    fold_scales,
+    weight_of,
+)
+from vila_deploy.quantize.streams import Streams, after_attention, after_mlp, gated
+
+# Scales only need an idea of the moments; every so-manyth token gives it.
+SCALE_TOKEN_STRIDE = 4
+# How much of the error of what came before o_proj and down_proj make up for.
+COMPENSATION = 0.5
+# Of each linear, to say in the report how much is lost.
+ERROR_ROWS = 512
+STEPS_PER_LAYER = 5
+
+
+@dataclass(frozen=True)
+class CompensatedLayer:
+    """A quantized decoder layer; linears and norms by their name inside the layer.
+
+    Args:
+        norms: float32 weights, scales folded in, exact in float16.
+        errors: for each linear: mean square error of its output over its mean square, by round to
+            nearest and as it is, both on what enters it behind the quantized layers before and
+            against the weights that it was to have.
+        drift: mean square difference between quantized and exact hidden states behind the layer,
+            over the mean square of what the layer adds.
+    """
+
+    linears: dict[str, QuantizedLinear]
+    norms: dict[str, Tensor]
+    errors: dict[str, tuple[float, float]]
+    drift: float
+
+
+@torch.inference_mode()
+def quantize_layer(
+    layer: nn.Module,
+    streams: Streams,
+    scheme: QuantScheme,
+    where: str,
+    on_step: Callable[[str], None] = lambda text: None,
+) -> CompensatedLayer:
+    """Quantizes `layer`, whose weights are changed, and moves `streams` on.
+
+    Unlike llm-awq's, the inputs of each linear are those behind everything quantized so far, and
+    o_proj and down_proj are first moved towards the weights that bring the hidden states back to
+    the exact ones (Zhang et al. 2025, Qronos; Li et al. 2025, GPTAQ).
+
+    Args:
+        layer: decoder layer, float32.
+        where: name of the layer, for messages.
+        on_step: is told STEPS_PER_LAYER times what is being done.
+
+    Raises:
+        VilaDeployError: the layer's outputs are not finite, or a weight is too large for float16.
+    """
+    work = _Work(layer, streams, scheme, where)
+    on_step("outputs before")
+    between, added = work.run_exact()
+    work.fold_output_scales()
+    on_step("attention")
+    work.round_behind_norm(ATTENTION_GROUP)
+    on_step("attention output")
+    work.round_out(between)
+    del between
+    on_step("feed-forward")
+    work.round_behind_norm(MLP_GROUP)
+    on_step("feed-forward output")
+    work.round_down()
+    return CompensatedLayer(
+        linears={name: work.linears[name] for name in LINEARS},
+        norms={name: weight_of(layer, name) for name in NORMS},
+        errors={name: work.errors[name] for name in LINEARS},
+        drift=_sum_of_squares(streams.quantized, streams.exact) / added if added else 0.0,
+    )
+
+
+class _Work:
+    """One layer on its way."""
+
+    def __init__(self, layer: nn.Module, streams: Streams, scheme: QuantScheme, where: str):
+        self.layer, self.streams, self.scheme, self.where = layer, streams, scheme, where
+        self.linears: dict[str, QuantizedLinear] = {}
+        self.errors: dict[str, tuple[float, float]] = {}
+        self._scales: dict[ScaleGroup, Tensor] = {}
+
+    def run_exact(self) -> tuple[Tensor, float]:
+        """Moves the exact stream on, and learns the scales that fold into linears.
+
+        Returns:
+            the exact hidden states between attention and feed-forward block, and the sum of
+            squares of what the layer adds.
+        """
+        streams, layer = self.streams, self.layer
+        between = streams.matrix(streams.exact.shape[1])
+        into_out = InputMoments(weight_of(layer, OUT_GROUP.linears[0]).shape[1])
+        into_down = InputMoments(weight_of(layer, DOWN_GROUP.linears[0]).shape[1])
+        added = 0.0
+        for chunk in streams.chunks:
+            hidden = streams.exact[chunk.tokens]
+            heads = streams.heads(layer, hidden, chunk)
+            into_out.add(heads[::SCALE_TOKEN_STRIDE])
+            between[chunk.tokens] = after_attention(layer, hidden, heads)
+            inner = gated(layer, between[chunk.tokens])
+            into_down.add(inner[::SCALE_TOKEN_STRIDE])
+            output = after_mlp(layer, between[chunk.tokens], inner)
+            added += _sum_of_squares(output, hidden)
+            streams.exact[chunk.tokens] = output
+        if not bool(torch.isfinite(streams.exact).all()):
+            raise VilaDeployError(
+                "its outputs on the calibration data are not finite",
+                where=self.where,
+                fix="check that this checkpoint is not damaged",
+            )
+        self._learn(OUT_GROUP, into_out.metric())
+        self._learn(DOWN_GROUP, into_down.metric())
+        return between, added
+
+    def fold_output_scales(self) -> None:
+        """Into the rows of v_proj and up_proj, before anything is rounded: so it is exact."""
+        for group, scales in self._scales.items():
+            previous = weight_of(self.layer, group.previous)
+            # Heads that share a value head share its scales.
+            rows = torch.empty(len(previous)).index_copy_(0, self._rows_of(group), scales)
+            previous.div_(rows[:, None])
+            bias = bias_of(self.layer, group.previous)
+            if bias is not None:
+                bias.div_(rows)
+            weight_of(self.layer, group.linears[0]).mul_(scales)
+
+    def round_behind_norm(self, group: ScaleGroup) -> None:
+        """Scales and rounds the linears behind a norm, whose weight takes up the scales."""
+        norm = self.layer.get_submodule(group.previous)
+        weights = [weight_of(self.layer, name) for name in group.linears]
+        moments = InputMoments(weights[0].shape[1])
+        for chunk in self.streams.chunks:
+            moments.add(norm(self.streams.quantized[chunk.tokens]))
+        metric = moments.metric()
+        learned = learn_scales(torch.cat(weights), metric, self.scheme)
+        metric.rescale(fold_scales(self.layer, ScaleChoice(group, 0.0, learned, ())))
+        for name in group.linears:
+            self._round(name, weight_of(self.layer, name), metric)
+
+    def round_out(self, between: Tensor) -> None:
+        """Rounds o_proj, compensated, and moves the quantized stream on behind the attention."""
+        name = OUT_GROUP.linears[0]
+        weight = weight_of(self.layer, name)
+        heads = self.streams.matrix(weight.shape[1])
+        moments = InputMoments(weight.shape[1], weight.shape[0])
+        hidden = self.streams.quantized
+        for chunk in self.streams.chunks:
+            heads[chunk.tokens] = self.streams.heads(self.layer, hidden[chunk.tokens], chunk)
+            moments.add(heads[chunk.tokens], between[chunk.tokens] - hidden[chunk.tokens])
+        self._round(name, weight, moments.metric(), compensate=True)
+        for chunk in self.streams.chunks:
+            here = chunk.tokens
+            hidden[here] = after_attention(self.layer, hidden[here], heads[here])
+
+    def round_down(self) -> None:
+        """Rounds down_proj, compensated, and moves the quantized stream on behind the layer."""
+        name = DOWN_GROUP.linears[0]
+        weight = weight_of(self.layer, name)
+        inner = self.streams.matrix(weight.shape[1])
+        moments = InputMoments(weight.shape[1], weight.shape[0])
+        hidden, exact = self.streams.quantized, self.streams.exact
+        for chunk in self.streams.chunks:
+            here = chunk.tokens
+            inner[here] = gated(self.layer, hidden[here])
+            moments.add(inner[here], exact[here] - hidden[here])
+        self._round(name, weight, moments.metric(), compensate=True)
+        for chunk in self.streams.chunks:
+            here = chunk.tokens
+            hidden[here] = after_mlp(self.layer, hidden[here], inner[here])
+
+    def _learn(self, group: ScaleGroup, metric: Metric) -> None:
+        weight = weight_of(self.layer, group.linears[0])
+        self._scales[group] = learn_scales(weight, metric, self.scheme, self._rows_of(group))
+
+    def _rows_of(self, group: ScaleGroup) -> Tensor:
+        """The output channel of the linear before that each input channel [in] comes from."""
+        channels = weight_of(self.layer, group.linears[0]).shape[1]
+        rows = len(weight_of(self.layer, group.previous))
+        if rows == channels:
+            return torch.arange(channels)
+        width = self.layer.get_submodule("self_attn").head_dim
+        assert isinstance(width, int)
+        heads, within = torch.arange(channels) // width, torch.arange(channels) % width
+        return heads // (channels // rows) * width + within
+
+    def _round(self, name: str, weight: Tensor, metric: Metric, compensate: bool = False) -> None:
+        bias = bias_of(self.layer, name)
+        wanted = weight
+        if compensate:
+            wanted = weight + COMPENSATION * metric.fit(metric.residual(weight))
+        linear = round_with_feedback(wanted, metric, self.scheme, f"{self.where}.{name}", bias)
+        rows = torch.linspace(0, len(weight) - 1, min(ERROR_ROWS, len(weight))).long()
+        sample = wanted[rows]
+        power = metric.output_error(sample)
+        rounded = metric.output_error(fake_quantize(sample, self.scheme) - sample)
+        stored = linear.dequantize()
+        left = metric.output_error(stored[rows] - sample)
+        self.errors[name] = (rounded / power, left / power) if power else (0.0, 0.0)
+        self.linears[name] = linear
+        weight.copy_(stored)
+        if bias is not None and linear.bias is not None:
+            bias.copy_(linear.bias)
+
+
+def _sum_of_squares(left: Tensor, right: Tensor) -> float:
+    """Of the difference, summed row by row so that millions of terms keep their digits."""
+    rows = zip(left.split(1024), right.split(1024), strict=True)
+    return sum(float((a - b).square().sum(-1).sum(dtype=torch.float64)) for a, b in rows)
