@@ -68,7 +68,8 @@ def awq(root, data, tmp_path_factory):
 
 
 def own_data(data, scheme=SCHEME, seed=0):
-    return Options(scheme, "awq", data / "texts.txt", data / "pictures", seed)
+    files = (data / "texts.txt", data / "pictures")
+    return Options(scheme, "awq", *files, seed, evaluate=False)
 
 
 def digests(folder):

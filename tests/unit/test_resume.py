@@ -23,14 +23,14 @@ from tiny import make_checkpoint
 from vila_deploy import files
 from vila_deploy.cli.quantize import main
 from vila_deploy.errors import VilaDeployError
-from vila_deploy.quantize import awq, job, work
+from vila_deploy.quantize import awq_gptq, job, methods, work
 from vila_deploy.quantize.plan import Options
 from vila_deploy.quantize.scheme import QuantScheme
 
 SIZES = {"layers": 3, "hidden": 64, "intermediate": 128}
 SCHEME = QuantScheme(64)
 PARTIAL = "out.partial"
-MODULES = {"awq": awq, "files": files, "job": job, "work": work}
+MODULES = {"awq_gptq": awq_gptq, "files": files, "job": job, "methods": methods, "work": work}
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,9 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     make_checkpoint(folder / "root", **SIZES)
     (folder / "texts.txt").write_text("the king saw the red house on the hill.\n\n" * 8, "utf-8")
+    (folder / "held_out.txt").write_text(
+        "a queen came down to the river at night.\n\n" * 4, "utf-8"
+    )
     (folder / "pictures").mkdir()
     Image.new("RGB", (50, 40), "red").save(folder / "pictures" / "a.png")
     return folder
@@ -60,7 +63,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(data):
-    return Options(SCHEME, "awq", data / "texts.txt", data / "pictures")
+    files = (data / "texts.txt", data / "pictures")
+    return Options(SCHEME, "awq-gptq", *files, eval=data / "held_out.txt")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +104,8 @@ def contents(out):
     found = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
     report = json.loads(found[Path("report.json")])
     assert report.pop("seconds") > 0
-    assert report.pop("peak_memory_bytes") > 0
+    assert report.pop("evaluation_seconds") >= 0
+    assert report.pop("peak_resident_bytes") > report.pop("peak_memory_bytes") > 0
     found[Path("report.json")] = json.dumps(report)
     lines = found[Path("report.md")].decode().split("\n")
     found[Path("report.md")] = [line for line in lines if "of memory at the peak" not in line]
@@ -174,9 +179,10 @@ def exit_code(root, out, options, death):
 DEATHS = [
     (("work", "save_file", 1, "after"), 0),  # the first layer written, but without its name yet
     (("work", "save_file", 2, "before"), 1),  # at the end of a layer
-    (("awq", "search_clip", 1, "after"), 1),  # within a layer
-    (("job", "quantize_layer", 2, "before"), 2),  # between two layers
+    (("awq_gptq", "round_with_feedback", 5, "after"), 1),  # within a layer
+    (("awq_gptq", "quantize_layer", 2, "before"), 2),  # between two layers
     (("job", "build_report", 1, "before"), 3),  # all layers finished, shards written
+    (("job", "evaluate", 1, "after"), 3),  # all but the report
     (("files", "_publish", 1, "before"), 3),  # the output whole, but in the work folder
 ]
 
@@ -223,11 +229,11 @@ def test_time_is_summed_and_finished_layers_are_not_searched_again(
         slow = work.FinishedLayer(layer.tensors, layer.entry, 1000.0)
         work.WorkFolder(here / PARTIAL, {}, {}).save(index, slow)
     searched, alive = [], []
-    quantize_layer, load = job.quantize_layer, job.load_decoder_layer
+    quantize_layer, load = awq_gptq.quantize_layer, methods.load_decoder_layer
 
-    def counting(layer, original, sequences, scheme, where, *rest):
+    def counting(layer, streams, scheme, where, *rest):
         searched.append(where)
-        return quantize_layer(layer, original, sequences, scheme, where, *rest)
+        return quantize_layer(layer, streams, scheme, where, *rest)
 
     def one_at_a_time(*args):
         gc.collect()
@@ -236,11 +242,11 @@ def test_time_is_summed_and_finished_layers_are_not_searched_again(
         alive.append(weakref.ref(layer))
         return layer
 
-    monkeypatch.setattr(job, "quantize_layer", counting)
-    monkeypatch.setattr(job, "load_decoder_layer", one_at_a_time)
+    monkeypatch.setattr(awq_gptq, "quantize_layer", counting)
+    monkeypatch.setattr(methods, "load_decoder_layer", one_at_a_time)
     report = job.quantize(data / "root", here / "out", options, resume=True)
     assert searched == ["model.layers.2"]
-    assert len(alive) == 3
+    assert len(alive) == 5  # two finished layers pass both streams
     assert 2000 < report["seconds"] < 2900
     assert contents(here / "out") == whole
     assert "2 finished layers found" in capsys.readouterr().err
@@ -284,7 +290,7 @@ def refused(data, out, options, root="root"):
         ({"seed": 1}, "--seed was 0 and is 1 now"),
         ({"scheme": QuantScheme(32)}, "--group-size was 64 and is 32 now"),
         ({"scheme": QuantScheme(64, True)}, "--symmetric was False and is True now"),
-        ({"algorithm": "rtn", "calib": None, "calib_images": None}, "--algorithm was 'awq'"),
+        ({"algorithm": "rtn", "calib": None, "calib_images": None}, "--algorithm was 'awq-gptq'"),
         ({"prompt_template": "llama_3"}, "--prompt-template was None and is 'llama_3' now"),
         ({"calib": "other.txt"}, "the calibration data has changed since this was begun; go back"),
     ],
@@ -366,23 +372,27 @@ def test_nothing_is_left_while_no_layer_is_finished(data, options, tmp_path, mon
         with pytest.raises(VilaDeployError, match="are free; free some space"):
             job.quantize(data / "root", tmp_path / "out", options, resume=True)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(job, "quantize_layer", interrupt_at(job.quantize_layer, 1))
+    monkeypatch.setattr(awq_gptq, "quantize_layer", interrupt_at(awq_gptq.quantize_layer, 1))
     with pytest.raises(KeyboardInterrupt):
         job.quantize(data / "root", tmp_path / "out", options, resume=True)
     assert not list(tmp_path.iterdir())
 
 
-def test_rounding_to_nearest_goes_on_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize("algorithm", ["awq-gptq", "awq", "rtn"])
+def test_qwen2_goes_on_too(data, tmp_path, monkeypatch, algorithm):
+    """Biases and shared value heads; every algorithm."""
     root = make_checkpoint(tmp_path / "root", **SIZES, qwen2=True, kv_heads=2, dtype=torch.float32)
-    rtn = Options(SCHEME, "rtn")
-    job.quantize(root, tmp_path / "whole", rtn)
+    texts = None if algorithm == "rtn" else data / "texts.txt"
+    chosen = Options(SCHEME, algorithm, texts, evaluate=False, text_only=texts is not None)
+    job.quantize(root, tmp_path / "whole", chosen)
     with monkeypatch.context() as patch:
         patch.setattr(work, "save_file", interrupt_at(work.save_file, 3))
         with pytest.raises(KeyboardInterrupt):
-            job.quantize(root, tmp_path / "out", rtn, resume=True)
+            job.quantize(root, tmp_path / "out", chosen, resume=True)
     assert len(layer_files(tmp_path)) == 2
-    job.quantize(root, tmp_path / "out", rtn, resume=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    job.quantize(root, tmp_path / "out", chosen, resume=True)
+    found, wanted = contents(tmp_path / "out"), contents(tmp_path / "whole")
+    assert found == wanted
 
 
 def test_ctrl_c_says_how_to_go_on(data, tmp_path, monkeypatch):

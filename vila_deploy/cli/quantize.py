@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from vila_deploy.cli.common import EXIT_INTERRUPTED, command_errors, echo_json
+from vila_deploy.cli.common import EXIT_INTERRUPTED, command_errors, echo_json, fail, no_nan
 from vila_deploy.cli.formats import FormatNames
 from vila_deploy.formats.registry import FORMATS
 
@@ -16,16 +19,18 @@ if TYPE_CHECKING:
     from vila_deploy.engine.fit import Fit
     from vila_deploy.quantize.plan import Options, QuantizePlan
 
-ALGORITHMS = ("awq", "rtn")
+ALGORITHMS = ("awq-gptq", "awq", "rtn")
 FILE = click.Path(path_type=Path)
+SHIPPED = "shipped"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("checkpoint", type=FILE)
 @click.option("-o", "--out", type=FILE, help="Folder to write; must not exist.")
 @click.option(
-    "--algorithm", type=click.Choice(ALGORITHMS), default="awq", show_default=True,
-    help="awq searches scales and clips on calibration data; rtn rounds to nearest.",
+    "--algorithm", type=click.Choice(ALGORITHMS), default=ALGORITHMS[0], show_default=True,
+    help="awq-gptq learns scales and makes up for rounding errors on calibration data; "
+    "awq searches scales and clips, as llm-awq does; rtn rounds to nearest, without data.",
 )  # fmt: skip
 @click.option(
     "--group-size", type=int, default=128, show_default=True,
@@ -37,6 +42,17 @@ FILE = click.Path(path_type=Path)
     help="Own calibration texts: .txt, .jsonl (text, answer, image) or a folder of them.",
 )  # fmt: skip
 @click.option("--calib-images", type=FILE, metavar="DIR", help="Own calibration pictures.")
+@click.option("--text-only", is_flag=True, help="Calibrate without pictures, e.g. to compare.")
+@click.option(
+    "--eval", "eval_data", type=FILE, metavar="FILE_OR_DIR",
+    help="Own held-out data, as --calib, to compare with the original on; or the word "
+    f"{SHIPPED}. Default: {SHIPPED}, nothing for rtn.",
+)  # fmt: skip
+@click.option("--no-eval", is_flag=True, help="Don't compare the result with the original.")
+@click.option(
+    "--max-kl", type=click.FloatRange(min=0), metavar="X", callback=no_nan,
+    help="Exit code 1 if the mean KL of text or of answers about pictures is above X.",
+)  # fmt: skip
 @click.option(
     "--format", "formats", type=FormatNames(), default="awq", show_default=True,
     help=f"How the 4-bit weights are stored: {', '.join(FORMATS)}; several come into OUT/NAME/.",
@@ -61,6 +77,10 @@ def main(
     symmetric: bool,
     calib: Path | None,
     calib_images: Path | None,
+    text_only: bool,
+    eval_data: Path | None,
+    no_eval: bool,
+    max_kl: float | None,
     formats: tuple[str, ...],
     prompt_template: str | None,
     plan_only: bool,
@@ -79,16 +99,25 @@ def main(
         raise click.UsageError("-o is missing: name the folder to write, or give --plan")
     if algorithm == "rtn" and (calib or calib_images):
         raise click.UsageError("--calib and --calib-images are of no use to --algorithm rtn")
+    if text_only and calib_images:
+        raise click.UsageError("--text-only leaves out the pictures of --calib-images")
+    if no_eval and (eval_data or max_kl is not None):
+        raise click.UsageError("--no-eval leaves nothing for --eval or --max-kl to do")
 
     from vila_deploy.quantize.plan import Options
     from vila_deploy.quantize.scheme import QuantScheme
 
     scheme = QuantScheme(group_size, symmetric)
     options = Options(scheme, algorithm, calib, calib_images, seed, prompt_template, formats)
+    wanted = False if no_eval else True if eval_data or max_kl is not None else None
+    own = None if eval_data == Path(SHIPPED) else eval_data
+    options = replace(options, text_only=text_only, evaluate=wanted, eval=own)
     if plan_only or out is None:
         _plan(checkpoint, options, as_json)
     else:
-        _quantize(checkpoint, out, options, resume, as_json)
+        report = _quantize(checkpoint, out, options, resume, as_json)
+        if max_kl is not None:
+            _check_kl(out, report, max_kl)
 
 
 def _plan(checkpoint: Path, options: Options, as_json: bool) -> None:
@@ -106,7 +135,9 @@ def _plan(checkpoint: Path, options: Options, as_json: bool) -> None:
         _show_plan(planned, fits)
 
 
-def _quantize(checkpoint: Path, out: Path, options: Options, resume: bool, as_json: bool) -> None:
+def _quantize(
+    checkpoint: Path, out: Path, options: Options, resume: bool, as_json: bool
+) -> dict[str, Any]:
     from vila_deploy.quantize.plan import work_path
 
     try:
@@ -127,6 +158,34 @@ def _quantize(checkpoint: Path, out: Path, options: Options, resume: bool, as_js
     else:
         before, after = report["input_bytes"] / 1e6, report["output_bytes"] / 1e6
         click.echo(f"{out}: {before:,.1f} MB → {after:,.1f} MB of weights; see {out / 'report.md'}")
+        for line in _quality(report):
+            click.echo(line)
+    return report
+
+
+def _quality(report: dict[str, Any]) -> Iterator[str]:
+    from vila_deploy.quantize.report import PREDICTED
+
+    for kind, found in report["evaluation"]["quality"].items() if report["evaluation"] else ():
+        if found and kind != "all":
+            perplexity = f"{found['perplexity_original']:.4g} → {found['perplexity']:.4g}"
+            same = f"same most likely token {found['top1_agreement']:.1%}"
+            kl = f"mean KL {found['kl_mean']:.3g}"
+            yield f"{PREDICTED[kind]}: perplexity {perplexity}, {kl}, {same}"
+
+
+def _check_kl(out: Path, report: dict[str, Any], most: float) -> None:
+    """Ends with exit code 1 if the result is too far from the original; hours of work stay."""
+    from vila_deploy.quantize.report import PREDICTED
+
+    found = {k: q["kl_mean"] for k, q in report["evaluation"]["quality"].items() if q}
+    del found["all"]
+    kind, worst = max(found.items(), key=lambda pair: (math.isnan(pair[1]), pair[1]))
+    if not worst <= most:
+        fail(
+            f"{out}: mean KL of {PREDICTED[kind]} is {worst:.4g}, above --max-kl {most:g}; "
+            "the output is kept. Try a smaller --group-size, or --calib with data of your own"
+        )
 
 
 def _show_plan(planned: QuantizePlan, fits: list[Fit]) -> None:

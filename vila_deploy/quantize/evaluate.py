@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -74,7 +75,7 @@ class Evaluation:
     def worst_kl(self) -> tuple[str, float]:
         """The larger mean KL of text and image, and which of them it is."""
         found = {k: q.kl_mean for k, q in self.quality.items() if q is not None and k != "all"}
-        return max(found.items(), key=lambda pair: math.inf if math.isnan(pair[1]) else pair[1])
+        return max(found.items(), key=lambda pair: (math.isnan(pair[1]), pair[1]))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -160,10 +161,14 @@ class _Model:
         self.parts = [Sequences.of(self._config, part) for part in _batches(embeds)]
 
     def advance(self, index: int) -> None:
-        gc.collect()
         layer = load_decoder_layer(self._config, self._checkpoint.llm, index)
         for part in self.parts:
             part.pass_through(layer)
+        # Two layers at a time would be twice the memory; looking for garbage always takes long.
+        alive = weakref.ref(layer)
+        del layer
+        if alive() is not None:
+            gc.collect()
 
     def rows(self, chosen: Tensor) -> Tensor:
         """Final hidden states [chosen positions, hidden], normed."""

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor, nn
+from typing import Any
 
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import with_template
-from vila_deploy.checkpoint.expected import has_bias
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import canonical_json, new_folder
-from vila_deploy.formats.quantized_linear import QuantizedLinear
-from vila_deploy.model.llm import LINEARS, NORMS, dense_weight, load_decoder_layer
 from vila_deploy.progress import progress
-from vila_deploy.quantize.awq import quantize_layer, steps_per_layer
 from vila_deploy.quantize.calibrate import Calibration, calibrate
-from vila_deploy.quantize.examples import load_examples
+from vila_deploy.quantize.evaluate import evaluate, evaluation_data
+from vila_deploy.quantize.examples import data_warnings, load_examples, load_held_out
+from vila_deploy.quantize.memory import PeakMemory, resident_bytes
+from vila_deploy.quantize.methods import Awq, AwqGptq, LayerEntry, Method, OnStep, Rtn
+from vila_deploy.quantize.model_card import model_card
 from vila_deploy.quantize.output import Outputs
 from vila_deploy.quantize.plan import Options, QuantizePlan, plan
-from vila_deploy.quantize.report import build_report, layer_entry, markdown, rtn_entry
-from vila_deploy.quantize.round import round_to_nearest, to_float16
-from vila_deploy.quantize.scheme import QuantScheme
-from vila_deploy.quantize.sequences import Sequences
+from vila_deploy.quantize.report import Cost, build_report, markdown
+from vila_deploy.quantize.round import to_float16
 from vila_deploy.quantize.work import FinishedLayer, WorkFolder, work_folder
-
-LayerEntry = dict[str, Any]
-LayerTensors = dict[str, Tensor | QuantizedLinear]
-OnStep = Callable[[str], None]
 
 
 def quantize(root: Path, out: Path, options: Options, *, resume: bool = False) -> dict[str, Any]:
@@ -57,26 +47,60 @@ def quantize(root: Path, out: Path, options: Options, *, resume: bool = False) -
     checkpoint = open_checkpoint(root)
     checkpoint.config = with_template(checkpoint.config, options.prompt_template)
     planned = plan(checkpoint.config, options)
-    awq = options.algorithm == "awq"
-    examples = load_examples(options.calib, options.calib_images) if awq else []
+    own = (options.calib, options.calib_images)
+    examples = load_examples(*own, text_only=options.text_only) if options.calibrates else []
+    held_out = load_held_out(options.eval) if options.evaluates else []
+    warnings = data_warnings(options, examples, held_out)
     with ExitStack() as stack:
+        memory = stack.enter_context(PeakMemory())
         work = stack.enter_context(work_folder(out, checkpoint, options)) if resume else None
         folder = stack.enter_context(new_folder(out, work.path if work else None))
         _check_space(out, checkpoint, planned, work, len(options.formats))
         outputs = Outputs(checkpoint, folder, options.formats, options.scheme)
         _write_unquantized(checkpoint, outputs)
-        calibration = calibrate(checkpoint, examples, options.seed) if awq else None
+        calibration = calibrate(checkpoint, examples, options.seed) if examples else None
         if calibration and work:
             work.check_calibration(calibration.sha256)
-        scheme = options.scheme
-        method = _Awq(checkpoint, scheme, calibration) if calibration else _Rtn(checkpoint, scheme)
+        data = evaluation_data(checkpoint, held_out, options.eval is not None)
+        method = _method(checkpoint, options, calibration, folder)
         layers, saved_seconds = _write_layers(checkpoint.config.llm, method, outputs, work)
         outputs.finish()
-        seconds = time.monotonic() - start + saved_seconds
-        report = build_report(checkpoint, folder, options, calibration, layers, seconds)
-        (folder / "report.json").write_text(canonical_json(report), "utf-8")
-        (folder / "report.md").write_text(markdown(report), "utf-8")
+        del method
+        written, evaluated = time.monotonic(), _checkpoints(folder, options)
+        evaluation = evaluate(checkpoint, open_checkpoint(evaluated[0]), data) if data else None
+        now = time.monotonic()
+        seconds = round(now - start + saved_seconds, 3)
+        cost = Cost(seconds, round(now - written, 3), memory.own_bytes, resident_bytes())
+        report = build_report(
+            checkpoint, folder, options, calibration, layers, evaluation, warnings, cost
+        )
+        _write_report(checkpoint, report, folder, evaluated)
     return report
+
+
+def _method(
+    checkpoint: Checkpoint, options: Options, calibration: Calibration | None, scratch: Path
+) -> Method:
+    if calibration is None:
+        return Rtn(checkpoint, options.scheme)
+    if options.algorithm == "awq":
+        return Awq(checkpoint, options.scheme, calibration)
+    return AwqGptq(checkpoint, options.scheme, calibration, scratch)
+
+
+def _write_report(
+    checkpoint: Checkpoint, report: dict[str, Any], folder: Path, checkpoints: list[Path]
+) -> None:
+    (folder / "report.json").write_text(canonical_json(report), "utf-8")
+    (folder / "report.md").write_text(markdown(report), "utf-8")
+    for each in checkpoints:
+        (each / "README.md").write_text(model_card(checkpoint, report), "utf-8")
+
+
+def _checkpoints(folder: Path, options: Options) -> list[Path]:
+    """The folders of the checkpoints that have been written, one a format."""
+    several = len(options.formats) > 1
+    return [folder / name for name in options.formats] if several else [folder]
 
 
 def _check_space(
@@ -106,20 +130,8 @@ def _write_unquantized(checkpoint: Checkpoint, outputs: Outputs) -> None:
         outputs.add(name, to_float16(checkpoint.llm.tensor(name), name))
 
 
-class _Method(Protocol):
-    """How one decoder layer after the other is quantized."""
-
-    steps_per_layer: int
-
-    def quantize(self, index: int, on_step: OnStep) -> tuple[LayerTensors, LayerEntry]:
-        """The layer's norms and linears by name and what the report says of it."""
-
-    def skip(self, index: int) -> None:
-        """Does to the state of this object what quantizing the layer would do."""
-
-
 def _write_layers(
-    config: LlmConfig, method: _Method, outputs: Outputs, work: WorkFolder | None
+    config: LlmConfig, method: Method, outputs: Outputs, work: WorkFolder | None
 ) -> tuple[list[LayerEntry], float]:
     """Writes all layers, finished ones out of `work`.
 
@@ -136,7 +148,7 @@ def _write_layers(
                 saved_seconds += layer.seconds
                 if missing and index < missing[-1]:
                     step(index, 0)("finished before; its outputs")
-                    method.skip(index)
+                    method.skip(index, layer.tensors)
             else:
                 start = time.monotonic()
                 result = method.quantize(index, step(index, 1))
@@ -149,78 +161,6 @@ def _write_layers(
             entries.append(layer.entry)
             del layer
     return entries, saved_seconds
-
-
-class _Awq:
-    """Searches scales and clips on calibration data."""
-
-    def __init__(self, checkpoint: Checkpoint, scheme: QuantScheme, calibration: Calibration):
-        self._checkpoint, self._scheme = checkpoint, scheme
-        self._config = checkpoint.config.llm
-        self._sequences = Sequences.of(self._config, calibration.embeds)
-        calibration.embeds.clear()
-        self.steps_per_layer = steps_per_layer(self._config)
-
-    def quantize(self, index: int, on_step: OnStep) -> tuple[LayerTensors, LayerEntry]:
-        where = f"model.layers.{index}"
-        result = quantize_layer(
-            self._load(index),
-            lambda name: dense_weight(self._checkpoint.llm, f"{where}.{name}", torch.float32),
-            self._sequences,
-            self._scheme,
-            where,
-            on_step,
-        )
-        tensors = _norm_tensors(where, result.norms)
-        for name, linear in result.linears.items():
-            tensors[f"{where}.{name}"] = linear
-        return tensors, layer_entry(index, result)
-
-    def skip(self, index: int) -> None:
-        self._sequences.pass_through(self._load(index))
-
-    def _load(self, index: int) -> nn.Module:
-        # What is left of the layer before must go first.
-        gc.collect()
-        layer = load_decoder_layer(self._config, self._checkpoint.llm, index)
-        # Loading maps float32 weights from the file; folding must not write into it.
-        for parameter in layer.parameters():
-            parameter.data = parameter.data.clone()
-        return layer
-
-
-class _Rtn:
-    """Rounds to nearest."""
-
-    steps_per_layer = len(LINEARS)
-
-    def __init__(self, checkpoint: Checkpoint, scheme: QuantScheme):
-        self._checkpoint, self._scheme = checkpoint, scheme
-
-    def quantize(self, index: int, on_step: OnStep) -> tuple[LayerTensors, LayerEntry]:
-        llm, where = self._checkpoint.llm, f"model.layers.{index}"
-        tensors = _norm_tensors(where, {n: llm.tensor(f"{where}.{n}.weight") for n in NORMS})
-        errors = {}
-        for name in LINEARS:
-            on_step(f"rounding {name}")
-            full = f"{where}.{name}"
-            weight = dense_weight(llm, full, torch.float32)
-            biased = has_bias(self._checkpoint.config.llm, name)
-            bias = llm.tensor(f"{full}.bias") if biased else None
-            linear = round_to_nearest(weight, self._scheme, full, bias)
-            power = float(weight.square().mean())
-            lost = float((linear.dequantize() - weight).square().mean())
-            errors[name] = lost / power if power else 0.0
-            tensors[full] = linear
-        return tensors, rtn_entry(index, errors)
-
-    def skip(self, index: int) -> None:
-        pass
-
-
-def _norm_tensors(where: str, norms: dict[str, Tensor]) -> LayerTensors:
-    names = {f"{where}.{name}.weight": weight for name, weight in norms.items()}
-    return {name: to_float16(weight, name).contiguous() for name, weight in names.items()}
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from vila_deploy.formats.registry import FORMATS, SHARD_BYTES
 from vila_deploy.quantize.scheme import QuantScheme, check_scheme
 from vila_deploy.sizes import Component, Stage, available_memory_bytes, parameters
 
-ALGORITHMS = ("awq", "rtn")
+ALGORITHMS = ("awq-gptq", "awq", "rtn")
 # Python, torch and transformers themselves, as measured on Linux.
 PROGRAM_BYTES = 600 << 20
 FLOAT32, FLOAT16 = 4, 2
@@ -28,15 +28,34 @@ FLOAT32, FLOAT16 = 4, 2
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asks for; see `vila-quantize --help`."""
+    """What the user asks for; see `vila-quantize --help`.
+
+    Args:
+        evaluate: None: if it costs less than the quantization, that is with calibration data, or
+            if `eval` names data.
+    """
 
     scheme: QuantScheme = field(default_factory=QuantScheme)
-    algorithm: str = "awq"
+    algorithm: str = "awq-gptq"
     calib: Path | None = None
     calib_images: Path | None = None
     seed: int = 0
     prompt_template: str | None = None
     formats: tuple[str, ...] = ("awq",)
+    text_only: bool = False
+    evaluate: bool | None = None
+    eval: Path | None = None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the algorithm needs calibration data."""
+        return self.algorithm != "rtn"
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the result is compared with the original."""
+        default = self.calibrates or self.eval is not None
+        return default if self.evaluate is None else self.evaluate
 
 
 @dataclass(frozen=True)

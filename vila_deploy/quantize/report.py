@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import platform
-import resource
-import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -13,7 +13,9 @@ from typing import Any
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.progress import clock
 from vila_deploy.quantize.awq import LayerResult, ratios
+from vila_deploy.quantize.awq_gptq import CompensatedLayer
 from vila_deploy.quantize.calibrate import Calibration
+from vila_deploy.quantize.evaluate import IMAGE, TEXT, Evaluation
 from vila_deploy.quantize.plan import Options, output_components
 from vila_deploy.sizes import Component
 
@@ -26,6 +28,25 @@ REASONS = {
     "vision tower": "AWQ quantizes the language model only; copied unchanged",
     "projector": "small, and every picture passes through it; copied unchanged",
 }
+
+PREDICTED = {TEXT: "text", IMAGE: "answers about pictures", "all": "both"}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """All of a report that may differ between two runs.
+
+    Args:
+        seconds: of this run and of the layers that an interrupted one finished.
+        evaluation_seconds: the part of `seconds` that the evaluation took.
+        peak_memory_bytes: of this run, without the pages of mapped files.
+        peak_resident_bytes: of this process, with them.
+    """
+
+    seconds: float
+    evaluation_seconds: float
+    peak_memory_bytes: int
+    peak_resident_bytes: int
 
 
 def layer_entry(index: int, result: LayerResult) -> dict[str, Any]:
@@ -48,6 +69,18 @@ def layer_entry(index: int, result: LayerResult) -> dict[str, Any]:
     }
 
 
+def compensated_entry(index: int, result: CompensatedLayer) -> dict[str, Any]:
+    """What the report says of a layer quantized by the default algorithm."""
+    return {
+        "layer": index,
+        "drift": result.drift,
+        "linears": {
+            name: {"output_error_before": rtn, "output_error_after": found}
+            for name, (rtn, found) in result.errors.items()
+        },
+    }
+
+
 def rtn_entry(index: int, errors: dict[str, float]) -> dict[str, Any]:
     """What the report says of a layer rounded to nearest, without calibration data."""
     return {"layer": index, "linears": {n: {"weight_error": e} for n, e in errors.items()}}
@@ -59,14 +92,11 @@ def build_report(
     options: Options,
     calibration: Calibration | None,
     layers: list[dict[str, Any]],
-    seconds: float,
+    evaluation: Evaluation | None,
+    warnings: Sequence[str],
+    cost: Cost,
 ) -> dict[str, Any]:
-    """The report of the checkpoint that lies in `out`. Errors are mean squares, relative.
-
-    Args:
-        seconds: of this run and of the layers that an interrupted one finished. With the memory,
-            which is this run's, it is all that may differ between two runs.
-    """
+    """The report of the checkpoint that lies in `out`. Errors are mean squares, relative."""
     readers = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
     input_bytes = sum(file.stat().st_size for reader in readers for file in reader.files())
     output_bytes = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
@@ -90,8 +120,9 @@ def build_report(
         ],
         "calibration": None if calibration is None else _calibration(calibration),
         "layers": layers,
-        "seconds": round(seconds, 3),
-        "peak_memory_bytes": peak_memory_bytes(),
+        "evaluation": None if evaluation is None else evaluation.to_json(),
+        "warnings": list(warnings),
+        **asdict(cost),
         "versions": versions(),
     }
 
@@ -110,12 +141,6 @@ def _calibration(calibration: Calibration) -> dict[str, Any]:
     return {**counts, "sequences": calibration.text_sequences + calibration.image_sequences}
 
 
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def markdown(report: dict[str, Any]) -> str:
     """report.md: the summary, what stayed float16, and a table of the layers."""
     kind = "symmetric" if report["symmetric"] else "with zero points"
@@ -128,12 +153,13 @@ def markdown(report: dict[str, Any]) -> str:
         f"{_megabytes(report['output_bytes'])} after",
         f"- bits per weight: {report['bits_per_weight']:.3f} in quantized linears, "
         f"{report['bits_per_llm_weight']:.2f} over the whole language model",
-        f"- {clock(report['seconds'])} of time, {_megabytes(report['peak_memory_bytes'])} of "
-        "memory at the peak (measured)",
+        _cost_line(report),
         f"- seed {report['seed']}; parent checkpoint {report['checkpoint_fingerprint'][:16]}",
         "- versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()),
         *_calibration_lines(report["calibration"]),
+        *(f"- **warning**: {warning}" for warning in report["warnings"]),
         "",
+        *_quality_lines(report["evaluation"]),
         "## Not quantized",
         "",
         "| part | parameters | reason |",
@@ -145,9 +171,79 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "## Layers",
         "",
-        *(_awq_table(report) if report["calibration"] else _rtn_table(report)),
+        *TABLES[report["algorithm"]](report),
+        *_drift_table(report["evaluation"]),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _cost_line(report: dict[str, Any]) -> str:
+    evaluated = report["evaluation_seconds"]
+    share = f" ({clock(evaluated)} of it to evaluate)" if evaluated else ""
+    return (
+        f"- {clock(report['seconds'])} of time{share}, {_megabytes(report['peak_memory_bytes'])} "
+        "of memory at the peak, without mapped files "
+        f"({_megabytes(report['peak_resident_bytes'])} with them); measured"
+    )
+
+
+def quality_table(evaluation: dict[str, Any]) -> list[str]:
+    """Text, answers about pictures and both, a row each."""
+    rows = [
+        f"| {title} | {q['tokens']:,} | {q['perplexity_original']:.4g} | {q['perplexity']:.4g} | "
+        f"{q['kl_mean']:.4g} | {q['kl_p99']:.3g} | {q['top1_agreement']:.1%} |"
+        for name, title in PREDICTED.items()
+        if (q := evaluation["quality"][name]) is not None
+    ]
+    return [
+        "| predicted | tokens | perplexity before | after | mean KL | 99th percentile of KL | "
+        "top-1 agreement |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        *rows,
+    ]
+
+
+def evaluation_data(evaluation: dict[str, Any]) -> str:
+    """What the figures of `quality_table` were measured on."""
+    kind = "the user's own" if evaluation["own_data"] else "the shipped"
+    return (
+        f"Measured on {kind} evaluation set: {evaluation['sequences']} sequences, "
+        f"{evaluation['image_sequences']} of them about {evaluation['images']} pictures; SHA-256 "
+        f"{evaluation['sha256'][:16]}. Both models in float32 arithmetic. KL is "
+        "KL(original ‖ quantized) per token, in nats; top-1 agreement is how often both find the "
+        "same token most likely."
+    )
+
+
+def _quality_lines(evaluation: dict[str, Any] | None) -> list[str]:
+    title = ["## Quality on held-out data", ""]
+    if evaluation is None:
+        return [*title, "Not evaluated; --eval shipped does it.", ""]
+    return [*title, *quality_table(evaluation), "", evaluation_data(evaluation), ""]
+
+
+def _drift_table(evaluation: dict[str, Any] | None) -> list[str]:
+    if evaluation is None:
+        return []
+    return [
+        "",
+        "## Drift by modality",
+        "",
+        "How far the hidden states behind each layer are from the original's on the evaluation "
+        "data, errors of all layers up to it together: per token, square of the difference over "
+        "square of the original; mean over the tokens.",
+        "",
+        "| layer | text tokens | picture tokens |",
+        "|---|---:|---:|",
+        *(
+            f"| {e['layer']} | {_figure(e['text_error'])} | {_figure(e['image_error'])} |"
+            for e in evaluation["layers"]
+        ),
+    ]
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
 
 
 def _calibration_lines(calibration: dict[str, Any] | None) -> list[str]:
@@ -183,6 +279,26 @@ def _awq_table(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def _compensated_table(report: dict[str, Any]) -> list[str]:
+    names = list(report["layers"][0]["linears"])
+    titles = ["layer", "drift behind it", *(name.partition(".")[2] for name in names)]
+    return [
+        "Relative output error (mean square error over mean square, on the calibration data behind "
+        "the quantized layers before): round to nearest → as stored, against the weights wanted. "
+        "Drift: square of quantized less exact hidden states behind the layer, over the square of "
+        "what the layer adds.",
+        "",
+        f"| {' | '.join(titles)} |",
+        f"|{'---|' * len(titles)}",
+        *(
+            f"| {layer['layer']} | {layer['drift']:.2g} | "
+            + " | ".join(_errors(layer["linears"][name]) for name in names)
+            + " |"
+            for layer in report["layers"]
+        ),
+    ]
+
+
 def _rtn_table(report: dict[str, Any]) -> list[str]:
     names = list(report["layers"][0]["linears"])
     titles = ["layer", *(name.partition(".")[2] for name in names)]
@@ -202,6 +318,13 @@ def _rtn_table(report: dict[str, Any]) -> list[str]:
 
 def _errors(entry: dict[str, Any]) -> str:
     return f"{entry['output_error_before']:.2g} → {entry['output_error_after']:.2g}"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "awq-gptq": _compensated_table,
+    "awq": _awq_table,
+    "rtn": _rtn_table,
+}
 
 
 def _megabytes(size: int) -> str:

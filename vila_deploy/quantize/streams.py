@@ -57,7 +57,7 @@ class Streams:
         exact = matrix(sum(lengths), config.hidden_size, scratch)
         torch.cat(embeds, out=exact)
         embeds.clear()
-        quantized = matrix(*exact.shape, scratch).copy_(exact)
+        quantized = matrix(len(exact), config.hidden_size, scratch).copy_(exact)
         return cls(exact, quantized, tuple(_chunks(lengths)), cos, sin, scratch)
 
     def matrix(self, columns: int) -> Tensor:
@@ -84,19 +84,20 @@ class Streams:
                 parts.append(output.flatten(0, 1))
         return torch.cat(parts)
 
-    @torch.inference_mode()
-    def skip(self, layer: nn.Module, quantized: nn.Module) -> None:
-        """Moves on through a layer that is quantized already, bit for bit as quantizing it does.
+    def pass_exact(self, layer: nn.Module) -> None:
+        """Moves the exact stream on through a layer as the checkpoint has it."""
+        self._pass(self.exact, layer)
 
-        Args:
-            layer: as the checkpoint has it.
-            quantized: with the weights and norms that are stored.
-        """
-        for hidden, module in ((self.exact, layer), (self.quantized, quantized)):
-            for chunk in self.chunks:
-                now = hidden[chunk.tokens]
-                now = after_attention(module, now, self.heads(module, now, chunk))
-                hidden[chunk.tokens] = after_mlp(module, now, gated(module, now))
+    def pass_quantized(self, layer: nn.Module) -> None:
+        """Moves the other on through the layer as it is stored, bit for bit as quantizing does."""
+        self._pass(self.quantized, layer)
+
+    @torch.inference_mode()
+    def _pass(self, stream: Tensor, layer: nn.Module) -> None:
+        for chunk in self.chunks:
+            hidden = stream[chunk.tokens]
+            hidden = after_attention(layer, hidden, self.heads(layer, hidden, chunk))
+            stream[chunk.tokens] = after_mlp(layer, hidden, gated(layer, hidden))
 
 
 def after_attention(layer: nn.Module, hidden: Tensor, heads: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class Examples:
         pieces = self._pieces(self._rendered(example))
         if example.answer is None:
             return TokenSequence(pieces, example.pictures)
-        asked = render(self._template, [], self._question(example)) + self._template.before_answer
+        asked = render(self._template, [], self._question(example))
         last, prompt = pieces[-1], self._pieces(asked)[-1]
         # The last token of the prompt and the first of the answer may have become one.
         asked_tokens = _same_at_the_start(last, prompt)
