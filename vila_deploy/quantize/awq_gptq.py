@@ -47,8 +47,8 @@ class CompensatedLayer:
         errors: for each linear: mean square error of its output over its mean square, by round to
             nearest and as it is, both on what enters it behind the quantized layers before and
             against the weights that it was to have.
-        drift: mean square difference between quantized and exact hidden states behind the layer,
-            over the mean square of what the layer adds.
+        drift: square of the difference between quantized and exact hidden state behind the layer,
+            over the square of the exact one; mean over the tokens.
     """
 
     linears: dict[str, QuantizedLinear]
@@ -81,7 +81,7 @@ def quantize_layer(
     """
     work = _Work(layer, streams, scheme, where)
     on_step("outputs before")
-    between, added = work.run_exact()
+    between = work.run_exact()
     work.fold_output_scales()
     on_step("attention")
     work.round_behind_norm(ATTENTION_GROUP)
@@ -96,7 +96,7 @@ def quantize_layer(
         linears={name: work.linears[name] for name in LINEARS},
         norms={name: weight_of(layer, name) for name in NORMS},
         errors={name: work.errors[name] for name in LINEARS},
-        drift=_sum_of_squares(streams.quantized, streams.exact) / added if added else 0.0,
+        drift=_drift(streams),
     )
 
 
@@ -109,18 +109,16 @@ class _Work:
         self.errors: dict[str, tuple[float, float]] = {}
         self._scales: dict[ScaleGroup, Tensor] = {}
 
-    def run_exact(self) -> tuple[Tensor, float]:
+    def run_exact(self) -> Tensor:
         """Moves the exact stream on, and learns the scales that fold into linears.
 
         Returns:
-            the exact hidden states between attention and feed-forward block, and the sum of
-            squares of what the layer adds.
+            the exact hidden states between attention and feed-forward block.
         """
         streams, layer = self.streams, self.layer
         between = streams.matrix(streams.exact.shape[1])
         into_out = InputMoments(weight_of(layer, OUT_GROUP.linears[0]).shape[1])
         into_down = InputMoments(weight_of(layer, DOWN_GROUP.linears[0]).shape[1])
-        added = 0.0
         for chunk in streams.chunks:
             hidden = streams.exact[chunk.tokens]
             heads = streams.heads(layer, hidden, chunk)
@@ -128,9 +126,7 @@ class _Work:
             between[chunk.tokens] = after_attention(layer, hidden, heads)
             inner = gated(layer, between[chunk.tokens])
             into_down.add(inner[::SCALE_TOKEN_STRIDE])
-            output = after_mlp(layer, between[chunk.tokens], inner)
-            added += _sum_of_squares(output, hidden)
-            streams.exact[chunk.tokens] = output
+            streams.exact[chunk.tokens] = after_mlp(layer, between[chunk.tokens], inner)
         if not bool(torch.isfinite(streams.exact).all()):
             raise VilaDeployError(
                 "its outputs on the calibration data are not finite",
@@ -139,7 +135,7 @@ class _Work:
             )
         self._learn(OUT_GROUP, into_out.metric())
         self._learn(DOWN_GROUP, into_down.metric())
-        return between, added
+        return between
 
     def fold_output_scales(self) -> None:
         """Into the rows of v_proj and up_proj, before anything is rounded: so it is exact."""
@@ -231,7 +227,11 @@ class _Work:
             bias.copy_(linear.bias)
 
 
-def _sum_of_squares(left: Tensor, right: Tensor) -> float:
-    """Of the difference, summed row by row so that millions of terms keep their digits."""
-    rows = zip(left.split(1024), right.split(1024), strict=True)
-    return sum(float((a - b).square().sum(-1).sum(dtype=torch.float64)) for a, b in rows)
+def _drift(streams: Streams) -> float:
+    total = 0.0
+    for chunk in streams.chunks:
+        exact = streams.exact[chunk.tokens]
+        lost = (streams.quantized[chunk.tokens] - exact).square().sum(-1)
+        power = exact.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        total += float((lost / power).sum(dtype=torch.float64))
+    return total / len(streams.exact)

@@ -285,8 +285,8 @@ def _compensated_table(report: dict[str, Any]) -> list[str]:
     return [
         "Relative output error (mean square error over mean square, on the calibration data behind "
         "the quantized layers before): round to nearest → as stored, against the weights wanted. "
-        "Drift: square of quantized less exact hidden states behind the layer, over the square of "
-        "what the layer adds.",
+        "Drift: square of the difference between quantized and exact hidden state over the square "
+        "of the exact one, mean over the tokens.",
         "",
         f"| {' | '.join(titles)} |",
         f"|{'---|' * len(titles)}",
