@@ -15,40 +15,56 @@ from vila_deploy.kernels.tiles import device
 
 QUERIES = 16  # rows of the narrowest tensor core product
 SLOTS = 64  # of the cache at a time
+LOG2_E = 1.4426950408889634
 
 
 @triton.jit
 def attention_part_kernel(
-    q, keys, values, position, sums, maxima, weights, heads, kv_heads, slots, splits, scale,
-    GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr,
-    SLOTS: tl.constexpr, STAGES: tl.constexpr,
+    q, keys, values, position, cos, sin, sums, maxima, weights, heads, kv_heads, slots, splits,
+    scale,
+    TURN: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
+    QUERIES: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(position) + token + 1
-    chunk = tl.cdiv(tl.cdiv(length, splits), SLOTS) * SLOTS
+    newest = tl.load(position) + token
+    chunk = tl.cdiv(tl.cdiv(newest + 1, splits), SLOTS) * SLOTS
     start = split * chunk
-    end = tl.minimum(start + chunk, length)
+    end = tl.minimum(start + chunk, newest + 1)
     query, slot, dim = tl.arange(0, QUERIES), tl.arange(0, SLOTS), tl.arange(0, DIM_BLOCK)
     head = kv_head * GROUP + query
     mine, whole = query < GROUP, dim < DIM
     rows = (token * heads + head)[:, None]
     inside = mine[:, None] & whole[None, :]
-    vectors = tl.load(q + rows * DIM + dim[None, :], mask=inside, other=0.0)
     keys += kv_head.to(tl.int64) * slots * DIM
     values += kv_head.to(tl.int64) * slots * DIM
+    if TURN:
+        # One token, straight from the product: q, k and v of all heads in a row.
+        vectors = turned(q + head[:, None] * DIM, dim[None, :], cos, sin, newest, inside, DIM)
+        source = q + (heads + kv_head) * DIM
+        new_key = turned(source, dim, cos, sin, newest, whole, DIM)
+        new_value = tl.load(source + kv_heads * DIM + dim, mask=whole, other=0.0)
+        if (start <= newest) & (newest < end):
+            tl.store(keys + newest * DIM + dim, new_key, mask=whole)
+            tl.store(values + newest * DIM + dim, new_value, mask=whole)
+    else:
+        vectors = tl.load(q + rows * DIM + dim[None, :], mask=inside, other=0.0)
     top = tl.full((QUERIES,), -1e30, tl.float32)
     mass = tl.zeros((QUERIES,), tl.float32)
     total = tl.zeros((QUERIES, DIM_BLOCK), tl.float32)
+    last = newest if TURN else newest + 1  # the slot being written is not read
     for first in tl.range(start, end, SLOTS, num_stages=STAGES):
         at = first + slot
         k = tl.load(
             keys + at[None, :] * DIM + dim[:, None],
-            mask=(at[None, :] < end) & whole[:, None], other=0.0,
+            mask=(at[None, :] < last) & whole[:, None], other=0.0,
         )  # fmt: skip
         v = tl.load(
             values + at[:, None] * DIM + dim[None, :],
-            mask=(at[:, None] < end) & whole[None, :], other=0.0,
+            mask=(at[:, None] < last) & whole[None, :], other=0.0,
         )  # fmt: skip
+        if TURN:
+            k = tl.where(at[None, :] == newest, new_key[:, None], k)
+            v = tl.where(at[:, None] == newest, new_value[None, :], v)
         scores = tl.where(at[None, :] < end, tl.dot(vectors, k) * scale, -1e30)
         new_top = tl.maximum(top, tl.max(scores, 1))
         shares = tl.exp2(scores - new_top[:, None])
@@ -61,6 +77,19 @@ def attention_part_kernel(
     flat = (token * heads + head) * splits + split
     tl.store(maxima + flat, top, mask=mine)
     tl.store(weights + flat, mass, mask=mine)
+
+
+@triton.jit
+def turned(source, dim, cos, sin, position, inside, DIM: tl.constexpr):
+    """float16 vectors at `source` after rotary embedding at `position`."""
+    HALF: tl.constexpr = DIM // 2
+    partner = tl.where(dim < HALF, dim + HALF, dim - HALF)
+    own = tl.load(source + dim, mask=inside, other=0.0).to(tl.float32)
+    other = tl.load(source + partner, mask=inside, other=0.0).to(tl.float32)
+    angle = position * HALF + dim % HALF
+    c = tl.load(cos + angle, mask=dim < DIM, other=0.0)
+    s = tl.load(sin + angle, mask=dim < DIM, other=0.0)
+    return (own * c + tl.where(dim < HALF, -other, other) * s).to(tl.float16)
 
 
 @triton.jit
@@ -91,22 +120,46 @@ def attention(
         out: float16 [tokens, heads · dim].
         parts: scratch for at least as many tokens.
     """
-    tokens, heads, dim = q.shape
-    kv_heads, slots, _ = keys.shape
+    return _launches(q, None, keys, values, position, out, parts, sm)
+
+
+def rope_attention(
+    qkv: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, position: Tensor,
+    out: Tensor, parts: Parts, sm: int,
+) -> tuple[Launch, Launch]:  # fmt: skip
+    """`rope_kv` and `attention` of one token in one boundary less, with the same bits as result.
+
+    Args:
+        qkv: float16 [1, (heads + 2 · kv_heads) · dim], as the product left it.
+        angles: cos and sin, float32 [slots, dim / 2].
+        keys, values: also written, at the slot `position`.
+    """
+    return _launches(qkv, angles, keys, values, position, out, parts, sm)
+
+
+def _launches(
+    q: Tensor, angles: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor,
+    position: Tensor, out: Tensor, parts: Parts, sm: int,
+) -> tuple[Launch, Launch]:  # fmt: skip
+    kv_heads, slots, dim = keys.shape
+    tokens, heads = out.shape[0], out.shape[1] // dim
     assert heads // kv_heads <= QUERIES
+    assert angles is None or tokens == 1
     block = max(16, next_power_of_2(dim))
     scratch = {"sums": parts.sums, "maxima": parts.maxima, "weights": parts.weights}
+    cos, sin = angles or (parts.maxima, parts.maxima)
     part = Launch(
         attention_part_kernel,
         (tokens, kv_heads, parts.splits),
         {
-            "q": q, "keys": keys, "values": values, "position": position, **scratch,
-            "heads": heads, "kv_heads": kv_heads, "slots": slots, "splits": parts.splits,
-            "scale": dim**-0.5 * 1.4426950408889634,
+            "q": q, "keys": keys, "values": values, "position": position, "cos": cos, "sin": sin,
+            **scratch, "heads": heads, "kv_heads": kv_heads, "slots": slots,
+            "splits": parts.splits, "scale": dim**-0.5 * LOG2_E,
         },
         {
-            "GROUP": heads // kv_heads, "DIM": dim, "DIM_BLOCK": block, "QUERIES": QUERIES,
-            "SLOTS": SLOTS, "STAGES": device(sm).attention_stages,
+            "TURN": angles is not None, "GROUP": heads // kv_heads, "DIM": dim,
+            "DIM_BLOCK": block, "QUERIES": QUERIES, "SLOTS": SLOTS,
+            "STAGES": device(sm).attention_stages,
         },
         4,
     )  # fmt: skip

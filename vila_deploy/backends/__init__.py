@@ -17,6 +17,7 @@ from vila_deploy.model.tokenizer import Tokenizer, load_tokenizer
 # Each module offers open_session(folder, manifest) → Session.
 BACKENDS = {
     "onnxruntime": "vila_deploy.backends.onnxruntime",
+    "native": "vila_deploy.backends.native",
     "tensorrt": "vila_deploy.backends.tensorrt",
     "tensorrt-llm": "vila_deploy.backends.tensorrt_llm",
 }

@@ -1,0 +1,29 @@
+"""The GPU backend of this project's own kernels: packed weights, and the Session that runs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vila_deploy.backends.native.session import NativeSession
+    from vila_deploy.engine.manifest import Manifest
+
+
+def open_session(folder: Path, manifest: Manifest) -> NativeSession:
+    """Runs the engine in `folder`, whose files have been checked against `manifest`.
+
+    Raises:
+        VilaDeployError: triton is missing, or no CUDA GPU is here.
+    """
+    from importlib.util import find_spec
+
+    from vila_deploy.errors import VilaDeployError
+
+    if find_spec("triton") is None:
+        raise VilaDeployError(
+            "backend native needs triton", fix="install it: pip install 'vila-deploy[native]'"
+        )
+    from vila_deploy.backends.native.session import NativeSession
+
+    return NativeSession(folder, manifest)

@@ -1,0 +1,95 @@
+"""Writes the files of an engine for the native backend; no GPU is needed."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from vila_deploy.backends.native import files
+from vila_deploy.backends.native.compile import compile_engine
+from vila_deploy.backends.native.model_file import write_model
+from vila_deploy.backends.native.weights import norms, pack_llm, tensors
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.expected import expected_projector, expected_tower
+from vila_deploy.engine.request import BuildRequest, Built
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.files import canonical_json
+from vila_deploy.model.weights import WeightSource
+from vila_deploy.progress import progress
+
+MAX_BATCH_SIZE = 1
+GROUP_SIZES = (16, 32, 64, 128, 256)
+# Query heads that share a key head fill at most one tensor core product.
+MOST_HEADS_IN_GROUP = 16
+
+
+def check(config: VilaConfig, request: BuildRequest) -> None:
+    """Raises VilaDeployError if this backend can't build the model; before any work."""
+    llm = config.llm
+    if find_spec("triton") is None:
+        raise VilaDeployError(
+            "backend native needs triton", fix="install it: pip install 'vila-deploy[native]'"
+        )
+    if request.tp > 1:
+        raise VilaDeployError(
+            "backend native runs on one GPU",
+            where="--tp",
+            fix="leave --tp out, or use --backend tensorrt-llm",
+        )
+    if llm.quantization is not None and llm.quantization.group_size not in GROUP_SIZES:
+        raise VilaDeployError(
+            f"backend native takes group sizes {', '.join(map(str, GROUP_SIZES))}, found "
+            f"{llm.quantization.group_size}",
+            where="llm/config.json: quantization_config.group_size",
+            fix="quantize again with --group-size 128",
+        )
+    if llm.num_heads // llm.num_kv_heads > MOST_HEADS_IN_GROUP:
+        raise VilaDeployError(
+            f"backend native takes up to {MOST_HEADS_IN_GROUP} query heads for a key head, found "
+            f"{llm.num_heads // llm.num_kv_heads}",
+            where="llm/config.json: num_key_value_heads",
+            fix="use another backend",
+        )
+
+
+def build(
+    folder: Path,
+    config: VilaConfig,
+    llm: WeightSource,
+    tower: WeightSource,
+    projector: WeightSource,
+    request: BuildRequest,
+) -> Built:
+    """Writes packed weights, tower and sizes into `folder`, and what the compiler says.
+
+    Every kernel is compiled for the target. The whole language model is in memory once, packed.
+    """
+    check(config, request)
+    max_seq_len, capability = request.limits.max_seq_len, request.target.compute_capability
+    assert capability is not None
+    with progress(config.llm.num_layers + 4, "building") as advance:
+        packed = pack_llm(config.llm, llm, max_seq_len, advance)
+        weight_bytes = packed.bytes_per_step
+        units = {name: norm.unit for name, norm in norms(packed)}
+        write_model(folder / files.MODEL, config, units)
+        save_file({k: t.contiguous() for k, t in tensors(packed).items()}, folder / files.LLM)
+        advance("weights written")
+        del packed
+        _save_vision(folder / files.VISION, config, tower, projector)
+        advance("vision tower")
+        report = compile_engine(config.llm, max_seq_len, [capability])
+        (folder / files.KERNELS).write_text(canonical_json({"kernels": report}), "utf-8")
+        advance("kernels")
+    return Built(weight_bytes, {name: version(name) for name in ("torch", "triton")})
+
+
+def _save_vision(
+    path: Path, config: VilaConfig, tower: WeightSource, projector: WeightSource
+) -> None:
+    """Tower and projector in float16; their names don't meet."""
+    found = {t.name: tower.tensor(t.name).half() for t in expected_tower(config)}
+    found |= {t.name: projector.tensor(t.name).half() for t in expected_projector(config)}
+    save_file({name: tensor.contiguous() for name, tensor in found.items()}, path)

@@ -1,0 +1,204 @@
+"""Runs an engine on a CUDA GPU, or, slowly, on the CPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vila_deploy.backends.native import files, lookup
+from vila_deploy.backends.native.model_file import read_model
+from vila_deploy.backends.native.prefill import prefill
+from vila_deploy.backends.native.step import Cache, DecodeStep, Sizes
+from vila_deploy.backends.native.weights import Layer, Norm, PackedLlm, empty_llm, map_tensors
+from vila_deploy.engine.manifest import Manifest
+from vila_deploy.engine.session import Floats
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.kernels.interpreter import INTERPRETED
+from vila_deploy.kernels.tiles import INTERPRETER, TOKENS
+from vila_deploy.model.vision import VisionEncoder
+
+
+class NativeSession:
+    """Implements `vila_deploy.engine.session.Session`; batch 1.
+
+    Raises:
+        VilaDeployError: no CUDA GPU, or one of another compute capability than the target's.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest):
+        self._device, sm = find_device()
+        self.position, self.max_seq_len = 0, manifest.limits.max_seq_len
+        config, units = read_model(folder / files.MODEL)
+        self._sizes = Sizes(config.llm, self.max_seq_len, sm, self._device)
+        self._llm = _load_llm(folder, self._sizes, units)
+        # The tower runs in the precision that this device is fast in.
+        self._vision_dtype = torch.float32 if self._device == "cpu" else torch.float16
+        stored = _Stored(load_file(folder / files.VISION))
+        self._vision = VisionEncoder(config, stored, stored, self._vision_dtype).to(self._device)
+        self._cache = Cache(config.llm, self.max_seq_len, self._device)
+        self._step = DecodeStep(self._sizes, self._llm, self._cache)
+        self._wide: DecodeStep | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
+        tiles = torch.from_numpy(pixels).to(self._device, self._vision_dtype)
+        return self._vision(tiles, grid).float().cpu().numpy()
+
+    def embed_tokens(self, tokens: Sequence[int]) -> Floats:
+        ids = torch.tensor(list(tokens), dtype=torch.int64, device=self._llm.table.device)
+        return self._llm.table[ids].float().cpu().numpy()
+
+    @torch.inference_mode()
+    def prefill(self, embeds: Floats) -> Floats:
+        """Appends [tokens, hidden] to the cache → logits of the last token [vocab]."""
+        self._check_room(len(embeds))
+        x = torch.from_numpy(np.ascontiguousarray(embeds, np.float32)).to(self._device)
+        last = prefill(self._sizes, self._llm, self._cache, x, self.position)
+        self.position += len(embeds)
+        self._step.finish(last)
+        return self._logits()
+
+    @torch.inference_mode()
+    def decode(self, token: int) -> Floats:
+        self._check_room(1)
+        self._step.token.fill_(token)
+        self._run_step()
+        self.position += 1
+        return self._logits()
+
+    @torch.inference_mode()
+    def decode_greedy(self, tokens: int) -> list[int]:
+        """The next `tokens` greedy tokens after prefill or decode, chosen and fed back on the
+        device; the host waits once, at the end."""
+        self._check_room(tokens)
+        start = self.position
+        for _ in range(tokens):
+            self._run_step()
+        self.position += tokens
+        return self._cache.history[start + 1 : self.position + 1].tolist()
+
+    @torch.inference_mode()
+    def decode_lookup(self, tokens: int, text: Sequence[int]) -> tuple[list[int], int]:
+        """The same tokens as `decode_greedy`, in fewer steps where the text repeats itself.
+
+        Args:
+            text: token ids of the prompt, whose repetitions serve as guesses.
+
+        Returns:
+            The tokens, and how many steps they took.
+        """
+        self._check_room(tokens)
+        if self._wide is None:
+            self._wide = DecodeStep(self._sizes, self._llm, self._cache, TOKENS)
+        known, found, steps = int(self._step.token), list[int](), 0
+        seen = [*text, known]
+        while len(found) < tokens:
+            steps += 1
+            if self.position + TOKENS > self.max_seq_len:
+                # No room to check guesses behind the last slots.
+                self._step.token.fill_(known)
+                new = self.decode_greedy(1)
+            else:
+                new = lookup.run(self._wide, self._cache, known, seen, self.position)
+                new = new[: tokens - len(found)]
+                self.position += len(new)
+            found += new
+            seen += new
+            known = new[-1]
+        self._cache.position.fill_(self.position)
+        self._step.token.fill_(known)
+        return found, steps
+
+    def reset(self) -> None:
+        self.position = 0
+        self._cache.position.zero_()
+
+    def close(self) -> None:
+        """Frees weights, cache and graph."""
+        for name in ("_graph", "_step", "_wide", "_cache", "_vision", "_llm"):
+            self.__dict__.pop(name, None)
+
+    def _run_step(self) -> None:
+        if self._device == "cpu":
+            self._step()
+            return
+        if self._graph is None:
+            self._graph = self._capture()
+        self._graph.replay()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """The step as a graph; the run that compiles its kernels must leave no trace."""
+        token, position = self._step.token.clone(), self._cache.position.clone()
+        # The compiling run writes one slot of the cache, which the first replay writes again.
+        self._step()
+        torch.cuda.synchronize()
+        self._step.token.copy_(token)
+        self._cache.position.copy_(position)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        return graph
+
+    def _logits(self) -> Floats:
+        return self._step.logits[0].cpu().numpy().copy()
+
+    def _check_room(self, tokens: int) -> None:
+        if not tokens:
+            raise VilaDeployError("the prompt is empty", fix="give at least one token")
+        if self.position + tokens > self.max_seq_len:
+            raise VilaDeployError(
+                f"{self.position + tokens} tokens don't fit into the {self.max_seq_len} positions "
+                "of this engine",
+                fix="ask for less, or build it with a larger --max-seq-len",
+            )
+
+
+def find_device() -> tuple[str, int]:
+    """torch's name of the device and its compute capability · 10, or the interpreter's 0."""
+    if INTERPRETED:
+        return "cpu", INTERPRETER
+    if not torch.cuda.is_available():
+        raise VilaDeployError(
+            "backend native needs a CUDA GPU, and torch finds none here",
+            fix="open it on the target, or set TRITON_INTERPRET=1 to try it slowly on the CPU",
+        )
+    major, minor = torch.cuda.get_device_capability()
+    return "cuda", 10 * major + minor
+
+
+class _Stored:
+    """Tensors of a file as a WeightSource."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        self._tensors = tensors
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def linear(self, prefix: str) -> Tensor:
+        return self._tensors[f"{prefix}.weight"]
+
+
+def _load_llm(folder: Path, sizes: Sizes, units: dict[str, float]) -> PackedLlm:
+    stored = load_file(folder / files.LLM, device=sizes.device)
+    llm = map_tensors(empty_llm(sizes.config, sizes.slots), lambda name, _: stored.pop(name))
+
+    def norm(name: str, value: Norm) -> Norm:
+        return replace(value, unit=units[name])
+
+    def layer(index: int, value: Layer) -> Layer:
+        first, second = f"layers.{index}.input_norm", f"layers.{index}.post_norm"
+        return replace(
+            value,
+            input_norm=norm(first, value.input_norm),
+            post_norm=norm(second, value.post_norm),
+        )
+
+    layers = tuple(layer(index, value) for index, value in enumerate(llm.layers))
+    return replace(llm, layers=layers, norm=norm("norm", llm.norm))

@@ -1,0 +1,141 @@
+"""One decoding step as a list of kernel launches over fixed buffers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vila_deploy.backends.native.weights import Layer, Norm, PackedLlm
+from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.kernels.add_residual import add_residual, parts
+from vila_deploy.kernels.attention import Parts, attention, rope_attention
+from vila_deploy.kernels.embed import embed
+from vila_deploy.kernels.gate_up import gate_up
+from vila_deploy.kernels.head import head
+from vila_deploy.kernels.launch import Launch
+from vila_deploy.kernels.norm_qkv import norm_qkv
+from vila_deploy.kernels.pick import pick
+from vila_deploy.kernels.rope_kv import rope_kv
+from vila_deploy.kernels.tiles import TOKENS, attention_splits
+
+
+class Cache:
+    """Keys and values, float16 [layers, kv_heads, slots, dim]; `position` int32 [1] counts them."""
+
+    def __init__(self, config: LlmConfig, slots: int, device: str):
+        shape = (config.num_layers, config.num_kv_heads, slots, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=torch.float16, device=device)
+        self.values = torch.zeros(shape, dtype=torch.float16, device=device)
+        self.position = torch.zeros(1, dtype=torch.int32, device=device)
+        self.history = torch.zeros(slots, dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What launches depend on besides the weights."""
+
+    config: LlmConfig
+    slots: int
+    sm: int
+    device: str
+
+
+class DecodeStep:
+    """Launches that turn `token` [tokens] at the cache's position into `logits` and the next token.
+
+    With one token, the step also moves the position on and leaves the next token in `token`, so
+    that it can be replayed without the host. With more (up to 8), each token sees those before it,
+    `token` becomes the greedy successor of each, and the position stays: the caller keeps what
+    it accepts.
+    """
+
+    def __init__(self, sizes: Sizes, llm: PackedLlm, cache: Cache, tokens: int = 1):
+        config, device = sizes.config, sizes.device
+        self._sizes, self._llm, self._cache = sizes, llm, cache
+        hidden, heads, dim = config.hidden_size, config.num_heads, config.head_dim
+        width = (heads + 2 * config.num_kv_heads) * dim
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.token = buffer(tokens, dtype=torch.int32)
+        self.logits = buffer(tokens, config.vocab_size, dtype=torch.float32)
+        self._stream = buffer(tokens, hidden, dtype=torch.float32)
+        self._x, self._attended = buffer(tokens, hidden), buffer(tokens, heads * dim)
+        self._inner = buffer(tokens, config.intermediate_size)
+        self._qkv, self._q = buffer(tokens, width), buffer(tokens, heads, dim)
+        self._first = buffer(1, TOKENS, dtype=torch.float32)
+        self._squares = buffer(parts(sizes.sm, hidden), TOKENS, dtype=torch.float32)
+        splits = attention_splits(sizes.sm, config.num_kv_heads, sizes.slots)
+        self._parts = Parts(tokens, heads, dim, splits, device)
+        ends = parts(sizes.sm, config.vocab_size)
+        self._best = buffer(ends, TOKENS, dtype=torch.float32)
+        self._index = buffer(ends, TOKENS, dtype=torch.int32)
+        self.launches = tuple(self._launches(tokens))
+
+    def __call__(self) -> None:
+        for launch in self.launches:
+            launch()
+
+    def finish(self, stream: torch.Tensor) -> None:
+        """Logits, and the greedy token into `token`, of a stream [hidden] that left the layers."""
+        self._x[0] = (stream * self._llm.norm.weight).half()
+        self._squares.zero_()
+        self._squares[0, 0] = stream.square().sum()
+        for launch in (self._head(), self._pick(step=False)):
+            launch()
+
+    def _launches(self, tokens: int) -> list[Launch]:
+        llm = self._llm
+        first = llm.layers[0].input_norm
+        found = [embed(self.token, llm.table, first.weight, self._stream, self._x, self._first)]
+        following = [layer.input_norm for layer in llm.layers[1:]] + [llm.norm]
+        for index, (layer, after) in enumerate(zip(llm.layers, following, strict=True)):
+            found += self._layer(index, layer, after)
+        return [*found, self._head(), self._pick(step=tokens == 1)]
+
+    def _head(self) -> Launch:
+        config, norm = self._sizes.config, self._llm.norm
+        return head(
+            self._x, self._squares, self._llm.head, self.logits, self._best, self._index,
+            config.rms_norm_eps, norm.unit, self._sizes.sm,
+        )  # fmt: skip
+
+    def _pick(self, *, step: bool) -> Launch:
+        cache = self._cache
+        return pick(self._best, self._index, self.token, cache.history, cache.position, step=step)
+
+    def _layer(self, index: int, layer: Layer, after: Norm) -> list[Launch]:
+        sm, epsilon = self._sizes.sm, self._sizes.config.rms_norm_eps
+        squares = self._first if index == 0 else self._squares
+        return [
+            norm_qkv(
+                self._x, squares, layer.qkv, layer.qkv_bias, self._qkv, epsilon,
+                layer.input_norm.unit, sm,
+            ),
+            *self._attend(index),
+            add_residual(
+                self._attended, layer.o, layer.post_norm.weight, self._stream, self._x,
+                self._squares, sm,
+            ),
+            gate_up(
+                self._x, self._squares, layer.gate_up, self._inner, epsilon, layer.post_norm.unit,
+                sm,
+            ),
+            add_residual(
+                self._inner, layer.down, after.weight, self._stream, self._x, self._squares, sm
+            ),
+        ]  # fmt: skip
+
+    def _attend(self, index: int) -> tuple[Launch, ...]:
+        """One token: two launches. Several see each other in the cache, so it is written first."""
+        llm, cache, sm = self._llm, self._cache, self._sizes.sm
+        keys, values, position = cache.keys[index], cache.values[index], cache.position
+        if len(self.token) == 1:
+            return rope_attention(
+                self._qkv, (llm.cos, llm.sin), keys, values, position, self._attended,
+                self._parts, sm,
+            )  # fmt: skip
+        turn = rope_kv(self._qkv, llm.cos, llm.sin, position, self._q, keys, values)
+        return turn, *attention(self._q, keys, values, position, self._attended, self._parts, sm)

@@ -1,0 +1,209 @@
+"""The language model as the kernels take it: packed layer by layer, kept in one file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from vila_deploy.checkpoint.expected import has_bias
+from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.graph.llm import rotary_tables
+from vila_deploy.kernels.layout import (
+    FLOAT_BLOCK,
+    PackedLinear,
+    empty_like_packed,
+    interleave,
+    pack_float,
+    pack_int4,
+)
+from vila_deploy.model.weights import WeightSource
+from vila_deploy.progress import Advance
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm's weight float32 [hidden], divided by the power of two `unit` so that none exceeds 1.
+
+    The stream times this weight then fits into float16 wherever the stream itself does.
+    """
+
+    weight: Tensor
+    unit: float
+
+    @classmethod
+    def of(cls, weight: Tensor) -> Norm:
+        largest = float(weight.float().abs().max())
+        unit = 2.0 ** max(0, math.ceil(math.log2(largest))) if largest > 0 else 1.0
+        return cls(weight.float() / unit, unit)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer; `qkv_bias` is float32 or None, `gate_up` interleaved."""
+
+    input_norm: Norm
+    qkv: PackedLinear
+    qkv_bias: Tensor | None
+    o: PackedLinear
+    post_norm: Norm
+    gate_up: PackedLinear
+    down: PackedLinear
+
+
+@dataclass(frozen=True)
+class PackedLlm:
+    """A whole decoder; `table` float16 [vocabulary, hidden], `cos` and `sin` [slots, dim / 2]."""
+
+    layers: tuple[Layer, ...]
+    norm: Norm
+    head: PackedLinear
+    table: Tensor
+    cos: Tensor
+    sin: Tensor
+
+    @property
+    def bytes_per_step(self) -> int:
+        """Bytes of weights that a decoding step reads."""
+        total = self.head.size_bytes
+        for layer in self.layers:
+            total += sum(x.size_bytes for x in (layer.qkv, layer.o, layer.gate_up, layer.down))
+        return total + 4 * self.norm.weight.numel() * (2 * len(self.layers) + 1)
+
+
+def pack_layer(config: LlmConfig, weights: WeightSource, index: int) -> Layer:
+    """Decoder layer `index`, repacked from the checkpoint's own form."""
+    prefix = f"model.layers.{index}"
+
+    def linear(block: str, *names: str) -> PackedLinear:
+        return pack_joined([weights.linear(f"{prefix}.{block}.{name}") for name in names], prefix)
+
+    def norm(name: str) -> Norm:
+        return Norm.of(weights.tensor(f"{prefix}.{name}.weight"))
+
+    bias = None
+    if has_bias(config, "self_attn.q_proj"):
+        names = (f"{prefix}.self_attn.{name}_proj.bias" for name in "qkv")
+        bias = torch.cat([weights.tensor(name).float() for name in names])
+    return Layer(
+        input_norm=norm("input_layernorm"),
+        qkv=linear("self_attn", "q_proj", "k_proj", "v_proj"),
+        qkv_bias=bias,
+        o=linear("self_attn", "o_proj"),
+        post_norm=norm("post_attention_layernorm"),
+        gate_up=interleave(linear("mlp", "gate_proj"), linear("mlp", "up_proj")),
+        down=linear("mlp", "down_proj"),
+    )
+
+
+def pack_joined(parts: Sequence[Tensor | QuantizedLinear], where: str) -> PackedLinear:
+    """Linears that read the same input as one, rows below each other."""
+    quantized = [part for part in parts if isinstance(part, QuantizedLinear)]
+    if not quantized:
+        return pack_float(torch.cat([part for part in parts if isinstance(part, Tensor)]))
+    if any(part.prequant_scale is not None for part in quantized):
+        raise VilaDeployError(
+            "backend native takes no scales of input channels beside the weights",
+            where=where,
+            fix="quantize with --format awq, which folds them into the norms",
+        )
+    joined = QuantizedLinear(
+        *(torch.cat([getattr(part, name) for part in quantized]) for name in ("q", "scale", "zero"))
+    )
+    return pack_int4(joined)
+
+
+def pack_llm(
+    config: LlmConfig, weights: WeightSource, max_seq_len: int, advance: Advance
+) -> PackedLlm:
+    """Everything but the vision part."""
+    layers = []
+    for index in range(config.num_layers):
+        layers.append(pack_layer(config, weights, index))
+        advance(f"decoder layer {index}")
+    table = weights.tensor("model.embed_tokens.weight").half()
+    tied = config.tie_word_embeddings
+    head = pack_float(table if tied else weights.tensor("lm_head.weight"))
+    advance("lm_head")
+    cos, sin = rotary_tables(config, max_seq_len)
+    return PackedLlm(
+        tuple(layers), Norm.of(weights.tensor("model.norm.weight")), head, table, cos, sin
+    )
+
+
+def empty_llm(config: LlmConfig, max_seq_len: int, device: str = "meta") -> PackedLlm:
+    """A decoder of these sizes without values; what compiling ahead of time needs."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
+    bits, group = 16, FLOAT_BLOCK
+    if config.quantization is not None:
+        bits, group = 4, config.quantization.group_size
+
+    def linear(out_features: int, in_features: int) -> PackedLinear:
+        return empty_like_packed(out_features, in_features, bits, group, device)
+
+    def norm() -> Norm:
+        return Norm(torch.empty(hidden, device=device), 1.0)
+
+    bias = None
+    if has_bias(config, "self_attn.q_proj"):
+        bias = torch.empty(queries + 2 * keys, device=device)
+    layers = tuple(
+        Layer(
+            norm(),
+            linear(queries + 2 * keys, hidden),
+            bias,
+            linear(hidden, queries),
+            norm(),
+            interleave(linear(inner, hidden), linear(inner, hidden)),
+            linear(hidden, inner),
+        )
+        for _ in range(config.num_layers)
+    )
+    head = empty_like_packed(config.vocab_size, hidden, 16, FLOAT_BLOCK, device)
+    table = torch.empty((config.vocab_size, hidden), dtype=torch.float16, device=device)
+    cos, sin = (torch.empty((max_seq_len, config.head_dim // 2), device=device) for _ in range(2))
+    return PackedLlm(layers, norm(), head, table, cos, sin)
+
+
+def map_tensors(llm: PackedLlm, change: Callable[[str, Tensor], Tensor]) -> PackedLlm:
+    """The same decoder with every tensor replaced by `change(name, tensor)`."""
+    return _map("", llm, change)
+
+
+def tensors(llm: PackedLlm) -> dict[str, Tensor]:
+    """Every tensor under its name, as it stands in the file."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, tensor: Tensor) -> Tensor:
+        found[name] = tensor
+        return tensor
+
+    map_tensors(llm, keep)
+    return found
+
+
+def norms(llm: PackedLlm) -> Iterator[tuple[str, Norm]]:
+    """Every norm, in the order of the layers; units are kept outside the tensors."""
+    for index, layer in enumerate(llm.layers):
+        yield f"layers.{index}.input_norm", layer.input_norm
+        yield f"layers.{index}.post_norm", layer.post_norm
+    yield "norm", llm.norm
+
+
+def _map(name: str, value: object, change: Callable[[str, Tensor], Tensor]):  # type: ignore[no-untyped-def]
+    """A dataclass, or a tuple of them, with its tensors replaced."""
+    if isinstance(value, Tensor):
+        return change(name, value)
+    if isinstance(value, tuple):
+        return tuple(_map(f"{name}.{i}", part, change) for i, part in enumerate(value))
+    if not isinstance(value, Norm | Layer | PackedLinear | PackedLlm):
+        return value
+    dot = f"{name}." if name else ""
+    inner = {f.name: _map(dot + f.name, getattr(value, f.name), change) for f in fields(value)}
+    return type(value)(**inner)
