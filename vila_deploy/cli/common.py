@@ -53,9 +53,9 @@ def command_errors(command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
-def no_nan(context: click.Context, option: click.Parameter, value: float) -> float:
+def no_nan(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
     """Refuses NaN, which lies in every range as click sees it."""
-    if math.isnan(value):
+    if value is not None and math.isnan(value):
         raise click.BadParameter("must be a number")
     return value
 
