@@ -119,7 +119,7 @@ def test_feedback_rounds_as_gptq_does(inputs, weight, scheme, monkeypatch):
     monkeypatch.setattr(feedback, "REFINEMENTS", 0)
     monkeypatch.setattr(feedback, "ROWS_AT_A_TIME", 10)
     monkeypatch.setattr(feedback, "BLOCK", 24)
-    monkeypatch.setattr(feedback, "_refit_scales", lambda rows, gram: rows.scale)
+    monkeypatch.setattr(feedback, "_refit_scales", lambda rows, *rest: rows.scale)
     metric = metric_of(inputs)
     found = round_with_feedback(weight, metric, scheme, "it")
     scale, zero = found.scale.double(), found.zero.double()
@@ -140,7 +140,7 @@ def test_each_step_lowers_the_error(inputs, weight, scheme, monkeypatch):
         return error(round_with_feedback(weight, metric_of(inputs), scheme, "it").dequantize())
 
     nearest, refined = error(fake_quantize(weight, scheme)), with_refinements(2)
-    monkeypatch.setattr(feedback, "_refit_scales", lambda rows, gram: rows.scale)
+    monkeypatch.setattr(feedback, "_refit_scales", lambda rows, *rest: rows.scale)
     plain = with_refinements(0)
     assert plain < 0.6 * nearest
     assert refined < 0.97 * plain

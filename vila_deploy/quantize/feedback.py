@@ -86,10 +86,11 @@ def _round_rows(weight: Tensor, metric: Metric, scheme: QuantScheme) -> _Rows:
         transposed, transposed, scale.T.contiguous(), zero.T.contiguous(), scheme.group_size
     )
     rows.levels = _feed_back(rows, metric)
+    pulled = metric.gram @ rows.weight
     for _ in range(REFINEMENTS):
-        rows.scale = _refit_scales(rows, metric.gram)
+        rows.scale = _refit_scales(rows, metric.gram, pulled)
         rows.levels = _descend(rows, metric.gram)
-    rows.scale = _refit_scales(rows, metric.gram)
+    rows.scale = _refit_scales(rows, metric.gram, pulled)
     return rows
 
 
@@ -140,21 +141,27 @@ def _feed_back(rows: _Rows, metric: Metric) -> Tensor:
     return result
 
 
-def _refit_scales(rows: _Rows, gram: Tensor) -> Tensor:
+def _refit_scales(rows: _Rows, gram: Tensor, pulled: Tensor) -> Tensor:
     """The scales [in/group, rows] with the least error for the levels as they are.
 
     For a row with centred levels v, the scales s of its groups solve A s = b with
     A_gh = v_g · gram_gh · v_h and b_g = v_g · gram_g · w.
+
+    Args:
+        pulled: gram · weight [in, rows].
     """
     size, (channels, count) = rows.group_size, rows.weight.shape
     groups = channels // size
     levels = rows.centred()
     matrix = levels.new_empty(count, groups, groups, dtype=torch.float64)
     for group in range(groups):
-        here = slice(group * size, (group + 1) * size)
-        spread = gram[:, here] @ levels[here]
-        matrix[:, :, group] = (spread * levels).unflatten(0, (groups, size)).sum(1).T
-    wanted = ((gram @ rows.weight) * levels).unflatten(0, (groups, size)).sum(1).T.double()
+        begin = group * size
+        here = slice(begin, begin + size)
+        # A is symmetric, so the groups before this one have their share already.
+        spread = (gram[begin:, here] @ levels[here]).mul_(levels[begin:])
+        matrix[:, group:, group] = spread.unflatten(0, (-1, size)).sum(1).T
+        matrix[:, group, group:] = matrix[:, group:, group]
+    wanted = (pulled * levels).unflatten(0, (groups, size)).sum(1).T.double()
     old = rows.scale.T.double()
     # A little pull towards the old scale keeps groups of zeros solvable.
     pull = 1e-4 * matrix.diagonal(dim1=1, dim2=2)
