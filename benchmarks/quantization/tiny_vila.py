@@ -1,0 +1,151 @@
+"""Calibration with pictures beside calibration with text alone, on the trained tiny-vila.
+
+$ python benchmarks/quantization/tiny_vila.py          # default algorithm, and rtn to compare
+$ python benchmarks/quantization/tiny_vila.py --algorithm awq --symmetric
+
+Calibrates on tiny-vila's calibration questions, once with their pictures and once without. Prints
+a JSON line for fp32 and for each quantization: exact answers to 500 held-out questions by kind, and
+perplexity, KL and top-1 agreement on their answers, as in report.json. The lines go into
+benchmarks/results/tiny-vila-quantization.jsonl too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vila_deploy.bench.measure import commit, device_name
+from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.engine.description import describe
+from vila_deploy.generate import Conversation, Sampling
+from vila_deploy.model.prompts import IMAGE_MARKER
+from vila_deploy.model.tokenizer import load_tokenizer
+from vila_deploy.model.vila import ReferenceSession
+from vila_deploy.progress import progress
+from vila_deploy.quantize.evaluate import EvaluationData, evaluate
+from vila_deploy.quantize.examples import Example, Picture
+from vila_deploy.quantize.job import quantize
+from vila_deploy.quantize.plan import ALGORITHMS, Options
+from vila_deploy.quantize.report import versions
+from vila_deploy.quantize.scheme import QuantScheme
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY_VILA, RESULTS = ROOT / "examples" / "tiny-vila", ROOT / "benchmarks" / "results"
+OUTPUT = RESULTS / "tiny-vila-quantization.jsonl"
+CALIBRATION_QUESTIONS = 256
+sys.path.insert(0, str(TINY_VILA))
+
+from tiny_vila.questions import Question, calibration, held_out  # noqa: E402
+from tiny_vila.scoring import score  # noqa: E402
+
+
+def write_calibration(folder: Path, with_pictures: bool) -> Path:
+    """The calibration questions as JSON lines, their pictures beside them or left out."""
+    folder.mkdir()
+    lines = []
+    for number, question in enumerate(calibration(CALIBRATION_QUESTIONS)):
+        line: dict[str, Any] = {"text": question.prompt, "answer": question.answer}
+        if with_pictures:
+            line["image"] = [f"{number}-{i}.png" for i in range(len(question.scenes))]
+            for name, image in zip(line["image"], question.images, strict=True):
+                image.save(folder / name)
+        else:
+            line["text"] = line["text"].replace(f"{IMAGE_MARKER}\n", "")
+        lines.append(json.dumps(line) + "\n")
+    file = folder / "questions.jsonl"
+    file.write_text("".join(lines), "utf-8")
+    return file
+
+
+def examples(questions: Sequence[Question]) -> list[Example]:
+    """Held-out questions with their right answers, to compare two models on."""
+    found = []
+    for number, question in enumerate(questions):
+        images = question.images
+        pictures = [
+            Picture(f"{number}-{i}", lambda image=image: image) for i, image in enumerate(images)
+        ]
+        found.append(Example(question.prompt, question.answer, tuple(pictures)))
+    return found
+
+
+def exact_answers(root: Path, questions: Sequence[Question]) -> dict[str, Any]:
+    """The share of right greedy answers, in all and by kind, in PyTorch and float32."""
+    checkpoint, tokenizer = open_checkpoint(root), load_tokenizer(root / "llm")
+    session = ReferenceSession(checkpoint)
+    model = describe(checkpoint.config, tokenizer)
+
+    def answer(images: Sequence[Image.Image], prompt: str) -> str:
+        conversation = Conversation(session, tokenizer, model, session.max_seq_len)
+        return conversation.ask(prompt, list(images), Sampling(max_new_tokens=96)).text
+
+    with progress(len(questions), "asking") as advance:
+        result = score(answer, questions, on_answer=advance)
+    by_kind = {kind: result.right[kind] / asked for kind, asked in result.asked.items()}
+    return {"questions": len(questions), "exact_match": result.accuracy, "by_kind": by_kind}
+
+
+def rows(
+    algorithm: str, symmetric: bool, group_size: int, questions: Sequence[Question]
+) -> Iterator[dict[str, Any]]:
+    """One for fp32, one for each way to quantize."""
+    checkpoint = TINY_VILA / "checkpoint"
+    original = open_checkpoint(checkpoint)
+    data = EvaluationData(original, examples(questions), own=True, max_sequences=len(questions))
+    yield {"quantization": "fp32", **exact_answers(checkpoint, questions)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for kind, chosen in (("pictures", algorithm), ("text only", algorithm), ("none", "rtn")):
+            text_only = kind == "text only"
+            calib = None
+            if kind != "none":
+                calib = write_calibration(folder / f"data {kind}", not text_only)
+            options = Options(
+                QuantScheme(group_size, symmetric), chosen, calib,
+                text_only=text_only, evaluate=False,
+            )  # fmt: skip
+            report = quantize(checkpoint, folder / kind, options)
+            found = evaluate(original, open_checkpoint(folder / kind), data).to_json()
+            yield {
+                "quantization": chosen,
+                "calibration": kind,
+                "calibration_tokens": (report["calibration"] or {}).get("tokens"),
+                "calibration_image_tokens": (report["calibration"] or {}).get("image_tokens"),
+                "group_size": group_size,
+                "symmetric": symmetric,
+                **exact_answers(folder / kind, questions),
+                "quality": found["quality"]["image"],
+                "drift": found["layers"],
+                "seconds": report["seconds"],
+            }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default=Options().algorithm)
+    parser.add_argument("--symmetric", action="store_true")
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--questions", type=int, default=500)
+    options = parser.parse_args()
+    questions = held_out(options.questions)
+    common = {"label": "measured", "model": "tiny-vila", "device": device_name()}
+    common |= {"versions": versions(), "commit": commit()}
+    with OUTPUT.open("a", encoding="utf-8") as file:
+        for row in rows(options.algorithm, options.symmetric, options.group_size, questions):
+            line = json.dumps({**common, **row})
+            print(line, flush=True)
+            file.write(line + "\n")
+            file.flush()
+
+
+if __name__ == "__main__":
+    main()
