@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vila_deploy.checkpoint.checksums import ChecksumError, verify_checksums
 from vila_deploy.checkpoint.config import VilaConfig, config_of
@@ -19,11 +20,15 @@ from vila_deploy.checkpoint.expected import (
 from vila_deploy.checkpoint.header import TensorInfo
 from vila_deploy.checkpoint.layout import PARTS, Layout, find_layout, split_flat
 from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.checkpoint.quantization import TRTLLM
 from vila_deploy.checkpoint.tensors import TensorReader, find_tensors
 from vila_deploy.checkpoint.tinychat import VERSION as TINYCHAT
 from vila_deploy.checkpoint.tinychat import read_tinychat, tinychat_file
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import sha256_file
+
+if TYPE_CHECKING:
+    from vila_deploy.formats.trtllm.reader import TrtllmCheckpoint
 
 IDENTIFYING_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 
@@ -38,7 +43,7 @@ class Checkpoint:
         self,
         layout: Layout,
         config: VilaConfig,
-        llm: TensorReader,
+        llm: TensorReader | TrtllmCheckpoint,
         vision: TensorReader,
         projector: TensorReader,
         digests: dict[Path, str],
@@ -93,21 +98,15 @@ def _open(root: Path) -> Checkpoint:
     layout = find_layout(root)
     config = config_of(layout)
     if layout.flat:
-        found = split_flat(find_tensors(root))
+        found = split_flat(find_tensors(root), layout.prefixes)
     else:
         found = {
-            "llm": _find_llm(root / "llm", config.llm),
+            "llm": {} if _is_trtllm(config.llm) else _find_llm(root / "llm", config.llm),
             **{part: find_tensors(root / part) for part in PARTS[1:]},
         }
-    check_llm(config.llm, found["llm"], layout.folder("llm"))
+    llm = _llm_reader(layout, config.llm, found["llm"])
     check_tower(config, found["vision_tower"], layout.folder("vision_tower"))
     check_projector(config, found["mm_projector"], layout.folder("mm_projector"))
-    quantization = config.llm.quantization
-    llm = TensorReader(
-        found["llm"],
-        group_size=quantization.group_size if quantization else None,
-        aliases={HEAD: EMBEDDING} if config.llm.tie_word_embeddings else None,
-    )
     vision, projector = TensorReader(found["vision_tower"]), TensorReader(found["mm_projector"])
     readers = (llm, vision, projector)
     # Last, since the other checks say more precisely what is wrong.
@@ -119,6 +118,28 @@ def _open(root: Path) -> Checkpoint:
     return Checkpoint(layout, config, llm, vision, projector, digests or {})
 
 
+def _is_trtllm(config: LlmConfig) -> bool:
+    return config.quantization is not None and config.quantization.version == TRTLLM
+
+
+def _llm_reader(
+    layout: Layout, config: LlmConfig, found: dict[str, TensorInfo]
+) -> TensorReader | TrtllmCheckpoint:
+    """Reads the checked tensors of llm/, or of trtllm/ beside it."""
+    if _is_trtllm(config):
+        # Only here, since that module needs torch.
+        from vila_deploy.formats.trtllm import FOLDER
+        from vila_deploy.formats.trtllm.reader import TrtllmCheckpoint
+
+        return TrtllmCheckpoint(layout.root / FOLDER, config)
+    check_llm(config, found, layout.folder("llm"))
+    return TensorReader(
+        found,
+        group_size=config.quantization.group_size if config.quantization else None,
+        aliases={HEAD: EMBEDDING} if config.tie_word_embeddings else None,
+    )
+
+
 def _find_llm(folder: Path, config: LlmConfig) -> dict[str, TensorInfo]:
     """Every tensor of llm/, which an AWQ release of VILA holds in one file of torch.save."""
     tinychat = config.quantization is not None and config.quantization.version == TINYCHAT
@@ -128,7 +149,7 @@ def _find_llm(folder: Path, config: LlmConfig) -> dict[str, TensorInfo]:
     return read_tinychat(file, config.quantization.group_size)
 
 
-def _refuse_non_finite(readers: Iterable[TensorReader], file: Path) -> None:
+def _refuse_non_finite(readers: Iterable[TensorReader | TrtllmCheckpoint], file: Path) -> None:
     """Raises if a tensor in `file` holds NaN or Inf: that names the damage better than a digest."""
     for reader in readers:
         for name in reader.names():

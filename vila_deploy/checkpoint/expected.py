@@ -9,14 +9,15 @@ from typing import NamedTuple
 
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.header import TensorInfo
-from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
+from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.checkpoint.quantization import PACKED, QuantizationConfig
 from vila_deploy.checkpoint.tinychat import VERSION as TINYCHAT
 from vila_deploy.checkpoint.vision_config import VisionConfig
 from vila_deploy.errors import VilaDeployError
 
 FLOATS = ("F16", "BF16", "F32")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-LEVELS_PER_WORD = 8  # 4-bit levels in an int32 of AutoAWQ's GEMM layout
+LEVELS_PER_WORD = 8  # 4-bit levels in an int32
 
 # What released checkpoints carry although nothing uses it; any other extra tensor is an error.
 UNUSED_LLM = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -91,20 +92,38 @@ def _expected_4bit(
     prefix: str, rows: int, columns: int, quantization: QuantizationConfig
 ) -> Iterator[Expected]:
     """A quantized linear of `rows` output and `columns` input channels, but for its bias."""
-    size = quantization.group_size
-    if quantization.version == TINYCHAT:
-        # Only here, since this module needs torch.
-        from vila_deploy.formats.tinychat import NIBBLES, scale_rows
+    for part, shape, dtypes in _PARTS[quantization.version](rows, columns, quantization):
+        yield Expected(f"{prefix}.{part}", shape, dtypes)
 
-        table = (scale_rows(columns, size), rows)
-        yield Expected(f"{prefix}.qweight", (rows // NIBBLES, columns), ("I16",))
-        yield Expected(f"{prefix}.scales", table, ("F16",))
-        yield Expected(f"{prefix}.scaled_zeros", table, ("F16",))
-        return
-    words = rows // LEVELS_PER_WORD
-    yield Expected(f"{prefix}.qweight", (columns, words), ("I32",))
-    yield Expected(f"{prefix}.qzeros", (columns // size, words), ("I32",))
-    yield Expected(f"{prefix}.scales", (columns // size, rows), ("F16",))
+
+def _gemm(rows: int, columns: int, quantization: QuantizationConfig) -> Iterator[Expected]:
+    groups, words = columns // quantization.group_size, rows // LEVELS_PER_WORD
+    yield Expected("qweight", (columns, words), ("I32",))
+    yield Expected("qzeros", (groups, words), ("I32",))
+    yield Expected("scales", (groups, rows), ("F16",))
+
+
+def _tinychat(rows: int, columns: int, quantization: QuantizationConfig) -> Iterator[Expected]:
+    # Only here, since this module needs torch.
+    from vila_deploy.formats.tinychat import NIBBLES, scale_rows
+
+    table = (scale_rows(columns, quantization.group_size), rows)
+    yield Expected("qweight", (rows // NIBBLES, columns), ("I16",))
+    yield Expected("scales", table, ("F16",))
+    yield Expected("scaled_zeros", table, ("F16",))
+
+
+def _packed(rows: int, columns: int, quantization: QuantizationConfig) -> Iterator[Expected]:
+    groups = columns // quantization.group_size
+    yield Expected("weight_packed", (rows, columns // LEVELS_PER_WORD), ("I32",))
+    yield Expected("weight_scale", (rows, groups), ("F16", "BF16"))
+    yield Expected("weight_shape", (2,), ("I64",))
+    if quantization.zero_point:
+        yield Expected("weight_zero_point", (rows // LEVELS_PER_WORD, groups), ("I32",))
+
+
+# QuantizationConfig.version → the tensors of a linear, by what follows its name.
+_PARTS = {"gemm": _gemm, TINYCHAT: _tinychat, PACKED: _packed}
 
 
 def has_bias(config: LlmConfig, name: str) -> bool:

@@ -1,29 +1,40 @@
-"""Where the parts of a checkpoint lie: in three folders, or in one as in the first generation."""
+"""Where the parts of a checkpoint lie: in three folders, or in one.
+
+One folder is what the first generation has, and what SGLang's classes for NVILA read.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from vila_deploy.checkpoint.fields import Fields
-from vila_deploy.checkpoint.variants import KNOWN_TOWERS
-from vila_deploy.errors import VilaDeployError
+from vila_deploy.checkpoint.variants import KNOWN_TOWERS, ONE_FOLDERS
+from vila_deploy.errors import VilaDeployError, short
 
 PARTS = ("llm", "vision_tower", "mm_projector")
 # What begins the names of a flat checkpoint's tensors, and what begins them in the part's folder.
-FLAT_PREFIXES = {
+Prefixes = Mapping[str, tuple[str, str]]
+FIRST_GENERATION = {
     "vision_tower": ("model.vision_tower.vision_tower.", ""),
     "mm_projector": ("model.mm_projector.", "layers."),
 }
+BY_PART = {part: (f"{part}.", "") for part in PARTS}
+# Keys of a one-folder config.json that three folders have elsewhere, or not at all.
+ONE_FOLDER_KEYS = ("text_config", "vision_config", "quantization_config", "auto_map", "dtype",
+                   "torch_dtype", "image_token_id", "video_token_id")  # fmt: skip
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The config files of a checkpoint as read, whichever way it is laid out."""
+    """The config files of a checkpoint as read, whichever way it is laid out.
+
+    `prefixes` has the parts whose tensors lie in a flat checkpoint under names of their own.
+    """
 
     root: Path
     flat: bool
@@ -33,6 +44,7 @@ class Layout:
     vision: Fields
     preprocessor: Fields
     projector: Fields
+    prefixes: Prefixes = field(default_factory=dict)
 
     def folder(self, part: str) -> Path:
         """Where weights, and for llm the tokenizer, lie."""
@@ -54,6 +66,8 @@ def find_layout(root: Path) -> Layout:
     fields = Fields.from_file(root / "config.json")
     if "mm_vision_tower" in fields and not os.path.isdir(root / "llm"):  # noqa: PTH112
         return _flat(root, fields)
+    if "text_config" in fields and not os.path.isdir(root / "llm"):  # noqa: PTH112
+        return _one_folder(root, fields)
     for part in PARTS:
         if not os.path.isdir(root / part):  # noqa: PTH112
             raise VilaDeployError(
@@ -89,18 +103,52 @@ def _flat(root: Path, fields: Fields) -> Layout:
         vision=Fields(dict(tower), fields.source, f"{name}: "),
         preprocessor=Fields(dict(preprocessor), fields.source, f"{name}: "),
         projector=Fields({"mm_projector_type": kind}, fields.source),
+        prefixes=FIRST_GENERATION,
     )
+
+
+def _one_folder(root: Path, fields: Fields) -> Layout:
+    """One config.json with the others in it, and what its class takes for granted."""
+    architectures = fields.values.get("architectures")
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    if not isinstance(name, str) or name not in ONE_FOLDERS:
+        raise fields.error(
+            "architectures",
+            f"unknown class {short(name)} of a one-folder checkpoint",
+            f"this version supports {', '.join(ONE_FOLDERS)}",
+        )
+    row = ONE_FOLDERS[name]
+    text = dict(fields.child("text_config").values)
+    text.setdefault("architectures", ["Qwen2ForCausalLM"])
+    if "quantization_config" in fields:
+        text["quantization_config"] = fields.values["quantization_config"]
+    return Layout(
+        root=root,
+        flat=True,
+        fields=Fields({**row.fixed, **fields.values}, fields.source),
+        llm=Fields(text, fields.source, "text_config."),
+        generation=_optional(root / "generation_config.json"),
+        vision=fields.child("vision_config"),
+        preprocessor=Fields.from_file(root / "preprocessor_config.json"),
+        projector=Fields({"mm_projector_type": row.projector, **_projector(fields)}, fields.source),
+        prefixes=BY_PART,
+    )
+
+
+def _projector(fields: Fields) -> dict[str, Any]:
+    key = "mm_projector_type"
+    return {key: fields.values[key]} if key in fields else {}
 
 
 def _optional(file: Path) -> Fields:
     return Fields.from_file(file) if os.path.lexists(file) else Fields({}, file)
 
 
-def split_flat(tensors: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
+def split_flat(tensors: Mapping[str, Value], prefixes: Prefixes) -> dict[str, dict[str, Value]]:
     """A flat checkpoint's tensors by part, under the names that they have in that part's folder."""
     parts: dict[str, dict[str, Value]] = {part: {} for part in PARTS}
     for name, value in tensors.items():
-        for part, (prefix, instead) in FLAT_PREFIXES.items():
+        for part, (prefix, instead) in prefixes.items():
             if name.startswith(prefix):
                 parts[part][instead + name.removeprefix(prefix)] = value
                 break
@@ -112,8 +160,12 @@ def split_flat(tensors: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
 def part_configs(layout: Layout) -> dict[str, dict[str, Any]]:
     """What the config files of three folders would hold, by path; of a flat checkpoint only."""
     parts = {f"{part}_cfg": {"_name_or_path": f"./{part}"} for part in PARTS}
+    root = dict(layout.fields.values)
+    if layout.prefixes is BY_PART:
+        root = {key: value for key, value in root.items() if key not in ONE_FOLDER_KEYS}
+        root |= {"architectures": ["LlavaLlamaModel"], "model_type": "llava_llama"}
     return {
-        "config.json": {**layout.fields.values, **parts},
+        "config.json": {**root, **parts},
         "llm/config.json": layout.llm.values,
         "vision_tower/config.json": layout.vision.values,
         "vision_tower/preprocessor_config.json": layout.preprocessor.values,

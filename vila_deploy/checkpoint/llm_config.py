@@ -5,21 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vila_deploy.checkpoint.fields import Fields
-from vila_deploy.checkpoint.tinychat import VERSION as TINYCHAT
-from vila_deploy.checkpoint.tinychat import group_size, tinychat_file
+from vila_deploy.checkpoint.quantization import QuantizationConfig, load_quantization
 from vila_deploy.checkpoint.variants import LLM_FAMILIES, LlmFamily
 from vila_deploy.errors import short
-
-
-@dataclass(frozen=True)
-class QuantizationConfig:
-    """`quantization_config` of a 4-bit llm/: which format its tensors are in."""
-
-    quant_method: str
-    bits: int
-    group_size: int
-    zero_point: bool
-    version: str
 
 
 @dataclass(frozen=True)
@@ -90,12 +78,12 @@ def load_llm_config(fields: Fields, generation: Fields) -> LlmConfig:
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         bos_token_id=bos if bos >= 0 else None,
         eos_token_ids=tuple(sorted(stops)),
-        quantization=_quantization_config(fields),
+        quantization=load_quantization(fields),
     )
 
 
 def check_quantized_sizes(config: LlmConfig, fields: Fields) -> None:
-    """AutoAWQ's layout: whole groups along the inputs, whole words of 8 along the outputs."""
+    """Whole groups along the inputs, in every layout whole words of 8 along the outputs."""
     if config.quantization is None:
         return
     group = config.quantization.group_size
@@ -107,7 +95,7 @@ def check_quantized_sizes(config: LlmConfig, fields: Fields) -> None:
     outputs = {**inputs, "num_key_value_heads × head_dim": config.num_kv_heads * config.head_dim}
     for key, unit, sizes in (
         ("quantization_config.group_size", group, inputs),
-        ("quantization_config.version", 8, outputs),
+        ("quantization_config", 8, outputs),
     ):
         for what, size in sizes.items():
             if size % unit:
@@ -132,18 +120,3 @@ def _refuse_rope_scaling(fields: Fields) -> None:
                 )
             if scaling.number("partial_rotary_factor", 1.0) != 1.0:
                 raise fields.error(key, "partial rotary embedding is not supported")
-
-
-def _quantization_config(fields: Fields) -> QuantizationConfig | None:
-    if "quantization_config" not in fields:
-        # AWQ releases of VILA say nothing here: their one file of weights does.
-        file = tinychat_file(fields.source.parent)
-        return QuantizationConfig("awq", 4, group_size(file), True, TINYCHAT) if file else None
-    child = fields.child("quantization_config")
-    return QuantizationConfig(
-        quant_method=child.choice("quant_method", ("awq",), what="quantization method"),
-        bits=child.integer("bits", low=4, high=4),
-        group_size=child.integer("group_size", low=1),
-        zero_point=child.boolean("zero_point", True),
-        version=child.choice("version", ("gemm", "GEMM"), "gemm", what="AWQ layout").lower(),
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,12 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 SMALL_BYTES = 1 << 20
+# What tells a 4-bit linear's layout, looked for in this order, and the module that unpacks it.
+LAYOUTS = {
+    "scaled_zeros": "vila_deploy.formats.tinychat",
+    "weight_packed": "vila_deploy.formats.compressed_tensors",
+    "qweight": "vila_deploy.formats.awq_gemm",
+}
 
 
 def find_tensors(folder: Path) -> dict[str, TensorInfo]:
@@ -206,20 +213,20 @@ class TensorReader:
         Raises:
             VilaDeployError: what `tensor` says, or names the tensor that doesn't fit its format.
         """
-        if self._group_size is None or f"{prefix}.qweight" not in self:
+        telling = next((part for part in LAYOUTS if f"{prefix}.{part}" in self), None)
+        if self._group_size is None or telling is None:
             return self.tensor(f"{prefix}.weight")
-        from vila_deploy.formats import awq_gemm, tinychat
-
-        layout = tinychat if f"{prefix}.scaled_zeros" in self else awq_gemm
-        parts = ("qweight", "qzeros", "scales", "scaled_zeros", "bias")
+        layout = import_module(LAYOUTS[telling])
+        parts = (*layout.TENSORS, "bias")
         tensors = {
             part: self.tensor(f"{prefix}.{part}") for part in parts if f"{prefix}.{part}" in self
         }
         try:
-            return layout.unpack(tensors, self._group_size)
+            linear: QuantizedLinear = layout.unpack(tensors, self._group_size)
         except VilaDeployError as error:
-            where = f"{self.info(f'{prefix}.qweight').file}: {prefix[:120]}.{error.where}"
+            where = f"{self.info(f'{prefix}.{telling}').file}: {prefix[:120]}.{error.where}"
             raise VilaDeployError(error.what, where=where, fix=error.fix) from error
+        return linear
 
 
 def _open(file: Path) -> Any:

@@ -179,6 +179,60 @@ KNOWN_TOWERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
 }
 
+_SIGLIP_TAKEN_FOR_GRANTED = {
+    "mm_vision_select_layer": -2, "mm_vision_select_feature": "cls_patch",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OneFolder:
+    """A class of SGLang that reads a checkpoint in one folder, keyed by its `architectures[0]`.
+
+    `channels` is the width of the features that its projector takes; None: its config says so.
+    `fixed` is what its code takes for granted, as keys of VILA's config.json. The class computes
+    what the projector types of `projectors` say; the first is what reading assumes.
+    """
+
+    model_type: str
+    projectors: tuple[str, ...]
+    channels: int | None
+    fixed: dict[str, Any]
+
+    @property
+    def projector(self) -> str:
+        return self.projectors[0]
+
+
+# python/sglang/srt/models/{nvila,nvila_lite,vila}.py of sgl-project/sglang. A checkpoint is written
+# for the first that fits.
+ONE_FOLDERS = {
+    "NVILAForConditionalGeneration": OneFolder(
+        model_type="nvila",
+        projectors=("mlp_downsample", "mlp_downsample_2x2_fix"),
+        channels=3456,
+        fixed={
+            **_SIGLIP_TAKEN_FOR_GRANTED,
+            "image_aspect_ratio": "dynamic_s2",
+            "dynamic_s2": True,
+            "s2_scales": "448,896,1344",
+            "s2_max_split_size": 448,
+            "s2_resize_output_to_scale_idx": -1,
+        },
+    ),
+    "NVILALiteForConditionalGeneration": OneFolder(
+        model_type="nvila_lite",
+        projectors=("mlp_downsample_3x3_fix",),
+        channels=1152,
+        fixed={**_SIGLIP_TAKEN_FOR_GRANTED, "image_aspect_ratio": "dynamic"},
+    ),
+    "VILAForConditionalGeneration": OneFolder(
+        model_type="vila",
+        projectors=("mlp_downsample_3x3_fix",),
+        channels=None,
+        fixed={**_SIGLIP_TAKEN_FOR_GRANTED, "image_aspect_ratio": "dynamic"},
+    ),
+}
+
 # `image_aspect_ratio` of the root config → how a picture becomes the square that the tower takes;
 # "processor" is the tower's own way.
 IMAGE_MODES = {

@@ -18,6 +18,7 @@ from vila_deploy.formats.quantized_linear import BITS, QuantizedLinear
 if TYPE_CHECKING:
     from vila_deploy.quantize.scheme import QuantScheme
 
+TENSORS = ("qweight", "qzeros", "scales")
 PER_WORD = 32 // BITS  # 8
 # Nibble i (bits 4i..4i+3) of a word holds output channel 8·word + NIBBLE_ORDER[i].
 NIBBLE_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -60,7 +61,7 @@ def unpack(tensors: Mapping[str, Tensor], group_size: int) -> QuantizedLinear:
     Raises:
         VilaDeployError: a tensor is missing, or its dtype or shape doesn't fit the others.
     """
-    for name in ("qweight", "qzeros", "scales"):
+    for name in TENSORS:
         if name not in tensors:
             raise VilaDeployError("is missing", where=name, fix="download the checkpoint again")
     qweight = tensors["qweight"]

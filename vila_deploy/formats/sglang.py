@@ -1,0 +1,173 @@
+"""The one-folder layout that SGLang's NVILA and VILA classes read, its linears as AWQ GEMM.
+
+Source: load_weights in python/sglang/srt/models/{nvila,nvila_lite,vila}.py of sgl-project/sglang,
+and layers/quantization/awq.py there. All tensors lie in one set of shards: `llm.` before the names
+of llm/, `vision_tower.` and `mm_projector.` before those of the other parts. A name without a
+parameter in the classes ends the server, so what nothing uses is left out. Their LLM is always
+Qwen2, their tower SigLIP without the pooling head, and one projector type belongs to each class.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.layout import BY_PART, PARTS
+from vila_deploy.checkpoint.variants import ONE_FOLDERS, PROJECTOR_TYPES
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.files import canonical_json
+from vila_deploy.formats import awq_gemm
+from vila_deploy.formats.folder import (
+    ShardWriter,
+    copy_llm_files,
+    packed,
+    quantized_config,
+    write_checksums,
+)
+from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.model.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from vila_deploy.quantize.scheme import QuantScheme
+
+NOT_LOADED = re.compile(r"vision_model\.(head\.|embeddings\.position_ids)")
+# VILA's loader adds a sentinel to the tokenizer before these two.
+IMAGE_TOKEN, VIDEO_TOKEN, ADDED_BEFORE = "<image>", "<vila/video>", 1
+PUBLISHED = ("processor_config.json", "chat_template.json")
+OF_THREE_FOLDERS = ("resume_path", "_name_or_path", *(f"{part}_cfg" for part in PARTS))
+FIX = "serve it from another format with a tool that knows this model; docs/formats.md lists them"
+
+
+def check(config: VilaConfig, scheme: QuantScheme) -> None:
+    """Refuses models that none of SGLang's classes computes.
+
+    Raises:
+        VilaDeployError: says which property the classes don't have.
+    """
+    architecture(config)
+
+
+def architecture(config: VilaConfig) -> str:
+    """The key of ONE_FOLDERS whose class computes this model; raises as `check` does."""
+    if config.llm.family.name != "qwen2":
+        raise _unfit(f"a {config.llm.family.name} LLM", "Qwen2 only")
+    if config.vision.family.name != "siglip":
+        raise _unfit(f"a {config.vision.family.name} tower", "SigLIP only")
+    if (config.select_layer, config.select_feature) != (-2, "cls_patch"):
+        found = f"features {config.select_feature} of layer {config.select_layer}"
+        raise _unfit(found, "cls_patch of layer -2 only")
+    names = [name for name, kind in PROJECTOR_TYPES.items() if kind == config.projector]
+    types = {kind for row in ONE_FOLDERS.values() for kind in row.projectors}
+    if not types.intersection(names):
+        raise _unfit(f"projector {' or '.join(names)}", f"{', '.join(sorted(types))} only")
+    if config.token_order != "row":
+        raise _unfit("picture tokens column by column", "row by row only")
+    for name, row in ONE_FOLDERS.items():
+        mode, scales = row.fixed["image_aspect_ratio"], row.fixed.get("s2_scales")
+        joined = ",".join(map(str, config.tiling.scales)) if scales else None
+        if (
+            set(row.projectors) & set(names)
+            and row.channels in (None, config.feature_channels)
+            and (config.tiling.mode, joined) == (mode, scales)
+        ):
+            return name
+    raise _unfit(
+        f"{config.tiling.mode} tiles of {config.feature_channels} channels for this projector",
+        "; ".join(
+            f"{row.fixed['image_aspect_ratio']} of {row.channels or 'any'} for {row.projector}"
+            for row in ONE_FOLDERS.values()
+        ),
+    )
+
+
+class Writer:
+    """One folder: shards, config.json, the tokenizer, preprocessor_config.json."""
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path, scheme: QuantScheme):
+        self._checkpoint, self._folder, self._scheme = checkpoint, folder, scheme
+        self._shards = ShardWriter(folder)
+        readers = {"vision_tower": checkpoint.vision, "mm_projector": checkpoint.projector}
+        for part, reader in readers.items():
+            for name in reader.names():
+                if not NOT_LOADED.match(name):
+                    self._shards.add(f"{part}.{name}", reader.tensor(name))
+
+    def add(self, name: str, value: Tensor | QuantizedLinear) -> None:
+        for full, tensor in packed(f"llm.{name}", value, awq_gemm.pack).items():
+            self._shards.add(full, tensor)
+
+    def finish(self) -> None:
+        self._shards.finish()
+        copy_llm_files(self._checkpoint, self._folder)
+        preprocessor = self._checkpoint.layout.preprocessor.values
+        for name, values in (
+            ("config.json", self._config()),
+            ("preprocessor_config.json", preprocessor),
+        ):
+            (self._folder / name).write_text(canonical_json(values), "utf-8")
+        self._copy_published()
+        write_checksums(self._folder)
+
+    def _copy_published(self) -> None:
+        """The code and settings that a checkpoint in this layout brought, which SGLang needs."""
+        layout = self._checkpoint.layout
+        if layout.prefixes is not BY_PART:
+            return
+        for file in sorted(layout.root.iterdir()):
+            if file.is_file() and (file.suffix == ".py" or file.name in PUBLISHED):
+                shutil.copyfile(file, self._folder / file.name)
+
+    def _config(self) -> dict[str, Any]:
+        layout, config = self._checkpoint.layout, self._checkpoint.config
+        name = architecture(config)
+        quantization = {
+            "quant_method": "awq",
+            "bits": self._scheme.bits,
+            "group_size": self._scheme.group_size,
+            # The Marlin kernels take only this; zero points are stored either way.
+            "zero_point": True,
+            "symmetric": self._scheme.symmetric,
+            "version": "gemm",
+            "modules_to_not_convert": ["lm_head", "vision_tower", "mm_projector"],
+        }
+        text = quantized_config(self._checkpoint, quantization)
+        quantization = text.pop("quantization_config")
+        root = {k: v for k, v in layout.fields.values.items() if k not in OF_THREE_FOLDERS}
+        if config.prompt_template is not None:
+            root["prompt_template"] = config.prompt_template
+        projector = layout.projector.values["mm_projector_type"]
+        return {
+            **root,
+            "architectures": [name],
+            "model_type": ONE_FOLDERS[name].model_type,
+            "mm_projector_type": projector,
+            "mm_hidden_size": config.feature_channels,
+            "hidden_size": config.llm.hidden_size,
+            "text_config": text,
+            "vision_config": {**layout.vision.values, "vision_use_head": False},
+            "quantization_config": quantization,
+            "tie_word_embeddings": config.llm.tie_word_embeddings,
+            "dtype": "float16",
+            "torch_dtype": "float16",
+            **self._token_ids(),
+        }
+
+    def _token_ids(self) -> dict[str, int]:
+        """Of the pictures' and videos' markers, which VILA's loader adds to the tokenizer."""
+        tokenizer = load_tokenizer(self._checkpoint.layout.folder("llm"))
+        after = tokenizer.vocab_size + ADDED_BEFORE
+        image, video = (tokenizer.token_id(token) for token in (IMAGE_TOKEN, VIDEO_TOKEN))
+        return {
+            "image_token_id": after if image is None else image,
+            "video_token_id": after + 1 if video is None else video,
+        }
+
+
+def _unfit(found: str, classes: str) -> VilaDeployError:
+    return VilaDeployError(f"SGLang's classes have {classes}, found {found}", fix=FIX)
