@@ -107,8 +107,8 @@ class FakeCuda:
 
 
 class FakeContext:
-    def __init__(self, gpu: FakeCuda, session: onnxruntime.InferenceSession):
-        self.gpu, self.session, self.profile = gpu, session, 0
+    def __init__(self, gpu: FakeCuda, session: onnxruntime.InferenceSession, profiles: int):
+        self.gpu, self.session, self.profile, self.profiles = gpu, session, 0, profiles
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
 
@@ -121,7 +121,7 @@ class FakeContext:
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        if self.profile == 0 and name == "positions" and shape[1] != 1:
+        if (self.profile, self.profiles, name) == (0, 2, "positions") and shape[1] != 1:
             return False
         self.shapes[name] = shape
         return True
@@ -153,6 +153,8 @@ class FakeContext:
 
 
 class FakeEngine:
+    num_optimization_profiles = 2
+
     def __init__(self, gpu: FakeCuda, graph: Path):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -172,10 +174,12 @@ class FakeEngine:
         return self.tensors[index]
 
     def create_execution_context(self, config: Any = None) -> FakeContext:
-        return FakeContext(self.gpu, self.session)
+        return FakeContext(self.gpu, self.session, self.num_optimization_profiles)
 
 
 class FakeRtxEngine(FakeEngine):
+    num_optimization_profiles = 1
+
     def create_runtime_config(self) -> Any:
         cache = SimpleNamespace(deserialize=lambda data: True, serialize=lambda: b"kernels")
         return SimpleNamespace(

@@ -11,10 +11,11 @@ from types import ModuleType
 
 from vila_deploy import __version__
 from vila_deploy.backends import BACKENDS, TOKENIZER_FOLDER
+from vila_deploy.backends.tensorrt.compilers import COMPILERS
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import VilaConfig, load_config, with_template
 from vila_deploy.engine.description import describe
-from vila_deploy.engine.fit import Fit, fit_everywhere
+from vila_deploy.engine.fit import Fit, advise, fit_everywhere
 from vila_deploy.engine.manifest import Limits, Manifest, write_manifest
 from vila_deploy.engine.plan import EnginePlan, plan_engine
 from vila_deploy.engine.request import BuildRequest
@@ -26,6 +27,9 @@ from vila_deploy.model.tokenizer import TOKENIZER_FILES, load_tokenizer
 from vila_deploy.model.weights import WeightSource
 
 DEFAULT_MAX_SEQ_LEN = 4096
+RTX, FIRST_WITH_FP8 = "tensorrt-rtx", "8.9"
+# Components of a plan that GPUs share, by how their names begin.
+SHARED = ("llm decoder", "llm embeddings", "llm head", "key/value cache")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class BuildOptions:
     max_seq_len: int | None = None
     prompt_template: str | None = None
     tp: int = 1
+    jetpack: str | None = None
 
 
 def default_limits(config: VilaConfig) -> Limits:
@@ -54,20 +59,42 @@ def plan_build(root: Path, options: BuildOptions) -> EnginePlan:
         get_target(options.target),
     )
     backend, limits = _backend(target, options), _limits(config, options)
-    return plan_engine(config, target, backend, _planned_precision(config, options), limits)
+    precision = _planned_precision(config, target, options)
+    plan = plan_engine(config, target, backend, precision, limits)
+    return plan if options.tp == 1 else _on_each_gpu(plan, options.tp)
+
+
+def _on_each_gpu(plan: EnginePlan, tp: int) -> EnginePlan:
+    """Of `tp` GPUs: they share the LLM's weights and cache; the rest is on every one, or on one."""
+    components = tuple(
+        replace(part, bytes=part.bytes // tp) if part.name.startswith(SHARED) else part
+        for part in plan.components
+    )
+    saved = sum(part.bytes for part in plan.components) - sum(part.bytes for part in components)
+    needed = plan.device_bytes - saved
+    *build, run = plan.stages
+    run = replace(run, name=f"{run.name}, each of {tp}", memory_bytes=needed)
+    return replace(
+        plan,
+        components=components,
+        device_bytes=needed,
+        fits=needed <= plan.limit_bytes,
+        stages=(*build, run),
+    )
 
 
 def plan_targets(root: Path, options: BuildOptions) -> list[Fit]:
     """On which targets that engine would fit, from the config files alone."""
-    config = load_config(root)
-    return fit_everywhere(config, _planned_precision(config, options), _limits(config, options))
+    config, target = load_config(root), get_target(options.target)
+    precision = _planned_precision(config, target, options)
+    return fit_everywhere(config, precision, _limits(config, options))
 
 
-def _planned_precision(config: VilaConfig, options: BuildOptions) -> str:
+def _planned_precision(config: VilaConfig, target: Target, options: BuildOptions) -> str:
     """An fp16 checkpoint may be planned as what it would be in 4 bits."""
     if config.llm.quantization is None and options.precision == "int4":
         return "int4"
-    return _precision(config, options)
+    return _precision(config, target, options)
 
 
 def build_engine(root: Path, out: Path, options: BuildOptions) -> Manifest:
@@ -91,10 +118,11 @@ def _build(root: Path, out: Path, options: BuildOptions) -> Manifest:
     config = with_template(load_config(root), options.prompt_template)
     target = get_target(options.target)
     module = _backend_module(target, options)
-    precision = _precision(config, options)
+    precision = _precision(config, target, options)
     limits = _limits(config, options)
-    request = BuildRequest(target, limits, options.tp)
+    request = BuildRequest(target, limits, options.tp, options.jetpack)
     _check(module, config, request)
+    _refuse_what_does_not_fit(config, target, options)
     checkpoint = open_checkpoint(root)
     tokenizer = load_tokenizer(checkpoint.layout.folder("llm"))
     if tokenizer.vocab_size > config.llm.vocab_size:
@@ -171,14 +199,45 @@ def _write(
     return whole
 
 
+def _refuse_what_does_not_fit(config: VilaConfig, target: Target, options: BuildOptions) -> None:
+    """Raises before any work; what fits into this computer's memory is known when it runs."""
+    if target.memory_bytes is None:
+        return
+    backend, limits = _backend(target, options), _limits(config, options)
+    precision = _precision(config, target, options)
+    plan = plan_engine(config, target, backend, precision, limits)
+    plan = plan if options.tp == 1 else _on_each_gpu(plan, options.tp)
+    if not plan.fits:
+        raise VilaDeployError(
+            f"the engine would need {plan.device_bytes / 1e9:.1f} GB, {target.title} has "
+            f"{plan.limit_bytes / 1e9:.1f} GB for it",
+            fix=f"what would do: {advise(config, precision, limits, target)}",
+        )
+
+
 def _backend(target: Target, options: BuildOptions) -> str:
     backend = options.backend or target.default_backend
+    if backend == RTX:
+        _check_rtx(target)
+        return "tensorrt"
     if backend not in target.backends:
         raise VilaDeployError(
             f"target {target.name} has no backend {backend!r}",
             fix=f"choose from {', '.join(target.backends)}",
         )
     return backend
+
+
+def _check_rtx(target: Target) -> None:
+    """`--backend tensorrt-rtx` is backend tensorrt where its engines come from tensorrt-rtx."""
+    if target.tensorrt is not None and target.tensorrt.package == RTX:
+        return
+    known = COMPILERS[RTX].ahead_of_time
+    raise VilaDeployError(
+        f"{RTX} compiles for compute capability {', '.join(known)}, not for "
+        f"{target.compute_capability or 'a CPU'} of {target.title}",
+        fix=f"use --backend {' or '.join(target.backends)}",
+    )
 
 
 def _backend_module(target: Target, options: BuildOptions) -> ModuleType:
@@ -201,9 +260,16 @@ def _check(module: ModuleType, config: VilaConfig, request: BuildRequest) -> Non
     module.check(config, request)
 
 
-def _precision(config: VilaConfig, options: BuildOptions) -> str:
+def _precision(config: VilaConfig, target: Target, options: BuildOptions) -> str:
     found = "int4" if config.llm.quantization else "fp16"
     asked = options.precision or found
+    if asked == "fp8":
+        capability = target.compute_capability or "a CPU"
+        has = "has no FP8" if capability < FIRST_WITH_FP8 else "could, but this version can't"
+        raise VilaDeployError(
+            f"--precision fp8: {target.title} (compute capability {capability}) {has}",
+            fix="quantize to 4 bits with vila-quantize and use --precision int4",
+        )
     if asked != found:
         fix = {
             "int4": "run vila-quantize first and build from its output",

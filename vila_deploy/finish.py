@@ -4,7 +4,8 @@ A backend that leaves steps to the device has, in its build module,
 
 - `check_device(manifest)`, which raises what is missing here before any work;
 - `outputs(need)`, the paths in the folder that a step makes;
-- `finish_step(folder, manifest, need)`, which makes them and returns the versions of its tools.
+- `finish_step(folder, manifest, need)`, which makes them and returns the versions of its tools;
+- perhaps `spent(need)`, the files that nothing needs any more once a step is done.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ def finish_engine(folder: Path, target: str, backend: str | None) -> Manifest:
         need, *rest = manifest.needs
         versions = module.finish_step(folder, manifest, need)
         manifest = replace(manifest, needs=tuple(rest), versions={**manifest.versions, **versions})
-        write_manifest(folder, manifest)
+        spent = module.spent(need) if hasattr(module, "spent") else ()
+        write_manifest(folder, manifest, without=spent)
+        for path in spent:
+            (folder / path).unlink(missing_ok=True)
     return manifest
 
 

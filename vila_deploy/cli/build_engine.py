@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from vila_deploy.engine.plan import EnginePlan
 
 
+class Precision(click.Choice[str]):
+    """What the LLM may be in; fp8 passes, so that the target can say why not."""
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return value if value == "fp8" else super().convert(value, param, ctx)
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--target", required=True, help="Device: a row of engines/, e.g. cpu or orin.")
@@ -22,7 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option("--backend", help="What compiles and runs it; the target's default if left out.")
 @click.option(
-    "--precision", type=click.Choice(["int4", "fp16"]),
+    "--precision", type=Precision(["int4", "fp16"]),
     help="Of the language model; the checkpoint's own if left out.",
 )  # fmt: skip
 @click.option("--max-batch-size", type=click.IntRange(1), default=1, show_default=True)
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
     "--tp", type=click.IntRange(1), default=1, show_default=True,
     help="GPUs that share each layer; --backend tensorrt-llm only.",
 )  # fmt: skip
+@click.option("--jetpack", metavar="6|7", help="Release of JetPack on a Jetson; 6 if left out.")
 @click.option("--plan", "plan_only", is_flag=True, help="Show sizes and memory; config files only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or manifest as JSON.")
 @command_errors
@@ -50,6 +58,7 @@ def main(
     max_seq_len: int | None,
     prompt_template: str | None,
     tp: int,
+    jetpack: str | None,
     plan_only: bool,
     as_json: bool,
 ) -> None:
@@ -58,15 +67,22 @@ def main(
     \b
     vila-build-engine VILA1.5-3b-awq --target cpu -o VILA1.5-3b-cpu
     vila-build-engine VILA1.5-3b --target orin-nano --precision int4 --plan
+
+    An engine folder with steps left for the device is finished there by the same command.
     """
+    from vila_deploy.finish import is_unfinished
+
+    if out is None and not plan_only and is_unfinished(checkpoint):
+        out = checkpoint
     if out is None and not plan_only:
         raise click.UsageError("-o is missing: name the folder to write, or give --plan")
 
     from vila_deploy.build import BuildOptions, build_engine, plan_build, plan_targets
 
     options = BuildOptions(
-        target, backend, precision, max_batch_size, max_input_len, max_seq_len, prompt_template, tp
-    )
+        target, backend, precision, max_batch_size, max_input_len, max_seq_len, prompt_template, tp,
+        jetpack,
+    )  # fmt: skip
     if plan_only or out is None:
         planned, fits = plan_build(checkpoint, options), plan_targets(checkpoint, options)
         if as_json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +18,8 @@ from vila_deploy.files import canonical_json, read_json_object, replace_file, sh
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CHECKSUM = "manifest_sha256"
+# What backends keep to be quicker next time; it changes from run to run and may be deleted.
+CACHE_SUFFIX = ".cache"
 HASH_THREADS = 4
 REBUILD = "build the engine again with vila-build-engine, or copy it again"
 
@@ -57,12 +59,16 @@ class Manifest:
     needs: tuple[str, ...] = ()
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: Manifest, without: Collection[str] = ()) -> None:
     """Writes manifest.json with size and SHA-256 of every other file below `folder`.
 
     One that is there is replaced at once.
+
+    Args:
+        without: paths within `folder` that are about to be removed.
     """
     partial = folder / f".{MANIFEST}.partial"
+    left_out = {folder / MANIFEST, partial, *(folder / path for path in without)}
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         **{field.name: getattr(manifest, field.name) for field in fields(Manifest)},
@@ -74,7 +80,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
                 "size_bytes": path.stat().st_size,
             }
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and path not in (folder / MANIFEST, partial)
+            if path.is_file() and path not in left_out and path.suffix != CACHE_SUFFIX
         },
     }
     content[CHECKSUM] = _digest(content)
@@ -131,7 +137,8 @@ def _from_fields(found: Fields) -> Manifest:
 
 
 def _check_files(folder: Path, expected: dict[str, dict[str, Any]]) -> None:
-    present = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != CACHE_SUFFIX)
+    present = {path.relative_to(folder).as_posix() for path in files}
     for name in sorted(present - expected.keys() - {MANIFEST}):
         raise VilaDeployError(
             f"is not part of this engine ({MANIFEST} doesn't list it)",

@@ -23,6 +23,10 @@ DEFAULT_GROUP_SIZE = 128
 CPU_PROGRAM_BYTES, GPU_PROGRAM_BYTES = 200 << 20, 800 << 20
 # Tokens that go through the decoder at a time while the prompt is read.
 PREFILL_TOKENS = 256
+# TensorRT's compiler at its peak, in weights of the graph that it compiles; measured with
+# tensorrt-rtx 1.7 (5.0 GB for 1.5 GB at VILA1.5-3b's shapes), assumed of TensorRT on the device.
+COMPILER_FACTOR, COMPILER_BYTES = 3.2, 400 << 20
+COMPILED_AS_ONE = ("llm decoder linears", "llm head", "llm norms")
 
 
 @dataclass(frozen=True)
@@ -70,8 +74,6 @@ def plan_engine(
     program = CPU_PROGRAM_BYTES if on_cpu else GPU_PROGRAM_BYTES
     device_bytes = program + sum(component.bytes for component in components)
     limit_bytes = target.usable_bytes or available_memory_bytes()
-    layer = sum(map(math.prod, decoder_linears(config.llm).values())) * 4
-    head = config.llm.vocab_size * config.llm.hidden_size * 6
     return EnginePlan(
         target=target.name,
         backend=backend,
@@ -80,11 +82,31 @@ def plan_engine(
         device_bytes=device_bytes,
         limit_bytes=limit_bytes,
         components=components,
-        stages=(
-            Stage("build graphs on this computer", (600 << 20) + max(2 * layer, head)),
-            Stage(f"run on {target.title}", device_bytes),
-        ),
+        stages=_stages(config, target, backend, components, limit_bytes, device_bytes),
     )
+
+
+def _stages(
+    config: VilaConfig,
+    target: Target,
+    backend: str,
+    components: tuple[Component, ...],
+    limit_bytes: int,
+    device_bytes: int,
+) -> tuple[Stage, ...]:
+    """What is done where, and the memory that it takes there; estimates."""
+    layer = sum(map(math.prod, decoder_linears(config.llm).values())) * 4
+    head = config.llm.vocab_size * config.llm.hidden_size * 6
+    graphs = Stage("build graphs on this computer", (600 << 20) + max(2 * layer, head))
+    run = Stage(f"run on {target.title}", device_bytes)
+    if backend != "tensorrt" or target.tensorrt is None:
+        return graphs, run
+    weights = sum(part.bytes for part in components if part.name in COMPILED_AS_ONE)
+    needed = COMPILER_BYTES + int(COMPILER_FACTOR * weights)
+    if target.tensorrt.package == "tensorrt-rtx":
+        return graphs, Stage("compile on this computer", needed), run
+    swap = "" if needed <= limit_bytes else f": {(needed - limit_bytes) / 1e9:.0f} GB of swap"
+    return graphs, Stage(f"compile on {target.title}{swap}", needed), run
 
 
 def _weights(config: VilaConfig, precision: str, storage: Storage) -> Iterable[Component]:

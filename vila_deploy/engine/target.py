@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib import resources
 from typing import Any
 
 from vila_deploy.errors import VilaDeployError
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # JetPack 6 has Python 3.10
+    import tomli as tomllib
 
 
 @dataclass(frozen=True)

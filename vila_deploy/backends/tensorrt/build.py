@@ -131,6 +131,11 @@ def outputs(need: str) -> tuple[str, ...]:
     return (f"{_part(need)}/{files.PLAN}",)
 
 
+def spent(need: str) -> tuple[str, ...]:
+    """What nothing needs any more once a step is done."""
+    return tuple(f"{_part(need)}/{name}" for name in (files.GRAPH, files.WEIGHTS))
+
+
 def finish_step(folder: Path, manifest: Manifest, need: str) -> dict[str, str]:
     """Compiles one part, on the device; versions of what did it."""
     with progress(1, "compiling") as advance:
@@ -157,8 +162,8 @@ def compile_part(folder: Path, part: str, advance: Advance) -> dict[str, str]:
 
 def _compile_and_clear(folder: Path, part: str, advance: Advance) -> dict[str, str]:
     versions = compile_part(folder, part, advance)
-    for name in (files.GRAPH, files.WEIGHTS):
-        (folder / part / name).unlink()
+    for path in spent(_need(part)):
+        (folder / path).unlink()
     return versions
 
 
@@ -166,13 +171,15 @@ def write_description(folder: Path, config: VilaConfig, request: BuildRequest) -
     """What compiling needs to know besides the graphs: on the device there is no checkpoint."""
     from vila_deploy.backends.tensorrt import graphs
 
+    compiler = compiler_of(request.target)
+    ahead = bool(compiler.ahead_of_time)
     content: dict[str, Any] = {
-        "package": compiler_of(request.target).package,
+        "package": compiler.package,
         "compute_capability": request.target.compute_capability,
         "dialect": _dialect(request),
         "jetpack": _jetpack(request),
         "limits": asdict(request.limits),
-        "profiles": graphs.profiles(config, request.limits),
+        "profiles": graphs.profiles(config, request.limits, one_for_all=ahead),
     }
     (folder / files.DESCRIPTION).write_text(canonical_json(content), "utf-8")
 

@@ -124,7 +124,7 @@ class Pinned:
         size_bytes = max(1, count * np.dtype(dtype).itemsize)
         self._address = int(call("cudaMallocHost", size_bytes))
         raw = (ctypes.c_byte * size_bytes).from_address(self._address)
-        self.array: NDArray[Any] = np.frombuffer(raw, dtype, count).reshape(shape)
+        self.array: NDArray[Any] = np.frombuffer(memoryview(raw), dtype, count).reshape(shape)
 
     def close(self) -> None:
         self.array = np.empty(0)

@@ -13,7 +13,8 @@ from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.plan import PREFILL_TOKENS
 from vila_deploy.engine.session import Floats
 
-DECODE, PREFILL = 0, 1
+# Profiles of the engine; tensorrt-rtx has one for both.
+DECODE, PREFILL = 0, -1
 # The engine has run as often before its kernels are recorded, so that all are loaded by then.
 RUNS_BEFORE_CAPTURE = 2
 ALIGNMENT_BYTES = 256
@@ -88,8 +89,10 @@ class Decoder:
     def close(self) -> None:
         self._contexts.clear()
         self._engine.close()
-        for buffer in (*self._device.values(), self._cache, *self._host, self._logits):
+        for buffer in (*self._device.values(), self._cache):
             buffer.close()
+        for pinned in (*self._host, self._logits):
+            pinned.close()
 
     def _prepared(self, profile: int) -> Any:
         """A context with everything bound; that of single tokens has its shapes for good."""

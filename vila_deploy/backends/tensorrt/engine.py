@@ -13,7 +13,7 @@ from vila_deploy.errors import VilaDeployError
 
 
 class Engine:
-    """An engine in memory of the GPU, with an execution context for each profile in use.
+    """An engine in memory of the GPU.
 
     Args:
         plan: what the compiler wrote.
@@ -37,7 +37,6 @@ class Engine:
             )
         self.engine, self._messages, self._plan = engine, messages, plan
         self._config = self._runtime_config()
-        self._contexts: dict[int, Any] = {}
 
     @property
     def names(self) -> list[str]:
@@ -50,17 +49,20 @@ class Engine:
         return self._config is not None
 
     def context(self, profile: int, stream: Stream) -> Any:
-        """The execution context of a profile; made at the first call."""
-        if profile not in self._contexts:
-            made = (
-                self.engine.create_execution_context(self._config)
-                if self._config is not None
-                else self.engine.create_execution_context()
-            )
-            if made is None or not made.set_optimization_profile_async(profile, int(stream)):
-                raise self._failed("can't prepare it")
-            self._contexts[profile] = made
-        return self._contexts[profile]
+        """A new execution context for shapes of one profile; -1 is the last one.
+
+        Raises:
+            VilaDeployError: mostly too little memory.
+        """
+        made = (
+            self.engine.create_execution_context(self._config)
+            if self._config is not None
+            else self.engine.create_execution_context()
+        )
+        index = profile % self.engine.num_optimization_profiles
+        if made is None or not made.set_optimization_profile_async(index, int(stream)):
+            raise self._failed("can't prepare it")
+        return made
 
     def bind(self, context: Any, addresses: Mapping[str, int]) -> None:
         """Where each input and output lies in memory of the GPU."""
@@ -82,7 +84,6 @@ class Engine:
     def close(self) -> None:
         """Frees everything; kernels made on the way stay beside the engine for the next time."""
         self._save_cache()
-        self._contexts.clear()
         self._config = self.engine = self._runtime = None
 
     def _runtime_config(self) -> Any:

@@ -82,10 +82,16 @@ def write_llm(
     return stored.bytes_per_step
 
 
-def profiles(config: VilaConfig, limits: Limits) -> dict[str, tuple[Profile, ...]]:
-    """Shapes of each part's inputs: the LLM decodes in its first profile, prefills in its second.
+def profiles(
+    config: VilaConfig, limits: Limits, one_for_all: bool
+) -> dict[str, tuple[Profile, ...]]:
+    """Shapes of each part's inputs: the LLM decodes in its first profile, prefills in its last.
 
     A prompt goes through the LLM in chunks, so that memory does not grow with --max-input-len.
+
+    Args:
+        one_for_all: decode and prefill share a profile, for compilers that make the kernels for
+            a shape where they run; two would only double the time and the plan.
     """
     llm, size, batch = config.llm, config.vision.image_size, limits.max_batch_size
     chunk = min(PREFILL_TOKENS, limits.max_input_len)
@@ -109,9 +115,9 @@ def profiles(config: VilaConfig, limits: Limits) -> dict[str, tuple[Profile, ...
         return {name: ((1, *dims), (1, *dims), (most, *dims))}
 
     side, tiling = config.feature_side, config.tiling
-    made = {
+    made: dict[str, tuple[Profile, ...]] = {
         files.VISION: (tiles("pixels", 1, 3, size, size),),
-        files.LLM: (steps(1, 1), steps(1, chunk)),
+        files.LLM: (steps(1, chunk),) if one_for_all else (steps(1, 1), steps(1, chunk)),
     }
     if tiling.joins_scales:
         made[files.PROJECTOR] = (tiles("features", 1, side**2, config.feature_channels),)

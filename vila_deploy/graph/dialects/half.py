@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ from vila_deploy.graph.writer import GraphWriter, StoredTensor, WeightFile
 SIGN_BIT = 8  # q ^ 8 is the two's complement nibble of q − 8
 
 
-class HalfDialect:
+class HalfDialect(ABC):
     """Everything but norm and attention.
 
     Inputs of every graph: inputs_embeds [batch, tokens, hidden] float32, positions [batch, tokens]
@@ -96,8 +97,11 @@ class HalfDialect:
         total = graph.node("Add", x, graph.node("Cast", delta, to=TensorProto.FLOAT))
         return self.norm(graph, total, weight, epsilon), total
 
-    def norm(self, graph: GraphWriter, x: str, weight: str, epsilon: float) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def norm(self, graph: GraphWriter, x: str, weight: str, epsilon: float) -> str: ...
+
+    @abstractmethod
+    def attention(self, graph: GraphWriter, qkv: str, shape: AttentionShape, layer: int) -> str: ...
 
     def cache(
         self, graph: GraphWriter, shape: AttentionShape, num_layers: int, tokens: int | str
@@ -105,8 +109,8 @@ class HalfDialect:
         graph.input("positions", np.int64, ["batch", tokens])
         graph.input("last", np.int64, ["batch"])
 
-    def finish(self, graph: GraphWriter, num_layers: int) -> None:
-        """Nothing, where each layer has written its own part of the cache."""
+    @abstractmethod
+    def finish(self, graph: GraphWriter, num_layers: int) -> None: ...
 
 
 def to_half(graph: GraphWriter, x: str) -> str:

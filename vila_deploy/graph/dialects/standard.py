@@ -62,3 +62,6 @@ class StandardDialect(HalfDialect):
         ]  # fmt: skip
         attended = graph.node("Attention", query, *present, MASK, scale=shape.head_dim**-0.5)
         return side_by_side(graph, attended, shape)
+
+    def finish(self, graph: GraphWriter, num_layers: int) -> None:
+        """Nothing: each layer has written its own part of the cache."""
