@@ -225,7 +225,7 @@ def own(tmp_path_factory):
 def test_command_reports_warns_and_gates(root, own, tmp_path):
     out = tmp_path / "out"
     data = ["--calib", own / "calib.txt", "--text-only", "--eval", own / "eval.jsonl"]
-    done = run(root, out, *data, "--group-size", 64, "--max-kl", "1e-9")
+    done = run(root, out, *data, "--algorithm", "awq", *RTN[2:], "--max-kl", "1e-9")
     assert done.exit_code == 1
     line = done.stderr.splitlines()[-1]
     report = json.loads((out / "report.json").read_text("utf-8"))
