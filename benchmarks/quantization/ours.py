@@ -1,0 +1,112 @@
+"""Our own algorithms on the model and the tokens of smollm2.py, as peers.py runs the others.
+
+$ python benchmarks/quantization/smollm2.py prepare SCRATCH
+$ python benchmarks/quantization/ours.py SCRATCH awq-gptq ours.safetensors [--symmetric]
+$ python benchmarks/quantization/smollm2.py evaluate SCRATCH ours.safetensors
+
+The tokens go into the layers as they are, without the BOS and the blocks that `vila-quantize` makes
+of texts. The output holds the effective weights; its metadata version, CPU seconds and memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vila_deploy.checkpoint.fields import Fields
+from vila_deploy.checkpoint.llm_config import LlmConfig, load_llm_config
+from vila_deploy.model.llm import LINEARS, NORMS, dense_weight, load_decoder_layer
+from vila_deploy.quantize import awq, awq_gptq
+from vila_deploy.quantize.scheme import QuantScheme
+from vila_deploy.quantize.sequences import Sequences
+from vila_deploy.quantize.streams import Streams
+
+GROUP_SIZE = 64
+
+
+class Weights:
+    """SCRATCH/model as a source of weights."""
+
+    def __init__(self, scratch: Path):
+        self.tensors = load_file(scratch / "model" / "model.safetensors")
+
+    def tensor(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def linear(self, prefix: str) -> Tensor:
+        return self.tensors[f"{prefix}.weight"]
+
+
+def quantize(
+    algorithm: str, config: LlmConfig, weights: Weights, embeds: list[Tensor], scheme: QuantScheme
+) -> dict[str, Tensor]:
+    """Effective weights by name."""
+    sequences = Sequences.of(config, embeds)
+    streams = Streams.of(config, embeds, Path(tempfile.gettempdir()))
+    found = dict(weights.tensors)
+    for index in range(config.num_layers):
+        where = f"model.layers.{index}"
+        layer = load_decoder_layer(config, weights, index)
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.clone()
+        if algorithm == "awq":
+            result = awq.quantize_layer(
+                layer,
+                lambda name, where=where: dense_weight(weights, f"{where}.{name}", torch.float32),
+                sequences,
+                scheme,
+                where,
+            )
+        else:
+            result = awq_gptq.quantize_layer(layer, streams, scheme, where)
+        for name in NORMS:
+            found[f"{where}.{name}.weight"] = result.norms[name].half().float()
+        for name in LINEARS:
+            found[f"{where}.{name}.weight"] = result.linears[name].dequantize()
+        print(f"layer {index}: {time.process_time():.0f} CPU seconds", flush=True)
+    return {name: tensor.clone().contiguous() for name, tensor in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("scratch", type=Path)
+    parser.add_argument("algorithm", choices=["awq-gptq", "awq"])
+    parser.add_argument("output", type=Path, help="a .safetensors file")
+    parser.add_argument("--symmetric", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    fields = Fields.from_file(args.scratch / "model" / "config.json")
+    config = load_llm_config(fields, Fields({}, fields.source))
+    weights, scheme = Weights(args.scratch), QuantScheme(GROUP_SIZE, args.symmetric)
+    tokens = load_file(args.scratch / "tokens.safetensors")["calibration"]
+    start = time.process_time()
+    embeds = list(weights.tensors["model.embed_tokens.weight"][tokens])
+    found = quantize(args.algorithm, config, weights, embeds, scheme)
+    facts = {
+        "candidate": f"vila-deploy-{args.algorithm}-{'sym' if args.symmetric else 'asym'}",
+        "version": f"vila-deploy {version('vila-deploy')}",
+        "symmetric": args.symmetric,
+        "group_size": GROUP_SIZE,
+        "calibration_tokens": tokens.numel(),
+        "cpu_seconds": round(time.process_time() - start, 1),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    save_file(found, args.output, metadata={"facts": json.dumps(facts)})
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

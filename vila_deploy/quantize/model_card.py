@@ -1,0 +1,118 @@
+"""The model card of a quantized checkpoint: README.md with Hugging Face's front matter."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.quantize.report import evaluation_data, quality_table
+
+CARD, MAX_CARD_BYTES = "README.md", 1 << 20
+# What is taken over from the card of the original, if it has one.
+LICENSE_KEYS = ("license", "license_name", "license_link")
+PLAIN_VALUE = re.compile(r"[\w./:+-]+( [\w./:+-]+)*", re.ASCII)
+# Where the Hugging Face hub keeps what was downloaded from OWNER/NAME.
+HUB_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
+
+
+def model_card(checkpoint: Checkpoint, report: dict[str, Any]) -> str:
+    """README.md of what `checkpoint` became, of which `report` tells.
+
+    The licence is the original's, and left to the user if its card doesn't tell.
+    """
+    llm = checkpoint.config.llm
+    kind = "symmetric" if report["symmetric"] else "with zero points"
+    lines = [
+        *_front_matter(checkpoint, report),
+        "# VILA with a 4-bit language model",
+        "",
+        f"The language model of a VILA checkpoint ({llm.family.name}, {llm.num_layers} layers, "
+        f"hidden size {llm.hidden_size}), quantized with vila-deploy: "
+        f"{report['algorithm'].upper()}, {report['bits']} bits, groups of {report['group_size']}, "
+        f"{kind}. Not quantized: {', '.join(part['name'] for part in report['not_quantized'])}.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| weights | {report['input_bytes'] / 1e9:.2f} GB before, "
+        f"{report['output_bytes'] / 1e9:.2f} GB now |",
+        f"| bits per weight | {report['bits_per_weight']:.3f} in quantized linears, "
+        f"{report['bits_per_llm_weight']:.2f} over the whole language model |",
+        f"| made from | checkpoint with fingerprint {report['checkpoint_fingerprint'][:16]} |",
+        f"| calibration | {_calibration(report['calibration'])} |",
+        "",
+        "## How to run it",
+        "",
+        "With FOLDER the place of this file:",
+        "",
+        "```console",
+        "$ vila-build-engine FOLDER --target cpu -o ENGINE",
+        '$ vila-chat ENGINE --image cat.jpg -p "What is on the picture?"',
+        "```",
+        "",
+        "## What was lost",
+        "",
+        *_quality(report["evaluation"]),
+        *(line for text in report["warnings"] for line in ("", f"**Warning**: {text}.")),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _front_matter(checkpoint: Checkpoint, report: dict[str, Any]) -> list[str]:
+    licence = _original_licence(checkpoint.root / CARD)
+    base = _hub_name(checkpoint.root)
+    return [
+        "---",
+        *([f"base_model: {base}", "base_model_relation: quantized"] if base else []),
+        *(f"{key}: {value}" for key, value in licence.items()),
+        "pipeline_tag: image-text-to-text",
+        "tags:",
+        *(f"- {tag}" for tag in ("vila", "vila-deploy", report["algorithm"], "4-bit", "int4")),
+        "---",
+        "",
+    ]
+
+
+def _hub_name(root: Path) -> str | None:
+    """OWNER/NAME if `root` lies in the hub's own cache, otherwise unknown."""
+    for folder in (root, *root.absolute().parents):
+        match = HUB_FOLDER.fullmatch(folder.name)
+        if match:
+            return f"{match[1]}/{match[2]}"
+    return None
+
+
+def _original_licence(card: Path) -> dict[str, str]:
+    """The licence keys of a card's front matter, as far as they are plain words."""
+    try:
+        if not card.is_file() or card.stat().st_size > MAX_CARD_BYTES:
+            return {}
+        text = card.read_text("utf-8", "replace")
+    except OSError:
+        return {}
+    first, *lines = text.split("\n")
+    if first.strip() != "---" or "---" not in map(str.strip, lines):
+        return {}
+    found = {}
+    for line in lines[: [line.strip() for line in lines].index("---")]:
+        key, _, value = line.partition(":")
+        value = value.strip().strip("\"'")
+        if key in LICENSE_KEYS and PLAIN_VALUE.fullmatch(value):
+            found[key] = value
+    return found
+
+
+def _calibration(calibration: dict[str, Any] | None) -> str:
+    if calibration is None:
+        return "none needed"
+    return (
+        f"{calibration['tokens']:,} tokens in {calibration['sequences']} sequences, "
+        f"{calibration['image_sequences']} of them about {calibration['images']} pictures"
+    )
+
+
+def _quality(evaluation: dict[str, Any] | None) -> list[str]:
+    if evaluation is None:
+        return ["Not evaluated."]
+    return [*quality_table(evaluation), "", evaluation_data(evaluation)]
