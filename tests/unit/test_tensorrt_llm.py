@@ -19,7 +19,7 @@ from vila_deploy.backends import open_engine
 from vila_deploy.backends.tensorrt_llm import build as backend
 from vila_deploy.backends.tensorrt_llm import device
 from vila_deploy.backends.tensorrt_llm.releases import DESKTOP, JETSON, build_command, check_version
-from vila_deploy.build import BuildOptions, build_engine
+from vila_deploy.build import BuildOptions, build_engine, plan_build
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.cli.build_engine import main
 from vila_deploy.engine.manifest import Limits, load_manifest
@@ -147,6 +147,21 @@ def test_commands_are_what_each_release_takes(release, precision):
         assert fused == (["--use_fused_mlp"] if enable else [])
     else:
         assert fused == [f"--use_fused_mlp={'enable' if enable else 'disable'}"]
+
+
+def test_plan_is_for_each_of_the_gpus(checkpoint):
+    plans = {}
+    for tp in (1, 2):
+        options = BuildOptions("a100", "tensorrt-llm", max_seq_len=256, tp=tp)
+        plans[tp] = plan_build(checkpoint, options)
+    sizes = {tp: {part.name: part.bytes for part in plan.components} for tp, plan in plans.items()}
+    halved = {name for name in sizes[1] if sizes[2][name] == sizes[1][name] // 2}
+    assert halved == {
+        "llm decoder linears", "llm embeddings", "llm head", "key/value cache of 256 tokens",
+    }  # fmt: skip
+    saved = sum(sizes[1].values()) - sum(sizes[2].values())
+    assert plans[1].device_bytes - plans[2].device_bytes == saved
+    assert plans[2].stages[-1].name.endswith("each of 2")
 
 
 def test_versions_that_fit():
