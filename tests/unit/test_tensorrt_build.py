@@ -1,0 +1,212 @@
+"""Engines of backend tensorrt: compiled here by tensorrt-rtx, finished on a board, refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from tiny import make_checkpoint
+
+from vila_deploy.backends import open_engine
+from vila_deploy.backends.tensorrt import build as build_module
+from vila_deploy.backends.tensorrt import compilers, cuda, files
+from vila_deploy.backends.tensorrt.compile import Job, compile_graph
+from vila_deploy.backends.tensorrt.compilers import COMPILERS
+from vila_deploy.build import BuildOptions, build_engine
+from vila_deploy.cli.build_engine import main
+from vila_deploy.engine.manifest import load_manifest
+from vila_deploy.errors import VilaDeployError
+
+needs_rtx = pytest.mark.skipif(
+    not COMPILERS["tensorrt-rtx"].present, reason="needs the package tensorrt-rtx"
+)
+
+
+@needs_rtx
+def test_ahead_of_time_without_a_gpu(tmp_path: Path) -> None:
+    """Real engines: nothing of the graphs is left, and what opening lacks here is the GPU."""
+    root = make_checkpoint(tmp_path / "c", quantized=True, layers=1, vision_layers=2)
+    options = BuildOptions("rtx4090", max_seq_len=64)
+    manifest = build_engine(root, tmp_path / "engine", options)
+    version = COMPILERS["tensorrt-rtx"].load().__version__
+    assert manifest.needs == ()
+    assert manifest.versions["tensorrt-rtx"] == version
+    assert manifest.versions[files.CAPABILITY] == "8.9"
+    assert load_manifest(tmp_path / "engine") == manifest
+    kept = {p.relative_to(tmp_path / "engine").as_posix() for p in tmp_path.glob("engine/*/*")}
+    assert kept >= {"vision/model.plan", "llm/model.plan"}
+    assert not any(name.endswith((".onnx", ".data")) for name in kept)
+    try:
+        cuda.compute_capability()
+    except VilaDeployError:
+        with (
+            pytest.raises(VilaDeployError, match=r"CUDA|cuda-bindings"),
+            open_engine(tmp_path / "engine"),
+        ):
+            pass
+
+
+@needs_rtx
+def test_a_graph_that_the_compiler_refuses_gives_its_first_words(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    job = Job(tmp_path / "model.onnx", tmp_path / "model.plan", (), "8.9")
+    with pytest.raises(VilaDeployError, match=r"model\.onnx: tensorrt-rtx \S+ can't compile it \("):
+        compile_graph(COMPILERS["tensorrt-rtx"], job, lambda text="", steps=1: None)
+
+
+@pytest.fixture
+def board(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """An Orin with JetPack 6, whose compiler writes the parts that it has compiled."""
+    compiled: list[str] = []
+
+    def compile_part(compiler: Any, job: Job, advance: Any) -> None:
+        assert (compiler.package, job.capability) == ("tensorrt", None)
+        assert len(job.profiles) == (2 if job.graph.parent.name == "llm" else 1)
+        job.plan.write_text("engine")
+        job.timing_cache.write_text("times")
+        compiled.append(job.graph.parent.name)
+
+    monkeypatch.setattr(build_module, "host_platform", lambda: "linux-aarch64")
+    monkeypatch.setattr(build_module, "compile_graph", compile_part)
+    monkeypatch.setattr(cuda, "compute_capability", lambda: "8.7")
+    trt = SimpleNamespace(__version__="10.3.0")
+    monkeypatch.setattr(compilers.Compiler, "load", lambda self: trt)
+    return compiled
+
+
+def test_the_same_command_finishes_on_the_board(
+    tmp_path: Path, board: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, engine = make_checkpoint(tmp_path / "c", quantized=True), tmp_path / "engine"
+    with monkeypatch.context() as pc:
+        pc.setattr(build_module, "host_platform", lambda: "linux-x86_64")
+        done = CliRunner().invoke(main, [str(root), "--target", "orin-nano", "-o", str(engine)])
+    assert done.exit_code == 0, done.output
+    last = done.stdout.splitlines()[-1]
+    assert "vila-build-engine engine --target orin-nano" in last
+    assert not list(engine.rglob("*.plan"))
+    # A kill in the middle of the LLM: the plan is there, the manifest does not list it.
+    finish_step = build_module.finish_step
+
+    def killed(folder: Path, manifest: Any, need: str) -> dict[str, str]:
+        if "llm" in need:
+            (folder / "llm" / files.PLAN).write_text("half")
+            raise KeyboardInterrupt
+        return finish_step(folder, manifest, need)
+
+    with monkeypatch.context() as cut:
+        cut.setattr(build_module, "finish_step", killed)
+        assert CliRunner().invoke(main, [str(engine), "--target", "orin-nano"]).exit_code == 130
+    assert board == ["vision"]
+    done = CliRunner().invoke(main, [str(engine), "--target", "orin-nano", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["needs"] == []
+    assert board == ["vision", "llm"]
+    manifest = load_manifest(engine)
+    assert manifest.versions["tensorrt"] == "10.3.0"
+    left = sorted(p.relative_to(engine).as_posix() for p in engine.glob("*/model.*"))
+    assert left == ["llm/model.plan", "vision/model.plan"]
+    assert (engine / files.TIMING_CACHE).exists()
+
+
+def test_finishing_elsewhere_is_refused(tmp_path: Path, board: list[str]) -> None:
+    root = make_checkpoint(tmp_path / "c")
+    with pytest.MonkeyPatch.context() as other:
+        other.setattr(cuda, "compute_capability", lambda: "7.2")
+        build_engine(root, tmp_path / "engine", BuildOptions("orin"))
+        with pytest.raises(VilaDeployError, match=r"8\.7 \(NVIDIA Jetson AGX .*this GPU has 7\.2"):
+            build_engine(root, tmp_path / "engine", BuildOptions("orin"))
+    with pytest.raises(VilaDeployError, match=r"was begun with --target orin, not orin-nano"):
+        build_engine(root, tmp_path / "engine", BuildOptions("orin-nano"))
+
+
+def test_jetpack_chooses_the_dialect_and_what_can_read_it(tmp_path: Path, board: list[str]) -> None:
+    root = make_checkpoint(tmp_path / "c")
+    with pytest.raises(VilaDeployError, match=r"10\.3\.0 is older than 10\.15, .*dialect standard"):
+        build_engine(root, tmp_path / "engine", BuildOptions("orin", jetpack="7"))
+    described = json.loads((tmp_path / "engine" / files.DESCRIPTION).read_text("utf-8"))
+    assert described["dialect"] == "standard"
+
+
+REFUSALS = {
+    "FP8 on Orin": (BuildOptions("orin", precision="fp8"), r"8\.7\) has no FP8; quantize to 4"),
+    "SM90 with RTX": (
+        BuildOptions("h100", backend="tensorrt-rtx"),
+        r"not for 9\.0 of NVIDIA H100 SXM 80 GB; use --backend native",
+    ),
+    "Orin with RTX": (BuildOptions("orin", backend="tensorrt-rtx"), r"not for 8\.7 .*; use --back"),
+    "several GPUs": (BuildOptions("a100", tp=2), r"one GPU, .*; leave --tp out, or use --backend"),
+    "JetPack of a PC": (BuildOptions("a100", jetpack="6"), r"is for Jetson, .*; leave it out"),
+    "unknown JetPack": (BuildOptions("orin", jetpack="4"), r"unknown .*; choose from 6, 7"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_cannot_be_built_is_refused_in_a_line(tmp_path: Path, name: str) -> None:
+    root = make_checkpoint(tmp_path / "c")
+    options, message = REFUSALS[name]
+    with pytest.raises(VilaDeployError, match=message):
+        build_engine(root, tmp_path / "engine", options)
+    assert not (tmp_path / "engine").exists()
+
+
+def test_what_does_not_fit_is_refused_with_what_would(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from vila_deploy.engine import target
+
+    small = replace(target.get_target("orin-nano"), memory_bytes=2 << 30)
+    monkeypatch.setattr("vila_deploy.build.get_target", lambda name: small)
+    root = make_checkpoint(tmp_path / "c", max_length=1 << 20, kv_heads=4)
+    options = BuildOptions("orin-nano", max_seq_len=1 << 20)
+    with pytest.raises(
+        VilaDeployError, match=r"has 1\.1 GB for it; what would do: .*--max-seq-len"
+    ):
+        build_engine(root, tmp_path / "engine", options)
+
+
+def test_compiling_on_the_device_is_strongly_typed_and_remembers_timings(tmp_path: Path) -> None:
+    """The calls that tensorrt 10.3 has and tensorrt-rtx has not, on a stand-in of it."""
+    calls: dict[str, Any] = {}
+    cache = SimpleNamespace(serialize=lambda: b"new times")
+    config = SimpleNamespace(
+        add_optimization_profile=lambda profile: calls.setdefault("profiles", []).append(profile),
+        create_timing_cache=lambda known: calls.update(known=known) or cache,
+        set_timing_cache=lambda cache, ignore_mismatch: True,
+        get_timing_cache=lambda: cache,
+    )
+    builder = SimpleNamespace(
+        create_network=lambda flags: calls.update(flags=flags),
+        create_builder_config=lambda: config,
+        create_optimization_profile=lambda: SimpleNamespace(
+            set_shape=lambda *shape: calls.setdefault("shapes", []).append(shape)
+        ),
+        build_serialized_network=lambda network, config: b"plan",
+    )
+    trt = SimpleNamespace(
+        __version__="10.3.0",
+        ILogger=type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0}),
+        IProgressMonitor=object,
+        Builder=lambda logger: builder,
+        OnnxParser=lambda network, logger: SimpleNamespace(parse_from_file=lambda path: True),
+        NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
+    )
+    (tmp_path / "timing.cache").write_bytes(b"old times")
+    shapes = {"x": ([1, 1], [1, 4], [1, 8])}
+    job = Job(
+        tmp_path / "model.onnx", tmp_path / "model.plan", (shapes,), None,
+        timing_cache=tmp_path / "timing.cache",
+    )  # fmt: skip
+    compiler = SimpleNamespace(package="tensorrt", load=lambda: trt)
+    compile_graph(compiler, job, lambda text="", steps=1: None)  # type: ignore[arg-type]
+    assert calls["flags"] == 1 << 1
+    assert calls["known"] == b"old times"
+    assert calls["shapes"] == [("x", (1, 1), (1, 4), (1, 8))]
+    assert job.plan.read_bytes() == b"plan"
+    assert (tmp_path / "timing.cache").read_bytes() == b"new times"
