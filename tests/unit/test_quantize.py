@@ -20,10 +20,11 @@ from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats.folder import ShardWriter
 from vila_deploy.model.llm import LINEARS
 from vila_deploy.model.vila import ReferenceSession
-from vila_deploy.quantize import job
+from vila_deploy.quantize import job, methods
 from vila_deploy.quantize.plan import Options, plan
 from vila_deploy.quantize.round import round_to_nearest
 from vila_deploy.quantize.scheme import QuantScheme
+from vila_deploy.quantize.search import GROUPS
 
 SCHEME = QuantScheme(64)
 RTN = Options(SCHEME, "rtn")
@@ -61,15 +62,20 @@ def uneven(root):
     return root
 
 
+@pytest.fixture(scope="module", params=["awq-gptq", "awq"])
+def algorithm(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def awq(root, data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("quantized") / "awq"
-    return out, job.quantize(root, out, own_data(data))
+def quantized(root, data, algorithm, tmp_path_factory):
+    out = tmp_path_factory.mktemp("quantized") / algorithm
+    return out, job.quantize(root, out, own_data(data, algorithm))
 
 
-def own_data(data, scheme=SCHEME, seed=0):
+def own_data(data, algorithm="awq-gptq", scheme=SCHEME):
     files = (data / "texts.txt", data / "pictures")
-    return Options(scheme, "awq", *files, seed, evaluate=False)
+    return Options(scheme, algorithm, *files, evaluate=False)
 
 
 def digests(folder):
@@ -107,8 +113,8 @@ def test_rtn_stores_the_rounded_weights(root, tmp_path):
         assert torch.equal(stored[name], source[name].half())
 
 
-def test_output_is_a_checkpoint_with_its_own_checksums(awq, root):
-    out, _ = awq
+def test_output_is_a_checkpoint_with_its_own_checksums(quantized, root):
+    out, _ = quantized
     checkpoint = open_checkpoint(out)
     quantization = checkpoint.config.llm.quantization
     assert (quantization.bits, quantization.group_size, quantization.zero_point) == (4, 64, True)
@@ -129,29 +135,30 @@ def test_output_is_a_checkpoint_with_its_own_checksums(awq, root):
     ).read_bytes()
 
 
-def test_quantized_model_answers_nearly_the_same(awq, root):
+def test_quantized_model_answers_nearly_the_same(quantized, root):
     exact = logits(root)
-    error = np.square(logits(awq[0]) - exact).sum() / np.square(exact).sum()
+    error = np.square(logits(quantized[0]) - exact).sum() / np.square(exact).sum()
     # The noise of 14 linears at about 1% each; scales left out of one norm give above 0.5.
     assert 1e-5 < error < 0.2
 
 
-def test_report_says_what_was_done(awq, root):
-    out, report = awq
+def test_report_says_what_was_done(quantized, root, algorithm):
+    out, report = quantized
+    assert report["algorithm"] == algorithm
     assert json.loads((out / "report.json").read_text()) == report
     assert report["calibration"]["images"] == report["calibration"]["image_sequences"] == 2
     # 42 pixels / 14 = 3×3 patches, in pairs 2×2 tokens.
     assert report["calibration"]["image_tokens"] == 8
     assert report["checkpoint_fingerprint"] == open_checkpoint(root).fingerprint()
     for layer in report["layers"]:
-        assert 0 < layer["output_error_after"] < layer["output_error_before"]
         assert set(layer["linears"]) == set(LINEARS)
-        assert list(layer["scale_ratios"]) == [
-            "input_layernorm",
-            "self_attn.v_proj",
-            "post_attention_layernorm",
-            "mlp.up_proj",
-        ]
+        if algorithm == "awq":
+            assert 0 < layer["output_error_after"] < layer["output_error_before"]
+            assert list(layer["scale_ratios"]) == [group.previous for group in GROUPS]
+            continue
+        assert 0 < layer["drift"] < 0.2
+        for linear in layer["linears"].values():
+            assert 0 < linear["output_error_after"] < linear["output_error_before"]
     names = {part["name"] for part in report["not_quantized"]}
     assert names == {"llm embeddings", "llm head", "llm norms", "vision tower", "projector"}
     assert report["peak_memory_bytes"] > 50e6
@@ -162,7 +169,7 @@ def test_report_says_what_was_done(awq, root):
 
 def test_symmetric_has_all_zeros_at_eight(root, data, tmp_path):
     scheme = QuantScheme(32, symmetric=True)
-    job.quantize(root, tmp_path / "out", own_data(data, scheme))
+    job.quantize(root, tmp_path / "out", own_data(data, scheme=scheme))
     checkpoint = open_checkpoint(tmp_path / "out")
     assert checkpoint.config.llm.quantization.zero_point is False
     linear = checkpoint.llm.linear("model.layers.1.mlp.down_proj")
@@ -170,28 +177,29 @@ def test_symmetric_has_all_zeros_at_eight(root, data, tmp_path):
     assert linear.group_size == 32
 
 
-def test_two_runs_write_the_same_bytes(awq, root, data, tmp_path):
-    job.quantize(root, tmp_path / "again", own_data(data))
-    first, second = digests(awq[0]), digests(tmp_path / "again")
+def test_two_runs_write_the_same_bytes(quantized, root, data, algorithm, tmp_path):
+    job.quantize(root, tmp_path / "again", own_data(data, algorithm))
+    first, second = digests(quantized[0]), digests(tmp_path / "again")
     for name in ("report.json", "report.md"):  # time and memory stand in them
         del first[name], second[name]
     assert first == second
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_input_of_any_type_stays_as_it_was(data, tmp_path, dtype):
+def test_input_of_any_type_stays_as_it_was(data, algorithm, tmp_path, dtype):
     root = make_checkpoint(tmp_path / "in", dtype=dtype, kv_heads=2, tied=True, shards=2)
     before = digests(root)
-    report = job.quantize(root, tmp_path / "out", own_data(data))
+    report = job.quantize(root, tmp_path / "out", own_data(data, algorithm))
     assert digests(root) == before
-    assert "self_attn.v_proj" not in report["layers"][0]["scale_ratios"]
+    # Value heads are shared here, which llm-awq gives up on.
+    assert "self_attn.v_proj" not in report["layers"][0].get("scale_ratios", ())
     error = np.square(logits(tmp_path / "out") - logits(root)).sum()
     assert error / np.square(logits(root)).sum() < 0.2
 
 
 def test_one_decoder_layer_in_memory_at_a_time(root, data, tmp_path, monkeypatch):
     alive = []
-    load = job.load_decoder_layer
+    load = methods.load_decoder_layer
 
     def counting_load(*args):
         gc.collect()
@@ -200,7 +208,7 @@ def test_one_decoder_layer_in_memory_at_a_time(root, data, tmp_path, monkeypatch
         alive.append(weakref.ref(layer))
         return layer
 
-    monkeypatch.setattr(job, "load_decoder_layer", counting_load)
+    monkeypatch.setattr(methods, "load_decoder_layer", counting_load)
     job.quantize(root, tmp_path / "out", own_data(data))
     assert len(alive) == 2
 
@@ -209,7 +217,7 @@ def test_an_interrupt_leaves_nothing(root, data, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "write_llm_config", interrupt)
+    monkeypatch.setattr(job.Outputs, "finish", interrupt)
     with pytest.raises(KeyboardInterrupt):
         job.quantize(root, tmp_path / "out", RTN)
     assert not list(tmp_path.iterdir())
@@ -229,14 +237,14 @@ def test_shards_are_cut_and_indexed(tmp_path):
         assert torch.equal(load_file(tmp_path / index["weight_map"][name])[name], tensor)
 
 
-def test_plan_needs_only_the_configs(root, awq, tmp_path):
+def test_plan_needs_only_the_configs(root, quantized, tmp_path):
     for file in ("config.json", "llm/config.json", "vision_tower/config.json",
                  "vision_tower/preprocessor_config.json", "mm_projector/config.json"):  # fmt: skip
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_bytes((root / file).read_bytes())
     planned = plan(load_config(tmp_path), Options(SCHEME))
     sizes = {part.name: part.bytes for part in planned.components}
-    stored = load_file(awq[0] / "llm" / "model.safetensors")
+    stored = load_file(quantized[0] / "llm" / "model.safetensors")
     actual = sum(t.nbytes for name, t in stored.items() if "_proj." in name)
     assert sizes["llm decoder linears"] == actual
     assert sizes["llm head"] == stored["lm_head.weight"].nbytes
@@ -268,9 +276,9 @@ def test_refuses_a_group_size_before_any_work(root, tmp_path, scheme, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_refuses_what_is_quantized_already(awq, tmp_path):
+def test_refuses_what_is_quantized_already(quantized, tmp_path):
     with pytest.raises(VilaDeployError, match="quantized already"):
-        job.quantize(awq[0], tmp_path / "out", RTN)
+        job.quantize(quantized[0], tmp_path / "out", RTN)
 
 
 def test_refuses_nan_in_the_tower_too(tmp_path):
