@@ -21,5 +21,18 @@ def accept_new_numpy() -> None:
     interpreter._patch_lang_tensor = patch
 
 
+def interpret_library() -> None:
+    """Triton's own functions too, if it was imported before the variable was set."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    for module in (tl.standard, tl):
+        for name, value in [*vars(module).items()]:
+            if isinstance(value, JITFunction):
+                setattr(module, name, InterpretedFunction(value.fn))
+
+
 if INTERPRETED:
     accept_new_numpy()
+    interpret_library()
