@@ -217,7 +217,7 @@ class _RuntimeThread:
             raise VilaDeployError(
                 "TensorRT-LLM gave no logits", fix="build the engine for one GPU, --tp 1"
             )
-        return logits  # type: ignore[no-any-return]
+        return logits
 
     def step(self, token: int) -> Floats | None:
         """Logits after `token`; None if the generation ended instead."""

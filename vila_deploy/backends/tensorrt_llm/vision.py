@@ -70,14 +70,14 @@ def compile_vision(folder: Path, engine: str, image_size: int) -> str:
     Raises:
         VilaDeployError: no TensorRT here, or it refuses the graph.
     """
-    from vila_deploy.backends.tensorrt.compile import Job, compile_graph
+    from vila_deploy.backends.tensorrt.compile import Job, Profile, compile_graph
     from vila_deploy.backends.tensorrt.compilers import COMPILERS
 
     compiler, vision = COMPILERS["tensorrt"], folder / files.VISION
     sizes = [(count, 3, image_size, image_size) for count in (1, 1, MAX_IMAGES)]
     partial = vision / f"{engine}.partial"
     partial.unlink(missing_ok=True)
-    profile = {INPUT: (sizes[0], sizes[1], sizes[2])}
+    profile: Profile = {INPUT: (sizes[0], sizes[1], sizes[2])}
     with progress(1, "compiling the vision encoder") as advance:
         compile_graph(compiler, Job(vision / files.GRAPH, partial, [profile], None), advance)
         partial.replace(vision / engine)

@@ -234,10 +234,11 @@ def write_trtllm(
                 writer.add_tensor(f"{prefix}.{norm}.weight", half(f"{prefix}.{norm}.weight"))
             for name in decoder_linears(config):
                 full = f"{prefix}.{name}"
-                linear = source.linear(full)
-                if isinstance(linear, Tensor):
+                found = source.linear(full)
+                if isinstance(found, Tensor):
                     bias = half(f"{full}.bias") if has_bias(config, name) else None
-                    linear = Dense(to_float16(linear, full), bias)
-                writer.add_linear(full, linear)
+                    writer.add_linear(full, Dense(to_float16(found, full), bias))
+                else:
+                    writer.add_linear(full, found)
             advance(f"layer {index + 1}/{config.num_layers}")
         writer.finish()
