@@ -28,6 +28,7 @@ from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import canonical_json
 from vila_deploy.formats.folder import copy_parts, packed, write_checksums
 from vila_deploy.formats.quantized_linear import MAX_LEVEL, QuantizedLinear
+from vila_deploy.formats.torch_file import TorchFile
 
 if TYPE_CHECKING:
     from vila_deploy.quantize.scheme import QuantScheme
@@ -228,14 +229,14 @@ class Writer:
         self._checkpoint, self._folder = checkpoint, folder
         copy_parts(checkpoint, folder)
         name = f"{checkpoint.root.resolve().name}-w4-g{scheme.group_size}-awq-v2.pt"
-        self._file = folder / "llm" / name
-        self._tensors: dict[str, Tensor] = {}
+        self._file = TorchFile(folder / "llm" / name)
 
     def add(self, name: str, value: Tensor | QuantizedLinear) -> None:
-        self._tensors |= packed(name, value, pack)
+        for full, tensor in packed(name, value, pack).items():
+            self._file.add(full, tensor)
 
     def finish(self) -> None:
-        torch.save(self._tensors, self._file)
+        self._file.finish()
         values = llm_config_values(self._checkpoint.layout)
         (self._folder / "llm" / "config.json").write_text(canonical_json(values), "utf-8")
         write_checksums(self._folder)
