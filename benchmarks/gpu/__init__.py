@@ -1,0 +1,1 @@
+"""Checks and times the GPU kernels: `python -m benchmarks.gpu` on the device, see README.md."""

@@ -1,0 +1,79 @@
+"""`python -m benchmarks.gpu`: checks, then times; one JSON line a figure, and a plot."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from benchmarks.gpu.environment import Run, make_importable
+
+# Rows of the table that a run goes through until its time is up, most wanted first.
+LIMIT_S, LEAST_S = 570.0, 30.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
+    parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"), help="rows are appended")
+    parser.add_argument("--limit-s", type=float, default=LIMIT_S)
+    arguments = parser.parse_args()
+    if arguments.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"
+    make_importable()
+    return benchmark(arguments.out, arguments.limit_s, rehearse=arguments.rehearse)
+
+
+def benchmark(out: Path, limit_s: float, *, rehearse: bool) -> int:
+    """All stages in turn; 1 if a kernel disagrees with its reference, then nothing is timed."""
+    import torch
+
+    from benchmarks.gpu.checks import check_all
+    from benchmarks.gpu.plot import plot
+    from benchmarks.gpu.products import measure_prefill, measure_products, measure_stream
+    from benchmarks.gpu.steps import measure_steps
+
+    device, sm = "cpu", 0
+    if not rehearse:
+        if not torch.cuda.is_available():
+            print("error: torch finds no CUDA GPU; --rehearse needs none", file=sys.stderr)
+            return 1
+        major, minor = torch.cuda.get_device_capability()
+        device, sm = "cuda", 10 * major + minor
+    run = Run(device, sm, limit_s, out)
+    if not rehearse:
+        _compile_ahead(sm)
+    with torch.inference_mode():
+        if not check_all(run):
+            print("error: a kernel disagrees with its reference; nothing was timed")
+            return 1
+        for stage in (measure_stream, measure_steps, measure_products, measure_prefill):
+            if run.left_s < LEAST_S:
+                run.add("failed", stage.__name__, reason="no time left")
+                continue
+            stage(run)
+    path = out.with_suffix(".png")
+    print(f"{len(run.rows)} rows in {out}" + (f", {path}" if plot(run.rows, path) else ""))
+    return 0
+
+
+def _compile_ahead(sm: int) -> None:
+    """Fills Triton's memory from several processes, so that the run itself compiles little."""
+    code = (
+        "import sys; from benchmarks.gpu.environment import make_importable; make_importable();"
+        "from benchmarks.gpu.inputs import config;"
+        "from vila_deploy.backends.native.compile import engine_launches;"
+        "from vila_deploy.kernels.aot import compile_all;"
+        "compile_all(engine_launches(config(sys.argv[1], sys.argv[2], small=False), 1024,"
+        " int(sys.argv[3])), int(sys.argv[3]))"
+    )
+    wanted = [(m, p, str(sm)) for m in ("3B", "8B", "13B", "40B") for p in ("int4", "fp16")]
+    with ThreadPoolExecutor(len(wanted)) as pool:
+        list(pool.map(lambda row: subprocess.run([sys.executable, "-c", code, *row]), wanted))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

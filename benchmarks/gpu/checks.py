@@ -1,0 +1,190 @@
+"""Every kernel against its reference on fresh random data, before anything is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from vila_deploy.kernels.add_residual import add_residual, add_residual_reference, parts
+from vila_deploy.kernels.attention import Parts, attention, attention_reference
+from vila_deploy.kernels.dequantize import dequantize, dequantize_reference
+from vila_deploy.kernels.embed import embed, embed_reference
+from vila_deploy.kernels.gate_up import gate_up, gate_up_reference
+from vila_deploy.kernels.gemm import gemm, gemm_reference
+from vila_deploy.kernels.gemv import gemv, gemv_reference
+from vila_deploy.kernels.head import head, head_reference
+from vila_deploy.kernels.norm_qkv import norm_qkv, norm_qkv_reference
+from vila_deploy.kernels.pick import pick, pick_reference
+from vila_deploy.kernels.rope_kv import rope_kv, rope_kv_reference
+from vila_deploy.kernels.tiles import TOKENS, attention_splits
+
+from benchmarks.gpu.environment import Run
+from benchmarks.gpu.inputs import config, linears, random_packed
+
+EPSILON, SLOTS = 1e-5, 1024
+# ‖found − reference‖ / ‖reference‖ of float16 outputs: rounding alone is 2e-4 to 3e-4.
+LIMIT = 2e-3
+Pair = tuple[Tensor, Tensor]
+
+
+def check_all(run: Run) -> bool:
+    """A row for each kernel and shape; whether all of them agree."""
+    torch.manual_seed(torch.seed() % 2**31)
+    agree = True
+    for model in ("3B",) if run.rehearsed else ("3B", "8B", "13B", "40B"):
+        sizes = config(model, "int4", small=run.rehearsed)
+        for stem, case in CASES.items():
+            shown = f"{stem} {model}"
+            rounds = 1 if run.rehearsed else 2
+            worst = max(_error(*p) for _ in range(rounds) for p in case(run, sizes))
+            agree &= worst < LIMIT
+            run.add("check", shown, error=worst, limit=LIMIT, agrees=worst < LIMIT)
+    return agree
+
+
+def _error(found: Tensor, reference: Tensor) -> float:
+    if not bool(torch.isfinite(found.float()).all()):
+        return float("inf")
+    reference = reference.double()
+    return float((found.double() - reference).norm() / reference.norm().clamp(min=1e-30))
+
+
+def _poison(*shape: int, run: Run, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=dtype, device=run.device)
+
+
+def _x(run: Run, tokens: int, columns: int) -> Tensor:
+    return torch.randn(tokens, columns, device=run.device).half()
+
+
+def _stream(run: Run, tokens: int, columns: int) -> tuple[Tensor, Tensor]:
+    """x and the sums of squares that a kernel before left."""
+    x = _x(run, tokens, columns)
+    squares = torch.zeros(1, TOKENS, device=run.device)
+    squares[0, :tokens] = x.float().square().sum(1)
+    return x, squares
+
+
+def _gemv(run: Run, sizes) -> Iterator[Pair]:  # type: ignore[no-untyped-def]
+    for rows, columns in list(linears(sizes).values())[: 1 if run.rehearsed else None]:
+        for bits, tokens in ((4, 1), (4, 8), (8, 1), (16, 1)):
+            weight = random_packed(rows, columns, bits, run.device)
+            x, y = _x(run, tokens, columns), _poison(tokens, rows, run=run)
+            gemv(x, weight, None, y, run.sm)()
+            yield y, gemv_reference(x, weight, None)
+
+
+def _gemm(run: Run, sizes) -> Iterator[Pair]:  # type: ignore[no-untyped-def]
+    rows, columns = linears(sizes)["o"]
+    for tokens in (9, 33) if run.rehearsed else (16, 33, 64, 256):
+        weight = random_packed(rows, columns, 4, run.device)
+        x, y = _x(run, tokens, columns), _poison(tokens, rows, run=run)
+        gemm(x, weight, None, y, run.sm)()
+        yield y, gemm_reference(x, weight, None)
+
+
+def _dequantize(run: Run, sizes) -> Iterator[Pair]:  # type: ignore[no-untyped-def]
+    rows, columns = linears(sizes)["down"]
+    weight, y = random_packed(rows, columns, 4, run.device), _poison(rows, columns, run=run)
+    dequantize(weight, y)()
+    yield y, dequantize_reference(weight)
+
+
+def _norm_qkv(run: Run, sizes) -> Iterator[Pair]:  # type: ignore[no-untyped-def]
+    rows, columns = linears(sizes)["qkv"]
+    weight = random_packed(rows, columns, 4, run.device)
+    (x, squares), y = _stream(run, 1, columns), _poison(1, rows, run=run)
+    bias = torch.randn(rows, device=run.device)
+    norm_qkv(x, squares, weight, bias, y, EPSILON, 2.0, run.sm)()
+    yield y, norm_qkv_reference(x, squares, weight, bias, EPSILON, 2.0)
+
+
+def _add_residual(run: Run, sizes) -> Iterator[Pair]:  # type: ignore[no-untyped-def]
+    rows, columns = linears(sizes)["down"]
+    weight, x = random_packed(rows, columns, 4, run.device), _x(run, 1, columns)
+    norm = torch.rand(rows, device=run.device)
+    stream, out = torch.randn(1, rows, device=run.device), _poison(1, rows, run=run)
+    squares = _poison(parts(run.sm, rows), TOKENS, run=run, dtype=torch.float32)
+    expected, normed, total = add_residual_reference(x, weight, norm, stream)
+    add_residual(x, weight, norm, stream, out, squares, run.sm)()
+    yield stream, expected
+    yield out, normed
+    yield squares.sum(0)[:1], total
+
+
+def _gate_up(run: Run, sizes) -> Iterator[Pair]:  # type: ignore[no-untyped-def]
+    rows, columns = linears(sizes)["gate_up"]
+    weight, y = random_packed(rows, columns, 4, run.device), _poison(1, rows // 2, run=run)
+    x, squares = _stream(run, 1, columns)
+    gate_up(x, squares, weight, y, EPSILON, 1.0, run.sm)()
+    yield y, gate_up_reference(x, squares, weight, rows // 2, EPSILON, 1.0)
+
+
+def _head(run: Run, sizes) -> Iterator[Pair]:  # type: ignore[no-untyped-def]
+    rows, columns = linears(sizes)["head"]
+    weight, logits = random_packed(rows, columns, 16, run.device), _poison(1, rows, run=run)
+    logits, (x, squares) = logits.float(), _stream(run, 1, columns)
+    count = parts(run.sm, rows)
+    best = torch.zeros(count, TOKENS, device=run.device)
+    index = torch.zeros(count, TOKENS, dtype=torch.int32, device=run.device)
+    head(x, squares, weight, logits, best, index, EPSILON, 1.0, run.sm)()
+    yield logits, head_reference(x, squares, weight, EPSILON, 1.0)
+    token, slot, position = torch.zeros(3, 1, dtype=torch.int32, device=run.device)
+    pick(best, index, token, slot, position, step=False)()
+    yield token, pick_reference(logits)
+
+
+def _embed(run: Run, sizes) -> Iterator[Pair]:  # type: ignore[no-untyped-def]
+    table = torch.randn(sizes.vocab_size, sizes.hidden_size, device=run.device).half()
+    norm = torch.rand(sizes.hidden_size, device=run.device)
+    token = torch.tensor([sizes.vocab_size - 1], dtype=torch.int32, device=run.device)
+    stream = _poison(1, sizes.hidden_size, run=run, dtype=torch.float32)
+    out, squares = stream.half(), torch.zeros(1, TOKENS, device=run.device)
+    embed(token, table, norm, stream, out, squares)()
+    expected, normed, total = embed_reference(token, table, norm)
+    yield stream, expected
+    yield out, normed
+    yield squares[0, :1], total
+
+
+def _rope_kv(run: Run, sizes) -> Iterator[Pair]:  # type: ignore[no-untyped-def]
+    heads, kv_heads, dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+    angles = torch.rand(SLOTS, dim // 2, device=run.device) * 6
+    position = torch.tensor([300], dtype=torch.int32, device=run.device)
+    for tokens in (1, 40):
+        qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, device=run.device).half()
+        q = _poison(tokens, heads, dim, run=run)
+        keys, values = _poison(2, kv_heads, SLOTS, dim, run=run)
+        rope_kv(qkv, angles.cos(), angles.sin(), position, q, keys, values)()
+        expected = rope_kv_reference(qkv, angles.cos(), angles.sin(), position, heads, kv_heads)
+        where = slice(300, 300 + tokens)
+        yield from zip((q, keys[:, where], values[:, where]), expected, strict=True)
+
+
+def _attention(run: Run, sizes) -> Iterator[Pair]:  # type: ignore[no-untyped-def]
+    heads, kv_heads, dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+    splits = attention_splits(run.sm or 90, kv_heads, SLOTS)
+    for at in (0, 100 if run.rehearsed else 777):
+        q = torch.randn(1, heads, dim, device=run.device).half()
+        keys, values = torch.randn(2, kv_heads, SLOTS, dim, device=run.device).half()
+        position = torch.tensor([at], dtype=torch.int32, device=run.device)
+        out = _poison(1, heads * dim, run=run)
+        scratch = Parts(1, heads, dim, splits, run.device)
+        for launch in attention(q, keys, values, position, out, scratch, run.sm):
+            launch()
+        yield out, attention_reference(q, keys, values, position)
+
+
+CASES: dict[str, Callable[..., Iterator[Pair]]] = {
+    "gemv": _gemv,
+    "gemm": _gemm,
+    "dequantize": _dequantize,
+    "norm_qkv": _norm_qkv,
+    "rope_kv": _rope_kv,
+    "attention": _attention,
+    "add_residual": _add_residual,
+    "gate_up": _gate_up,
+    "head": _head,
+    "embed": _embed,
+}

@@ -1,0 +1,104 @@
+"""Whole decoding steps as CUDA graphs: tokens per second, and what each kernel takes of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+
+from benchmarks.gpu.environment import Run
+from benchmarks.gpu.inputs import config, random_llm
+from benchmarks.gpu.timing import seconds
+from vila_deploy.backends.native.step import Cache, DecodeStep, Sizes
+from vila_deploy.backends.native.weights import empty_llm
+
+CONTEXT, SLOTS, STEPS, ROUNDS = 512, 1024, 64, 11
+# What a device must have beyond the weights: cache, activations, torch.
+SPARE_BYTES = 3 << 30
+
+
+def measure_steps(run: Run) -> None:
+    """int4 and float16 for each model; a model that doesn't fit is a row that says so."""
+    for model in ("3B",) if run.rehearsed else ("3B", "8B", "13B", "40B"):
+        for precision in ("int4", "fp16"):
+            _measure(run, model, precision)
+            if not run.rehearsed:
+                torch.cuda.empty_cache()
+
+
+def _measure(run: Run, model: str, precision: str) -> None:
+    name = f"{model} {precision}"
+    sizes = config(model, precision, small=run.rehearsed)
+    slots = 32 if run.rehearsed else SLOTS
+    weight_bytes = empty_llm(sizes, slots).bytes_per_step
+    if not run.rehearsed and weight_bytes + SPARE_BYTES > torch.cuda.mem_get_info()[0]:
+        run.add("failed", name, reason=f"{weight_bytes / 1e9:.1f} GB of weights don't fit")
+        return
+    llm = random_llm(sizes, slots, run.device)
+    cache = Cache(sizes, slots, run.device)
+    for tensor in (cache.keys, cache.values):
+        tensor.normal_()
+    step = DecodeStep(Sizes(sizes, slots, run.sm, run.device), llm, cache)
+    context = 3 if run.rehearsed else CONTEXT
+    per_layer = 2 * 2 * sizes.num_kv_heads * sizes.head_dim
+    cache_bytes = per_layer * sizes.num_layers * (context + STEPS // 2)
+    step_s = _step_s(run, step, cache, context)
+    peak = 0 if run.rehearsed else torch.cuda.max_memory_allocated()
+    total = weight_bytes + cache_bytes
+    run.add(
+        "step", name, weights="random", context=context, tokens_per_s=1 / step_s,
+        milliseconds=step_s * 1e3, weight_bytes=weight_bytes, cache_bytes=cache_bytes,
+        bytes=total, bytes_per_s=total / step_s, launches=len(step.launches),
+        peak_memory_bytes=peak,
+    )  # fmt: skip
+    if not run.rehearsed:
+        _kernels(run, name, step, cache, context)
+
+
+def _step_s(run: Run, step: DecodeStep, cache: Cache, context: int) -> float:
+    """Seconds of a step from `context` tokens on: the median over rounds of STEPS replays."""
+    if run.rehearsed:
+        cache.position.fill_(context)
+        return seconds([step], run.device)
+    cache.position.fill_(context)
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    found, outputs = [], []
+    for _ in range(ROUNDS):
+        cache.position.fill_(context)
+        step.token.fill_(1)
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        for _ in range(STEPS):
+            graph.replay()
+        after.record()
+        after.synchronize()
+        found.append(before.elapsed_time(after) / 1e3 / STEPS)
+        outputs.append(step.logits.clone())
+    # The cache behind the context is rewritten with the same values: every round is the same.
+    repeats = all(torch.equal(outputs[1], other) for other in outputs[1:])
+    run.add("check", f"{ROUNDS - 1} rounds of {STEPS} tokens, equal bytes", agrees=repeats)
+    return statistics.median(found[1:])
+
+
+def _kernels(run: Run, name: str, step: DecodeStep, cache: Cache, context: int) -> None:
+    """Each kernel alone, once over all layers, so that the L2 holds none of the weights."""
+    cache.position.fill_(context)
+    by_name: dict[str, list[Callable[[], None]]] = {}
+    for launch in step.launches:
+        by_name.setdefault(launch.name, []).append(launch)
+    for kernel, launches in by_name.items():
+        if kernel == "pick_kernel":
+            continue
+        each = seconds(launches, run.device)
+        run.add("kernel", f"{name} {kernel}", microseconds=each * 1e6, launches=len(launches))
+    _boundary(run, step.launches[-1:])
+
+
+def _boundary(run: Run, launches: Sequence[Callable[[], None]]) -> None:
+    """What one more launch inside a graph costs, when it does next to nothing."""
+    run.add("kernel", "boundary", microseconds=seconds(launches, run.device, repeats=64) * 1e6)

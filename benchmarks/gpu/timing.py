@@ -1,0 +1,52 @@
+"""Seconds of a launch: CUDA graphs over buffers that no cache holds, median of many replays."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+REPLAYS = 21
+# Between the first and the last use of a buffer lies this many times the L2.
+CACHES = 3
+
+
+def copies_needed(size_bytes: int, device: str) -> int:
+    """Sets of inputs to rotate over, so that each is read from memory and not from the L2."""
+    if device == "cpu":
+        return 1
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, -(-CACHES * l2 // max(size_bytes, 1)))
+
+
+def seconds(calls: Sequence[Callable[[], object]], device: str, repeats: int = 1) -> float:
+    """Median seconds of one call; `calls` do the same over different inputs.
+
+    All are captured `repeats` times into one graph, which is replayed; CUDA events time it.
+    """
+    if device == "cpu":
+        start = time.perf_counter()
+        calls[0]()
+        return time.perf_counter() - start
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            for call in calls:
+                call()
+    found = [replay_s(graph) for _ in range(3 + REPLAYS)][3:]
+    return statistics.median(found) / (repeats * len(calls))
+
+
+def replay_s(graph: torch.cuda.CUDAGraph) -> float:
+    """Seconds of one replay by CUDA events."""
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    graph.replay()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3

@@ -1,0 +1,54 @@
+"""The GPU benchmark rehearsed on the CPU: every stage runs and every row says what it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEMS = {
+    "gemv", "gemm", "dequantize", "norm_qkv", "rope_kv", "attention", "add_residual", "gate_up",
+    "head", "embed",
+}  # fmt: skip
+PEERS = ("tinygemm", "gemlite")  # need a GPU
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *map(str, arguments)],
+        capture_output=True, text=True, cwd=REPOSITORY, env=environment, check=False,
+    )  # fmt: skip
+
+
+def test_rehearsal_goes_through_every_stage(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    done = run("--rehearse", "--out", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    assert {row["label"] for row in rows} == {"rehearsed"}
+    assert all(row["versions"]["triton"] and row["device"] for row in rows)
+    checks = [row for row in rows if row["kind"] == "check"]
+    assert {row["name"].split()[0] for row in checks} == STEMS
+    assert all(row["agrees"] and row["error"] < row["limit"] for row in checks)
+    kinds = {row["kind"] for row in rows}
+    assert {"check", "stream", "step", "product", "prefill"} <= kinds
+    assert all(
+        any(peer in row["name"] for peer in PEERS) for row in rows if row["kind"] == "failed"
+    )
+    steps = {row["name"]: row for row in rows if row["kind"] == "step"}
+    assert steps["3B int4"]["weight_bytes"] < steps["3B fp16"]["weight_bytes"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    done = run("--out", tmp_path / "rows.jsonl")
+    assert done.returncode == 1
+    assert "--rehearse" in done.stderr
+    assert not (tmp_path / "rows.jsonl").exists()
