@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,12 +172,11 @@ def test_what_does_not_fit_is_refused_with_what_would(
         build_engine(root, tmp_path / "engine", options)
 
 
-def test_compiling_on_the_device_is_strongly_typed_and_remembers_timings(tmp_path: Path) -> None:
+def device_compiler(calls: dict[str, Any], build: Any = lambda network, config: b"plan") -> Any:
     """The calls that tensorrt 10.3 has and tensorrt-rtx has not, on a stand-in of it."""
-    calls: dict[str, Any] = {}
     cache = SimpleNamespace(serialize=lambda: b"new times")
     config = SimpleNamespace(
-        add_optimization_profile=lambda profile: calls.setdefault("profiles", []).append(profile),
+        add_optimization_profile=lambda profile: None,
         create_timing_cache=lambda known: calls.update(known=known) or cache,
         set_timing_cache=lambda cache, ignore_mismatch: True,
         get_timing_cache=lambda: cache,
@@ -185,9 +185,9 @@ def test_compiling_on_the_device_is_strongly_typed_and_remembers_timings(tmp_pat
         create_network=lambda flags: calls.update(flags=flags),
         create_builder_config=lambda: config,
         create_optimization_profile=lambda: SimpleNamespace(
-            set_shape=lambda *shape: calls.setdefault("shapes", []).append(shape)
+            set_shape=lambda *shape: calls.update(shape=shape)
         ),
-        build_serialized_network=lambda network, config: b"plan",
+        build_serialized_network=build,
     )
     trt = SimpleNamespace(
         __version__="10.3.0",
@@ -197,16 +197,43 @@ def test_compiling_on_the_device_is_strongly_typed_and_remembers_timings(tmp_pat
         OnnxParser=lambda network, logger: SimpleNamespace(parse_from_file=lambda path: True),
         NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
     )
-    (tmp_path / "timing.cache").write_bytes(b"old times")
+    return SimpleNamespace(package="tensorrt", load=lambda: trt)
+
+
+def device_job(folder: Path) -> Job:
     shapes = {"x": ([1, 1], [1, 4], [1, 8])}
-    job = Job(
-        tmp_path / "model.onnx", tmp_path / "model.plan", (shapes,), None,
-        timing_cache=tmp_path / "timing.cache",
-    )  # fmt: skip
-    compiler = SimpleNamespace(package="tensorrt", load=lambda: trt)
-    compile_graph(compiler, job, lambda text="", steps=1: None)  # type: ignore[arg-type]
+    graph, plan, cache = (folder / n for n in ("model.onnx", "model.plan", "timing.cache"))
+    return Job(graph, plan, (shapes,), None, timing_cache=cache)
+
+
+def test_compiling_on_the_device_is_strongly_typed_and_remembers_timings(tmp_path: Path) -> None:
+    calls: dict[str, Any] = {}
+    (tmp_path / "timing.cache").write_bytes(b"old times")
+    job = device_job(tmp_path)
+    compile_graph(device_compiler(calls), job, lambda text="", steps=1: None)
     assert calls["flags"] == 1 << 1
     assert calls["known"] == b"old times"
-    assert calls["shapes"] == [("x", (1, 1), (1, 4), (1, 8))]
+    assert calls["shape"] == ("x", (1, 1), (1, 4), (1, 8))
     assert job.plan.read_bytes() == b"plan"
     assert (tmp_path / "timing.cache").read_bytes() == b"new times"
+
+
+def test_an_interrupt_is_answered_when_the_compiler_has_ended(tmp_path: Path) -> None:
+    """The real compiler swallows what is raised in its callbacks."""
+    ended = []
+
+    def build(network: Any, config: Any) -> bytes | None:
+        assert config.progress_monitor.step_complete("layers", 1)
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            pytest.fail("raised inside the compiler")
+        assert not config.progress_monitor.step_complete("layers", 2)
+        ended.append(True)
+        return None
+
+    with pytest.raises(KeyboardInterrupt):
+        compile_graph(
+            device_compiler({}, build), device_job(tmp_path), lambda text="", steps=1: None
+        )
+    assert ended

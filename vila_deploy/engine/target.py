@@ -12,7 +12,7 @@ from vila_deploy.errors import VilaDeployError
 try:
     import tomllib
 except ModuleNotFoundError:  # JetPack 6 has Python 3.10
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[no-redef]
 
 
 @dataclass(frozen=True)

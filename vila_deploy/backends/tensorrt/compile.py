@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,19 @@ class Job:
     timing_cache: Path | None = None
     workspace_bytes: int | None = None
     messages: list[str] = field(default_factory=list)
+    interrupted: list[int] = field(default_factory=list)
+    stopped_by: list[Exception] = field(default_factory=list)
+
+    def guarded(self, call: Callable[[], Any], otherwise: Any = None) -> Any:
+        """What `call` returns; an exception waits until the compiler has ended.
+
+        Thrown through the compiler's own code it would end the program, or be lost.
+        """
+        try:
+            return call()
+        except Exception as error:
+            self.stopped_by.append(error)
+            return otherwise
 
 
 def compile_graph(compiler: Compiler, job: Job, advance: Advance) -> None:
@@ -52,7 +68,8 @@ def compile_graph(compiler: Compiler, job: Job, advance: Advance) -> None:
         first = parser.get_error(0).desc() if parser.num_errors else "no reason given"
         raise _refused(compiler, trt, job, first)
     config = _config(trt, builder, job, advance)
-    _write_plan(compiler, trt, builder, network, config, job)
+    with _interrupts_wait(job):
+        _write_plan(compiler, trt, builder, network, config, job)
     _save_timing_cache(config, job)
 
 
@@ -82,16 +99,16 @@ def _write_plan(
     """Into a stream where the compiler can, so that the plan is never in memory as a whole."""
     with job.plan.open("xb") as file:
         if hasattr(builder, "build_serialized_network_to_stream"):
-            writer = _stream_writer(trt, file)
+            writer = _stream_writer(trt, file, job)
             done = builder.build_serialized_network_to_stream(network, config, writer)
-            if writer.error is not None:
-                raise writer.error
         else:
             plan = builder.build_serialized_network(network, config)
             done = plan is not None
             if done:
                 file.write(memoryview(plan))
-    if not done:
+    if job.stopped_by:
+        raise job.stopped_by[0]
+    if not done and not job.interrupted:
         raise _refused(compiler, trt, job, "no reason given")
 
 
@@ -115,10 +132,31 @@ def _refused(compiler: Compiler, trt: Any, job: Job, reason: str) -> VilaDeployE
     )
 
 
-def error_keeper(trt: Any, messages: list[str]) -> Any:
-    class Logger(trt.ILogger):
-        """Keeps errors for the exception that follows; drops the rest."""
+@contextmanager
+def _interrupts_wait(job: Job) -> Iterator[None]:
+    """Signals that end a program are noted while the compiler runs, and answered afterwards.
 
+    Python would raise in the middle of the compiler's calls, which swallows the exception.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: job.interrupted.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    for noted in job.interrupted[:1]:
+        signal.raise_signal(noted)
+
+
+def error_keeper(trt: Any, messages: list[str]) -> Any:
+    """A logger that keeps errors for the exception that follows, and drops the rest."""
+
+    class Logger(trt.ILogger):
         def __init__(self) -> None:
             super().__init__()
 
@@ -129,37 +167,34 @@ def error_keeper(trt: Any, messages: list[str]) -> Any:
     return Logger()
 
 
-def _stream_writer(trt: Any, file: Any) -> Any:
+def _stream_writer(trt: Any, file: Any, job: Job) -> Any:
     class Writer(trt.IStreamWriter):
-        """Hands the plan on to a file; an exception must not cross into the compiler."""
+        """Hands the plan on to a file."""
 
         def __init__(self) -> None:
             super().__init__()
-            self.error: Exception | None = None
 
         def write(self, data: Any) -> int:
-            try:
-                return file.write(data)
-            except Exception as error:
-                self.error = error
-                return 0
+            return job.guarded(lambda: file.write(data), otherwise=0)
 
     return Writer()
 
 
 def _monitor(trt: Any, job: Job, advance: Advance) -> Any:
+    part = job.graph.parent.name
+
     class Monitor(trt.IProgressMonitor):
-        """Shows the phase that the builder is in; Ctrl-C stops it at the next step."""
+        """Shows the phase that the compiler is in; an interrupt stops it at the next step."""
 
         def __init__(self) -> None:
             super().__init__()
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
             if parent is None:
-                advance(f"{job.graph.parent.name}: {name.lower()}", steps=0)
+                job.guarded(lambda: advance(f"{part}: {name.lower()}", steps=0))
 
         def step_complete(self, name: str, step: int) -> bool:
-            return True
+            return not (job.stopped_by or job.interrupted)
 
         def phase_finish(self, name: str) -> None:
             pass
