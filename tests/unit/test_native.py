@@ -25,6 +25,7 @@ from vila_deploy.backends.native.weights import (
     map_tensors,
     pack_joined,
     pack_llm,
+    part_names,
     tensors,
 )  # fmt: skip
 from vila_deploy.checkpoint import open_checkpoint
@@ -185,8 +186,8 @@ def test_bytes_of_a_step_of_vila_3b() -> None:
 @pytest.mark.parametrize("precision", ["int4", "fp16"])
 def test_model_file_comes_back(tmp_path: Path, model: str, precision: str) -> None:
     config = preset(model, precision)
-    write_model(tmp_path / "model.json", config, {"norm": 2.0})
-    assert read_model(tmp_path / "model.json") == (config, {"norm": 2.0})
+    write_model(tmp_path / "model.json", config, {"rest": {"norm": 2.0}})
+    assert read_model(tmp_path / "model.json") == (config, {"rest": {"norm": 2.0}})
 
 
 def test_norms_are_scaled_to_at_most_one() -> None:
@@ -230,6 +231,7 @@ def test_equal_checkpoints_give_equal_files(
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=True))
     for name in ("first", "second"):
         built(tmp_path / name, checkpoint, monkeypatch)
-    for name in (files.LLM, files.VISION, files.MODEL, files.KERNELS):
+    parts = [f"{files.LLM}/{files.part(name)}" for name in part_names(checkpoint.config.llm)]
+    for name in (*parts, files.VISION, files.MODEL, files.KERNELS):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
     assert json.loads((tmp_path / "first" / files.KERNELS).read_text()) == {"kernels": []}

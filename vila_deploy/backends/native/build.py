@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,7 +12,15 @@ from safetensors.torch import save_file
 from vila_deploy.backends.native import files
 from vila_deploy.backends.native.compile import compile_engine
 from vila_deploy.backends.native.model_file import write_model
-from vila_deploy.backends.native.weights import norms, pack_llm, tensors
+from vila_deploy.backends.native.weights import (
+    Layer,
+    PackedLlm,
+    empty_llm,
+    norm_units,
+    pack_parts,
+    part_names,
+    tensors,
+)
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.expected import expected_projector, expected_tower
 from vila_deploy.engine.request import BuildRequest, Built
@@ -65,25 +74,32 @@ def build(
 ) -> Built:
     """Writes packed weights, tower and sizes into `folder`, and what the compiler says.
 
-    Every kernel is compiled for the target. The whole language model is in memory once, packed.
+    Every kernel is compiled for the target. One decoder layer is in memory at a time.
     """
     check(config, request)
     max_seq_len, capability = request.limits.max_seq_len, request.target.compute_capability
     assert capability is not None
-    with progress(config.llm.num_layers + 4, "building") as advance:
-        packed = pack_llm(config.llm, llm, max_seq_len, advance)
-        weight_bytes = packed.bytes_per_step
-        units = {name: norm.unit for name, norm in norms(packed)}
-        write_model(folder / files.MODEL, config, units)
-        save_file({k: t.contiguous() for k, t in tensors(packed).items()}, folder / files.LLM)
-        advance("weights written")
-        del packed
+    steps = config.llm.num_layers + 1
+    with progress(steps + 2, "building") as advance:
+        _save_llm(folder, config, pack_parts(config.llm, llm, max_seq_len, advance))
         _save_vision(folder / files.VISION, config, tower, projector)
         advance("vision tower")
         report = compile_engine(config.llm, max_seq_len, [capability])
         (folder / files.KERNELS).write_text(canonical_json({"kernels": report}), "utf-8")
         advance("kernels")
-    return Built(weight_bytes, {name: version(name) for name in ("torch", "triton")})
+    read = empty_llm(config.llm, max_seq_len).bytes_per_step
+    return Built(read, {name: version(name) for name in ("torch", "triton")})
+
+
+def _save_llm(folder: Path, config: VilaConfig, parts: Iterator[Layer | PackedLlm]) -> None:
+    """One file a part, so that only one is in memory."""
+    (folder / files.LLM).mkdir()
+    units: dict[str, dict[str, float]] = {}
+    for name, part in zip(part_names(config.llm), parts, strict=True):
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors(part).items()}
+        save_file(contiguous, folder / files.LLM / files.part(name))
+        units[name] = norm_units(part)
+    write_model(folder / files.MODEL, config, units)
 
 
 def _save_vision(

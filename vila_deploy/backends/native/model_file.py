@@ -14,9 +14,11 @@ from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig, Visi
 from vila_deploy.files import canonical_json, read_json_object
 
 Row = TypeVar("Row")
+# Part of the decoder → norm → its unit.
+Units = dict[str, dict[str, float]]
 
 
-def write_model(path: Path, config: VilaConfig, norm_units: Mapping[str, float]) -> None:
+def write_model(path: Path, config: VilaConfig, norm_units: Units) -> None:
     """Writes what `read_model` reads; families and projector by the names of their tables."""
     llm, vision = asdict(config.llm), asdict(config.vision)
     llm["family"] = _key(LLM_FAMILIES, config.llm.family)
@@ -27,11 +29,11 @@ def write_model(path: Path, config: VilaConfig, norm_units: Mapping[str, float])
         "vision": vision,
         "projector": _key(PROJECTOR_TYPES, config.projector),
     }
-    text = canonical_json({"config": content, "norm_units": dict(norm_units)})
+    text = canonical_json({"config": content, "norm_units": norm_units})
     path.write_text(text, "utf-8")
 
 
-def read_model(path: Path) -> tuple[VilaConfig, dict[str, float]]:
+def read_model(path: Path) -> tuple[VilaConfig, Units]:
     """The config and the units of the norms, from a file that the manifest vouches for."""
     content = read_json_object(path)
     found: dict[str, Any] = content["config"]

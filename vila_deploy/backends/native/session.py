@@ -12,10 +12,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vila_deploy.backends.native import files, lookup
-from vila_deploy.backends.native.model_file import read_model
+from vila_deploy.backends.native.model_file import Units, read_model
 from vila_deploy.backends.native.prefill import prefill
 from vila_deploy.backends.native.step import Cache, DecodeStep, Sizes
-from vila_deploy.backends.native.weights import Layer, Norm, PackedLlm, empty_llm, map_tensors
+from vila_deploy.backends.native.weights import (
+    PackedLlm,
+    Part,
+    empty_llm,
+    map_tensors,
+    part_names,
+    with_units,
+)
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.session import Floats
 from vila_deploy.errors import VilaDeployError
@@ -185,20 +192,17 @@ class _Stored:
         return self._tensors[f"{prefix}.weight"]
 
 
-def _load_llm(folder: Path, sizes: Sizes, units: dict[str, float]) -> PackedLlm:
-    stored = load_file(folder / files.LLM, device=sizes.device)
-    llm = map_tensors(empty_llm(sizes.config, sizes.slots), lambda name, _: stored.pop(name))
+def _load_llm(folder: Path, sizes: Sizes, units: Units) -> PackedLlm:
+    empty, names = empty_llm(sizes.config, sizes.slots), part_names(sizes.config)
 
-    def norm(name: str, value: Norm) -> Norm:
-        return replace(value, unit=units[name])
+    def load(name: str, part: Part) -> Part:
+        path = folder / files.LLM / files.part(name)
+        return _load_part(path, part, units[name], sizes.device)
 
-    def layer(index: int, value: Layer) -> Layer:
-        first, second = f"layers.{index}.input_norm", f"layers.{index}.post_norm"
-        return replace(
-            value,
-            input_norm=norm(first, value.input_norm),
-            post_norm=norm(second, value.post_norm),
-        )
+    layers = tuple(load(name, layer) for name, layer in zip(names, empty.layers, strict=False))
+    return replace(load(names[-1], replace(empty, layers=())), layers=layers)
 
-    layers = tuple(layer(index, value) for index, value in enumerate(llm.layers))
-    return replace(llm, layers=layers, norm=norm("norm", llm.norm))
+
+def _load_part(path: Path, part: Part, units: dict[str, float], device: str) -> Part:
+    stored = load_file(path, device=device)
+    return with_units(map_tensors(part, lambda name, _: stored.pop(name)), units)

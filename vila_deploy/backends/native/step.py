@@ -28,7 +28,8 @@ class Cache:
         self.keys = torch.zeros(shape, dtype=torch.float16, device=device)
         self.values = torch.zeros(shape, dtype=torch.float16, device=device)
         self.position = torch.zeros(1, dtype=torch.int32, device=device)
-        self.history = torch.zeros(slots, dtype=torch.int32, device=device)
+        # The token that follows the last slot has a place too.
+        self.history = torch.zeros(slots + 1, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True)

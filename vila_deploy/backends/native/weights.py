@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,6 @@ from vila_deploy.checkpoint.expected import has_bias
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats.quantized_linear import QuantizedLinear
-from vila_deploy.graph.llm import rotary_tables
 from vila_deploy.kernels.layout import (
     FLOAT_BLOCK,
     PackedLinear,
@@ -118,22 +118,37 @@ def pack_joined(parts: Sequence[Tensor | QuantizedLinear], where: str) -> Packed
     return pack_int4(joined)
 
 
-def pack_llm(
+def part_names(config: LlmConfig) -> list[str]:
+    """Files of a decoder: one a layer, then the rest, in the order of `pack_parts`."""
+    return [*(f"layer-{index:03d}" for index in range(config.num_layers)), "rest"]
+
+
+def pack_parts(
     config: LlmConfig, weights: WeightSource, max_seq_len: int, advance: Advance
-) -> PackedLlm:
-    """Everything but the vision part."""
-    layers = []
+) -> Iterator[Layer | PackedLlm]:
+    """Each layer in turn, then everything else as a decoder without layers."""
+    # Only here, since that module needs onnx, which a device may lack.
+    from vila_deploy.graph.llm import rotary_tables
+
     for index in range(config.num_layers):
-        layers.append(pack_layer(config, weights, index))
+        yield pack_layer(config, weights, index)
         advance(f"decoder layer {index}")
     table = weights.tensor("model.embed_tokens.weight").half()
     tied = config.tie_word_embeddings
     head = pack_float(table if tied else weights.tensor("lm_head.weight"))
-    advance("lm_head")
     cos, sin = rotary_tables(config, max_seq_len)
-    return PackedLlm(
-        tuple(layers), Norm.of(weights.tensor("model.norm.weight")), head, table, cos, sin
-    )
+    norm = Norm.of(weights.tensor("model.norm.weight"))
+    yield PackedLlm((), norm, head, table, cos, sin)
+    advance("lm_head")
+
+
+def pack_llm(
+    config: LlmConfig, weights: WeightSource, max_seq_len: int, advance: Advance
+) -> PackedLlm:
+    """Everything but the vision part, all in memory."""
+    *layers, rest = pack_parts(config, weights, max_seq_len, advance)
+    assert isinstance(rest, PackedLlm)
+    return replace(rest, layers=tuple(layer for layer in layers if isinstance(layer, Layer)))
 
 
 def empty_llm(config: LlmConfig, max_seq_len: int, device: str = "meta") -> PackedLlm:
@@ -171,12 +186,16 @@ def empty_llm(config: LlmConfig, max_seq_len: int, device: str = "meta") -> Pack
     return PackedLlm(layers, norm(), head, table, cos, sin)
 
 
-def map_tensors(llm: PackedLlm, change: Callable[[str, Tensor], Tensor]) -> PackedLlm:
-    """The same decoder with every tensor replaced by `change(name, tensor)`."""
-    return _map("", llm, change)
+Part = TypeVar("Part", Layer, PackedLlm)
 
 
-def tensors(llm: PackedLlm) -> dict[str, Tensor]:
+def map_tensors(part: Part, change: Callable[[str, Tensor], Tensor]) -> Part:
+    """The same layer or decoder with every tensor replaced by `change(name, tensor)`."""
+    mapped: Part = _map("", part, change)
+    return mapped
+
+
+def tensors(part: Layer | PackedLlm) -> dict[str, Tensor]:
     """Every tensor under its name, as it stands in the file."""
     found: dict[str, Tensor] = {}
 
@@ -184,19 +203,23 @@ def tensors(llm: PackedLlm) -> dict[str, Tensor]:
         found[name] = tensor
         return tensor
 
-    map_tensors(llm, keep)
+    _map("", part, keep)
     return found
 
 
-def norms(llm: PackedLlm) -> Iterator[tuple[str, Norm]]:
-    """Every norm, in the order of the layers; units are kept outside the tensors."""
-    for index, layer in enumerate(llm.layers):
-        yield f"layers.{index}.input_norm", layer.input_norm
-        yield f"layers.{index}.post_norm", layer.post_norm
-    yield "norm", llm.norm
+def norm_units(part: Layer | PackedLlm) -> dict[str, float]:
+    """The unit of each norm outside of `layers`, by its field; units are no tensors."""
+    values = ((field.name, getattr(part, field.name)) for field in fields(part))
+    return {name: value.unit for name, value in values if isinstance(value, Norm)}
 
 
-def _map(name: str, value: object, change: Callable[[str, Tensor], Tensor]):  # type: ignore[no-untyped-def]
+def with_units(part: Part, units: Mapping[str, float]) -> Part:
+    """The same with the units that `norm_units` gave."""
+    changed = {name: replace(getattr(part, name), unit=unit) for name, unit in units.items()}
+    return replace(part, **changed)
+
+
+def _map(name: str, value: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
     """A dataclass, or a tuple of them, with its tensors replaced."""
     if isinstance(value, Tensor):
         return change(name, value)
