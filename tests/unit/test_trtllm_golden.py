@@ -34,8 +34,8 @@ def config_of(model: str, group_size: int | None) -> LlmConfig:
         config = replace(
             llm_config(group_size=None),
             hidden_size=576, num_layers=30, num_heads=9, num_kv_heads=3, head_dim=64,
-            intermediate_size=1536, vocab_size=49152, rope_theta=1e5, rms_norm_eps=9.999999747378752e-06,
-            max_position_embeddings=8192, tie_word_embeddings=True,
+            intermediate_size=1536, vocab_size=49152, rope_theta=1e5, max_position_embeddings=8192,
+            rms_norm_eps=9.999999747378752e-06, tie_word_embeddings=True,
         )  # fmt: skip
     else:
         family = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[model]

@@ -106,8 +106,8 @@ def unpack(tensors: Mapping[str, Tensor], group_size: int) -> QuantizedLinear:
                 name, f"must be {dtypes[0]} {list(shape)}, found {found.dtype} {list(found.shape)}"
             )
     if tensors["weight_shape"].tolist() != [rows, columns]:
-        found = tensors["weight_shape"].tolist()
-        raise _unfit("weight_shape", f"says {found}, weight_packed holds {[rows, columns]}")
+        says = tensors["weight_shape"].tolist()
+        raise _unfit("weight_shape", f"says {says}, weight_packed holds {[rows, columns]}")
     packed_zero = tensors.get("weight_zero_point")
     if packed_zero is None:
         zero = torch.full((rows, groups), SYMMETRIC_ZERO, dtype=torch.uint8)

@@ -42,7 +42,7 @@ class TorchFile:
         """Writes a tensor, of which nothing is kept in memory."""
         key = str(len(self._entries))
         content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._write(f"data/{key}", memoryview(content))
+        self._write(f"data/{key}", content.data)
         self._entries[name] = _Entry(key, tensor.dtype, tuple(tensor.shape))
 
     def finish(self) -> None:
