@@ -27,10 +27,11 @@ class Component:
 
 @dataclass(frozen=True)
 class Stage:
-    """A step of a job and the memory that it needs at its peak."""
+    """A step of a job, the memory that it needs at its peak, and its time if that is known."""
 
     name: str
     memory_bytes: int
+    seconds: float | None = None
 
 
 def parameters(tensors: Iterable[Expected]) -> int:

@@ -75,7 +75,7 @@ def test_advice_makes_it_fit(model: str, precision: str) -> None:
         ["vila-build-engine", "{root}", "--target", "orin-nano", "--plan", "--json"],
     ],
 )
-def test_plan_needs_no_weights_and_two_seconds(command: list[str], tmp_path: Path) -> None:
+def test_plan_needs_no_weights_and_three_seconds(command: list[str], tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "c")
     for file in root.rglob("*.safetensors"):
         file.unlink()
@@ -88,7 +88,7 @@ def test_plan_needs_no_weights_and_two_seconds(command: list[str], tmp_path: Pat
         )
         times.append(time.perf_counter() - start)
         assert done.returncode == 0, done.stderr
-    assert min(times) < 2
+    assert min(times) < 3
     planned = json.loads(done.stdout)
     assert planned["fits"] is True
     assert {"name", "parameters", "bits", "bytes"} == planned["components"][0].keys()

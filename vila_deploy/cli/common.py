@@ -76,6 +76,8 @@ def show_plan(components: Iterable[Component], stages: Iterable[Stage]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from vila_deploy.progress import clock
+
     table = Table("part", "parameters", "bits", "MB", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -86,7 +88,8 @@ def show_plan(components: Iterable[Component], stages: Iterable[Stage]) -> None:
     console = Console()
     console.print(table)
     for stage in stages:
-        console.print(f"{stage.name}: about {stage.memory_bytes / 1e9:.1f} GB of memory")
+        time = "" if stage.seconds is None else f", {clock(stage.seconds)}"
+        console.print(f"{stage.name}: about {stage.memory_bytes / 1e9:.1f} GB of memory{time}")
 
 
 def show_fits(fits: Iterable[Fit]) -> None:

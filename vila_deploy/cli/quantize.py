@@ -124,10 +124,10 @@ def _plan(checkpoint: Path, options: Options, as_json: bool) -> None:
     from vila_deploy.build import default_limits
     from vila_deploy.checkpoint.config import load_config, with_template
     from vila_deploy.engine.fit import fit_everywhere
-    from vila_deploy.quantize.plan import plan
+    from vila_deploy.quantize.plan import measured_plan
 
     config = with_template(load_config(checkpoint), options.prompt_template)
-    planned = plan(config, options)
+    planned = measured_plan(config, options)
     fits = fit_everywhere(config, "int4", default_limits(config))
     if as_json:
         echo_json({**planned.to_json(), "targets": [fit.to_json() for fit in fits]})
@@ -190,6 +190,7 @@ def _check_kl(out: Path, report: dict[str, Any], most: float) -> None:
 
 def _show_plan(planned: QuantizePlan, fits: list[Fit]) -> None:
     from vila_deploy.cli.common import show_fits, show_plan
+    from vila_deploy.progress import clock
 
     show_plan(planned.components, planned.stages)
     click.echo(f"output: {planned.output_bytes / 1e6:,.1f} MB of weights")
@@ -198,5 +199,7 @@ def _show_plan(planned: QuantizePlan, fits: list[Fit]) -> None:
         f"needs about {planned.device_bytes / 1e9:.1f} GB, "
         f"{planned.limit_bytes / 1e9:.1f} GB are available: {verdict}"
     )
+    if planned.seconds is not None:
+        click.echo(f"takes about {clock(planned.seconds)} on this computer as busy as it is now")
     click.echo("\nThe 4-bit model, when it runs:")
     show_fits(fits)

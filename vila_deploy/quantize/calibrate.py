@@ -12,9 +12,8 @@ from torch import Tensor
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.quantize.examples import Example
+from vila_deploy.quantize.limits import MAX_CALIBRATION_SEQUENCES as MAX_SEQUENCES
 from vila_deploy.quantize.tokens import PICTURE_ID, Examples, Splicer
-
-MAX_SEQUENCES = 128
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from vila_deploy.formats.quantized_linear import QuantizedLinear
 from vila_deploy.model.llm import load_decoder_layer
 from vila_deploy.progress import progress
 from vila_deploy.quantize.examples import Example
+from vila_deploy.quantize.limits import CHUNK_TOKENS as LAYER_TOKENS
+from vila_deploy.quantize.limits import HEAD_ROWS, LOGIT_ROWS
+from vila_deploy.quantize.limits import MAX_EVALUATION_SEQUENCES as MAX_SEQUENCES
 from vila_deploy.quantize.sequences import Sequences
 from vila_deploy.quantize.tokens import PICTURE_ID, Examples, Splicer, TokenSequence
 
-MAX_SEQUENCES = 64
-# What is computed at once: tokens of a layer, and rows of logits by rows of the head's weight.
-LAYER_TOKENS, LOGIT_ROWS, HEAD_ROWS = 4096, 128, 8192
 TEXT, IMAGE = "text", "image"
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats.quantized_linear import MAX_LEVEL, QuantizedLinear
+from vila_deploy.quantize.limits import ROWS_AT_A_TIME, SOLVE_BYTES
 from vila_deploy.quantize.moments import Metric
 from vila_deploy.quantize.round import range_levels, to_float16
 from vila_deploy.quantize.scheme import QuantScheme
@@ -19,7 +20,6 @@ REFINEMENTS = 1
 # A refitted scale further away belongs to a group that hardly matters; the old one is safer.
 MAX_REFIT_FACTOR = 2.0
 BLOCK = 64
-ROWS_AT_A_TIME = 4096
 
 
 @dataclass
@@ -62,24 +62,25 @@ def round_with_feedback(
         VilaDeployError: a scale or the bias does not fit into float16.
     """
     parts = [_round_rows(rows, metric, scheme) for rows in weight.split(ROWS_AT_A_TIME)]
-    scale = torch.cat([part.scale for part in parts], 1).T
+    scale = torch.cat([scale for _, scale, _ in parts], 1).T
     if not bool(torch.isfinite(scale).all()):
         raise VilaDeployError(
             f"weights up to {float(weight.abs().max()):.3g} need a scale beyond float16",
             where=name,
             fix="check that this checkpoint is not damaged",
         )
-    levels = torch.cat([part.levels for part in parts], 1).T
-    zero = torch.cat([part.zero for part in parts], 1).T
     return QuantizedLinear(
-        q=levels.to(torch.uint8).contiguous(),
+        q=torch.cat([levels for levels, _, _ in parts]),
         scale=scale.to(torch.float16).contiguous(),
-        zero=zero.to(torch.uint8).contiguous(),
+        zero=torch.cat([zero for _, _, zero in parts], 1).T.to(torch.uint8).contiguous(),
         bias=None if bias is None else to_float16(bias, f"{name}.bias"),
     )
 
 
-def _round_rows(weight: Tensor, metric: Metric, scheme: QuantScheme) -> _Rows:
+def _round_rows(
+    weight: Tensor, metric: Metric, scheme: QuantScheme
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels uint8 [rows, in]; scale and zero float32 [in/group, rows]."""
     scale, zero = _search_ranges(weight, metric, scheme)
     transposed = weight.T.contiguous()
     rows = _Rows(
@@ -91,7 +92,8 @@ def _round_rows(weight: Tensor, metric: Metric, scheme: QuantScheme) -> _Rows:
         rows.scale = _refit_scales(rows, metric.gram, pulled)
         rows.levels = _descend(rows, metric.gram)
     rows.scale = _refit_scales(rows, metric.gram, pulled)
-    return rows
+    # Other rows wait for these, so they take no more memory than they must.
+    return rows.levels.to(torch.uint8).T.contiguous(), rows.scale, rows.zero
 
 
 def _search_ranges(weight: Tensor, metric: Metric, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
@@ -153,7 +155,7 @@ def _refit_scales(rows: _Rows, gram: Tensor, pulled: Tensor) -> Tensor:
     size, (channels, count) = rows.group_size, rows.weight.shape
     groups = channels // size
     levels = rows.centred()
-    matrix = levels.new_empty(count, groups, groups, dtype=torch.float64)
+    matrix = levels.new_empty(count, groups, groups)
     for group in range(groups):
         begin = group * size
         here = slice(begin, begin + size)
@@ -163,14 +165,22 @@ def _refit_scales(rows: _Rows, gram: Tensor, pulled: Tensor) -> Tensor:
         matrix[:, group, group:] = matrix[:, group:, group]
     wanted = (pulled * levels).unflatten(0, (groups, size)).sum(1).T.double()
     old = rows.scale.T.double()
-    # A little pull towards the old scale keeps groups of zeros solvable.
-    pull = 1e-4 * matrix.diagonal(dim1=1, dim2=2)
-    pull = pull + 1e-9 * pull.amax(1, keepdim=True) + torch.finfo(torch.float32).tiny
-    matrix.diagonal(dim1=1, dim2=2).add_(pull)
-    found = torch.linalg.solve(matrix, (wanted + pull * old)[..., None])[..., 0]
+    # In double precision a few rows at a time, or these matrices would be the most memory of all.
+    at_a_time = max(1, SOLVE_BYTES // (groups * groups * 8))
+    parts = zip(*(part.split(at_a_time) for part in (matrix, wanted, old)), strict=True)
+    found = torch.cat([_solve(each.double(), *others) for each, *others in parts])
     stored = found.to(torch.float16).double()
     near = (stored > old / MAX_REFIT_FACTOR) & (stored < old * MAX_REFIT_FACTOR)
     return torch.where(near, stored, old).float().T.contiguous()
+
+
+def _solve(matrix: Tensor, wanted: Tensor, old: Tensor) -> Tensor:
+    """x [rows, groups] of matrix · x = wanted, with a little pull towards `old`; all float64."""
+    # The pull keeps groups of zeros solvable.
+    pull = 1e-4 * matrix.diagonal(dim1=1, dim2=2)
+    pull = pull + 1e-9 * pull.amax(1, keepdim=True) + torch.finfo(torch.float32).tiny
+    matrix.diagonal(dim1=1, dim2=2).add_(pull)
+    return torch.linalg.solve(matrix, (wanted + pull * old)[..., None])[..., 0]
 
 
 def _descend(rows: _Rows, gram: Tensor) -> Tensor:

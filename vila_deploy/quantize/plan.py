@@ -10,20 +10,25 @@ from typing import Any
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.expected import (
     decoder_linears,
-    expected_llm,
     expected_projector,
     expected_tower,
     has_bias,
 )
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats.registry import FORMATS, SHARD_BYTES
+from vila_deploy.quantize import effort
+from vila_deploy.quantize.data_size import DataSize, data_size
+from vila_deploy.quantize.effort import Effort, Speed
+from vila_deploy.quantize.limits import (
+    MAX_CALIBRATION_SEQUENCES,
+    MAX_EVALUATION_SEQUENCES,
+    MAX_TOKENS,
+)
+from vila_deploy.quantize.memory_need import MemoryNeed
 from vila_deploy.quantize.scheme import QuantScheme, check_scheme
 from vila_deploy.sizes import Component, Stage, available_memory_bytes, parameters
 
 ALGORITHMS = ("awq-gptq", "awq", "rtn")
-# Python, torch and transformers themselves, as measured on Linux.
-PROGRAM_BYTES = 600 << 20
-FLOAT32, FLOAT16 = 4, 2
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,16 @@ class Options:
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """`device_bytes` is the peak memory on this computer, `limit_bytes` what is available on it."""
+    """`device_bytes` is the peak memory on this computer, `limit_bytes` what is available on it.
+
+    Args:
+        seconds: of all stages; None if this computer's speed was not asked for.
+    """
 
     fits: bool
     device_bytes: int
     limit_bytes: int
+    seconds: float | None
     output_bytes: int
     bits_per_weight: float
     components: tuple[Component, ...]
@@ -74,11 +84,17 @@ class QuantizePlan:
         return asdict(self)
 
 
-def plan(config: VilaConfig, options: Options, tokens: int = 128 * 512) -> QuantizePlan:
-    """Sizes and peak memory of quantizing a checkpoint with this config.
+def plan(
+    config: VilaConfig,
+    options: Options,
+    calibration: DataSize | None = None,
+    evaluation: DataSize | None = None,
+    speed: Speed | None = None,
+) -> QuantizePlan:
+    """Sizes, peak memory and, with this computer's speed, time of quantizing such a checkpoint.
 
     Args:
-        tokens: of the calibration set; by default the most that it can have.
+        calibration, evaluation: how much data there is; by default the most text that is taken.
 
     Raises:
         VilaDeployError: the scheme doesn't fit the model, or it is quantized already.
@@ -88,12 +104,19 @@ def plan(config: VilaConfig, options: Options, tokens: int = 128 * 512) -> Quant
     for name in options.formats:
         FORMATS[name].check(config, options.scheme)
     components = output_components(config, options.scheme)
-    stages = _stages(config, options, tokens)
+    stages = _stages(
+        config,
+        options,
+        calibration or DataSize(MAX_CALIBRATION_SEQUENCES * MAX_TOKENS),
+        evaluation or DataSize(MAX_EVALUATION_SEQUENCES * MAX_TOKENS),
+        speed,
+    )
     peak, limit = max(stage.memory_bytes for stage in stages), available_memory_bytes()
     return QuantizePlan(
         fits=peak <= limit,
         device_bytes=peak,
         limit_bytes=limit,
+        seconds=sum(stage.seconds or 0.0 for stage in stages) if speed else None,
         output_bytes=len(options.formats) * sum(component.bytes for component in components),
         bits_per_weight=options.scheme.bits_per_weight,
         components=components,
@@ -142,25 +165,60 @@ def _float16(name: str, count: int) -> Component:
     return Component.of(name, count, 16)
 
 
-def _stages(config: VilaConfig, options: Options, tokens: int) -> tuple[Stage, ...]:
-    llm = config.llm
-    layer = sum(map(math.prod, decoder_linears(llm).values())) * FLOAT32
-    table = llm.vocab_size * llm.hidden_size
-    # A shard of each format waits in memory until it is full; the embedding is never split.
-    shard = min(SHARD_BYTES, sum(parameters([t]) for t in expected_llm(llm)) * FLOAT16)
-    shard *= len(options.formats)
-    write = Stage("write embeddings and head", PROGRAM_BYTES + shard + table * (FLOAT16 + FLOAT32))
-    if options.algorithm == "rtn":
-        return (
-            Stage("round each decoder layer", PROGRAM_BYTES + shard + layer * 2),
-            write,
+def measured_plan(config: VilaConfig, options: Options) -> QuantizePlan:
+    """`plan` with as much data as `options` name, and times by a probe of this computer.
+
+    Raises:
+        VilaDeployError: as `plan`, or the data can't be read.
+    """
+    # Here, since that module needs this one; and what can't be quantized needs no probe.
+    from vila_deploy.quantize.examples import load_examples, load_held_out
+
+    check_scheme(options.scheme, config.llm)
+    calibration = evaluation = None
+    if options.calibrates:
+        own = load_examples(options.calib, options.calib_images, text_only=options.text_only)
+        calibration = data_size(config, own, MAX_CALIBRATION_SEQUENCES)
+    if options.evaluates:
+        evaluation = data_size(config, load_held_out(options.eval), MAX_EVALUATION_SEQUENCES)
+    return plan(config, options, calibration, evaluation, effort.probe(config))
+
+
+def _stages(
+    config: VilaConfig,
+    options: Options,
+    calibration: DataSize,
+    evaluation: DataSize,
+    speed: Speed | None,
+) -> tuple[Stage, ...]:
+    llm, group_size = config.llm, options.scheme.group_size
+    linears = output_components(config, options.scheme)[0].bytes
+    # A shard of each format waits in memory until it is full.
+    pending = min(SHARD_BYTES, linears) * len(options.formats)
+    need = MemoryNeed(config, group_size, pending)
+
+    def stage(name: str, memory_bytes: int, work: Effort) -> Stage:
+        return Stage(name, memory_bytes, work.seconds(speed) if speed else None)
+
+    tokens, table = calibration.tokens, llm.vocab_size * llm.hidden_size
+    stages = [stage("write embeddings and head", need.write_tables(), Effort(bytes=40.0 * table))]
+    if options.calibrates:
+        name, encoding = (
+            "encode pictures and embed tokens",
+            effort.encode(config, calibration.tiles),
         )
-    hidden = tokens * llm.hidden_size * FLOAT32
-    tower = (parameters(expected_tower(config)) + parameters(expected_projector(config))) * FLOAT32
-    grams = sum({width: width * width for _, width in decoder_linears(llm).values()}.values())
-    search = PROGRAM_BYTES + shard + 3 * layer + 5 * hidden + 2 * grams * FLOAT32
-    return (
-        Stage("encode pictures and embed tokens", PROGRAM_BYTES + tower + 2 * hidden),
-        Stage("search and round each decoder layer", search),
-        write,
-    )
+        stages.append(stage(name, need.encode(tokens, calibration.tiles_at_once), encoding))
+    if options.algorithm == "rtn":
+        name, memory, work = "round", need.round_to_nearest(), effort.round_to_nearest(config)
+    elif options.algorithm == "awq":
+        name, memory, work = "search and round", need.awq(tokens), effort.awq(config, tokens)
+    else:
+        name, memory = "learn scales of and round", need.awq_gptq(tokens)
+        work = effort.awq_gptq(config, tokens, group_size)
+    stages.append(stage(f"{name} each decoder layer", memory, work))
+    if options.evaluates:
+        memory = need.evaluate(evaluation.tokens, evaluation.picture_tokens)
+        work = effort.evaluate(config, evaluation.tokens)
+        work += effort.encode(config, evaluation.tiles)
+        stages.append(stage("compare with the original", memory, work))
+    return tuple(stages)

@@ -16,10 +16,7 @@ from torch import Tensor, nn
 
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.model.llm import rotary
-
-CHUNK_TOKENS = 4096
-# Larger matrices of activations lie in a file beside the output.
-SPILL_BYTES = 1 << 30
+from vila_deploy.quantize.limits import CHUNK_TOKENS, SPILL_BYTES
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from vila_deploy.model.splice import prompt_pieces, splice
 from vila_deploy.model.tokenizer import Tokenizer, load_tokenizer
 from vila_deploy.model.vision import VisionEncoder
 from vila_deploy.quantize.examples import Example, Picture
+from vila_deploy.quantize.limits import MAX_TOKENS
 
-MAX_TOKENS = 512
 MIN_BLOCK_TOKENS = 16
 MAX_TEXT_CHARACTERS = 1 << 20
 PICTURE_ID = -1
