@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.checkpoint.checksums import WEIGHT_SUFFIXES
 from vila_deploy.checkpoint.layout import PARTS, llm_config_values, part_configs
 from vila_deploy.checkpoint.tensors import INDEX_FILE, SINGLE_FILE, TensorReader
 from vila_deploy.files import canonical_json, read_json_object, sha256_file
@@ -20,7 +21,6 @@ from vila_deploy.formats.registry import SHARD_BYTES
 from vila_deploy.model.tokenizer import TOKENIZER_FILES
 
 LLM_FILES = (*TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")
-WEIGHT_SUFFIXES = (".safetensors", ".pt")
 Pack = Callable[[QuantizedLinear], dict[str, Tensor]]
 
 

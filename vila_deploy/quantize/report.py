@@ -11,6 +11,8 @@ from statistics import median
 from typing import Any
 
 from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.checkpoint.checksums import WEIGHT_SUFFIXES
+from vila_deploy.formats.registry import FORMATS
 from vila_deploy.progress import clock
 from vila_deploy.quantize.awq import LayerResult, ratios
 from vila_deploy.quantize.awq_gptq import CompensatedLayer
@@ -99,12 +101,13 @@ def build_report(
     """The report of the checkpoint that lies in `out`. Errors are mean squares, relative."""
     readers = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
     input_bytes = sum(file.stat().st_size for reader in readers for file in reader.files())
-    output_bytes = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
+    files = [file for file in out.rglob("*") if file.suffix in WEIGHT_SUFFIXES]
+    output_bytes = sum(file.stat().st_size for file in files)
     components = output_components(checkpoint.config, options.scheme)
     kept = [component for component in components if component.name in REASONS]
     return {
         "algorithm": options.algorithm,
-        "format": "awq",
+        "formats": list(options.formats),
         "bits": options.scheme.bits,
         "group_size": options.scheme.group_size,
         "symmetric": options.scheme.symmetric,
@@ -148,7 +151,8 @@ def markdown(report: dict[str, Any]) -> str:
         "# Quantization report",
         "",
         f"- {report['algorithm'].upper()}, {report['bits']} bits, groups of "
-        f"{report['group_size']}, {kind}; written as AutoAWQ GEMM",
+        f"{report['group_size']}, {kind}; written as "
+        + ", ".join(FORMATS[name].title for name in report["formats"]),
         f"- weights: {_megabytes(report['input_bytes'])} before, "
         f"{_megabytes(report['output_bytes'])} after",
         f"- bits per weight: {report['bits_per_weight']:.3f} in quantized linears, "
