@@ -61,7 +61,9 @@ SHIPPED = "shipped"
     "--prompt-template", metavar="NAME",
     help="vicuna_v1, llama_3, hermes-2, qwen2 …; chosen by LLM and tokenizer if left out.",
 )  # fmt: skip
-@click.option("--plan", "plan_only", is_flag=True, help="Show sizes, memory and time; no weights are read.")
+@click.option(
+    "--plan", "plan_only", is_flag=True, help="Show sizes, memory and time; reads no weights."
+)
 @click.option(
     "--resume", is_flag=True,
     help="Keep finished layers in OUT.partial if this is ended early; go on from there.",
