@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import gc
-import itertools
 import json
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from interruptions import die_at, interrupt_at
 from PIL import Image
 from tiny import make_checkpoint
 
@@ -121,33 +121,6 @@ def assert_finishes(data, options, here, whole):
     job.quantize(data / "root", here / "out", options, resume=True)
     assert contents(here / "out") == whole
     assert [path.name for path in here.iterdir()] == ["out"]
-
-
-def interrupt_at(function, number):
-    calls = itertools.count(1)
-
-    def interrupted(*args, **kwargs):
-        if next(calls) == number:
-            raise KeyboardInterrupt
-        return function(*args, **kwargs)
-
-    return interrupted
-
-
-def die_at(module, name, number, when):
-    """Replaces a function by one that ends the program before or after its call `number`."""
-    function, calls = getattr(module, name), itertools.count(1)
-
-    def deadly(*args, **kwargs):
-        last = next(calls) == number
-        if last and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = function(*args, **kwargs)
-        if last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(module, name, deadly)
 
 
 def quantize_and_die(root, out, options, threads, death):

@@ -11,6 +11,7 @@ from vila_deploy.cli.common import command_errors, echo_json
 
 if TYPE_CHECKING:
     from vila_deploy.engine.fit import Fit
+    from vila_deploy.engine.manifest import Manifest
     from vila_deploy.engine.plan import EnginePlan
 
 
@@ -90,7 +91,10 @@ def main(
         else:
             _show_plan(planned, fits)
         return
-    manifest = build_engine(checkpoint, out, options)
+    _show_engine(out, build_engine(checkpoint, out, options), as_json)
+
+
+def _show_engine(out: Path, manifest: Manifest, as_json: bool) -> None:
     if as_json:
         echo_json(
             {
