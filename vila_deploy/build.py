@@ -14,6 +14,7 @@ from vila_deploy.backends import BACKENDS, TOKENIZER_FOLDER
 from vila_deploy.backends.tensorrt.compilers import COMPILERS
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import VilaConfig, load_config, with_template
+from vila_deploy.engine.components import ALL_FP16, Components, check_components
 from vila_deploy.engine.description import describe
 from vila_deploy.engine.fit import Fit, advise, fit_everywhere
 from vila_deploy.engine.manifest import Limits, Manifest, write_manifest
@@ -45,6 +46,7 @@ class BuildOptions:
     prompt_template: str | None = None
     tp: int = 1
     jetpack: str | None = None
+    components: Components = ALL_FP16
 
 
 def default_limits(config: VilaConfig) -> Limits:
@@ -60,7 +62,8 @@ def plan_build(root: Path, options: BuildOptions) -> EnginePlan:
     )
     backend, limits = _backend(target, options), _limits(config, options)
     precision = _planned_precision(config, target, options)
-    plan = plan_engine(config, target, backend, precision, limits)
+    check_components(backend, options.components)
+    plan = plan_engine(config, target, backend, precision, limits, options.components)
     return plan if options.tp == 1 else _on_each_gpu(plan, options.tp)
 
 
@@ -87,7 +90,7 @@ def plan_targets(root: Path, options: BuildOptions) -> list[Fit]:
     """On which targets that engine would fit, from the config files alone."""
     config, target = load_config(root), get_target(options.target)
     precision = _planned_precision(config, target, options)
-    return fit_everywhere(config, precision, _limits(config, options))
+    return fit_everywhere(config, precision, _limits(config, options), options.components)
 
 
 def _planned_precision(config: VilaConfig, target: Target, options: BuildOptions) -> str:
@@ -120,7 +123,8 @@ def _build(root: Path, out: Path, options: BuildOptions) -> Manifest:
     module = _backend_module(target, options)
     precision = _precision(config, target, options)
     limits = _limits(config, options)
-    request = BuildRequest(target, limits, options.tp, options.jetpack)
+    request = BuildRequest(target, limits, options.tp, options.jetpack, options.components)
+    check_components(_backend(target, options), options.components)
     _check(module, config, request)
     _refuse_what_does_not_fit(config, target, options)
     checkpoint = open_checkpoint(root)
@@ -145,11 +149,18 @@ def _build(root: Path, out: Path, options: BuildOptions) -> Manifest:
             limits=limits,
             model=describe(config, tokenizer),
             versions={},
+            components=options.components,
         )
         return _write(folder, config, parts, manifest, request)
 
 
-def build_random_engine(model: str, precision: str, target_name: str, out: Path) -> Manifest:
+def build_random_engine(
+    model: str,
+    precision: str,
+    target_name: str,
+    out: Path,
+    components: Components = ALL_FP16,
+) -> Manifest:
     """An engine of a released model's true shapes with random weights, for measuring.
 
     Raises:
@@ -161,7 +172,8 @@ def build_random_engine(model: str, precision: str, target_name: str, out: Path)
     options = BuildOptions(target_name, max_seq_len=1024)
     config, target = preset(model, precision), get_target(target_name)
     module, limits = _backend_module(target, options), _limits(config, options)
-    request = BuildRequest(target, limits)
+    request = BuildRequest(target, limits, components=components)
+    check_components(_backend(target, options), components)
     _check(module, config, request)
     with new_folder(out) as folder:
         manifest = Manifest(
@@ -175,6 +187,7 @@ def build_random_engine(model: str, precision: str, target_name: str, out: Path)
             limits=limits,
             model=describe(config, None),
             versions={},
+            components=components,
         )
         return _write(folder, config, random_parts(config), manifest, request)
 
@@ -205,13 +218,13 @@ def _refuse_what_does_not_fit(config: VilaConfig, target: Target, options: Build
         return
     backend, limits = _backend(target, options), _limits(config, options)
     precision = _precision(config, target, options)
-    plan = plan_engine(config, target, backend, precision, limits)
+    plan = plan_engine(config, target, backend, precision, limits, options.components)
     plan = plan if options.tp == 1 else _on_each_gpu(plan, options.tp)
     if not plan.fits:
         raise VilaDeployError(
             f"the engine would need {plan.device_bytes / 1e9:.1f} GB, {target.title} has "
             f"{plan.limit_bytes / 1e9:.1f} GB for it",
-            fix=f"what would do: {advise(config, precision, limits, target)}",
+            fix=f"what would do: {advise(config, precision, limits, target, options.components)}",
         )
 
 

@@ -10,6 +10,7 @@ import click
 from vila_deploy.cli.common import command_errors, echo_json
 
 if TYPE_CHECKING:
+    from vila_deploy.engine.components import Components
     from vila_deploy.engine.fit import Fit
     from vila_deploy.engine.manifest import Manifest
     from vila_deploy.engine.plan import EnginePlan
@@ -33,6 +34,18 @@ class Precision(click.Choice[str]):
     "--precision", type=Precision(["int4", "fp16"]),
     help="Of the language model; the checkpoint's own if left out.",
 )  # fmt: skip
+@click.option(
+    "--vision", type=click.Choice(["fp16", "int8"]), default="fp16", show_default=True,
+    help="Of the vision tower.",
+)  # fmt: skip
+@click.option(
+    "--lm-head", type=click.Choice(["fp16", "int8", "int4"]), default="fp16", show_default=True,
+    help="Of the output head; the embedding table stays as it is.",
+)  # fmt: skip
+@click.option(
+    "--kv-cache", type=click.Choice(["fp16", "int8"]), default="fp16", show_default=True,
+    help="Of the cache of keys and values.",
+)  # fmt: skip
 @click.option("--max-batch-size", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--max-input-len", type=click.IntRange(1), help="Longest prompt, pictures included.")
 @click.option("--max-seq-len", type=click.IntRange(2), help="Longest prompt with its answer.")
@@ -54,6 +67,9 @@ def main(
     out: Path | None,
     backend: str | None,
     precision: str | None,
+    vision: str,
+    lm_head: str,
+    kv_cache: str,
     max_batch_size: int,
     max_input_len: int | None,
     max_seq_len: int | None,
@@ -79,10 +95,11 @@ def main(
         raise click.UsageError("-o is missing: name the folder to write, or give --plan")
 
     from vila_deploy.build import BuildOptions, build_engine, plan_build, plan_targets
+    from vila_deploy.engine.components import Components
 
     options = BuildOptions(
         target, backend, precision, max_batch_size, max_input_len, max_seq_len, prompt_template, tp,
-        jetpack,
+        jetpack, Components(vision, lm_head, kv_cache),
     )  # fmt: skip
     if plan_only or out is None:
         planned, fits = plan_build(checkpoint, options), plan_targets(checkpoint, options)
@@ -102,6 +119,7 @@ def _show_engine(out: Path, manifest: Manifest, as_json: bool) -> None:
                 "target": manifest.target,
                 "backend": manifest.backend,
                 "precision": manifest.precision,
+                "components": manifest.components.to_json(),
                 "weight_bytes_per_token": manifest.weight_bytes_per_token,
                 "needs": list(manifest.needs),
             }
@@ -109,7 +127,8 @@ def _show_engine(out: Path, manifest: Manifest, as_json: bool) -> None:
     else:
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         click.echo(
-            f"{out}: {manifest.precision} engine for {manifest.target}, {size / 1e6:,.1f} MB"
+            f"{out}: {_precisions(manifest.precision, manifest.components)} engine for "
+            f"{manifest.target}, {size / 1e6:,.1f} MB"
         )
         if manifest.needs:
             click.echo(
@@ -119,13 +138,18 @@ def _show_engine(out: Path, manifest: Manifest, as_json: bool) -> None:
             )
 
 
+def _precisions(precision: str, components: Components) -> str:
+    return ", ".join(filter(None, (precision, components.summary())))
+
+
 def _show_plan(planned: EnginePlan, fits: list[Fit]) -> None:
     from vila_deploy.cli.common import show_fits, show_plan
 
     show_plan(planned.components, planned.stages)
     verdict = "fits" if planned.fits else "does not fit"
     click.echo(
-        f"{planned.target} with {planned.backend}, {planned.precision}: needs "
+        f"{planned.target} with {planned.backend}, "
+        f"{_precisions(planned.precision, planned.kept_as)}: needs "
         f"{planned.device_bytes / 1e9:.2f} GB of {planned.limit_bytes / 1e9:.1f} GB: {verdict}"
     )
     click.echo("\nWhen it runs:")

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.engine.components import ALL_FP16, Components, supported_part
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.plan import plan_engine
 from vila_deploy.engine.target import Target, load_targets
@@ -28,25 +29,42 @@ class Fit:
         return asdict(self)
 
 
-def fit_everywhere(config: VilaConfig, precision: str, limits: Limits) -> list[Fit]:
-    """The model on every target, each with its default backend; no weights are read."""
-    return [_fit(config, precision, limits, target) for target in load_targets().values()]
+def fit_everywhere(
+    config: VilaConfig, precision: str, limits: Limits, components: Components = ALL_FP16
+) -> list[Fit]:
+    """The model on every target, each with its default backend; no weights are read.
+
+    Args:
+        components: fp16 is taken instead of what a target's backend doesn't have.
+    """
+    return [
+        _fit(config, precision, limits, target, supported_part(target.default_backend, components))
+        for target in load_targets().values()
+    ]
 
 
-def _fit(config: VilaConfig, precision: str, limits: Limits, target: Target) -> Fit:
-    plan = plan_engine(config, target, target.default_backend, precision, limits)
-    advice = "" if plan.fits else advise(config, precision, limits, target)
+def _fit(
+    config: VilaConfig, precision: str, limits: Limits, target: Target, components: Components
+) -> Fit:
+    plan = plan_engine(config, target, target.default_backend, precision, limits, components)
+    advice = "" if plan.fits else advise(config, precision, limits, target, components)
     return Fit(target.name, target.title, plan.fits, plan.device_bytes, plan.limit_bytes, advice)
 
 
-def advise(config: VilaConfig, precision: str, limits: Limits, target: Target) -> str:
+def advise(
+    config: VilaConfig,
+    precision: str,
+    limits: Limits,
+    target: Target,
+    components: Components = ALL_FP16,
+) -> str:
     """The smallest change that makes a model fit that doesn't."""
     backend = target.default_backend
 
     def needed(precision: str, limits: Limits) -> int:
-        return plan_engine(config, target, backend, precision, limits).device_bytes
+        return plan_engine(config, target, backend, precision, limits, components).device_bytes
 
-    limit = plan_engine(config, target, backend, precision, limits).limit_bytes
+    limit = plan_engine(config, target, backend, precision, limits, components).limit_bytes
     least = config.max_tokens_per_image + SEQUENCE_STEP
     for length in range(limits.max_seq_len - SEQUENCE_STEP, least - 1, -SEQUENCE_STEP):
         shorter = replace(

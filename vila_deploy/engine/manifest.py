@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_deploy.checkpoint.fields import Fields
+from vila_deploy.engine.components import ALL_FP16, Components
 from vila_deploy.engine.description import ModelDescription
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import canonical_json, read_json_object, replace_file, sha256_file
@@ -44,6 +45,7 @@ class Manifest:
         checkpoint_fingerprint: of the checkpoint that it was built from; None for random weights.
         versions: of the tools that built it; the backend checks what must match.
         needs: steps that are still to be done on the device; empty when the engine is complete.
+        components: what vision tower, output head and key/value cache are kept in.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Manifest:
     model: ModelDescription
     versions: Mapping[str, str]
     needs: tuple[str, ...] = ()
+    components: Components = ALL_FP16
 
 
 def write_manifest(folder: Path, manifest: Manifest, without: Collection[str] = ()) -> None:
@@ -74,6 +77,7 @@ def write_manifest(folder: Path, manifest: Manifest, without: Collection[str] = 
         **{field.name: getattr(manifest, field.name) for field in fields(Manifest)},
         "limits": vars(manifest.limits),
         "model": manifest.model.to_json(),
+        "components": manifest.components.to_json(),
         "files": {
             path.relative_to(folder).as_posix(): {
                 "sha256": sha256_file(path),
@@ -133,6 +137,7 @@ def _from_fields(found: Fields) -> Manifest:
         model=ModelDescription.from_fields(found.child("model")),
         versions=found.child("versions").values,
         needs=tuple(found.values["needs"]),
+        components=Components.from_fields(found),
     )
 
 

@@ -14,6 +14,14 @@ from vila_deploy.checkpoint.expected import (
     expected_tower,
 )
 from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.engine.components import (
+    ALL_FP16,
+    BITS,
+    FP16,
+    Components,
+    head_group_size,
+    is_tower_linear,
+)
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.target import Target
 from vila_deploy.sizes import Component, Stage, available_memory_bytes, parameters
@@ -45,7 +53,10 @@ GPU_STORAGE = Storage(dense_bits=16, scale_bits=16, cache_bits=16)
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """Memory while running (`device_bytes`) against what the target has (`limit_bytes`)."""
+    """Memory while running (`device_bytes`) against what the target has (`limit_bytes`).
+
+    `components` are the parts of that memory, `kept_as` what some of them are kept in.
+    """
 
     target: str
     backend: str
@@ -55,20 +66,26 @@ class EnginePlan:
     limit_bytes: int
     components: tuple[Component, ...]
     stages: tuple[Stage, ...]
+    kept_as: Components = ALL_FP16
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def plan_engine(
-    config: VilaConfig, target: Target, backend: str, precision: str, limits: Limits
+    config: VilaConfig,
+    target: Target,
+    backend: str,
+    precision: str,
+    limits: Limits,
+    kept_as: Components = ALL_FP16,
 ) -> EnginePlan:
     """Bytes of weights, cache and activations on `target`; no weights are read."""
     on_cpu = target.compute_capability is None
     storage = CPU_STORAGE if on_cpu else GPU_STORAGE
     components = (
-        *_weights(config, precision, storage),
-        _cache(config.llm, limits, storage),
+        *_weights(config, precision, storage, kept_as),
+        _cache(config.llm, limits, storage, kept_as.kv_cache),
         _activations(config, limits, storage),
     )
     program = CPU_PROGRAM_BYTES if on_cpu else GPU_PROGRAM_BYTES
@@ -83,6 +100,7 @@ def plan_engine(
         limit_bytes=limit_bytes,
         components=components,
         stages=_stages(config, target, backend, components, limit_bytes, device_bytes),
+        kept_as=kept_as,
     )
 
 
@@ -109,7 +127,9 @@ def _stages(
     return graphs, Stage(f"compile on {target.title}{swap}", needed), run
 
 
-def _weights(config: VilaConfig, precision: str, storage: Storage) -> Iterable[Component]:
+def _weights(
+    config: VilaConfig, precision: str, storage: Storage, kept_as: Components
+) -> Iterable[Component]:
     llm = config.llm
     linears = llm.num_layers * sum(map(math.prod, decoder_linears(llm).values()))
     group = llm.quantization.group_size if llm.quantization else DEFAULT_GROUP_SIZE
@@ -118,18 +138,40 @@ def _weights(config: VilaConfig, precision: str, storage: Storage) -> Iterable[C
     yield Component.of("llm decoder linears", linears, bits)
     # Looked up row by row, so it stays in float16 everywhere.
     yield Component.of("llm embeddings", table, 16)
-    yield Component.of("llm head", table, storage.dense_bits)
+    yield Component.of("llm head", table, _head_bits(llm, kept_as.lm_head, storage))
     yield Component.of("llm norms", llm.hidden_size * (2 * llm.num_layers + 1), storage.dense_bits)
-    yield Component.of("vision tower", parameters(expected_tower(config)), storage.dense_bits)
+    yield _tower(config, kept_as.vision, storage)
     yield Component.of("projector", parameters(expected_projector(config)), storage.dense_bits)
 
 
-def _cache(llm: LlmConfig, limits: Limits, storage: Storage) -> Component:
+def _head_bits(llm: LlmConfig, kept_as: str, storage: Storage) -> float:
+    """A scale for each token of the vocabulary in int8, for each group of weights in int4."""
+    if kept_as == FP16:
+        return storage.dense_bits
+    return BITS[kept_as] + storage.scale_bits / head_group_size(llm.hidden_size, kept_as)
+
+
+def _tower(config: VilaConfig, kept_as: str, storage: Storage) -> Component:
+    """Only the matrices of its layers are quantized, with a scale for each of their outputs."""
+    tensors = list(expected_tower(config))
+    count = parameters(tensors)
+    matrices = [tensor for tensor in tensors if is_tower_linear(tensor.name, tensor.shape)]
+    if kept_as == FP16:
+        return Component.of("vision tower", count, storage.dense_bits)
+    small = parameters(matrices)
+    scales = sum(tensor.shape[0] for tensor in matrices)
+    bits = (count - small) * storage.dense_bits + small * BITS[kept_as]
+    return Component.of("vision tower", count, (bits + scales * storage.scale_bits) / count)
+
+
+def _cache(llm: LlmConfig, limits: Limits, storage: Storage, kept_as: str) -> Component:
+    """In int8 with a scale for each key and each value of a head."""
     per_token = 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim
     count = limits.max_batch_size * limits.max_seq_len * per_token
-    return Component.of(
-        f"key/value cache of {limits.max_seq_len} tokens", count, storage.cache_bits
-    )
+    bits: float = storage.cache_bits
+    if kept_as != FP16:
+        bits = BITS[kept_as] + storage.scale_bits / llm.head_dim
+    return Component.of(f"key/value cache of {limits.max_seq_len} tokens", count, bits)
 
 
 def _activations(config: VilaConfig, limits: Limits, storage: Storage) -> Component:

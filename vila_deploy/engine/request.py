@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from vila_deploy.engine.components import ALL_FP16
+from vila_deploy.engine.components import Components as Components
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.target import Target
 
@@ -16,12 +18,14 @@ class BuildRequest:
     limits: batch and lengths that the engine must take.
     tp: GPUs that share each layer.
     jetpack: release of JetPack on a Jetson; None means the target's usual one.
+    components: what vision tower, output head and key/value cache are kept in.
     """
 
     target: Target
     limits: Limits
     tp: int = 1
     jetpack: str | None = None
+    components: Components = ALL_FP16
 
 
 @dataclass(frozen=True)
