@@ -41,7 +41,7 @@ SOURCE_MODULES = (
     *("email.message", "heapq", "inspect", "http.client", "pathlib", "random", "statistics"),
     *("tarfile", "textwrap", "typing"),
 )
-SOURCE_BLOCKS = 4  # of each module
+SOURCE_BLOCKS = 4  # of each module, behind its first, which is licence and imports
 TEXTS = ("topics", "source")
 BATCH = 4
 LOGIT_ROWS = 256  # tokens whose logits over the whole vocabulary are in memory at once
@@ -95,7 +95,8 @@ def make_tokens(encode: Callable[[str], Tensor]) -> dict[str, Tensor]:
     from pydoc_data.topics import topics
 
     pydoc = encode("\n\n".join(topics[key] for key in sorted(topics)))
-    source = [encode(_module_text(name))[: SOURCE_BLOCKS * BLOCK] for name in SOURCE_MODULES]
+    behind_first = slice(BLOCK, (1 + SOURCE_BLOCKS) * BLOCK)
+    source = [encode(_module_text(name))[behind_first] for name in SOURCE_MODULES]
     end = EVALUATION_START + EVALUATION_BLOCKS * BLOCK
     parts = {
         "calibration": pydoc[: CALIBRATION_BLOCKS * BLOCK],

@@ -262,8 +262,8 @@ def test_command_lets_a_good_result_pass_and_rtn_be_quick(root, tmp_path):
 def test_nan_never_passes_the_gate(root, tmp_path, monkeypatch):
     broken = evaluating._Measured.add
 
-    def add(self, exact, other, targets):
-        broken(self, exact, other * math.nan, targets)
+    def add(self, rows, heads, targets):
+        broken(self, (rows[0], rows[1] * math.nan), heads, targets)
 
     monkeypatch.setattr(evaluating._Measured, "add", add)
     done = run(root, tmp_path / "out", *RTN, "--max-kl", 1e9)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vila_deploy.quantize.plan import Options, QuantizePlan
 
 ALGORITHMS = ("awq-gptq", "awq", "rtn")
+DEVICES = ("auto", "cpu", "cuda")
 FILE = click.Path(path_type=Path)
 SHIPPED = "shipped"
 
@@ -58,6 +59,10 @@ SHIPPED = "shipped"
     help=f"How the 4-bit weights are stored: {', '.join(FORMATS)}; several come into OUT/NAME/.",
 )  # fmt: skip
 @click.option(
+    "--device", type=click.Choice(DEVICES), default=DEVICES[0], show_default=True,
+    help="auto: the GPU if there is one with room, else the CPU.",
+)  # fmt: skip
+@click.option(
     "--prompt-template", metavar="NAME",
     help="vicuna_v1, llama_3, hermes-2, qwen2 …; chosen by LLM and tokenizer if left out.",
 )  # fmt: skip
@@ -84,6 +89,7 @@ def main(
     no_eval: bool,
     max_kl: float | None,
     formats: tuple[str, ...],
+    device: str,
     prompt_template: str | None,
     plan_only: bool,
     resume: bool,
@@ -113,7 +119,7 @@ def main(
     options = Options(scheme, algorithm, calib, calib_images, seed, prompt_template, formats)
     wanted = False if no_eval else True if eval_data or max_kl is not None else None
     own = None if eval_data == Path(SHIPPED) else eval_data
-    options = replace(options, text_only=text_only, evaluate=wanted, eval=own)
+    options = replace(options, text_only=text_only, evaluate=wanted, eval=own, device=device)
     if plan_only or out is None:
         _plan(checkpoint, options, as_json)
     else:

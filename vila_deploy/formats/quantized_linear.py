@@ -52,6 +52,13 @@ class QuantizedLinear:
     def symmetric(self) -> bool:
         return bool((self.zero == SYMMETRIC_ZERO).all())
 
+    def cpu(self) -> QuantizedLinear:
+        """The same in host memory."""
+        bias, prequant = (
+            None if part is None else part.cpu() for part in (self.bias, self.prequant_scale)
+        )
+        return QuantizedLinear(self.q.cpu(), self.scale.cpu(), self.zero.cpu(), bias, prequant)
+
     def dequantize(self) -> Tensor:
         """The effective weight, float32 [out, in]; exact: 5 bits times 11 bits fit into 24."""
         groups = (

@@ -117,16 +117,17 @@ class _Work:
         """
         streams, layer = self.streams, self.layer
         between = streams.matrix(streams.exact.shape[1])
-        into_out = InputMoments(weight_of(layer, OUT_GROUP.linears[0]).shape[1])
-        into_down = InputMoments(weight_of(layer, DOWN_GROUP.linears[0]).shape[1])
+        into_out = self._moments(weight_of(layer, OUT_GROUP.linears[0]).shape[1])
+        into_down = self._moments(weight_of(layer, DOWN_GROUP.linears[0]).shape[1])
         for chunk in streams.chunks:
-            hidden = streams.exact[chunk.tokens]
+            hidden = streams.load(streams.exact, chunk)
             heads = streams.heads(layer, hidden, chunk)
             into_out.add(heads[::SCALE_TOKEN_STRIDE])
-            between[chunk.tokens] = after_attention(layer, hidden, heads)
-            inner = gated(layer, between[chunk.tokens])
+            hidden = after_attention(layer, hidden, heads)
+            between[chunk.tokens] = hidden
+            inner = gated(layer, hidden)
             into_down.add(inner[::SCALE_TOKEN_STRIDE])
-            streams.exact[chunk.tokens] = after_mlp(layer, between[chunk.tokens], inner)
+            streams.exact[chunk.tokens] = after_mlp(layer, hidden, inner)
         if not bool(torch.isfinite(streams.exact).all()):
             raise VilaDeployError(
                 "its outputs on the calibration data are not finite",
@@ -142,7 +143,7 @@ class _Work:
         for group, scales in self._scales.items():
             previous = weight_of(self.layer, group.previous)
             # Heads that share a value head share its scales.
-            rows = torch.empty(len(previous)).index_copy_(0, self._rows_of(group), scales)
+            rows = torch.empty_like(previous[:, 0]).index_copy_(0, self._rows_of(group), scales)
             previous.div_(rows[:, None])
             bias = bias_of(self.layer, group.previous)
             if bias is not None:
@@ -153,9 +154,9 @@ class _Work:
         """Scales and rounds the linears behind a norm, whose weight takes up the scales."""
         norm = self.layer.get_submodule(group.previous)
         weights = [weight_of(self.layer, name) for name in group.linears]
-        moments = InputMoments(weights[0].shape[1])
+        moments = self._moments(weights[0].shape[1])
         for chunk in self.streams.chunks:
-            moments.add(norm(self.streams.quantized[chunk.tokens]))
+            moments.add(norm(self.streams.load(self.streams.quantized, chunk)))
         metric = moments.metric()
         learned = learn_scales(torch.cat(weights), metric, self.scheme)
         metric.rescale(fold_scales(self.layer, ScaleChoice(group, 0.0, learned, ())))
@@ -166,32 +167,38 @@ class _Work:
         """Rounds o_proj, compensated, and moves the quantized stream on behind the attention."""
         name = OUT_GROUP.linears[0]
         weight = weight_of(self.layer, name)
-        heads = self.streams.matrix(weight.shape[1])
-        moments = InputMoments(weight.shape[1], weight.shape[0])
-        hidden = self.streams.quantized
-        for chunk in self.streams.chunks:
-            heads[chunk.tokens] = self.streams.heads(self.layer, hidden[chunk.tokens], chunk)
-            moments.add(heads[chunk.tokens], between[chunk.tokens] - hidden[chunk.tokens])
+        streams, stream = self.streams, self.streams.quantized
+        heads = streams.matrix(weight.shape[1])
+        moments = self._moments(weight.shape[1], weight.shape[0])
+        for chunk in streams.chunks:
+            hidden = streams.load(stream, chunk)
+            entering = streams.heads(self.layer, hidden, chunk)
+            moments.add(entering, streams.load(between, chunk) - hidden)
+            heads[chunk.tokens] = entering
         self._round(name, weight, moments.metric(), compensate=True)
-        for chunk in self.streams.chunks:
-            here = chunk.tokens
-            hidden[here] = after_attention(self.layer, hidden[here], heads[here])
+        for chunk in streams.chunks:
+            parts = streams.load(stream, chunk), streams.load(heads, chunk)
+            stream[chunk.tokens] = after_attention(self.layer, *parts)
 
     def round_down(self) -> None:
         """Rounds down_proj, compensated, and moves the quantized stream on behind the layer."""
         name = DOWN_GROUP.linears[0]
         weight = weight_of(self.layer, name)
-        inner = self.streams.matrix(weight.shape[1])
-        moments = InputMoments(weight.shape[1], weight.shape[0])
-        hidden, exact = self.streams.quantized, self.streams.exact
-        for chunk in self.streams.chunks:
-            here = chunk.tokens
-            inner[here] = gated(self.layer, hidden[here])
-            moments.add(inner[here], exact[here] - hidden[here])
+        streams, stream = self.streams, self.streams.quantized
+        inner = streams.matrix(weight.shape[1])
+        moments = self._moments(weight.shape[1], weight.shape[0])
+        for chunk in streams.chunks:
+            hidden = streams.load(stream, chunk)
+            entering = gated(self.layer, hidden)
+            moments.add(entering, streams.load(streams.exact, chunk) - hidden)
+            inner[chunk.tokens] = entering
         self._round(name, weight, moments.metric(), compensate=True)
-        for chunk in self.streams.chunks:
-            here = chunk.tokens
-            hidden[here] = after_mlp(self.layer, hidden[here], inner[here])
+        for chunk in streams.chunks:
+            parts = streams.load(stream, chunk), streams.load(inner, chunk)
+            stream[chunk.tokens] = after_mlp(self.layer, *parts)
+
+    def _moments(self, channels: int, outputs: int = 0) -> InputMoments:
+        return InputMoments(channels, outputs, self.streams.device)
 
     def _learn(self, group: ScaleGroup, metric: Metric) -> None:
         weight = weight_of(self.layer, group.linears[0])
@@ -202,10 +209,11 @@ class _Work:
         channels = weight_of(self.layer, group.linears[0]).shape[1]
         rows = len(weight_of(self.layer, group.previous))
         if rows == channels:
-            return torch.arange(channels)
+            return torch.arange(channels, device=self.streams.device)
         width = self.layer.get_submodule("self_attn").head_dim
         assert isinstance(width, int)
-        heads, within = torch.arange(channels) // width, torch.arange(channels) % width
+        every = torch.arange(channels, device=self.streams.device)
+        heads, within = every // width, every % width
         return heads // (channels // rows) * width + within
 
     def _round(self, name: str, weight: Tensor, metric: Metric, compensate: bool = False) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.errors import VilaDeployError
+from vila_deploy.quantize.device import CPU
 from vila_deploy.quantize.examples import Example
 from vila_deploy.quantize.limits import MAX_CALIBRATION_SEQUENCES as MAX_SEQUENCES
 from vila_deploy.quantize.tokens import PICTURE_ID, Examples, Splicer
@@ -34,7 +35,12 @@ class Calibration:
     sha256: str
 
 
-def calibrate(checkpoint: Checkpoint, examples: Sequence[Example], seed: int) -> Calibration:
+def calibrate(
+    checkpoint: Checkpoint,
+    examples: Sequence[Example],
+    seed: int,
+    device: torch.device = CPU,
+) -> Calibration:
     """At most 128 sequences, pictures spliced into the text the way VILA does it.
 
     Plain texts and conversations are joined and cut into blocks of at most 512 tokens, as llm-awq
@@ -53,7 +59,7 @@ def calibrate(checkpoint: Checkpoint, examples: Sequence[Example], seed: int) ->
     sequences = conversations + blocks[: MAX_SEQUENCES - len(conversations)]
     if not sequences:
         raise VilaDeployError("calibration data gives no tokens", fix="give longer texts")
-    splicer = Splicer(checkpoint, sequences)
+    splicer = Splicer(checkpoint, sequences, device)
     is_image = torch.cat([splicer.ids(sequence) == PICTURE_ID for sequence in sequences])
     return Calibration(
         embeds=[splicer.embeds(sequence, checkpoint) for sequence in sequences],

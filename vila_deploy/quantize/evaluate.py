@@ -18,6 +18,7 @@ from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats.quantized_linear import QuantizedLinear
 from vila_deploy.model.llm import load_decoder_layer
 from vila_deploy.progress import progress
+from vila_deploy.quantize.device import CPU
 from vila_deploy.quantize.examples import Example
 from vila_deploy.quantize.limits import CHUNK_TOKENS as LAYER_TOKENS
 from vila_deploy.quantize.limits import HEAD_ROWS, LOGIT_ROWS
@@ -103,6 +104,7 @@ class EvaluationData:
         examples: Sequence[Example],
         own: bool = False,
         max_sequences: int = MAX_SEQUENCES,
+        device: torch.device = CPU,
     ):
         self.own = own
         made = Examples(checkpoint)
@@ -114,7 +116,7 @@ class EvaluationData:
         about_pictures = about_pictures[:half]
         self.image_sequences = len(about_pictures)
         self.sequences = about_pictures + others[: max_sequences - len(about_pictures)]
-        self._splicer = Splicer(checkpoint, self.sequences)
+        self._splicer = Splicer(checkpoint, self.sequences, device)
         self.images, self.sha256 = self._splicer.num_pictures, self._splicer.sha256
         self.ids = [self._splicer.ids(sequence) for sequence in self.sequences]
         if not any(bool(self.predicted(index).any()) for index in range(len(self.ids))):
@@ -147,21 +149,22 @@ class EvaluationData:
 
 
 def evaluation_data(
-    checkpoint: Checkpoint, examples: Sequence[Example], own: bool
+    checkpoint: Checkpoint, examples: Sequence[Example], own: bool, device: torch.device
 ) -> EvaluationData | None:
     """The data of `examples`; None if there are none."""
-    return EvaluationData(checkpoint, examples, own) if examples else None
+    return EvaluationData(checkpoint, examples, own, device=device) if examples else None
 
 
 class _Model:
     """One of the two models: its hidden states, one decoder layer further at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, embeds: Iterable[Tensor]):
+    def __init__(self, checkpoint: Checkpoint, embeds: Iterable[Tensor], device: torch.device):
         self._checkpoint, self._config = checkpoint, checkpoint.config.llm
-        self.parts = [Sequences.of(self._config, part) for part in _batches(embeds)]
+        self._device = device
+        self.parts = [Sequences.of(self._config, part, device) for part in _batches(embeds)]
 
     def advance(self, index: int) -> None:
-        layer = load_decoder_layer(self._config, self._checkpoint.llm, index)
+        layer = load_decoder_layer(self._config, self._checkpoint.llm, index).to(self._device)
         for part in self.parts:
             part.pass_through(layer)
         # Two layers at a time would be twice the memory; looking for garbage always takes long.
@@ -173,9 +176,9 @@ class _Model:
     def rows(self, chosen: Tensor) -> Tensor:
         """Final hidden states [chosen positions, hidden], normed."""
         norm = LlamaRMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
-        weight = self._checkpoint.llm.tensor("model.norm.weight").float()
+        weight = self._checkpoint.llm.tensor("model.norm.weight").float().to(self._device)
         norm.weight = nn.Parameter(weight, requires_grad=False)
-        masks = chosen.split([len(part.hidden) for part in self.parts])
+        masks = chosen.to(self._device).split([len(part.hidden) for part in self.parts])
         return torch.cat([norm(p.hidden[mask]) for p, mask in zip(self.parts, masks, strict=True)])
 
     def head(self) -> Tensor:
@@ -197,14 +200,19 @@ def _batches(embeds: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @torch.inference_mode()
-def evaluate(original: Checkpoint, quantized: Checkpoint, data: EvaluationData) -> Evaluation:
+def evaluate(
+    original: Checkpoint,
+    quantized: Checkpoint,
+    data: EvaluationData,
+    device: torch.device = CPU,
+) -> Evaluation:
     """Runs both models on `data`, one decoder layer in memory at a time. Deterministic.
 
     Raises:
         VilaDeployError: the two are not the same model.
     """
     _check_same_model(original, quantized)
-    models = [_Model(each, data.embeds(each)) for each in (original, quantized)]
+    models = [_Model(each, data.embeds(each), device) for each in (original, quantized)]
     ids = torch.cat(data.ids)
     predicted = torch.cat([data.predicted(index) for index in range(len(data.ids))])
     targets = torch.cat([ids[1:], ids[:1]])[predicted]
@@ -219,11 +227,11 @@ def evaluate(original: Checkpoint, quantized: Checkpoint, data: EvaluationData) 
                 model.advance(index)
             layers.append(_drift(index, models, ids == PICTURE_ID))
         advance("logits")
-        measured = _Measured([], [], [], [])
+        measured = _Measured(len(targets), original.config.llm.vocab_size, device)
         rows = [model.rows(predicted).split(LOGIT_ROWS) for model in models]
         heads = [model.head() for model in models]
-        for own, other, wanted in zip(*rows, targets.split(LOGIT_ROWS), strict=True):
-            measured.add(_logits(own, heads[0]), _logits(other, heads[1]), wanted)
+        for own, other, wanted in zip(*rows, targets.to(device).split(LOGIT_ROWS), strict=True):
+            measured.add((own, other), heads, wanted)
             advance("logits")
     everything = torch.ones_like(about_pictures)
     classes = {"all": everything, TEXT: ~about_pictures, IMAGE: about_pictures}
@@ -255,7 +263,7 @@ def _check_same_model(original: Checkpoint, quantized: Checkpoint) -> None:
 def _drift(index: int, models: Sequence[_Model], is_image: Tensor) -> LayerDrift:
     exact, other = (model.parts for model in models)
     errors = [_relative_errors(a.hidden, b.hidden) for a, b in zip(exact, other, strict=True)]
-    error = torch.cat(errors)
+    error = torch.cat(errors).cpu()
     return LayerDrift(index, _mean(error[~is_image]), _mean(error[is_image]))
 
 
@@ -269,40 +277,53 @@ def _mean(values: Tensor) -> float | None:
     return float(values.mean(dtype=torch.float64)) if len(values) else None
 
 
-def _logits(rows: Tensor, head: Tensor) -> Tensor:
+def _logits(rows: Tensor, head: Tensor, out: Tensor) -> Tensor:
     """float32 [rows, vocabulary]; the head is widened bit by bit, not as a whole."""
-    return torch.cat([rows @ part.float().T for part in head.split(HEAD_ROWS)], 1)
+    for part, columns in zip(head.split(HEAD_ROWS), out.split(HEAD_ROWS, 1), strict=True):
+        torch.mm(rows, part.to(rows.device).float().T, out=columns)
+    return out
 
 
-@dataclass(frozen=True)
 class _Measured:
-    """What is known of each predicted token, chunk by chunk."""
+    """What is known of each predicted token, filled in chunk by chunk.
 
-    kl: list[Tensor]
-    loss_original: list[Tensor]
-    loss: list[Tensor]
-    same: list[Tensor]
+    All of it is allocated at once: with small results in between, logits that are freed leave holes
+    which the next ones just don't fit into, and the memory grows with every chunk.
+    """
 
-    def add(self, exact: Tensor, other: Tensor, targets: Tensor) -> None:
-        """Takes the logits [rows, vocabulary] of both models and the tokens that follow."""
-        same = exact.argmax(1) == other.argmax(1)
-        exact, other = exact.log_softmax(1), other.log_softmax(1)
-        self.kl.append((exact.exp() * (exact - other)).sum(1, dtype=torch.float64))
-        self.loss_original.append(-exact.gather(1, targets[:, None])[:, 0].double())
-        self.loss.append(-other.gather(1, targets[:, None])[:, 0].double())
-        self.same.append(same)
+    def __init__(self, count: int, vocabulary: int, device: torch.device):
+        self._kl, self._loss_original, self._loss = torch.zeros(3, count, dtype=torch.float64)
+        self._same = torch.zeros(count, dtype=torch.bool)
+        rows = min(LOGIT_ROWS, count)
+        self._buffers = [torch.empty(rows, vocabulary, device=device) for _ in range(3)]
+        self._done = 0
+
+    def add(self, rows: Sequence[Tensor], heads: Sequence[Tensor], targets: Tensor) -> None:
+        """Takes final states [rows, hidden] and heads of both models, and what follows."""
+        here = slice(self._done, self._done + len(targets))
+        logits, exact, other = (buffer[: len(targets)] for buffer in self._buffers)
+        likeliest = []
+        for state, head, result in zip(rows, heads, (exact, other), strict=True):
+            likeliest.append(_logits(state, head, logits).argmax(1))
+            torch.log_softmax(logits, 1, out=result)
+        self._same[here] = likeliest[0] == likeliest[1]
+        self._loss_original[here] = -exact.gather(1, targets[:, None])[:, 0]
+        self._loss[here] = -other.gather(1, targets[:, None])[:, 0]
+        difference = torch.sub(exact, other, out=logits)
+        self._kl[here] = torch.linalg.vecdot(exact.exp_(), difference)
+        self._done += len(targets)
 
     def quality(self, chosen: Tensor) -> Quality | None:
         if not bool(chosen.any()):
             return None
-        kl = torch.cat(self.kl)[chosen]
+        kl = self._kl[chosen]
         return Quality(
             tokens=len(kl),
-            perplexity_original=_exp(torch.cat(self.loss_original)[chosen]),
-            perplexity=_exp(torch.cat(self.loss)[chosen]),
+            perplexity_original=_exp(self._loss_original[chosen]),
+            perplexity=_exp(self._loss[chosen]),
             kl_mean=float(kl.mean()),
             kl_p99=float(kl.quantile(0.99)),
-            top1_agreement=float(torch.cat(self.same)[chosen].double().mean()),
+            top1_agreement=float(self._same[chosen].double().mean()),
         )
 
 

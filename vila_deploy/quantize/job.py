@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import with_template
 from vila_deploy.checkpoint.llm_config import LlmConfig
@@ -16,9 +18,10 @@ from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import canonical_json, new_folder
 from vila_deploy.progress import progress
 from vila_deploy.quantize.calibrate import Calibration, calibrate
+from vila_deploy.quantize.device import choose_device
 from vila_deploy.quantize.evaluate import evaluate, evaluation_data
 from vila_deploy.quantize.examples import data_warnings, load_examples, load_held_out
-from vila_deploy.quantize.memory import PeakMemory, resident_bytes
+from vila_deploy.quantize.memory import PeakMemory, give_back, resident_bytes
 from vila_deploy.quantize.methods import Awq, AwqGptq, LayerEntry, Method, OnStep, Rtn
 from vila_deploy.quantize.model_card import model_card
 from vila_deploy.quantize.output import Outputs
@@ -47,30 +50,35 @@ def quantize(root: Path, out: Path, options: Options, *, resume: bool = False) -
     checkpoint = open_checkpoint(root)
     checkpoint.config = with_template(checkpoint.config, options.prompt_template)
     planned = plan(checkpoint.config, options)
+    device = choose_device(options.device, planned.device_bytes)
     own = (options.calib, options.calib_images)
     examples = load_examples(*own, text_only=options.text_only) if options.calibrates else []
     held_out = load_held_out(options.eval) if options.evaluates else []
     warnings = data_warnings(options, examples, held_out)
     with ExitStack() as stack:
         memory = stack.enter_context(PeakMemory())
-        work = stack.enter_context(work_folder(out, checkpoint, options)) if resume else None
+        work = None
+        if resume:
+            work = stack.enter_context(work_folder(out, checkpoint, options, device))
         folder = stack.enter_context(new_folder(out, work.path if work else None))
         _check_space(out, checkpoint, planned, work, len(options.formats))
         outputs = Outputs(checkpoint, folder, options.formats, options.scheme)
         _write_unquantized(checkpoint, outputs)
-        calibration = calibrate(checkpoint, examples, options.seed) if examples else None
+        calibration = calibrate(checkpoint, examples, options.seed, device) if examples else None
         if calibration and work:
             work.check_calibration(calibration.sha256)
-        data = evaluation_data(checkpoint, held_out, options.eval is not None)
-        method = _method(checkpoint, options, calibration, folder)
+        data = evaluation_data(checkpoint, held_out, options.eval is not None, device)
+        method = _method(checkpoint, options, calibration, device, folder)
         layers, saved_seconds = _write_layers(checkpoint.config.llm, method, outputs, work)
         outputs.finish()
         del method
         written, evaluated = time.monotonic(), _checkpoints(folder, options)
-        evaluation = evaluate(checkpoint, open_checkpoint(evaluated[0]), data) if data else None
+        written_checkpoint = open_checkpoint(evaluated[0])
+        evaluation = evaluate(checkpoint, written_checkpoint, data, device) if data else None
         now = time.monotonic()
         seconds = round(now - start + saved_seconds, 3)
-        cost = Cost(seconds, round(now - written, 3), memory.own_bytes, resident_bytes())
+        taken = seconds, round(now - written, 3), memory.own_bytes, resident_bytes()
+        cost = Cost(*taken, device.type)
         report = build_report(
             checkpoint, folder, options, calibration, layers, evaluation, warnings, cost
         )
@@ -79,13 +87,17 @@ def quantize(root: Path, out: Path, options: Options, *, resume: bool = False) -
 
 
 def _method(
-    checkpoint: Checkpoint, options: Options, calibration: Calibration | None, scratch: Path
+    checkpoint: Checkpoint,
+    options: Options,
+    calibration: Calibration | None,
+    device: torch.device,
+    scratch: Path,
 ) -> Method:
     if calibration is None:
-        return Rtn(checkpoint, options.scheme)
+        return Rtn(checkpoint, options.scheme, device)
     if options.algorithm == "awq":
-        return Awq(checkpoint, options.scheme, calibration)
-    return AwqGptq(checkpoint, options.scheme, calibration, scratch)
+        return Awq(checkpoint, options.scheme, calibration, device)
+    return AwqGptq(checkpoint, options.scheme, calibration, device, scratch)
 
 
 def _write_report(
@@ -160,6 +172,7 @@ def _write_layers(
                 outputs.add(name, value)
             entries.append(layer.entry)
             del layer
+            give_back()
     return entries, saved_seconds
 
 

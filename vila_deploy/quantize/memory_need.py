@@ -117,7 +117,7 @@ class MemoryNeed:
         chunk = min(tokens, CHUNK_TOKENS) * FLOAT32
         through = chunk * (4 * llm.hidden_size + 2 * llm.intermediate_size)
         layer = self.layer + max(2 * self.largest, through)
-        logits = 6 * LOGIT_ROWS * llm.vocab_size + 2 * HEAD_ROWS * llm.hidden_size
+        logits = 3 * LOGIT_ROWS * llm.vocab_size + HEAD_ROWS * llm.hidden_size
         final = 2 * tokens * llm.hidden_size * FLOAT32 + FLOAT32 * logits
         return PROGRAM_BYTES + states + max(layer, final)
 

@@ -33,8 +33,8 @@ class Method(ABC):
 
     steps_per_layer: int
 
-    def __init__(self, checkpoint: Checkpoint, scheme: QuantScheme):
-        self.checkpoint, self.scheme = checkpoint, scheme
+    def __init__(self, checkpoint: Checkpoint, scheme: QuantScheme, device: torch.device):
+        self.checkpoint, self.scheme, self.device = checkpoint, scheme, device
         self.config = checkpoint.config.llm
 
     @abstractmethod
@@ -56,7 +56,7 @@ class Method(ABC):
         layer = load_decoder_layer(self.config, self.checkpoint.llm, index)
         # Loading maps float32 weights from the file; folding must not write into it.
         for parameter in layer.parameters():
-            parameter.data = parameter.data.clone()
+            parameter.data = parameter.data.to(self.device, copy=True)
         return layer
 
 
@@ -72,13 +72,13 @@ class Rtn(Method):
         for name in LINEARS:
             on_step(f"rounding {name}")
             full = f"{where}.{name}"
-            weight = dense_weight(llm, full, torch.float32)
+            weight = dense_weight(llm, full, torch.float32).to(self.device)
             bias = llm.tensor(f"{full}.bias") if has_bias(self.config, name) else None
             linear = round_to_nearest(weight, self.scheme, full, bias)
             power = float(weight.square().mean())
             lost = float((linear.dequantize() - weight).square().mean())
             errors[name] = lost / power if power else 0.0
-            tensors[full] = linear
+            tensors[full] = linear.cpu()
         return tensors, rtn_entry(index, errors)
 
     def skip(self, index: int, tensors: LayerTensors) -> None:
@@ -88,9 +88,15 @@ class Rtn(Method):
 class Awq(Method):
     """Searches scales and clips on calibration data, exactly as llm-awq does."""
 
-    def __init__(self, checkpoint: Checkpoint, scheme: QuantScheme, calibration: Calibration):
-        super().__init__(checkpoint, scheme)
-        self._sequences = Sequences.of(self.config, calibration.embeds)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        scheme: QuantScheme,
+        calibration: Calibration,
+        device: torch.device,
+    ):
+        super().__init__(checkpoint, scheme, device)
+        self._sequences = Sequences.of(self.config, calibration.embeds, device)
         calibration.embeds.clear()
         self.steps_per_layer = awq.steps_per_layer(self.config)
 
@@ -98,13 +104,16 @@ class Awq(Method):
         where = layer_name(index)
         result = awq.quantize_layer(
             self.load(index),
-            lambda name: dense_weight(self.checkpoint.llm, f"{where}.{name}", torch.float32),
+            lambda name: self._original(f"{where}.{name}"),
             self._sequences,
             self.scheme,
             where,
             on_step,
         )
         return _tensors(where, result.norms, result.linears), layer_entry(index, result)
+
+    def _original(self, name: str) -> Tensor:
+        return dense_weight(self.checkpoint.llm, name, torch.float32).to(self.device)
 
     def skip(self, index: int, tensors: LayerTensors) -> None:
         self._sequences.pass_through(self.load(index))
@@ -116,10 +125,15 @@ class AwqGptq(Method):
     steps_per_layer = awq_gptq.STEPS_PER_LAYER
 
     def __init__(
-        self, checkpoint: Checkpoint, scheme: QuantScheme, calibration: Calibration, scratch: Path
+        self,
+        checkpoint: Checkpoint,
+        scheme: QuantScheme,
+        calibration: Calibration,
+        device: torch.device,
+        scratch: Path,
     ):
-        super().__init__(checkpoint, scheme)
-        self._streams = Streams.of(self.config, calibration.embeds, scratch)
+        super().__init__(checkpoint, scheme, device)
+        self._streams = Streams.of(self.config, calibration.embeds, scratch, device)
 
     def quantize(self, index: int, on_step: OnStep) -> tuple[LayerTensors, LayerEntry]:
         where, layer = layer_name(index), self.load(index)
@@ -129,7 +143,8 @@ class AwqGptq(Method):
     def skip(self, index: int, tensors: LayerTensors) -> None:
         # One after the other, so that one alone is in memory.
         self._streams.pass_exact(self.load(index))
-        self._streams.pass_quantized(load_decoder_layer(self.config, _Finished(tensors), index))
+        finished = load_decoder_layer(self.config, _Finished(tensors), index)
+        self._streams.pass_quantized(finished.to(self.device))
 
 
 class _Finished:
@@ -159,9 +174,9 @@ def _tensors(
     where: str, norms: Mapping[str, Tensor], linears: Mapping[str, QuantizedLinear]
 ) -> LayerTensors:
     tensors = _norm_tensors(where, norms)
-    return tensors | {f"{where}.{name}": linear for name, linear in linears.items()}
+    return tensors | {f"{where}.{name}": linear.cpu() for name, linear in linears.items()}
 
 
 def _norm_tensors(where: str, norms: Mapping[str, Tensor]) -> LayerTensors:
     names = {f"{where}.{name}.weight": weight for name, weight in norms.items()}
-    return {name: to_float16(weight, name).contiguous() for name, weight in names.items()}
+    return {name: to_float16(weight, name).contiguous().cpu() for name, weight in names.items()}

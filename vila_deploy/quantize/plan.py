@@ -38,6 +38,7 @@ class Options:
     Args:
         evaluate: None: if it costs less than the quantization, that is with calibration data, or
             if `eval` names data.
+        device: "cpu", "cuda", or "auto": the GPU if there is one with room.
     """
 
     scheme: QuantScheme = field(default_factory=QuantScheme)
@@ -50,6 +51,7 @@ class Options:
     text_only: bool = False
     evaluate: bool | None = None
     eval: Path | None = None
+    device: str = "auto"
 
     @property
     def calibrates(self) -> bool:

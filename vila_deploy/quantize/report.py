@@ -43,12 +43,14 @@ class Cost:
         evaluation_seconds: the part of `seconds` that the evaluation took.
         peak_memory_bytes: of this run, without the pages of mapped files.
         peak_resident_bytes: of this process, with them.
+        device: "cpu" or "cuda".
     """
 
     seconds: float
     evaluation_seconds: float
     peak_memory_bytes: int
     peak_resident_bytes: int
+    device: str
 
 
 def layer_entry(index: int, result: LayerResult) -> dict[str, Any]:

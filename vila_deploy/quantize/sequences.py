@@ -13,6 +13,7 @@ from torch.func import functional_call
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.model.llm import rotary
 from vila_deploy.quantize.activations import InputStats
+from vila_deploy.quantize.device import CPU
 
 MLP_TOKENS_AT_A_TIME = 2048
 
@@ -33,11 +34,11 @@ class Sequences:
     sin: Tensor
 
     @classmethod
-    def of(cls, config: LlmConfig, embeds: list[Tensor]) -> Sequences:
-        """Sequences from the embeddings [tokens, hidden] of each."""
+    def of(cls, config: LlmConfig, embeds: list[Tensor], device: torch.device = CPU) -> Sequences:
+        """Sequences on `device` from the embeddings [tokens, hidden] of each."""
         lengths = tuple(map(len, embeds))
         cos, sin = rotary(config, torch.arange(max(lengths)))
-        return cls(torch.cat(embeds), lengths, cos, sin)
+        return cls(torch.cat(embeds).to(device), lengths, cos.to(device), sin.to(device))
 
     def attention(
         self, module: nn.Module, inputs: Tensor, weights: Mapping[str, Tensor] | None = None

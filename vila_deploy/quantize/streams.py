@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.model.llm import rotary
+from vila_deploy.quantize.device import CPU
 from vila_deploy.quantize.limits import CHUNK_TOKENS, SPILL_BYTES
 
 
@@ -37,6 +38,7 @@ class Streams:
         chunks: in which they are computed.
         cos, sin: rotary tables [1, longest, head_dim].
         scratch: folder for what is too large for memory.
+        device: of the arithmetic. The hidden states stay on the host.
     """
 
     exact: Tensor
@@ -45,21 +47,32 @@ class Streams:
     cos: Tensor
     sin: Tensor
     scratch: Path
+    device: torch.device
 
     @classmethod
-    def of(cls, config: LlmConfig, embeds: list[Tensor], scratch: Path) -> Streams:
+    def of(
+        cls,
+        config: LlmConfig,
+        embeds: list[Tensor],
+        scratch: Path,
+        device: torch.device = CPU,
+    ) -> Streams:
         """Streams from the embeddings [tokens, hidden] of each sequence, which are used up."""
         lengths = tuple(map(len, embeds))
-        cos, sin = rotary(config, torch.arange(max(lengths)))
+        cos, sin = (each.to(device) for each in rotary(config, torch.arange(max(lengths))))
         exact = matrix(sum(lengths), config.hidden_size, scratch)
         torch.cat(embeds, out=exact)
         embeds.clear()
         quantized = matrix(len(exact), config.hidden_size, scratch).copy_(exact)
-        return cls(exact, quantized, tuple(_chunks(lengths)), cos, sin, scratch)
+        return cls(exact, quantized, tuple(_chunks(lengths)), cos, sin, scratch, device)
 
     def matrix(self, columns: int) -> Tensor:
         """An empty [tokens, columns], in memory or in a file."""
         return matrix(len(self.exact), columns, self.scratch)
+
+    def load(self, matrix: Tensor, chunk: Chunk) -> Tensor:
+        """The rows of a chunk where the arithmetic runs; on the CPU they are a view."""
+        return matrix[chunk.tokens].to(self.device)
 
     def heads(self, layer: nn.Module, hidden: Tensor, chunk: Chunk) -> Tensor:
         """What enters o_proj [tokens, heads · head_dim], for a chunk of hidden states."""
@@ -92,7 +105,7 @@ class Streams:
     @torch.inference_mode()
     def _pass(self, stream: Tensor, layer: nn.Module) -> None:
         for chunk in self.chunks:
-            hidden = stream[chunk.tokens]
+            hidden = self.load(stream, chunk)
             hidden = after_attention(layer, hidden, self.heads(layer, hidden, chunk))
             stream[chunk.tokens] = after_mlp(layer, hidden, gated(layer, hidden))
 

@@ -118,11 +118,13 @@ class Splicer:
         VilaDeployError: a picture can't be read.
     """
 
-    def __init__(self, checkpoint: Checkpoint, sequences: Sequence[TokenSequence]):
+    def __init__(
+        self, checkpoint: Checkpoint, sequences: Sequence[TokenSequence], device: torch.device
+    ):
         self._config = checkpoint.config
         digest = hashlib.sha256()
         pictures = {p.name: p for sequence in sequences for p in sequence.pictures}
-        self._features = _encode(checkpoint, pictures, digest)
+        self._features = _encode(checkpoint, pictures, digest, device)
         for sequence in sequences:
             digest.update(repr((sequence.pieces, [p.name for p in sequence.pictures])).encode())
         self.sha256 = digest.hexdigest()
@@ -164,17 +166,21 @@ class Splicer:
 
 
 def _encode(
-    checkpoint: Checkpoint, pictures: dict[str, Picture], digest: hashlib._Hash
+    checkpoint: Checkpoint,
+    pictures: dict[str, Picture],
+    digest: hashlib._Hash,
+    device: torch.device,
 ) -> dict[str, Floats]:
     """Features [tokens, hidden] of each picture."""
     if not pictures:
         return {}
     config = checkpoint.config
-    encoder = VisionEncoder(config, checkpoint.vision, checkpoint.projector)
+    encoder = VisionEncoder(config, checkpoint.vision, checkpoint.projector).to(device)
     features: dict[str, NDArray[np.float32]] = {}
     for name, picture in pictures.items():
         # As if it were one of several: cut into dynamic tiles, pictures would drown the text.
         (pixels,) = preprocess([picture.load()], config.image, config.tiling, alone=False)
         digest.update(pixels.tiles.tobytes())
-        features[name] = encoder(torch.from_numpy(pixels.tiles), pixels.grid)[0].numpy()
+        tiles = torch.from_numpy(pixels.tiles).to(device)
+        features[name] = encoder(tiles, pixels.grid)[0].cpu().numpy()
     return features

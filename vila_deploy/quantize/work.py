@@ -116,7 +116,9 @@ class WorkFolder:
 
 
 @contextmanager
-def work_folder(out: Path, checkpoint: Checkpoint, options: Options) -> Iterator[WorkFolder]:
+def work_folder(
+    out: Path, checkpoint: Checkpoint, options: Options, device: torch.device
+) -> Iterator[WorkFolder]:
     """Yields the work folder beside `out`, made if it isn't there, locked against other programs.
 
     It stays when something goes wrong, unless no layer is finished by then.
@@ -125,7 +127,7 @@ def work_folder(out: Path, checkpoint: Checkpoint, options: Options) -> Iterator
         VilaDeployError: `out` exists, the folder is in use or none of ours, or its layers are those
             of another checkpoint, other options or other versions.
     """
-    path, now = work_path(out), _state_of(checkpoint, options)
+    path, now = work_path(out), _state_of(checkpoint, options, device)
     found = os.path.lexists(path)
     if found and os.path.lexists(out):
         raise VilaDeployError(
@@ -148,7 +150,7 @@ def work_folder(out: Path, checkpoint: Checkpoint, options: Options) -> Iterator
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _state_of(checkpoint: Checkpoint, options: Options) -> State:
+def _state_of(checkpoint: Checkpoint, options: Options, device: torch.device) -> State:
     """Everything that the layers depend on, by the name that a message gives it."""
     return {
         "the checkpoint": checkpoint.fingerprint(),
@@ -158,6 +160,7 @@ def _state_of(checkpoint: Checkpoint, options: Options) -> State:
         "--symmetric": options.scheme.symmetric,
         "--seed": options.seed,
         "--prompt-template": options.prompt_template,
+        "--device": device.type,
         # Sums come out differently when they are split among another number of threads.
         "OMP_NUM_THREADS": torch.get_num_threads(),
         **versions(),
