@@ -187,13 +187,12 @@ def _descend(rows: _Rows, gram: Tensor) -> Tensor:
     """Levels [in, rows] after each channel has moved once to where the error is least."""
     scale, zero = rows.per_channel()
     levels = rows.levels.clone()
-    # How the error falls with each weight; kept up to date for the channels still to come.
-    slope = gram @ (rows.weight - (levels - zero) * scale)
+    left = rows.weight - (levels - zero) * scale
     curvature = gram.diagonal().tolist()
     for begin in range(0, len(levels), BLOCK):
         end = min(begin + BLOCK, len(levels))
-        before = levels[begin:end].clone()
-        near, within = slope[begin:end], gram[begin:end, begin:end].contiguous()
+        # How the error falls with each weight, with the channels before these as they are by now.
+        near, within = gram[begin:end] @ left, gram[begin:end, begin:end].contiguous()
         for channel in range(begin, end):
             step = near[channel - begin] / curvature[channel]
             wanted = (levels[channel] - zero[channel]).mul_(scale[channel]).add_(step)
@@ -204,7 +203,7 @@ def _descend(rows: _Rows, gram: Tensor) -> Tensor:
                 near[channel - begin + 1 :].addr_(
                     within[channel - begin, channel - begin + 1 :], change
                 )
-        if end < len(levels):
-            moved = (before - levels[begin:end]) * scale[begin:end]
-            slope[end:].addmm_(gram[end:, begin:end], moved)
+        left[begin:end] = (
+            rows.weight[begin:end] - (levels[begin:end] - zero[begin:end]) * scale[begin:end]
+        )
     return levels
