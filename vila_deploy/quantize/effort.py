@@ -24,9 +24,9 @@ PROBE_TOKENS, PROBE_COLUMNS, PROBE_NUMBERS = 256, 512, 1 << 22
 RTN_PASSES = 60
 # Of error feedback: eleven ranges are tried; the rest is rounding and refinement.
 RANGE_PASSES, FEEDBACK_PASSES = 11 * 14, 60
-# Products per weight [out, in] by `in`, in multiply-adds: error feedback and the slope (half each
-# of a full one, being triangular, or full), scales by least squares twice.
-ROUND_PRODUCTS = 4.0
+# Products per weight [out, in] by `in`, in multiply-adds: with the moments and for the slope, and a
+# half each, being triangular, for error feedback and for scales by least squares, twice.
+ROUND_PRODUCTS = 3.5
 # Residual and two triangular solves.
 COMPENSATE_PRODUCTS = 2.0
 # Operations of a channel in error feedback and in descent, and in-cache passes within a block.
