@@ -14,7 +14,7 @@ from vila_deploy.backends import BACKENDS, TOKENIZER_FOLDER
 from vila_deploy.backends.tensorrt.compilers import COMPILERS
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import VilaConfig, load_config, with_template
-from vila_deploy.engine.components import ALL_FP16, Components, check_components
+from vila_deploy.engine.components import ALL_FP16, RTX, Components, check_components
 from vila_deploy.engine.description import describe
 from vila_deploy.engine.fit import Fit, advise, fit_everywhere
 from vila_deploy.engine.manifest import Limits, Manifest, write_manifest
@@ -28,7 +28,7 @@ from vila_deploy.model.tokenizer import TOKENIZER_FILES, load_tokenizer
 from vila_deploy.model.weights import WeightSource
 
 DEFAULT_MAX_SEQ_LEN = 4096
-RTX, FIRST_WITH_FP8 = "tensorrt-rtx", "8.9"
+FIRST_WITH_FP8 = "8.9"
 # Components of a plan that GPUs share, by how their names begin.
 SHARED = ("llm decoder", "llm embeddings", "llm head", "key/value cache")
 
@@ -62,7 +62,7 @@ def plan_build(root: Path, options: BuildOptions) -> EnginePlan:
     )
     backend, limits = _backend(target, options), _limits(config, options)
     precision = _planned_precision(config, target, options)
-    check_components(backend, options.components)
+    check_components(target, backend, options.components)
     plan = plan_engine(config, target, backend, precision, limits, options.components)
     return plan if options.tp == 1 else _on_each_gpu(plan, options.tp)
 
@@ -124,7 +124,7 @@ def _build(root: Path, out: Path, options: BuildOptions) -> Manifest:
     precision = _precision(config, target, options)
     limits = _limits(config, options)
     request = BuildRequest(target, limits, options.tp, options.jetpack, options.components)
-    check_components(_backend(target, options), options.components)
+    check_components(target, _backend(target, options), options.components)
     _check(module, config, request)
     _refuse_what_does_not_fit(config, target, options)
     checkpoint = open_checkpoint(root)
@@ -173,7 +173,7 @@ def build_random_engine(
     config, target = preset(model, precision), get_target(target_name)
     module, limits = _backend_module(target, options), _limits(config, options)
     request = BuildRequest(target, limits, components=components)
-    check_components(_backend(target, options), components)
+    check_components(target, _backend(target, options), components)
     _check(module, config, request)
     with new_folder(out) as folder:
         manifest = Manifest(

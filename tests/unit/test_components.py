@@ -18,6 +18,7 @@ from vila_deploy.cli.build_engine import main
 from vila_deploy.engine import components as components_module
 from vila_deploy.engine.components import (
     CHOICES,
+    RTX,
     SUPPORTED,
     Components,
     check_components,
@@ -36,24 +37,33 @@ LIMITS = Limits(1, 4096, 4096)
 
 
 def test_every_backend_says_what_it_has() -> None:
-    assert SUPPORTED.keys() == BACKENDS.keys()
+    assert SUPPORTED.keys() == {*BACKENDS, RTX}
     for can in SUPPORTED.values():
         assert all(set(values) <= set(CHOICES[name][1:]) for name, values in can.items())
 
 
 @pytest.mark.parametrize(("name", "value"), EVERY)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("target", "backend", "row"),
+    [
+        ("cpu", "onnxruntime", "onnxruntime"),
+        ("h100", "native", "native"),
+        ("a100", "tensorrt", RTX),
+        ("orin", "tensorrt", "tensorrt"),
+        ("a100", "tensorrt-llm", "tensorrt-llm"),
+    ],
+)
 def test_what_a_backend_lacks_is_refused_with_those_that_have_it(
-    backend: str, name: str, value: str
+    target: str, backend: str, row: str, name: str, value: str
 ) -> None:
-    asked = Components(**{name: value})
-    if value in SUPPORTED[backend].get(name, ()):
-        check_components(backend, asked)
-        assert supported_part(backend, asked) == asked
+    asked, device = Components(**{name: value}), get_target(target)
+    if value in SUPPORTED[row].get(name, ()):
+        check_components(device, backend, asked)
+        assert supported_part(device, backend, asked) == asked
         return
-    assert supported_part(backend, asked) == Components()
+    assert supported_part(device, backend, asked) == Components()
     with pytest.raises(VilaDeployError) as raised:
-        check_components(backend, asked)
+        check_components(device, backend, asked)
     line = str(raised.value)
     assert "\n" not in line
     assert f"--{name.replace('_', '-')}" in line
@@ -87,7 +97,7 @@ def test_plan_counts_them() -> None:
     table = llm.vocab_size * llm.hidden_size
     int8, int4 = (plan(Components(lm_head=value)) for value in ("int8", "int4"))
     assert part(plain, "llm head").bytes == 2 * table
-    assert part(int8, "llm head").bytes == table + 2 * llm.vocab_size
+    assert part(int8, "llm head").bytes == table + 4 * table // 128
     assert part(int4, "llm head").bytes == table // 2 + 2 * table // 128
     assert int4.device_bytes < int8.device_bytes < plain.device_bytes
     cache = plan(Components(kv_cache="int8"))
@@ -108,15 +118,14 @@ def test_plan_counts_the_tower_s_matrices(model: str) -> None:
 
 
 def test_groups_of_a_head() -> None:
-    assert [head_group_size(n, "int4") for n in (2560, 576, 96, 48)] == [128, 64, 32, 16]
-    assert head_group_size(576, "int8") == 576
-    with pytest.raises(VilaDeployError, match="use --lm-head int8"):
-        head_group_size(40, "int4")
+    assert [head_group_size(n) for n in (2560, 576, 96, 48)] == [128, 64, 32, 16]
+    with pytest.raises(VilaDeployError, match="leave --lm-head out"):
+        head_group_size(40)
 
 
 def test_other_targets_are_planned_with_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        components_module, "SUPPORTED", {**SUPPORTED, "onnxruntime": {}, "tensorrt": CHOICES}
+        components_module, "SUPPORTED", {**SUPPORTED, "onnxruntime": {}, RTX: CHOICES}
     )
     config = preset("VILA1.5-3b", "int4")
     plain, small = (

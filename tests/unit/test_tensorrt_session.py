@@ -16,6 +16,7 @@ from tiny import make_checkpoint
 from vila_deploy.backends.tensorrt import decoder, files, graphs, open_session
 from vila_deploy.backends.tensorrt.build import write_description
 from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.engine.components import ALL_FP16, Components
 from vila_deploy.engine.description import describe
 from vila_deploy.engine.manifest import Limits, Manifest
 from vila_deploy.engine.request import BuildRequest
@@ -45,7 +46,13 @@ class Symmetric:
         return replace(linear, zero=torch.full_like(linear.zero, SYMMETRIC_ZERO))
 
 
-def write_engine(folder: Path, checkpoint: Any, dialect: str, max_batch_size: int = 1) -> Manifest:
+def write_engine(
+    folder: Path,
+    checkpoint: Any,
+    dialect: str,
+    max_batch_size: int = 1,
+    components: Components = ALL_FP16,
+) -> Manifest:
     """An engine folder whose plans are the graphs themselves."""
     folder.mkdir()
     name, jetpack, package, version = DIALECTS[dialect]
@@ -55,8 +62,10 @@ def write_engine(folder: Path, checkpoint: Any, dialect: str, max_batch_size: in
 
     def advance(text: str = "", steps: int = 1) -> None: ...
 
-    graphs.write_vision(folder, config, checkpoint.vision, checkpoint.projector, dialect, advance)
-    size = graphs.write_llm(folder, config, checkpoint.llm, MAX_SEQ_LEN, dialect, advance)
+    vision, head = components.vision, components.lm_head
+    parts = checkpoint.vision, checkpoint.projector
+    graphs.write_vision(folder, config, *parts, dialect, advance, vision)
+    size = graphs.write_llm(folder, config, checkpoint.llm, MAX_SEQ_LEN, dialect, advance, head)
     for part in graphs.parts_of(config):
         (folder / part / files.PLAN).write_text(str(folder / part / files.GRAPH))
     return Manifest(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
 from vila_deploy.checkpoint.fields import Fields
+from vila_deploy.engine.target import Target
 from vila_deploy.errors import VilaDeployError
 
 FP16, INT8, INT4 = "fp16", "int8", "int4"
@@ -15,18 +16,25 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "lm_head": (FP16, INT8, INT4),
     "kv_cache": (FP16, INT8),
 }
-# What backends have beside fp16. "primitive" and "standard" aren't told apart: both can.
+RTX = "tensorrt-rtx"
+# What backends have beside fp16; backend tensorrt in its two forms.
 SUPPORTED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    "onnxruntime": {},
+    "onnxruntime": {"lm_head": (INT8, INT4)},
     "native": {},
-    "tensorrt": {},
+    RTX: {"vision": (INT8,), "lm_head": (INT8, INT4)},
+    "tensorrt": {"lm_head": (INT8, INT4)},
     "tensorrt-llm": {},
 }
-# Weights of a head in int4 that may share a scale; the largest that fits is taken.
+# Sizes of a head's groups; the largest that fits is taken.
 HEAD_GROUP_SIZES = (128, 64, 32, 16)
 BITS = {INT8: 8, INT4: 4}
 # Why a backend has none of it, where there is more to say than that.
-REASONS: Mapping[tuple[str, str], str] = {}
+REASONS: Mapping[tuple[str, str], str] = {
+    ("tensorrt", "vision"): "it keeps weights in int8 only where activations are int8 too, and "
+    "those would have to be calibrated",
+    (RTX, "kv_cache"): "its operator that updates a cache in place takes floats only",
+    ("tensorrt", "kv_cache"): "it would widen the whole cache in every step",
+}
 
 
 @dataclass(frozen=True)
@@ -63,51 +71,58 @@ class Components:
 ALL_FP16 = Components()
 
 
-def check_components(backend: str, components: Components) -> None:
+def check_components(target: Target, backend: str, components: Components) -> None:
     """Raises VilaDeployError for the first component that `backend` can't keep like that."""
+    row = _row(target, backend)
     for name, value in components.quantized().items():
-        if value in SUPPORTED[backend].get(name, ()):
+        can = SUPPORTED[row].get(name, ())
+        if value in can:
             continue
         option = f"--{_option(name)}"
-        able = [other for other, can in SUPPORTED.items() if value in can.get(name, ())]
-        has = " or ".join((FP16, *SUPPORTED[backend].get(name, ())))
-        reason = REASONS.get((backend, name))
+        able = [other for other, has in SUPPORTED.items() if value in has.get(name, ())]
+        reason = REASONS.get((row, name))
         raise VilaDeployError(
-            f"backend {backend} has {option} {has}, not {value}{f': {reason}' if reason else ''}",
+            f"backend {row} has {option} {' or '.join((FP16, *can))}, not {value}"
+            f"{f': {reason}' if reason else ''}",
             fix=f"use --backend {' or '.join(able)}, or leave {option} out"
             if able
             else f"leave {option} out: no backend of this version has it",
         )
 
 
-def supported_part(backend: str, components: Components) -> Components:
+def supported_part(target: Target, backend: str, components: Components) -> Components:
     """`components` with fp16 where `backend` has nothing else."""
-    can = SUPPORTED.get(backend, {})
+    can = SUPPORTED.get(_row(target, backend), {})
     unable = {n: FP16 for n, value in components.quantized().items() if value not in can.get(n, ())}
     return replace(components, **unable)
 
 
-def head_group_size(hidden_size: int, kept_as: str) -> int:
-    """Weights of a quantized head that have one scale: a whole row in int8, a group in int4.
+def head_group_size(hidden_size: int) -> int:
+    """Weights of an int4 head that share a scale. In int8 a whole row does, and backends that know
+    groups only repeat it.
 
     Raises:
         VilaDeployError: `hidden_size` is not a multiple of any size that groups may have.
     """
-    if kept_as == INT8:
-        return hidden_size
     for group_size in HEAD_GROUP_SIZES:
         if hidden_size % group_size == 0:
             return group_size
     raise VilaDeployError(
         f"the model's hidden size {hidden_size} has no groups of {HEAD_GROUP_SIZES[-1]} or more",
-        where="--lm-head int4",
-        fix="use --lm-head int8",
+        where="--lm-head",
+        fix="leave --lm-head out",
     )
 
 
 def is_tower_linear(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor of the vision tower is a matrix of its layers, which int8 is about."""
     return "encoder.layers." in name and len(shape) == 2
+
+
+def _row(target: Target, backend: str) -> str:
+    """What of SUPPORTED applies to a backend on a target."""
+    is_rtx = target.tensorrt is not None and target.tensorrt.package == RTX
+    return RTX if backend == "tensorrt" and is_rtx else backend
 
 
 def _option(name: str) -> str:

@@ -38,8 +38,10 @@ def fit_everywhere(
         components: fp16 is taken instead of what a target's backend doesn't have.
     """
     return [
-        _fit(config, precision, limits, target, supported_part(target.default_backend, components))
-        for target in load_targets().values()
+        _fit(
+            config, precision, limits, each, supported_part(each, each.default_backend, components)
+        )
+        for each in load_targets().values()
     ]
 
 

@@ -18,6 +18,7 @@ from vila_deploy.engine.components import (
     ALL_FP16,
     BITS,
     FP16,
+    INT8,
     Components,
     head_group_size,
     is_tower_linear,
@@ -145,10 +146,14 @@ def _weights(
 
 
 def _head_bits(llm: LlmConfig, kept_as: str, storage: Storage) -> float:
-    """A scale for each token of the vocabulary in int8, for each group of weights in int4."""
+    """At most: backends that know groups only have a scale for each of them in int8 too.
+
+    TensorRT keeps two matrices of int4, each with its scales.
+    """
     if kept_as == FP16:
         return storage.dense_bits
-    return BITS[kept_as] + storage.scale_bits / head_group_size(llm.hidden_size, kept_as)
+    scales = 32 if kept_as == INT8 else storage.scale_bits
+    return BITS[kept_as] + scales / head_group_size(llm.hidden_size)
 
 
 def _tower(config: VilaConfig, kept_as: str, storage: Storage) -> Component:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vila_deploy.checkpoint.expected import has_bias
 from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.engine.components import FP16
 from vila_deploy.graph.dialects import AttentionShape, Dialect, StoredLinear
 from vila_deploy.graph.tensors import float32
 from vila_deploy.graph.writer import GraphWriter, StoredTensor, WeightFile
@@ -60,6 +61,7 @@ def store_llm(
     file: WeightFile,
     dialect: Dialect,
     advance: Advance,
+    head_kept_as: str = FP16,
 ) -> StoredLlm:
     """Writes all weights but the embedding table, one decoder layer in memory at a time."""
     layers = []
@@ -67,7 +69,7 @@ def store_llm(
         layers.append(_store_layer(config, weights, f"model.layers.{index}", file, dialect))
         advance(f"decoder layer {index}")
     norm = file.append(float32(weights.tensor("model.norm.weight")))
-    head = dialect.store_linear(file, "lm_head", [weights.tensor("lm_head.weight")])
+    head = dialect.store_head(file, weights.tensor("lm_head.weight"), head_kept_as)
     advance("lm_head")
     cos, sin = (file.append(float32(table)) for table in rotary_tables(config, max_seq_len))
     return StoredLlm(tuple(layers), norm, head, cos, sin)

@@ -8,6 +8,8 @@ import numpy as np
 from onnx import TensorProto
 
 from vila_deploy.checkpoint.vision_config import VisionConfig
+from vila_deploy.engine.components import is_tower_linear
+from vila_deploy.graph.rounding import round_int8
 from vila_deploy.graph.tensors import float16, float32
 from vila_deploy.graph.writer import GraphWriter, WeightFile
 from vila_deploy.model.weights import WeightSource
@@ -22,12 +24,20 @@ class Part:
 
     Args:
         half: multiply in float16, as GPUs do; what runs from layer to layer stays float32.
+        int8: store the matrices of a tower's layers in int8, which are multiplied as float16.
     """
 
     def __init__(
-        self, graph: GraphWriter, weights: WeightSource, file: WeightFile, half: bool = False
+        self,
+        graph: GraphWriter,
+        weights: WeightSource,
+        file: WeightFile,
+        half: bool = False,
+        int8: bool = False,
     ):
         self.graph, self.weights, self.file, self.half = graph, weights, file, half
+        assert half or not int8
+        self.int8 = int8
 
     def vector(self, name: str) -> str:
         return self.graph.weight(name, self.file.append(float32(self.weights.tensor(name))))
@@ -53,8 +63,18 @@ class Part:
         """A matrix of weights in the type of products."""
         return self.stored(name, transpose) if self.half else self.widened(name, transpose)
 
+    def matrix(self, name: str) -> str:
+        """A linear's weight [in, out] in the type of products."""
+        weight = self.weights.tensor(name)
+        if not (self.int8 and is_tower_linear(name, tuple(weight.shape))):
+            return self.factor(name, transpose=True)
+        rounded = round_int8(weight, name)
+        q = self.graph.weight(name, self.file.append(rounded.q.T.numpy()))
+        scale = self.graph.weight(f"{name}.scale", self.file.append(rounded.scale.numpy()))
+        return self.graph.node("DequantizeLinear", q, scale, axis=1)
+
     def linear(self, x: str, prefix: str, bias: bool = True) -> str:
-        weight = self.factor(f"{prefix}.weight", transpose=True)
+        weight = self.matrix(f"{prefix}.weight")
         y = self.product("MatMul", self.narrowed(x), weight)
         return self.graph.node("Add", y, self.vector(f"{prefix}.bias")) if bias else y
 

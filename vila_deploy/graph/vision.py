@@ -16,10 +16,11 @@ from vila_deploy.progress import Advance
 
 @dataclass(frozen=True)
 class Style:
-    """Opset of a graph, and whether it multiplies in float16."""
+    """Opset of a graph, whether it multiplies in float16, and whether its layers are in int8."""
 
     opset: int
     half: bool
+    int8: bool = False
 
 
 FLOAT32 = Style(OPSET, half=False)
@@ -41,7 +42,7 @@ def build_vision_graph(
     graph, vision = GraphWriter(style.opset), config.vision
     size = vision.image_size
     pixels = graph.input("pixels", np.float32, ["tiles", 3, size, size])
-    part = Part(graph, tower_weights, file, style.half)
+    part = Part(graph, tower_weights, file, style.half, style.int8)
     x = tower(part, pixels, vision, config.vision_layers_used, advance)
     shape: list[int | str] = ["tiles", vision.grid**2, vision.hidden_size]
     if projector is not None:

@@ -10,9 +10,10 @@ import numpy as np
 from vila_deploy.backends.onnxruntime import files
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.engine.components import FP16, head_group_size
 from vila_deploy.engine.request import BuildRequest, Built
 from vila_deploy.errors import VilaDeployError
-from vila_deploy.graph.dialects.onnxruntime import OnnxRuntimeDialect, check_group_size
+from vila_deploy.graph.dialects.onnxruntime import INT8_TERMS, OnnxRuntimeDialect, check_group_size
 from vila_deploy.graph.llm import StoredLlm, build_llm_graph, store_llm
 from vila_deploy.graph.tensors import float16
 from vila_deploy.graph.vision import build_projector_graph, build_vision_graph
@@ -22,9 +23,6 @@ from vila_deploy.progress import Advance, progress
 
 MAX_BATCH_SIZE = 1
 HEAD_DIM_MULTIPLE = 8
-# Two int8 terms of an activation hold 15 bits of it, 4 more than float16 does; a third costs a
-# third of the speed (188 against 138 ms a token at VILA1.5-3b's shapes) and changes no token.
-INT8_TERMS = 2
 
 
 def check(config: VilaConfig, request: BuildRequest) -> None:
@@ -38,6 +36,8 @@ def check(config: VilaConfig, request: BuildRequest) -> None:
     if llm.quantization is not None:
         where = "llm/config.json: quantization_config.group_size"
         check_group_size(llm.quantization.group_size, where)
+    if request.components.lm_head != FP16:
+        head_group_size(llm.hidden_size)
     if llm.head_dim % HEAD_DIM_MULTIPLE:
         raise VilaDeployError(
             f"backend onnxruntime takes multiples of {HEAD_DIM_MULTIPLE}, found {llm.head_dim}",
@@ -66,7 +66,15 @@ def build(
         (folder / files.LLM).mkdir()
         with WeightFile(folder / files.LLM / files.WEIGHTS) as file:
             dialect = OnnxRuntimeDialect()
-            stored = store_llm(config.llm, llm, request.limits.max_seq_len, file, dialect, advance)
+            stored = store_llm(
+                config.llm,
+                llm,
+                request.limits.max_seq_len,
+                file,
+                dialect,
+                advance,
+                request.components.lm_head,
+            )
         _save_llm(folder / files.LLM, config.llm, stored)
 
         table = float16(llm.tensor("model.embed_tokens.weight"), "model.embed_tokens.weight")

@@ -11,6 +11,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from vila_deploy.backends.onnxruntime import files
+from vila_deploy.engine.components import FP16
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.session import Floats
 from vila_deploy.errors import VilaDeployError
@@ -42,8 +43,9 @@ class OnnxRuntimeSession:
             self._projector = _load(projector, threads, repack=True)
         llm = folder / files.LLM
         single = not (llm / files.PREFILL_GRAPH).exists()
-        # Repacking float32 weights would only slow down decoding.
-        decoder = _load(llm / files.GRAPH, threads, repack=not single)
+        # Repacking float32 weights would only slow down decoding; quantized ones need it.
+        repack = not single or manifest.components.lm_head != FP16
+        decoder = _load(llm / files.GRAPH, threads, repack=repack)
         cache_shape = (1, model.num_kv_heads, limits.max_seq_len, model.head_dim)
         # Zeros are pages that the system makes real when they are first written.
         self.cache = [np.zeros(cache_shape, np.float32) for _ in range(2 * model.num_layers)]

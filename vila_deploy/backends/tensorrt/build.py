@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vila_deploy.backends.tensorrt import files
 from vila_deploy.backends.tensorrt.compile import Job, compile_graph
 from vila_deploy.backends.tensorrt.compilers import COMPILERS, Compiler, host_platform
+from vila_deploy.engine.components import FP16, head_group_size
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.request import BuildRequest, Built
 from vila_deploy.engine.target import Target, get_target
@@ -41,6 +42,8 @@ def check(config: VilaConfig, request: BuildRequest) -> None:
             where="llm/config.json: quantization_config.group_size",
             fix="run vila-quantize with one of these as --group-size",
         )
+    if request.components.lm_head != FP16:
+        head_group_size(config.llm.hidden_size)
     if compiler.ahead_of_time:
         compiler.check_dialect(_dialect(request))
 
@@ -91,12 +94,14 @@ def build(
     versions = {"onnx": version("onnx")}
     steps = graphs.graph_steps(config) + len(parts) * bool(compiler.ahead_of_time)
     with progress(steps, "building") as advance:
-        graphs.write_vision(folder, config, tower, projector, dialect, advance)
+        vision = request.components.vision
+        graphs.write_vision(folder, config, tower, projector, dialect, advance, vision)
         if compiler.ahead_of_time:
             for part in parts[:-1]:
                 versions |= _compile_and_clear(folder, part, advance)
         max_seq_len = request.limits.max_seq_len
-        weight_bytes = graphs.write_llm(folder, config, llm, max_seq_len, dialect, advance)
+        head = request.components.lm_head
+        weight_bytes = graphs.write_llm(folder, config, llm, max_seq_len, dialect, advance, head)
         if compiler.ahead_of_time:
             versions |= _compile_and_clear(folder, parts[-1], advance)
             return Built(weight_bytes, versions)

@@ -9,6 +9,7 @@ import numpy as np
 from vila_deploy.backends.tensorrt import files
 from vila_deploy.backends.tensorrt.compile import Profile
 from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.engine.components import FP16
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.plan import PREFILL_TOKENS
 from vila_deploy.graph.dialects.half import HalfDialect, cache_names
@@ -46,9 +47,10 @@ def write_vision(
     projector: WeightSource,
     dialect: str,
     advance: Advance,
+    kept_as: str = FP16,
 ) -> None:
     """vision/ and, where features of several scales are joined before it, projector/."""
-    style = Style(DIALECTS[dialect].opset, half=True)
+    style = Style(DIALECTS[dialect].opset, half=True, int8=kept_as != FP16)
     (folder / files.VISION).mkdir()
     with WeightFile(folder / files.VISION / files.WEIGHTS) as file:
         whole = None if config.tiling.joins_scales else projector
@@ -68,12 +70,13 @@ def write_llm(
     max_seq_len: int,
     dialect: str,
     advance: Advance,
+    head: str = FP16,
 ) -> int:
     """llm/ and the embedding table; bytes of weights that a decoding step reads."""
     (folder / files.LLM).mkdir()
     emitter = DIALECTS[dialect]()
     with WeightFile(folder / files.LLM / files.WEIGHTS) as file:
-        stored = store_llm(config.llm, llm, max_seq_len, file, emitter, advance)
+        stored = store_llm(config.llm, llm, max_seq_len, file, emitter, advance, head)
     graph = build_llm_graph(config.llm, stored, emitter, tokens=None, logits=True)
     graph.save(folder / files.LLM / files.GRAPH)
     name = "model.embed_tokens.weight"

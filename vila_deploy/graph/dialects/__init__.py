@@ -80,6 +80,10 @@ class Dialect(Protocol):
         """
         ...
 
+    def store_head(self, file: WeightFile, weight: Tensor, kept_as: str) -> StoredLinear:
+        """Writes the output head [vocabulary, hidden] in fp16, int8 or int4."""
+        ...
+
     def linear(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str: ...
 
     def gated(self, graph: GraphWriter, both: str) -> str:
@@ -87,7 +91,7 @@ class Dialect(Protocol):
         ...
 
     def head(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
-        """[1, hidden] → logits [1, vocab]; its weight is never quantized."""
+        """[rows, hidden] → float32 logits [rows, vocab]; one row in dialect `onnxruntime`."""
         ...
 
     def norm(self, graph: GraphWriter, x: str, weight: str, epsilon: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -11,13 +11,21 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
+from vila_deploy.engine.components import head_group_size
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats.quantized_linear import QuantizedLinear
 from vila_deploy.graph.dialects import AttentionShape, StoredLinear, gated, pack_nibbles
+from vila_deploy.graph.rounding import Int8Linear, round_head
 from vila_deploy.graph.tensors import float16
 from vila_deploy.graph.writer import GraphWriter, StoredTensor, WeightFile
 
 SIGN_BIT = 8  # q ^ 8 is the two's complement nibble of q − 8
+HEAD = "lm_head"
+# Halves of an int8 matrix, and the names of scales; 16 · 7 + 7 is the largest that halves can hold
+# with either sign.
+PAIR = ("high", "low")
+SCALE_OF = {"weight": "scale", "high": "high_scale", "low": "low_scale"}
+LARGEST_OF_PAIR = 119
 
 
 class HalfDialect(ABC):
@@ -67,16 +75,24 @@ class HalfDialect(ABC):
         size = sum(tensor.size_bytes for tensor in tensors.values())
         return StoredLinear(name, out_features, in_features, group_size, tensors, size)
 
+    def store_head(self, file: WeightFile, weight: Tensor, kept_as: str) -> StoredLinear:
+        head = round_head(weight, kept_as, HEAD, LARGEST_OF_PAIR)
+        if not isinstance(head, Int8Linear):
+            return self.store_linear(file, HEAD, [head])
+        group_size = head_group_size(weight.shape[1])
+        tensors = _store_pair(file, head, group_size)
+        size = sum(tensor.size_bytes for tensor in tensors.values())
+        out_features, in_features = weight.shape
+        return StoredLinear(HEAD, out_features, in_features, group_size, tensors, size)
+
     def linear(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
         names = {key: graph.weight(f"{linear.name}.{key}", t) for key, t in linear.tensors.items()}
         if "prequant_scale" in names:
             x = graph.node("Mul", x, names["prequant_scale"])
-        weight = names["weight"]
-        if linear.group_size is not None:
-            weight = graph.node(
-                "DequantizeLinear", weight, names["scale"], axis=0, block_size=linear.group_size
-            )
-        y = graph.node("MatMul", x, weight)
+        if "high" in names:
+            halves = (_product(graph, x, names, part, linear.group_size) for part in PAIR)
+            return graph.node("Add", *halves)
+        y = _product(graph, x, names, "weight", linear.group_size)
         if "correction" in names:
             assert linear.group_size is not None
             means = _group_means(graph, x, linear.in_features, linear.group_size)
@@ -111,6 +127,17 @@ class HalfDialect(ABC):
 
     @abstractmethod
     def finish(self, graph: GraphWriter, num_layers: int) -> None: ...
+
+
+def _product(
+    graph: GraphWriter, x: str, names: Mapping[str, str], key: str, group_size: int | None
+) -> str:
+    """x times the matrix `key`, whose scales, if it has any, are under SCALE_OF[key]."""
+    weight = names[key]
+    if group_size is not None:
+        scale = names[SCALE_OF[key]]
+        weight = graph.node("DequantizeLinear", weight, scale, axis=0, block_size=group_size)
+    return graph.node("MatMul", x, weight)
 
 
 def to_half(graph: GraphWriter, x: str) -> str:
@@ -180,6 +207,26 @@ def _store_quantized(
     prequant_scale = _shared_prequant_scale(name, parts)
     if prequant_scale is not None:
         tensors["prequant_scale"] = file.append(float16(prequant_scale, name))
+    return tensors
+
+
+def _store_pair(file: WeightFile, linear: Int8Linear, group_size: int) -> dict[str, StoredTensor]:
+    """An int8 matrix as two int4 ones, q = 16 · high + low: exact, and kept in 4 bits each.
+
+    TensorRT keeps weights alone quantized where they are int4 (its documentation, "Working with
+    Quantized Types"); int8 ones it may widen.
+    """
+    groups = linear.q.shape[1] // group_size
+    tensors = {}
+    # One row of scales after the other is the same for all groups.
+    for key, factor in zip(PAIR, (16, 1), strict=True):
+        scale = (linear.scale * factor).expand(groups, -1)
+        tensors[SCALE_OF[key]] = file.append(float16(scale.contiguous(), HEAD))
+    q = linear.q.T
+    low = ((q + SIGN_BIT) & 15) - SIGN_BIT
+    for key, digits in (("high", (q - low) >> 4), ("low", low)):
+        levels = (digits & 15).to(torch.uint8).contiguous()
+        tensors[key] = file.append_int4(pack_nibbles(levels), tuple(levels.shape))
     return tensors
 
 
