@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vila_deploy.kernels.launch import Launch, next_power_of_2
-from vila_deploy.kernels.tiles import device
+from vila_deploy.kernels.tiles import attention_slots, device
 
 QUERIES = 16  # rows of the narrowest tensor core product
-SLOTS = 64  # of the cache at a time
 LOG2_E = 1.4426950408889634
 
 
@@ -158,7 +157,7 @@ def _launches(
         },
         {
             "TURN": angles is not None, "GROUP": heads // kv_heads, "DIM": dim,
-            "DIM_BLOCK": block, "QUERIES": QUERIES, "SLOTS": SLOTS,
+            "DIM_BLOCK": block, "QUERIES": QUERIES, "SLOTS": attention_slots(sm),
             "STAGES": device(sm).attention_stages,
         },
         4,

@@ -98,10 +98,17 @@ def widest_gemm(sm: int) -> int:
     return 1 << 30 if sm == INTERPRETER else 256
 
 
+def attention_slots(sm: int) -> int:
+    """Slots of the cache that a program takes at a time."""
+    return 256 if sm == INTERPRETER else 64
+
+
 def attention_splits(sm: int, kv_heads: int, max_seq_len: int) -> int:
     """Parts of the cache that programs take side by side: one program a multiprocessor."""
+    if sm == INTERPRETER:
+        return 1
     wanted = max(1, device(sm).processors // kv_heads)
-    longest = max(1, max_seq_len // 64)
+    longest = max(1, max_seq_len // attention_slots(sm))
     splits = 1
     while splits * 2 <= min(wanted, longest, 16):
         splits *= 2

@@ -8,15 +8,35 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
+from vila_deploy.kernels.launch import Launch
 from vila_deploy.kernels.layout import PackedLinear, pack_float, pack_int4, pack_int8, unpack
 from vila_deploy.kernels.tiles import TOKENS
 
+from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.model.presets import PRESETS, preset
 
 SM = 90
 EPSILON = 1e-5
-# Input channels of every linear of the model table; those of o_proj are the hidden size's.
-MODEL_WIDTHS = (2560, 6912, 4096, 14336, 11008, 5120, 13824, 7168, 20480, 3584, 18944)
+
+
+def model_table() -> list[LlmConfig]:
+    """The language model of every model of the table."""
+    return [preset(name, "int4").llm for name in PRESETS]
+
+
+def run_program(launch: Launch, *index: int) -> None:
+    """Only the program of the grid that has this index."""
+    builder = interpreter.interpreter_builder
+    kind, places = type(builder), [(*place, 0, 0)[:3] for place in (index, launch.grid)]
+    grid = [max(size, 1) for size in places[1]]
+    builder.set_grid_dim = lambda *_: kind.set_grid_dim(builder, *grid)
+    builder.set_grid_idx = lambda *_: kind.set_grid_idx(builder, *places[0])
+    try:
+        launch.kernel[(1,)](**launch.args, **launch.constants)
+    finally:
+        del builder.set_grid_dim, builder.set_grid_idx
 
 
 def generator(seed: int = 0) -> torch.Generator:

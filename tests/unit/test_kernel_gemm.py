@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import (
-    MODEL_WIDTHS,
     SM,
     assert_exact_as_half,
     generator,
@@ -24,11 +23,6 @@ def check(rows: int, columns: int, tokens: int, bits: int, group: int = 128) -> 
     y = unwritten(tokens, rows)
     gemm(x, weight, bias, y, SM)()
     assert_exact_as_half(y, gemm_reference(x, weight, bias), plain(x, weight) + bias.half())
-
-
-@pytest.mark.parametrize("width", sorted(MODEL_WIDTHS)[::5])
-def test_true_widths(width: int) -> None:
-    check(16, width, 16, 4)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import (
-    MODEL_WIDTHS,
     SM,
     assert_exact_as_half,
     generator,
@@ -23,21 +22,6 @@ def run(x: torch.Tensor, weight: PackedLinear, bias: torch.Tensor | None = None)
     y = unwritten(len(x), weight.out_features)
     gemv(x, weight, bias, y, SM)()
     return y
-
-
-@pytest.mark.parametrize("width", MODEL_WIDTHS)
-def test_true_widths(width: int) -> None:
-    """Every true width with a slice of 16 output channels: tiles of channels are independent."""
-    random = generator(width)
-    weight, x = random_packed(16, width, 4, random), halves(1, width, random)
-    assert_exact_as_half(run(x, weight), gemv_reference(x, weight, None), plain(x, weight))
-
-
-@pytest.mark.parametrize("bits", [8, 16])
-def test_true_width_of_the_head(bits: int) -> None:
-    random = generator(bits)
-    weight, x = random_packed(16, 4096, bits, random), halves(1, 4096, random)
-    assert_exact_as_half(run(x, weight), gemv_reference(x, weight, None), plain(x, weight))
 
 
 @pytest.mark.parametrize(

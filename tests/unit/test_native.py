@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import kernel_cases  # noqa: F401  sets TRITON_INTERPRET
-import numpy as np
 import pytest
 import torch
+from native_cases import TOLERANCE, built, deviation
 from tiny import make_checkpoint
 
 from vila_deploy.backends.native import build as build_module
@@ -29,92 +26,13 @@ from vila_deploy.backends.native.weights import (
     tensors,
 )  # fmt: skip
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.checkpoint.llm_config import QuantizationConfig
-from vila_deploy.engine.description import describe
-from vila_deploy.engine.manifest import Limits, Manifest
+from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.request import BuildRequest
 from vila_deploy.engine.target import get_target
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.model.presets import preset
 from vila_deploy.model.random_weights import random_parts
 from vila_deploy.model.vila import ReferenceSession
-from vila_deploy.quantize.round import round_to_nearest
-from vila_deploy.quantize.scheme import QuantScheme
-
-TINY_VILA = Path(__file__).resolve().parents[2] / "examples" / "tiny-vila" / "checkpoint"
-SLOTS, NEW_TOKENS, GROUP = 160, 5, 128
-# Of the logits' spread; float16 activations differ by 2e-3 to 7e-3 here.
-TOLERANCE = 2e-2
-
-
-@dataclass(frozen=True)
-class Rounded:
-    """A float WeightSource whose decoder linears are rounded to 4 bits."""
-
-    source: Any
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.source.tensor(name)
-
-    def linear(self, prefix: str) -> Any:
-        return round_to_nearest(self.source.linear(prefix).float(), QuantScheme(GROUP))
-
-
-def rounded(checkpoint: Any) -> Any:
-    quantization = QuantizationConfig("awq", 4, GROUP, True, "gemm")
-    config = checkpoint.config
-    return SimpleNamespace(
-        config=replace(config, llm=replace(config.llm, quantization=quantization)),
-        llm=Rounded(checkpoint.llm), vision=checkpoint.vision, projector=checkpoint.projector,
-    )  # fmt: skip
-
-
-def built(
-    folder: Path, checkpoint: Any, monkeypatch: pytest.MonkeyPatch, slots: int = SLOTS
-) -> Manifest:
-    """Builds without compiling, which test_kernel_aot.py does."""
-    asked: list[Any] = []
-    monkeypatch.setattr(build_module, "compile_engine", lambda *args: asked.append(args) or [])
-    folder.mkdir()
-    request = BuildRequest(get_target("h100"), Limits(1, slots, slots))
-    parts = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
-    found = build_module.build(folder, checkpoint.config, *parts, request)
-    assert asked == [(checkpoint.config.llm, slots, ["9.0"])]
-    return Manifest(
-        name="tiny", target="h100", backend="native", precision="int4", weights="trained",
-        weight_bytes_per_token=found.weight_bytes_per_token, checkpoint_fingerprint=None,
-        limits=request.limits, model=describe(checkpoint.config, None), versions=found.versions,
-    )  # fmt: skip
-
-
-def deviation(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.abs(found - expected).max() / expected.std())
-
-
-def test_tiny_vila_gives_the_references_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The trained model in 4 bits: picture, prompt and a whole greedy decode on the device side."""
-    checkpoint = rounded(open_checkpoint(TINY_VILA))
-    manifest = built(tmp_path / "engine", checkpoint, monkeypatch)
-    session = open_session(tmp_path / "engine", manifest)
-    reference = ReferenceSession(checkpoint)
-    size = checkpoint.config.vision.image_size
-    pixels = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
-    features, expected = (s.encode_images(pixels)[0] for s in (session, reference))
-    assert deviation(features, expected) < TOLERANCE
-    embeds = np.concatenate([reference.embed_tokens([1, 5]), expected, session.embed_tokens([9])])
-
-    logits, wanted = session.prefill(embeds), reference.prefill(embeds)
-    assert deviation(logits, wanted) < TOLERANCE
-    tokens = [int(wanted.argmax())]
-    assert int(logits.argmax()) == tokens[0]
-    for _ in range(NEW_TOKENS):
-        wanted = reference.decode(tokens[-1])
-        tokens.append(int(wanted.argmax()))
-    assert session.decode_greedy(NEW_TOKENS) == tokens[1:]
-    assert deviation(session._logits(), wanted) < TOLERANCE
-    assert session.position == reference.position == int(session._cache.position)
 
 
 def test_decode_prefill_in_parts_and_reset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

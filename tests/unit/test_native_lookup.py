@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import kernel_cases  # noqa: F401  sets TRITON_INTERPRET
 import pytest
-from test_native import built
+from native_cases import built
 from tiny import make_checkpoint
 
 from vila_deploy.backends.native import open_session
