@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from vila_deploy import __version__
 from vila_deploy.backends import BACKENDS, TOKENIZER_FOLDER
@@ -29,13 +30,18 @@ from vila_deploy.model.weights import WeightSource
 
 DEFAULT_MAX_SEQ_LEN = 4096
 FIRST_WITH_FP8 = "8.9"
+SHIPPED = Path("shipped")
 # Components of a plan that GPUs share, by how their names begin.
 SHARED = ("llm decoder", "llm embeddings", "llm head", "key/value cache")
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What the user asks for; None means: take what the target, checkpoint or model suggests."""
+    """What the user asks for; None means: take what the target, checkpoint or model suggests.
+
+    With `eval_data` the effect of `components` on the logits is measured: on texts and pictures
+    there, or on the shipped ones if it is SHIPPED.
+    """
 
     target: str
     backend: str | None = None
@@ -47,6 +53,7 @@ class BuildOptions:
     tp: int = 1
     jetpack: str | None = None
     components: Components = ALL_FP16
+    eval_data: Path | None = None
 
 
 def default_limits(config: VilaConfig) -> Limits:
@@ -127,6 +134,7 @@ def _build(root: Path, out: Path, options: BuildOptions) -> Manifest:
     check_components(target, _backend(target, options), options.components)
     _check(module, config, request)
     _refuse_what_does_not_fit(config, target, options)
+    measure = _measure(request, _backend(target, options), options.eval_data)
     checkpoint = open_checkpoint(root)
     tokenizer = load_tokenizer(checkpoint.layout.folder("llm"))
     if tokenizer.vocab_size > config.llm.vocab_size:
@@ -151,7 +159,26 @@ def _build(root: Path, out: Path, options: BuildOptions) -> Manifest:
             versions={},
             components=options.components,
         )
+        if measure is not None:
+            manifest = replace(manifest, effect=measure(checkpoint, folder))
         return _write(folder, config, parts, manifest, request)
+
+
+def _measure(
+    request: BuildRequest, backend: str, eval_data: Path | None
+) -> Callable[[Checkpoint, Path], dict[str, Any]] | None:
+    """What measures the effect of components on the logits, if that is wanted."""
+    if eval_data is None:
+        return None
+    from vila_deploy.effect import dialect_to_measure, measure_effect
+
+    dialect = dialect_to_measure(request, backend)
+    data = None if eval_data == SHIPPED else eval_data
+
+    def measure(checkpoint: Checkpoint, scratch: Path) -> dict[str, Any]:
+        return measure_effect(checkpoint, request.components, dialect, data, scratch).to_json()
+
+    return measure
 
 
 def build_random_engine(

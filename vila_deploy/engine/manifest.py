@@ -46,6 +46,7 @@ class Manifest:
         versions: of the tools that built it; the backend checks what must match.
         needs: steps that are still to be done on the device; empty when the engine is complete.
         components: what vision tower, output head and key/value cache are kept in.
+        effect: what that changes in the logits, where it was measured (see Effect.to_json).
     """
 
     name: str
@@ -60,6 +61,7 @@ class Manifest:
     versions: Mapping[str, str]
     needs: tuple[str, ...] = ()
     components: Components = ALL_FP16
+    effect: Mapping[str, Any] | None = None
 
 
 def write_manifest(folder: Path, manifest: Manifest, without: Collection[str] = ()) -> None:
@@ -138,6 +140,7 @@ def _from_fields(found: Fields) -> Manifest:
         versions=found.child("versions").values,
         needs=tuple(found.values["needs"]),
         components=Components.from_fields(found),
+        effect=found.child("effect").values if "effect" in found else None,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
 from vila_deploy.checkpoint.expected import has_bias
@@ -107,7 +108,13 @@ def rotary_tables(config: LlmConfig, max_seq_len: int) -> Iterator[Tensor]:
 
 
 def build_llm_graph(
-    config: LlmConfig, stored: StoredLlm, dialect: Dialect, *, tokens: int | None, logits: bool
+    config: LlmConfig,
+    stored: StoredLlm,
+    dialect: Dialect,
+    *,
+    tokens: int | None,
+    logits: bool,
+    states: bool = False,
 ) -> GraphWriter:
     """The graph over weights that `store_llm` wrote.
 
@@ -118,6 +125,8 @@ def build_llm_graph(
     Args:
         tokens: how many the graph takes at a time; None for any number.
         logits: False makes a graph that only fills the cache.
+        states: instead of logits, output `states` [tokens, hidden] of every token, which the head
+            takes; for a batch of one.
     """
     graph, epsilon = GraphWriter(dialect.opset), config.rms_norm_eps
     batch, count, hidden = dialect.batch, tokens or "tokens", config.hidden_size
@@ -126,7 +135,9 @@ def build_llm_graph(
         config.num_heads, config.num_kv_heads, config.head_dim, stored.cos.shape[0],
         graph.weight("rotary.cos", stored.cos), graph.weight("rotary.sin", stored.sin),
     )  # fmt: skip
-    if logits:
+    if states:
+        graph.output("states", np.float32, [count, hidden])
+    elif logits:
         graph.output("logits", np.float32, [batch, config.vocab_size])
     dialect.cache(graph, shape, config.num_layers, count)
     x = dialect.rows(graph, embeds, hidden)
@@ -139,7 +150,7 @@ def build_llm_graph(
         else:
             normed, x = dialect.add_norm(graph, x, delta, norm, epsilon)
         attended = dialect.attention(graph, dialect.linear(graph, normed, layer.qkv), shape, index)
-        if not logits and index == config.num_layers - 1:
+        if not (logits or states) and index == config.num_layers - 1:
             dialect.finish(graph, config.num_layers)
             return graph
         delta = dialect.linear(graph, attended, layer.o)
@@ -150,6 +161,19 @@ def build_llm_graph(
     graph.scope("head")
     assert delta is not None
     normed, _ = dialect.add_norm(graph, x, delta, graph.weight("norm", stored.norm), epsilon)
-    dialect.head(graph, dialect.last(graph, normed), stored.head)
+    if states:
+        wide = graph.node("Cast", normed, to=TensorProto.FLOAT)
+        graph.node("Reshape", wide, graph.integers(-1, hidden), output="states")
+    else:
+        dialect.head(graph, dialect.last(graph, normed), stored.head)
     dialect.finish(graph, config.num_layers)
+    return graph
+
+
+def build_head_graph(config: LlmConfig, head: StoredLinear, dialect: Dialect) -> GraphWriter:
+    """states [rows, hidden] → logits [rows, vocab], float32; one row in dialect `onnxruntime`."""
+    graph, rows = GraphWriter(dialect.opset), 1 if dialect.batch == 1 else "rows"
+    states = graph.input("states", np.float32, [rows, config.hidden_size])
+    graph.output("logits", np.float32, [rows, config.vocab_size])
+    dialect.head(graph, dialect.narrowed(graph, states), head)
     return graph

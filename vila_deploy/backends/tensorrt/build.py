@@ -45,7 +45,7 @@ def check(config: VilaConfig, request: BuildRequest) -> None:
     if request.components.lm_head != FP16:
         head_group_size(config.llm.hidden_size)
     if compiler.ahead_of_time:
-        compiler.check_dialect(_dialect(request))
+        compiler.check_dialect(dialect_of(request))
 
 
 def compiler_of(target: Target) -> Compiler:
@@ -88,7 +88,7 @@ def build(
     from vila_deploy.backends.tensorrt import graphs
 
     check(config, request)
-    compiler, dialect = compiler_of(request.target), _dialect(request)
+    compiler, dialect = compiler_of(request.target), dialect_of(request)
     parts = graphs.parts_of(config)
     write_description(folder, config, request)
     versions = {"onnx": version("onnx")}
@@ -181,7 +181,7 @@ def write_description(folder: Path, config: VilaConfig, request: BuildRequest) -
     content: dict[str, Any] = {
         "package": compiler.package,
         "compute_capability": request.target.compute_capability,
-        "dialect": _dialect(request),
+        "dialect": dialect_of(request),
         "jetpack": _jetpack(request),
         "limits": asdict(request.limits),
         "profiles": graphs.profiles(config, request.limits, one_for_all=ahead),
@@ -194,7 +194,7 @@ def _jetpack(request: BuildRequest) -> str | None:
     return request.jetpack or next(iter(request.target.tensorrt.jetpacks), None)
 
 
-def _dialect(request: BuildRequest) -> str:
+def dialect_of(request: BuildRequest) -> str:
     assert request.target.tensorrt is not None
     return request.target.tensorrt.dialect_of(_jetpack(request))
 

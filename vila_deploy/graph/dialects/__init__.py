@@ -66,6 +66,10 @@ class Dialect(Protocol):
         """Hidden states → those of the last token [batch, hidden]."""
         ...
 
+    def narrowed(self, graph: GraphWriter, x: str) -> str:
+        """float32 values in the type that `linear` takes."""
+        ...
+
     def store_linear(
         self,
         file: WeightFile,

@@ -51,6 +51,9 @@ class HalfDialect(ABC):
         index = graph.node("Unsqueeze", "last", graph.integers(1))
         return graph.node("GatherND", x, index, batch_dims=1)
 
+    def narrowed(self, graph: GraphWriter, x: str) -> str:
+        return to_half(graph, x)
+
     def store_linear(
         self,
         file: WeightFile,

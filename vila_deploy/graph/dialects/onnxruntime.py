@@ -52,6 +52,9 @@ class OnnxRuntimeDialect:
     def gated(self, graph: GraphWriter, both: str) -> str:
         return gated(graph, both)
 
+    def narrowed(self, graph: GraphWriter, x: str) -> str:
+        return x
+
     def store_linear(
         self,
         file: WeightFile,
