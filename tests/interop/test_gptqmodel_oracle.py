@@ -42,8 +42,8 @@ def test_transformers_loads_it(name: str, symmetric: bool, tmp_path: Path) -> No
     weights = {full: weight.half().float() for full, weight in weights.items()}
     reference = reference_model(checkpoint, weights)
     with torch.no_grad():
-        # Theirs computes in float16, which may decide otherwise where two tokens are close.
         ours = reference(ids).logits.float()
         assert (theirs(ids).logits.float() - ours).abs().max() < 0.02 * ours.abs().max()
     if name == "SmolLM2":
-        assert greedy(theirs, ids) == greedy(reference, ids)
+        # Theirs computes in float16, which decides otherwise where two tokens are close.
+        assert greedy(theirs, ids) == greedy(reference.half(), ids)
