@@ -1,7 +1,7 @@
 """AutoAWQ 0.2.9 loads our AutoAWQ GEMM with its own reader on a CPU: the same weights and tokens.
 
-Needs its own environment: autoawq 0.2.9 --no-deps, transformers 4.51.3, accelerate, datasets, and no
-triton, whose kernels it would want a GPU for.
+Needs its own environment: autoawq 0.2.9 --no-deps, transformers 4.51.3, accelerate, datasets, and
+no triton, whose kernels it would want a GPU for.
 """
 
 from __future__ import annotations
