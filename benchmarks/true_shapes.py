@@ -34,9 +34,9 @@ from vila_deploy.checkpoint.variants import (
     PROJECTOR_TYPES,
     TOWER_FAMILIES,
 )
-from vila_deploy.formats.folder import ShardWriter
 from vila_deploy.model.presets import PRESETS, preset
 from vila_deploy.model.random_weights import RandomWeights
+from vila_deploy.writers.folder import ShardWriter
 
 TINY_LLM = Path(__file__).resolve().parents[1] / "examples" / "tiny-vila" / "checkpoint" / "llm"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

@@ -12,12 +12,12 @@ from vila_deploy.checkpoint.expected import EMBEDDING, HEAD, decoder_linears
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import new_folder
 from vila_deploy.formats.quantized_linear import QuantizedLinear
-from vila_deploy.formats.registry import FORMATS
 from vila_deploy.model.llm import NORMS
 from vila_deploy.progress import progress
 from vila_deploy.quantize.output import Outputs
 from vila_deploy.quantize.round import to_float16
 from vila_deploy.quantize.scheme import QuantScheme
+from vila_deploy.writers.registry import FORMATS
 
 
 def convert(root: Path, out: Path, formats: Sequence[str]) -> None:

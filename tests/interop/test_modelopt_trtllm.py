@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from modelopt_trtllm import export, summary, tiny
 from test_trtllm_golden import GOLDEN, config_of
 
+from vila_deploy.checkpoint.trtllm import TrtllmCheckpoint
 from vila_deploy.formats.quantized_linear import QuantizedLinear
-from vila_deploy.formats.trtllm.linears import LINEARS, QKV
-from vila_deploy.formats.trtllm.reader import TrtllmCheckpoint
-from vila_deploy.formats.trtllm.writer import write_trtllm
+from vila_deploy.formats.trtllm import LINEARS, QKV
+from vila_deploy.writers.trtllm_ranks import write_trtllm
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

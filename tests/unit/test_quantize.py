@@ -17,7 +17,6 @@ from tiny import make_checkpoint
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.config import load_config
 from vila_deploy.errors import VilaDeployError
-from vila_deploy.formats.folder import ShardWriter
 from vila_deploy.model.llm import LINEARS
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.quantize import job, methods
@@ -25,6 +24,7 @@ from vila_deploy.quantize.plan import Options, plan
 from vila_deploy.quantize.round import round_to_nearest
 from vila_deploy.quantize.scheme import QuantScheme
 from vila_deploy.quantize.search import GROUPS
+from vila_deploy.writers.folder import ShardWriter
 
 SCHEME = QuantScheme(64)
 RTN = Options(SCHEME, "rtn")

@@ -21,12 +21,12 @@ from vila_deploy.backends.tensorrt_llm import device
 from vila_deploy.backends.tensorrt_llm.releases import DESKTOP, JETSON, build_command, check_version
 from vila_deploy.build import BuildOptions, build_engine, plan_build
 from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.checkpoint.trtllm import TrtllmCheckpoint
 from vila_deploy.cli.build_engine import main
 from vila_deploy.engine.manifest import Limits, load_manifest
 from vila_deploy.engine.request import BuildRequest
 from vila_deploy.engine.target import get_target
 from vila_deploy.errors import VilaDeployError
-from vila_deploy.formats.trtllm.reader import TrtllmCheckpoint
 from vila_deploy.model.vila import ReferenceSession
 
 # Stands for trtllm-build: checks its input, writes what the real one would.

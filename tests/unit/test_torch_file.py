@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vila_deploy.checkpoint.pickled import PickledFile
-from vila_deploy.formats.torch_file import ALIGNMENT, TorchFile
+from vila_deploy.writers.torch_file import ALIGNMENT, TorchFile
 
 TENSORS = {
     "a": torch.randn(3, 5).half(),

@@ -14,14 +14,14 @@ from trtllm_reference import logits, unpacked
 
 from vila_deploy.checkpoint.expected import decoder_linears, has_bias
 from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
+from vila_deploy.checkpoint.trtllm import TrtllmCheckpoint
+from vila_deploy.checkpoint.trtllm_layout import Parallel
 from vila_deploy.checkpoint.variants import LLM_FAMILIES
 from vila_deploy.errors import VilaDeployError
+from vila_deploy.formats import trtllm as linears
 from vila_deploy.formats.quantized_linear import QuantizedLinear
-from vila_deploy.formats.trtllm import linears
-from vila_deploy.formats.trtllm.layout import Parallel
-from vila_deploy.formats.trtllm.reader import TrtllmCheckpoint
-from vila_deploy.formats.trtllm.writer import write_trtllm
 from vila_deploy.model.llm import LanguageModel
+from vila_deploy.writers.trtllm_ranks import write_trtllm
 
 TOKENS = [3, 1002, 17, 500, 41, 41, 7]
 PARALLEL = {"one": (1, 1), "tp2": (2, 1), "tp4": (4, 1), "pp2": (1, 2), "tp4pp2": (4, 2)}

@@ -15,7 +15,7 @@ import torch
 from test_trtllm import llm_config
 
 from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
-from vila_deploy.formats.trtllm.layout import (
+from vila_deploy.checkpoint.trtllm_layout import (
     Parallel,
     checkpoint_config,
     layer_quantization,

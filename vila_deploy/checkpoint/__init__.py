@@ -28,7 +28,7 @@ from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import sha256_file
 
 if TYPE_CHECKING:
-    from vila_deploy.formats.trtllm.reader import TrtllmCheckpoint
+    from vila_deploy.checkpoint.trtllm import TrtllmCheckpoint
 
 IDENTIFYING_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 
@@ -128,8 +128,7 @@ def _llm_reader(
     """Reads the checked tensors of llm/, or of trtllm/ beside it."""
     if _is_trtllm(config):
         # Only here, since that module needs torch.
-        from vila_deploy.formats.trtllm import FOLDER
-        from vila_deploy.formats.trtllm.reader import TrtllmCheckpoint
+        from vila_deploy.checkpoint.trtllm import FOLDER, TrtllmCheckpoint
 
         return TrtllmCheckpoint(layout.root / FOLDER, config)
     check_llm(config, found, layout.folder("llm"))

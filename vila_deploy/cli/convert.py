@@ -8,7 +8,7 @@ import click
 
 from vila_deploy.cli.common import command_errors
 from vila_deploy.cli.formats import FormatNames
-from vila_deploy.formats.registry import FORMATS
+from vila_deploy.writers.registry import FORMATS
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -13,7 +13,7 @@ import click
 
 from vila_deploy.cli.common import EXIT_INTERRUPTED, command_errors, echo_json, fail, no_nan
 from vila_deploy.cli.formats import FormatNames
-from vila_deploy.formats.registry import FORMATS
+from vila_deploy.writers.registry import FORMATS
 
 if TYPE_CHECKING:
     from vila_deploy.engine.fit import Fit

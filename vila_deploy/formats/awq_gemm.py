@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.errors import VilaDeployError
-from vila_deploy.formats.folder import ShardedLlm
 from vila_deploy.formats.quantized_linear import BITS, QuantizedLinear
-
-if TYPE_CHECKING:
-    from vila_deploy.quantize.scheme import QuantScheme
 
 TENSORS = ("qweight", "qzeros", "scales")
 PER_WORD = 32 // BITS  # 8
@@ -108,22 +100,3 @@ def _unpack_words(words: Tensor) -> Tensor:
     for i, channel in enumerate(NIBBLE_ORDER):
         levels[..., channel] = ((words >> (BITS * i)) & 15).to(torch.uint8)
     return levels.flatten(1)
-
-
-def check(config: VilaConfig, scheme: QuantScheme) -> None:
-    """Raises nothing: whatever a scheme allows fits this format."""
-
-
-class Writer(ShardedLlm):
-    """Three folders, llm/ with the `quantization_config` that AWQ loaders look for."""
-
-    def __init__(self, checkpoint: Checkpoint, folder: Path, scheme: QuantScheme):
-        quantization = {
-            "quant_method": "awq",
-            "bits": scheme.bits,
-            "group_size": scheme.group_size,
-            "zero_point": not scheme.symmetric,
-            "version": "gemm",
-            "modules_to_not_convert": ["lm_head"],
-        }
-        super().__init__(checkpoint, folder, pack, quantization)

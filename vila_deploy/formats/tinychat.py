@@ -14,24 +14,12 @@ groups of G:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.expected import decoder_linears
-from vila_deploy.checkpoint.layout import llm_config_values
 from vila_deploy.errors import VilaDeployError
-from vila_deploy.files import canonical_json
-from vila_deploy.formats.folder import copy_parts, packed, write_checksums
 from vila_deploy.formats.quantized_linear import MAX_LEVEL, QuantizedLinear
-from vila_deploy.formats.torch_file import TorchFile
-
-if TYPE_CHECKING:
-    from vila_deploy.quantize.scheme import QuantScheme
 
 TENSORS = ("qweight", "scales", "scaled_zeros")
 # Group size → what the number of blocks of 8 groups is a multiple of.
@@ -70,7 +58,7 @@ def pack(linear: QuantizedLinear) -> dict[str, Tensor]:
         VilaDeployError: sizes that don't fill the tiles, a prequant scale, or a scale that is not
             positive or overflows float16 once multiplied with its zero point.
     """
-    _check_sizes(linear.out_features, linear.in_features, linear.group_size)
+    check_sizes(linear.out_features, linear.in_features, linear.group_size)
     if linear.prequant_scale is not None:
         raise VilaDeployError(
             "TinyChat has no place for a prequant scale",
@@ -113,7 +101,7 @@ def unpack(tensors: Mapping[str, Tensor], group_size: int) -> QuantizedLinear:
     if qweight.ndim != 2:
         raise _unfit("qweight", f"must have 2 dimensions, found {list(qweight.shape)}")
     out_features, in_features = NIBBLES * qweight.shape[0], qweight.shape[1]
-    _check_sizes(out_features, in_features, group_size)
+    check_sizes(out_features, in_features, group_size)
     table = (scale_rows(in_features, group_size), out_features)
     for name, dtype, shape in (
         ("qweight", torch.int16, tuple(qweight.shape)),
@@ -157,7 +145,8 @@ def _zero_points(scale: Tensor, scaled_zeros: Tensor) -> Tensor:
     return zero.to(torch.uint8).contiguous()
 
 
-def _check_sizes(out_features: int, in_features: int, group_size: int) -> None:
+def check_sizes(out_features: int, in_features: int, group_size: int) -> None:
+    """Raises VilaDeployError for a linear that the tiles don't hold."""
     if group_size not in GROUP_SIZES:
         raise VilaDeployError(
             f"TinyChat has groups of {', '.join(map(str, GROUP_SIZES))}, found {group_size}",
@@ -206,37 +195,3 @@ def _pad_rows(table: Tensor, rows: int) -> Tensor:
 def _unfit(name: str, what: str) -> VilaDeployError:
     fix = "this is not a TinyChat v2 checkpoint of that group size; download it again"
     return VilaDeployError(what, where=name, fix=fix)
-
-
-def check(config: VilaConfig, scheme: QuantScheme) -> None:
-    """Refuses group sizes and layers that TinyChat's tiles don't hold.
-
-    Raises:
-        VilaDeployError: names the first linear that doesn't fit.
-    """
-    for name, (out_features, in_features) in decoder_linears(config.llm).items():
-        try:
-            _check_sizes(out_features, in_features, scheme.group_size)
-        except VilaDeployError as error:
-            where = f"model.layers.0.{name}"
-            raise VilaDeployError(error.what, where=where, fix=error.fix) from error
-
-
-class Writer:
-    """One file of torch.save in llm/, as llm-awq's --dump_quant writes it."""
-
-    def __init__(self, checkpoint: Checkpoint, folder: Path, scheme: QuantScheme):
-        self._checkpoint, self._folder = checkpoint, folder
-        copy_parts(checkpoint, folder)
-        name = f"{checkpoint.root.resolve().name}-w4-g{scheme.group_size}-awq-v2.pt"
-        self._file = TorchFile(folder / "llm" / name)
-
-    def add(self, name: str, value: Tensor | QuantizedLinear) -> None:
-        for full, tensor in packed(name, value, pack).items():
-            self._file.add(full, tensor)
-
-    def finish(self) -> None:
-        self._file.finish()
-        values = llm_config_values(self._checkpoint.layout)
-        (self._folder / "llm" / "config.json").write_text(canonical_json(values), "utf-8")
-        write_checksums(self._folder)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.formats.quantized_linear import QuantizedLinear
-from vila_deploy.formats.registry import FORMATS
 from vila_deploy.quantize.scheme import QuantScheme
+from vila_deploy.writers.registry import FORMATS
 
 
 class Outputs:

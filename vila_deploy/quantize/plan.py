@@ -15,7 +15,6 @@ from vila_deploy.checkpoint.expected import (
     has_bias,
 )
 from vila_deploy.errors import VilaDeployError
-from vila_deploy.formats.registry import FORMATS, SHARD_BYTES
 from vila_deploy.quantize import effort
 from vila_deploy.quantize.data_size import DataSize, data_size
 from vila_deploy.quantize.effort import Effort, Speed
@@ -27,6 +26,7 @@ from vila_deploy.quantize.limits import (
 from vila_deploy.quantize.memory_need import MemoryNeed
 from vila_deploy.quantize.scheme import QuantScheme, check_scheme
 from vila_deploy.sizes import Component, Stage, available_memory_bytes, parameters
+from vila_deploy.writers.registry import FORMATS, SHARD_BYTES
 
 ALGORITHMS = ("awq-gptq", "awq", "rtn")
 

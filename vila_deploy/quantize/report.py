@@ -12,7 +12,6 @@ from typing import Any
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.checksums import WEIGHT_SUFFIXES
-from vila_deploy.formats.registry import FORMATS
 from vila_deploy.progress import clock
 from vila_deploy.quantize.awq import LayerResult, ratios
 from vila_deploy.quantize.awq_gptq import CompensatedLayer
@@ -20,6 +19,7 @@ from vila_deploy.quantize.calibrate import Calibration
 from vila_deploy.quantize.evaluate import IMAGE, TEXT, Evaluation
 from vila_deploy.quantize.plan import Options, output_components
 from vila_deploy.sizes import Component
+from vila_deploy.writers.registry import FORMATS
 
 LIBRARIES = ("vila-deploy", "torch", "transformers", "safetensors")
 REASONS = {

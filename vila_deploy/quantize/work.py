@@ -35,10 +35,10 @@ from vila_deploy.files import (
     sha256_file,
 )
 from vila_deploy.formats import awq_gemm
-from vila_deploy.formats.folder import packed
 from vila_deploy.formats.quantized_linear import QuantizedLinear
 from vila_deploy.quantize.plan import Options, work_path
 from vila_deploy.quantize.report import versions
+from vila_deploy.writers.folder import packed
 
 STATE_FILE = "state.json"
 LAYER_FILE = re.compile(r"layer-(\d{5,})-([0-9a-f]{64})\.safetensors")

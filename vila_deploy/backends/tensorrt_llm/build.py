@@ -28,16 +28,16 @@ from vila_deploy.backends.tensorrt_llm.releases import (
 from vila_deploy.backends.tensorrt_llm.vision import compile_vision, write_vision
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.fields import Fields
+from vila_deploy.checkpoint.trtllm_layout import Parallel, check_llm, rank_tensors
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.request import BuildRequest, Built
 from vila_deploy.engine.target import get_target
 from vila_deploy.errors import VilaDeployError
-from vila_deploy.formats.trtllm import linears as trtllm
-from vila_deploy.formats.trtllm.layout import Parallel, check_llm, rank_tensors
-from vila_deploy.formats.trtllm.writer import write_trtllm
+from vila_deploy.formats import trtllm
 from vila_deploy.graph.tensors import float16
 from vila_deploy.model.weights import WeightSource
 from vila_deploy.progress import progress
+from vila_deploy.writers.trtllm_ranks import write_trtllm
 
 MAX_BATCH_SIZE = 256
 VISION_STEP = "compile the vision encoder with TensorRT"

@@ -13,11 +13,9 @@ from vila_deploy.checkpoint.expected import EMBEDDING, HEAD
 from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.checkpoint.header import TensorInfo, read_header
 from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.errors import VilaDeployError, short
-from vila_deploy.formats.quantized_linear import QuantizedLinear
-from vila_deploy.formats.trtllm import linears as trtllm
-from vila_deploy.formats.trtllm.layout import (
+from vila_deploy.checkpoint.trtllm_layout import (
     CONFIG,
+    DTYPES,
     Parallel,
     check_llm,
     padded_vocabulary,
@@ -25,9 +23,13 @@ from vila_deploy.formats.trtllm.layout import (
     rank_file,
     rank_tensors,
 )
-from vila_deploy.formats.trtllm.linears import Dense, Linear
-from vila_deploy.formats.trtllm.writer import DTYPES
+from vila_deploy.errors import VilaDeployError, short
+from vila_deploy.formats import trtllm
+from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.formats.trtllm import Dense, Linear
 
+# Beside llm/, whose config.json would be in the way of TensorRT-LLM's own.
+FOLDER = "trtllm"
 AGAIN = "make the checkpoint again"
 FINAL_NORM = "model.norm.weight"
 

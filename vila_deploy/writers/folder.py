@@ -17,8 +17,8 @@ from vila_deploy.checkpoint.layout import PARTS, llm_config_values, part_configs
 from vila_deploy.checkpoint.tensors import INDEX_FILE, SINGLE_FILE, TensorReader
 from vila_deploy.files import canonical_json, read_json_object, sha256_file
 from vila_deploy.formats.quantized_linear import QuantizedLinear
-from vila_deploy.formats.registry import SHARD_BYTES
 from vila_deploy.model.tokenizer import TOKENIZER_FILES
+from vila_deploy.writers.registry import SHARD_BYTES
 
 LLM_FILES = (*TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")
 Pack = Callable[[QuantizedLinear], dict[str, Tensor]]

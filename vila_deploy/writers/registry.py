@@ -56,9 +56,9 @@ class Format:
 
 
 FORMATS = {
-    "awq": Format("AutoAWQ GEMM", "vila_deploy.formats.awq_gemm"),
-    "tinychat": Format("TinyChat v2", "vila_deploy.formats.tinychat"),
-    "trtllm": Format("TensorRT-LLM W4A16_AWQ", "vila_deploy.formats.trtllm"),
-    "compressed-tensors": Format("compressed-tensors", "vila_deploy.formats.compressed_tensors"),
-    "sglang": Format("AWQ GEMM in SGLang's one folder", "vila_deploy.formats.sglang"),
+    "awq": Format("AutoAWQ GEMM", "vila_deploy.writers.awq_gemm"),
+    "tinychat": Format("TinyChat v2", "vila_deploy.writers.tinychat"),
+    "trtllm": Format("TensorRT-LLM W4A16_AWQ", "vila_deploy.writers.trtllm"),
+    "compressed-tensors": Format("compressed-tensors", "vila_deploy.writers.compressed_tensors"),
+    "sglang": Format("AWQ GEMM in SGLang's one folder", "vila_deploy.writers.sglang"),
 }

@@ -23,15 +23,15 @@ from vila_deploy.checkpoint.variants import ONE_FOLDERS, PROJECTOR_TYPES
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import canonical_json
 from vila_deploy.formats import awq_gemm
-from vila_deploy.formats.folder import (
+from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.model.tokenizer import load_tokenizer
+from vila_deploy.writers.folder import (
     ShardWriter,
     copy_llm_files,
     packed,
     quantized_config,
     write_checksums,
 )
-from vila_deploy.formats.quantized_linear import QuantizedLinear
-from vila_deploy.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from vila_deploy.quantize.scheme import QuantScheme

@@ -17,12 +17,14 @@ from vila_deploy import __version__
 from vila_deploy.checkpoint.expected import decoder_linears
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.errors import VilaDeployError
-from vila_deploy.formats.trtllm import linears as trtllm
+from vila_deploy.formats import trtllm
 
 CONFIG, QUANT_CONFIG = "config.json", "quant_cfg.json"
 VOCABULARY_MULTIPLE = 64  # of a checkpoint with 4-bit linears
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 DECODERS = {"llama": "llama", "qwen2": "qwen"}
+# safetensors' names, and bytes of an element.
+DTYPES = {torch.float16: ("F16", 2), torch.float32: ("F32", 4), torch.int8: ("I8", 1)}
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 

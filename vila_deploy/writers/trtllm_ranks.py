@@ -13,10 +13,9 @@ from torch import Tensor
 
 from vila_deploy.checkpoint.expected import decoder_linears, has_bias
 from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.files import canonical_json
-from vila_deploy.formats.trtllm import linears as trtllm
-from vila_deploy.formats.trtllm.layout import (
+from vila_deploy.checkpoint.trtllm_layout import (
     CONFIG,
+    DTYPES,
     ONE_GPU,
     QUANT_CONFIG,
     Parallel,
@@ -30,12 +29,11 @@ from vila_deploy.formats.trtllm.layout import (
     rank_tensors,
     whole,
 )
-from vila_deploy.formats.trtllm.linears import Dense, Linear
+from vila_deploy.files import canonical_json
+from vila_deploy.formats import trtllm
+from vila_deploy.formats.trtllm import Dense, Linear
 from vila_deploy.model.weights import WeightSource
 from vila_deploy.progress import progress
-
-# safetensors' names, and bytes of an element.
-DTYPES = {torch.float16: ("F16", 2), torch.float32: ("F32", 4), torch.int8: ("I8", 1)}
 
 
 class RankFile:

@@ -1,0 +1,1 @@
+"""What writes a checkpoint: a module for each on-disk format, listed in `registry`."""

@@ -1,0 +1,56 @@
+"""Three folders whose llm/ is the one file that llm-awq writes for TinyChat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.expected import decoder_linears
+from vila_deploy.checkpoint.layout import llm_config_values
+from vila_deploy.errors import VilaDeployError
+from vila_deploy.files import canonical_json
+from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.formats.tinychat import check_sizes, pack
+from vila_deploy.writers.folder import copy_parts, packed, write_checksums
+from vila_deploy.writers.torch_file import TorchFile
+
+if TYPE_CHECKING:
+    from vila_deploy.quantize.scheme import QuantScheme
+
+
+def check(config: VilaConfig, scheme: QuantScheme) -> None:
+    """Refuses group sizes and layers that TinyChat's tiles don't hold.
+
+    Raises:
+        VilaDeployError: names the first linear that doesn't fit.
+    """
+    for name, (out_features, in_features) in decoder_linears(config.llm).items():
+        try:
+            check_sizes(out_features, in_features, scheme.group_size)
+        except VilaDeployError as error:
+            where = f"model.layers.0.{name}"
+            raise VilaDeployError(error.what, where=where, fix=error.fix) from error
+
+
+class Writer:
+    """One file of torch.save in llm/, as llm-awq's --dump_quant writes it."""
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path, scheme: QuantScheme):
+        self._checkpoint, self._folder = checkpoint, folder
+        copy_parts(checkpoint, folder)
+        name = f"{checkpoint.root.resolve().name}-w4-g{scheme.group_size}-awq-v2.pt"
+        self._file = TorchFile(folder / "llm" / name)
+
+    def add(self, name: str, value: Tensor | QuantizedLinear) -> None:
+        for full, tensor in packed(name, value, pack).items():
+            self._file.add(full, tensor)
+
+    def finish(self) -> None:
+        self._file.finish()
+        values = llm_config_values(self._checkpoint.layout)
+        (self._folder / "llm" / "config.json").write_text(canonical_json(values), "utf-8")
+        write_checksums(self._folder)
