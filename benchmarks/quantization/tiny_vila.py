@@ -32,7 +32,7 @@ from vila_deploy.progress import progress
 from vila_deploy.quantize.evaluate import EvaluationData, evaluate
 from vila_deploy.quantize.examples import Example, Picture
 from vila_deploy.quantize.job import quantize
-from vila_deploy.quantize.plan import ALGORITHMS, Options
+from vila_deploy.quantize.options import ALGORITHMS, Options
 from vila_deploy.quantize.report import versions
 from vila_deploy.quantize.scheme import QuantScheme
 

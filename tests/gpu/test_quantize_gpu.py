@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vila_deploy.quantize.job import quantize
-from vila_deploy.quantize.plan import Options
+from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.scheme import QuantScheme
 
 TINY_VILA = Path(__file__).resolve().parents[2] / "examples" / "tiny-vila" / "checkpoint"

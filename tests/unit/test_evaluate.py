@@ -31,7 +31,7 @@ from vila_deploy.quantize.examples import (
     shipped_texts,
 )
 from vila_deploy.quantize.memory import PeakMemory, own_bytes
-from vila_deploy.quantize.plan import Options
+from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.scheme import QuantScheme
 
 QUESTION, ANSWER = "What colour is it?", "Red, like the other one."

@@ -23,7 +23,7 @@ from vila_deploy.errors import VilaDeployError
 from vila_deploy.generate import Conversation, Sampling
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.quantize.job import quantize
-from vila_deploy.quantize.plan import Options
+from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.scheme import QuantScheme
 
 CLIP = "openai/clip-vit-large-patch14-336"

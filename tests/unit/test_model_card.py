@@ -8,7 +8,7 @@ from tiny import make_checkpoint
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.quantize import job
 from vila_deploy.quantize.model_card import model_card
-from vila_deploy.quantize.plan import Options
+from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.scheme import QuantScheme
 
 

@@ -20,7 +20,8 @@ from vila_deploy.errors import VilaDeployError
 from vila_deploy.model.llm import LINEARS
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.quantize import job, methods
-from vila_deploy.quantize.plan import Options, plan
+from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.plan import plan
 from vila_deploy.quantize.round import round_to_nearest
 from vila_deploy.quantize.scheme import QuantScheme
 from vila_deploy.quantize.search import GROUPS

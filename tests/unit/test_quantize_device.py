@@ -11,7 +11,7 @@ from tiny import make_checkpoint
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.quantize import job
 from vila_deploy.quantize.device import choose_device
-from vila_deploy.quantize.plan import Options
+from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.scheme import QuantScheme
 
 GB = 10**9

@@ -20,7 +20,8 @@ from vila_deploy.quantize.examples import Example, Picture
 from vila_deploy.quantize.feedback import round_with_feedback
 from vila_deploy.quantize.memory_need import FLOAT32, MemoryNeed
 from vila_deploy.quantize.moments import InputMoments, Metric
-from vila_deploy.quantize.plan import Options, plan
+from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.plan import plan
 from vila_deploy.quantize.scheme import QuantScheme
 
 ROWS, COLUMNS, GROUP = 768, 512, 64

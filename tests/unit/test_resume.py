@@ -24,7 +24,7 @@ from vila_deploy import files
 from vila_deploy.cli.quantize import main
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.quantize import awq_gptq, job, methods, work
-from vila_deploy.quantize.plan import Options
+from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.scheme import QuantScheme
 
 SIZES = {"layers": 3, "hidden": 64, "intermediate": 128}

@@ -15,7 +15,7 @@ from vila_deploy.checkpoint.expected import decoder_linears
 from vila_deploy.convert import convert
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.quantize.job import quantize
-from vila_deploy.quantize.plan import Options
+from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.scheme import QuantScheme
 
 SYMMETRIC = QuantScheme(64, symmetric=True)

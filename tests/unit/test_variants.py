@@ -30,7 +30,7 @@ from vila_deploy.model.llm import load_decoder_layer, rotary, run_layer
 from vila_deploy.model.prompts import PROMPT_TEMPLATES
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.quantize.job import quantize
-from vila_deploy.quantize.plan import Options
+from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.scheme import QuantScheme
 from vila_deploy.quantize.search import (
     GROUPS,

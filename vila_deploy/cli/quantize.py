@@ -17,7 +17,8 @@ from vila_deploy.writers.registry import FORMATS
 
 if TYPE_CHECKING:
     from vila_deploy.engine.fit import Fit
-    from vila_deploy.quantize.plan import Options, QuantizePlan
+    from vila_deploy.quantize.options import Options
+    from vila_deploy.quantize.plan import QuantizePlan
 
 ALGORITHMS = ("awq-gptq", "awq", "rtn")
 DEVICES = ("auto", "cpu", "cuda")
@@ -112,7 +113,7 @@ def main(
     if no_eval and (eval_data or max_kl is not None):
         raise click.UsageError("--no-eval leaves nothing for --eval or --max-kl to do")
 
-    from vila_deploy.quantize.plan import Options
+    from vila_deploy.quantize.options import Options
     from vila_deploy.quantize.scheme import QuantScheme
 
     scheme = QuantScheme(group_size, symmetric)

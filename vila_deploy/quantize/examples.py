@@ -15,8 +15,8 @@ from vila_deploy.errors import VilaDeployError, short
 from vila_deploy.model.images import open_image
 from vila_deploy.model.prompts import IMAGE_MARKER
 from vila_deploy.quantize import held_out
+from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.pictures import SCENES, Scene
-from vila_deploy.quantize.plan import Options
 
 MAX_FILE_BYTES = 64 << 20
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")

@@ -24,8 +24,9 @@ from vila_deploy.quantize.examples import data_warnings, load_examples, load_hel
 from vila_deploy.quantize.memory import PeakMemory, give_back, resident_bytes
 from vila_deploy.quantize.methods import Awq, AwqGptq, LayerEntry, Method, OnStep, Rtn
 from vila_deploy.quantize.model_card import model_card
+from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.output import Outputs
-from vila_deploy.quantize.plan import Options, QuantizePlan, plan
+from vila_deploy.quantize.plan import QuantizePlan, plan
 from vila_deploy.quantize.report import Cost, build_report, markdown
 from vila_deploy.quantize.round import to_float16
 from vila_deploy.quantize.work import FinishedLayer, WorkFolder, work_folder

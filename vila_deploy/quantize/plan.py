@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +18,17 @@ from vila_deploy.errors import VilaDeployError
 from vila_deploy.quantize import effort
 from vila_deploy.quantize.data_size import DataSize, data_size
 from vila_deploy.quantize.effort import Effort, Speed
+from vila_deploy.quantize.examples import load_examples, load_held_out
 from vila_deploy.quantize.limits import (
     MAX_CALIBRATION_SEQUENCES,
     MAX_EVALUATION_SEQUENCES,
     MAX_TOKENS,
 )
 from vila_deploy.quantize.memory_need import MemoryNeed
+from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.scheme import QuantScheme, check_scheme
 from vila_deploy.sizes import Component, Stage, available_memory_bytes, parameters
 from vila_deploy.writers.registry import FORMATS, SHARD_BYTES
-
-ALGORITHMS = ("awq-gptq", "awq", "rtn")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asks for; see `vila-quantize --help`.
-
-    Args:
-        evaluate: None: if it costs less than the quantization, that is with calibration data, or
-            if `eval` names data.
-        device: "cpu", "cuda", or "auto": the GPU if there is one with room.
-    """
-
-    scheme: QuantScheme = field(default_factory=QuantScheme)
-    algorithm: str = "awq-gptq"
-    calib: Path | None = None
-    calib_images: Path | None = None
-    seed: int = 0
-    prompt_template: str | None = None
-    formats: tuple[str, ...] = ("awq",)
-    text_only: bool = False
-    evaluate: bool | None = None
-    eval: Path | None = None
-    device: str = "auto"
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether the algorithm needs calibration data."""
-        return self.algorithm != "rtn"
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether the result is compared with the original."""
-        default = self.calibrates or self.eval is not None
-        return default if self.evaluate is None else self.evaluate
 
 
 @dataclass(frozen=True)
@@ -173,9 +139,6 @@ def measured_plan(config: VilaConfig, options: Options) -> QuantizePlan:
     Raises:
         VilaDeployError: as `plan`, or the data can't be read.
     """
-    # Here, since that module needs this one; and what can't be quantized needs no probe.
-    from vila_deploy.quantize.examples import load_examples, load_held_out
-
     check_scheme(options.scheme, config.llm)
     calibration = evaluation = None
     if options.calibrates:

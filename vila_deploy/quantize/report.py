@@ -17,7 +17,8 @@ from vila_deploy.quantize.awq import LayerResult, ratios
 from vila_deploy.quantize.awq_gptq import CompensatedLayer
 from vila_deploy.quantize.calibrate import Calibration
 from vila_deploy.quantize.evaluate import IMAGE, TEXT, Evaluation
-from vila_deploy.quantize.plan import Options, output_components
+from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.plan import output_components
 from vila_deploy.sizes import Component
 from vila_deploy.writers.registry import FORMATS
 

@@ -36,7 +36,8 @@ from vila_deploy.files import (
 )
 from vila_deploy.formats import awq_gemm
 from vila_deploy.formats.quantized_linear import QuantizedLinear
-from vila_deploy.quantize.plan import Options, work_path
+from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.plan import work_path
 from vila_deploy.quantize.report import versions
 from vila_deploy.writers.folder import packed
 
