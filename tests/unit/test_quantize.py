@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from test_awq_gemm import independent_levels
 from tiny import make_checkpoint
 
+from vila_deploy import checkpoint as checkpoints
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.config import load_config
+from vila_deploy.checkpoint.tensors import TensorReader
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.model.llm import LINEARS
 from vila_deploy.model.vila import ReferenceSession
@@ -300,3 +302,29 @@ def test_refuses_a_full_disk_before_any_work(root, tmp_path, monkeypatch):
     with pytest.raises(VilaDeployError, match="are free; free some space"):
         job.quantize(root, tmp_path / "out", RTN)
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_each_shard_is_hashed_once_just_before_its_layers_are_read(tmp_path, monkeypatch):
+    """So that a checkpoint larger than the memory is read from the disk once."""
+    root = make_checkpoint(tmp_path / "in", shards=3)
+    order = []
+    hashed, read = checkpoints.sha256_file, TensorReader.tensor
+
+    def hash_file(file):
+        order.append(("hash", file))
+        return hashed(file)
+
+    def tensor(self, name):
+        if ".layers." in name:
+            order.append(("read", self.info(name).file))
+        return read(self, name)
+
+    monkeypatch.setattr(checkpoints, "sha256_file", hash_file)
+    monkeypatch.setattr(TensorReader, "tensor", tensor)
+    job.quantize(root, tmp_path / "out", RTN)
+    shards = list((root / "llm").glob("*.safetensors"))
+    assert len(shards) == 3
+    for shard in shards:
+        assert [event for event in order if event == ("hash", shard)] == [("hash", shard)]
+        assert ("read", shard) not in order[: order.index(("hash", shard))]
+    assert sum(kind == "read" and file in shards for kind, file in order) > 10

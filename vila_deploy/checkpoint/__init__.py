@@ -68,11 +68,24 @@ class Checkpoint:
             files += reader.files()
         total = hashlib.sha256()
         for file in sorted(set(files)):
-            if file not in self._digests:
-                self._digests[file] = sha256_file(file)
-            total.update(f"{self._digests[file]}  ".encode())
+            total.update(f"{self._digest(file)}  ".encode())
             total.update(os.fsencode(file.relative_to(self.root).as_posix()) + b"\n")
         return total.hexdigest()
+
+    def hash_files_of(self, prefix: str) -> None:
+        """Hashes, for `fingerprint`, the files of llm/ with tensors whose names begin like this.
+
+        To be called before those are read: what is read just after the hash comes out of the
+        system's cache, so weights larger than the memory are read from the disk once, not twice.
+        """
+        names = (name for name in self.llm.names() if name.startswith(prefix))
+        for file in sorted({self.llm.info(name).file for name in names}):
+            self._digest(file)
+
+    def _digest(self, file: Path) -> str:
+        if file not in self._digests:
+            self._digests[file] = sha256_file(file)
+        return self._digests[file]
 
 
 def open_checkpoint(root: Path) -> Checkpoint:

@@ -22,7 +22,7 @@ from vila_deploy.quantize.device import choose_device
 from vila_deploy.quantize.evaluate import evaluate, evaluation_data
 from vila_deploy.quantize.examples import data_warnings, load_examples, load_held_out
 from vila_deploy.quantize.memory import PeakMemory, give_back, resident_bytes
-from vila_deploy.quantize.methods import Awq, AwqGptq, LayerEntry, Method, OnStep, Rtn
+from vila_deploy.quantize.methods import Awq, AwqGptq, LayerEntry, Method, OnStep, Rtn, layer_name
 from vila_deploy.quantize.model_card import model_card
 from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.output import Outputs
@@ -164,6 +164,7 @@ def _write_layers(
                     method.skip(index, layer.tensors)
             else:
                 start = time.monotonic()
+                method.checkpoint.hash_files_of(f"{layer_name(index)}.")
                 result = method.quantize(index, step(index, 1))
                 layer = FinishedLayer(*result, time.monotonic() - start)
                 del result
