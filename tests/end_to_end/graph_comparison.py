@@ -67,6 +67,19 @@ class GraphRunner:
             self._cache = {name: found[name.replace("past", "present")] for name in self._cache}
         return found["logits"]
 
+    def generate_in_chunks(self, prompt: Floats, embed: Any, size: int) -> list[int]:
+        """Greedy tokens after one prompt [tokens, hidden] that is read `size` tokens at a time."""
+        for start in range(0, len(prompt), size):
+            chunk = prompt[start : start + size]
+            places = np.arange(start, start + len(chunk))[None]
+            logits = self.run(chunk[None], places, np.array([len(chunk) - 1]))
+        tokens: list[int] = []
+        for step in range(NEW_TOKENS):
+            tokens.append(int(logits[0].argmax()))
+            places = np.array([[len(prompt) + step]])
+            logits = self.run(embed(tokens[-1:])[None], places, np.zeros(1, np.int64))
+        return tokens
+
     def generate(self, prompts: Sequence[Floats], embed: Any) -> tuple[Any, Floats]:
         """Greedy tokens [batch, NEW_TOKENS] and the logits that each was chosen from."""
         lengths = np.array([len(prompt) for prompt in prompts])
@@ -93,6 +106,17 @@ def write_graphs(folder: Path, root: Path, dialect: str) -> None:
 
     graphs.write_vision(folder, config, checkpoint.vision, checkpoint.projector, dialect, advance)
     graphs.write_llm(folder, config, checkpoint.llm, MAX_SEQ_LEN, dialect, advance)
+
+
+def embedded(root: Path, prompts: Sequence[Prompt]) -> list[Floats]:
+    """The reference's embeddings [tokens, hidden] of each prompt with its pictures."""
+    checkpoint = open_checkpoint(root)
+    reference = ReferenceSession(checkpoint)
+    texts, pixels = _rendered(checkpoint, prompts)
+    return [
+        splice(text, encode_images(reference, each), reference.embed_tokens)
+        for text, each in zip(texts, pixels, strict=True)
+    ]
 
 
 def compare(root: Path, folder: Path, prompts: Sequence[Prompt]) -> Comparison:

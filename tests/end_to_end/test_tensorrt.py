@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from comparison import NEW_TOKENS
 from conftest import succeed
-from graph_comparison import compare, write_graphs
+from graph_comparison import GraphRunner, compare, embedded, write_graphs
+
+from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.model.vila import ReferenceSession
 
 PRECISIONS = ("fp16", "int4", "int4, symmetric")
 
@@ -42,6 +45,25 @@ def test_graphs_give_the_references_tokens(
     assert [len(tokens) for _, tokens in found.pairs] == [NEW_TOKENS] * 20
     assert [reference for reference, _ in found.pairs] == [graph for _, graph in found.pairs]
     assert 0 < found.kl <= 2 * found.half_kl
+
+
+@pytest.mark.parametrize("dialect", ["standard", "primitive"])
+def test_a_prompt_in_chunks_gives_the_same_tokens(
+    checkpoints: dict[str, Path], tmp_path: Path, prompts: list, dialect: str
+) -> None:
+    """One, seven and 64 tokens at a time, as at once; with one, two and three pictures."""
+    root = checkpoints["int4"]
+    write_graphs(tmp_path / "graphs", root, dialect)
+    checkpoint = open_checkpoint(root)
+    embed = ReferenceSession(checkpoint).embed_tokens
+    for prompt in embedded(root, [prompts[0], prompts[10], prompts[15]]):
+        answers = [
+            GraphRunner(tmp_path / "graphs", checkpoint, 1).generate_in_chunks(prompt, embed, size)
+            for size in (len(prompt), 64, 7, 1)
+        ]
+        assert len(prompt) > 64
+        assert len(answers[0]) == NEW_TOKENS
+        assert answers == [answers[0]] * 4
 
 
 def test_plain_command_builds_for_a_gpu_that_is_not_here(tiny_awq: Path, tmp_path: Path) -> None:
