@@ -5,13 +5,14 @@ A backend that leaves steps to the device has, in its build module,
 - `check_device(manifest)`, which raises what is missing here before any work;
 - `outputs(need)`, the paths in the folder that a step makes;
 - `finish_step(folder, manifest, need)`, which makes them and returns the versions of its tools;
-- perhaps `spent(need)`, the files that nothing needs any more once a step is done.
+- `spent(folder, need)`, the files in it that nothing needs any more once a step is done.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -58,11 +59,19 @@ def finish_engine(folder: Path, target: str, backend: str | None) -> Manifest:
         need, *rest = manifest.needs
         versions = module.finish_step(folder, manifest, need)
         manifest = replace(manifest, needs=tuple(rest), versions={**manifest.versions, **versions})
-        spent = module.spent(need) if hasattr(module, "spent") else ()
+        spent = module.spent(folder, need)
         write_manifest(folder, manifest, without=spent)
-        for path in spent:
-            (folder / path).unlink(missing_ok=True)
+        _remove(folder, spent)
     return manifest
+
+
+def _remove(folder: Path, paths: Sequence[str]) -> None:
+    """Files of `folder`, and folders that they leave empty."""
+    for path in paths:
+        (folder / path).unlink(missing_ok=True)
+    for parent in {(folder / path).parent for path in paths} - {folder}:
+        if parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
 
 
 def can_finish_here(manifest: Manifest) -> bool:

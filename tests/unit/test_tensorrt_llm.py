@@ -183,6 +183,8 @@ def test_the_device_finishes_and_repeats_nothing(checkpoint, tmp_path, board, mo
     line = r"trtllm-build failed \(Required but not provided tensors\); see \S+\.log, then run"
     assert re.match(line, str(caught.value))
     assert load_manifest(tmp_path / "e").needs == (backend.LLM_STEP,)
+    assert not list(tmp_path.glob("e/vision/*.onnx"))
+    assert (tmp_path / "e" / "llm_checkpoint" / "rank0.safetensors").exists()
     # What a kill leaves: files that the manifest does not list yet.
     (tmp_path / "e" / "llm.partial").mkdir()
     (tmp_path / "e" / "llm.partial" / "rank0.engine").write_text("half")
@@ -193,6 +195,13 @@ def test_the_device_finishes_and_repeats_nothing(checkpoint, tmp_path, board, mo
     assert board == [42]
     assert load_manifest(tmp_path / "e") == manifest
     assert (tmp_path / "e" / "llm" / "rank0.engine").read_text() == "engine"
+    # What the engines were made from is as large as they are.
+    assert {path.name for path in (tmp_path / "e").iterdir()} == {
+        "embedding.npy", "llm", "manifest.json", "tokenizer", "vision",
+    }  # fmt: skip
+    assert {path.name for path in (tmp_path / "e" / "vision").iterdir()} == {
+        "config.json", DESKTOP.vision_engine,
+    }  # fmt: skip
     assert "--max_input_len=128" in (tmp_path / "calls").read_text()
     with pytest.raises(VilaDeployError, match="output folder exists"):
         build(checkpoint, tmp_path / "e")

@@ -136,8 +136,8 @@ def outputs(need: str) -> tuple[str, ...]:
     return (f"{_part(need)}/{files.PLAN}",)
 
 
-def spent(need: str) -> tuple[str, ...]:
-    """What nothing needs any more once a step is done."""
+def spent(folder: Path, need: str) -> tuple[str, ...]:
+    """Files in `folder` that nothing needs any more once a step is done."""
     return tuple(f"{_part(need)}/{name}" for name in (files.GRAPH, files.WEIGHTS))
 
 
@@ -167,7 +167,7 @@ def compile_part(folder: Path, part: str, advance: Advance) -> dict[str, str]:
 
 def _compile_and_clear(folder: Path, part: str, advance: Advance) -> dict[str, str]:
     versions = compile_part(folder, part, advance)
-    for path in spent(_need(part)):
+    for path in spent(folder, _need(part)):
         (folder / path).unlink()
     return versions
 

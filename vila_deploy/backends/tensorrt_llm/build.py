@@ -116,6 +116,17 @@ def outputs(need: str) -> tuple[str, ...]:
     return tuple(f"{files.VISION}/{name}{end}" for name in names for end in ("", ".partial"))
 
 
+def spent(folder: Path, need: str) -> tuple[str, ...]:
+    """Files in `folder` that nothing needs any more once a step is done.
+
+    The LLM's checkpoint is as large as its engines, and BUILD.md is about the way to them.
+    """
+    if need == LLM_STEP:
+        names = sorted(path.name for path in (folder / files.CHECKPOINT).iterdir())
+        return (*(f"{files.CHECKPOINT}/{name}" for name in names), files.INSTRUCTIONS)
+    return tuple(f"{files.VISION}/{name}" for name in (files.GRAPH, files.WEIGHTS))
+
+
 def check_device(manifest: Manifest) -> None:
     """Raises VilaDeployError if the engines can't be built here; says what to install."""
     release = _release(manifest)
