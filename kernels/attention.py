@@ -10,19 +10,21 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vila_deploy.kernels.cache8 import levels_of, scale_of, widened
 from vila_deploy.kernels.launch import Launch, next_power_of_2
 from vila_deploy.kernels.tiles import attention_slots, device
 
 QUERIES = 16  # rows of the narrowest tensor core product
 LOG2_E = 1.4426950408889634
+Scales = tuple[Tensor, Tensor]
 
 
 @triton.jit
 def attention_part_kernel(
-    q, keys, values, position, cos, sin, sums, maxima, weights, heads, kv_heads, slots, splits,
-    scale,
-    TURN: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
-    QUERIES: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
+    q, keys, values, key_scales, value_scales, position, cos, sin, sums, maxima, weights,
+    heads, kv_heads, slots, splits, scale,
+    TURN: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     newest = tl.load(position) + token
@@ -36,13 +38,30 @@ def attention_part_kernel(
     inside = mine[:, None] & whole[None, :]
     keys += kv_head.to(tl.int64) * slots * DIM
     values += kv_head.to(tl.int64) * slots * DIM
+    key_scales += kv_head * slots
+    value_scales += kv_head * slots
     if TURN:
         # One token, straight from the product: q, k and v of all heads in a row.
         vectors = turned(q + head[:, None] * DIM, dim[None, :], cos, sin, newest, inside, DIM)
         source = q + (heads + kv_head) * DIM
         new_key = turned(source, dim, cos, sin, newest, whole, DIM)
         new_value = tl.load(source + kv_heads * DIM + dim, mask=whole, other=0.0)
-        if (start <= newest) & (newest < end):
+        here = (start <= newest) & (newest < end)
+        if INT8:
+            # What is read later is what this token's own attention sees.
+            key_scale = scale_of(tl.max(tl.abs(new_key.to(tl.float32)), 0))
+            value_scale = scale_of(tl.max(tl.abs(new_value.to(tl.float32)), 0))
+            key_levels, value_levels = (
+                levels_of(new_key, key_scale),
+                levels_of(new_value, value_scale),
+            )
+            if here:
+                tl.store(keys + newest * DIM + dim, key_levels, mask=whole)
+                tl.store(values + newest * DIM + dim, value_levels, mask=whole)
+                tl.store(key_scales + newest, key_scale)
+                tl.store(value_scales + newest, value_scale)
+            new_key, new_value = widened(key_levels, key_scale), widened(value_levels, value_scale)
+        elif here:
             tl.store(keys + newest * DIM + dim, new_key, mask=whole)
             tl.store(values + newest * DIM + dim, new_value, mask=whole)
     else:
@@ -55,12 +74,15 @@ def attention_part_kernel(
         at = first + slot
         k = tl.load(
             keys + at[None, :] * DIM + dim[:, None],
-            mask=(at[None, :] < last) & whole[:, None], other=0.0,
+            mask=(at[None, :] < last) & whole[:, None], other=0,
         )  # fmt: skip
         v = tl.load(
             values + at[:, None] * DIM + dim[None, :],
-            mask=(at[:, None] < last) & whole[None, :], other=0.0,
+            mask=(at[:, None] < last) & whole[None, :], other=0,
         )  # fmt: skip
+        if INT8:
+            k = widened(k, tl.load(key_scales + at, mask=at < last, other=0.0)[None, :])
+            v = widened(v, tl.load(value_scales + at, mask=at < last, other=0.0)[:, None])
         if TURN:
             k = tl.where(at[None, :] == newest, new_key[:, None], k)
             v = tl.where(at[:, None] == newest, new_value[None, :], v)
@@ -108,37 +130,39 @@ def attention_merge_kernel(
 
 
 def attention(
-    q: Tensor, keys: Tensor, values: Tensor, position: Tensor, out: Tensor, parts: Parts, sm: int
-) -> tuple[Launch, Launch]:
+    q: Tensor, keys: Tensor, values: Tensor, position: Tensor, out: Tensor, parts: Parts, sm: int,
+    scales: Scales | None = None,
+) -> tuple[Launch, Launch]:  # fmt: skip
     """Two launches that fill `out`.
 
     Args:
         q: float16 [tokens, heads, dim]; token i sees the slots up to position + i.
-        keys, values: float16 [kv_heads, slots, dim].
+        keys, values: float16 [kv_heads, slots, dim], or int8 with `scales`.
         position: int32 [1], of the first token.
         out: float16 [tokens, heads · dim].
         parts: scratch for at least as many tokens.
+        scales: of keys and of values, float16 [kv_heads, slots].
     """
-    return _launches(q, None, keys, values, position, out, parts, sm)
+    return _launches(q, None, keys, values, position, out, parts, sm, scales)
 
 
 def rope_attention(
     qkv: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, position: Tensor,
-    out: Tensor, parts: Parts, sm: int,
+    out: Tensor, parts: Parts, sm: int, scales: Scales | None = None,
 ) -> tuple[Launch, Launch]:  # fmt: skip
     """`rope_kv` and `attention` of one token in one boundary less, with the same bits as result.
 
     Args:
         qkv: float16 [1, (heads + 2 · kv_heads) · dim], as the product left it.
         angles: cos and sin, float32 [slots, dim / 2].
-        keys, values: also written, at the slot `position`.
+        keys, values, scales: also written, at the slot `position`.
     """
-    return _launches(qkv, angles, keys, values, position, out, parts, sm)
+    return _launches(qkv, angles, keys, values, position, out, parts, sm, scales)
 
 
 def _launches(
     q: Tensor, angles: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor,
-    position: Tensor, out: Tensor, parts: Parts, sm: int,
+    position: Tensor, out: Tensor, parts: Parts, sm: int, scales: Scales | None,
 ) -> tuple[Launch, Launch]:  # fmt: skip
     kv_heads, slots, dim = keys.shape
     tokens, heads = out.shape[0], out.shape[1] // dim
@@ -147,17 +171,20 @@ def _launches(
     block = max(16, next_power_of_2(dim))
     scratch = {"sums": parts.sums, "maxima": parts.maxima, "weights": parts.weights}
     cos, sin = angles or (parts.maxima, parts.maxima)
+    assert (keys.dtype == torch.int8) == (scales is not None)
+    key_scales, value_scales = scales or (out, out)
     part = Launch(
         attention_part_kernel,
         (tokens, kv_heads, parts.splits),
         {
-            "q": q, "keys": keys, "values": values, "position": position, "cos": cos, "sin": sin,
+            "q": q, "keys": keys, "values": values, "key_scales": key_scales,
+            "value_scales": value_scales, "position": position, "cos": cos, "sin": sin,
             **scratch, "heads": heads, "kv_heads": kv_heads, "slots": slots,
             "splits": parts.splits, "scale": dim**-0.5 * LOG2_E,
         },
         {
-            "TURN": angles is not None, "GROUP": heads // kv_heads, "DIM": dim,
-            "DIM_BLOCK": block, "QUERIES": QUERIES, "SLOTS": attention_slots(sm),
+            "TURN": angles is not None, "INT8": scales is not None, "GROUP": heads // kv_heads,
+            "DIM": dim, "DIM_BLOCK": block, "QUERIES": QUERIES, "SLOTS": attention_slots(sm),
             "STAGES": device(sm).attention_stages,
         },
         4,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vila_deploy.kernels import interpreter  # noqa: F401  prepares it before the first launch
 
 Argument = Tensor | int | float
 

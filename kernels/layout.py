@@ -21,6 +21,7 @@ bits it is, q · 2⁻²⁴, and q · 2⁻²⁴ · 2¹⁵ − zero · 2⁻⁹ = (
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,6 +124,19 @@ def interleave(gate: PackedLinear, up: PackedLinear) -> PackedLinear:
         scales = torch.stack([gate.scale_zero, up.scale_zero], 1).flatten(0, 1)
     rows = words.shape[0] * ROWS
     return PackedLinear(words, scales, rows, gate.in_features, gate.bits, gate.group)
+
+
+def join_rows(parts: Sequence[PackedLinear]) -> PackedLinear:
+    """Weights of the same input channels below each other; all but the last in whole PAD_ROWS."""
+    first = parts[0]
+    assert all(part.out_features % PAD_ROWS == 0 for part in parts[:-1])
+    assert len({(part.in_features, part.bits, part.group) for part in parts}) == 1
+    scales = first.scale_zero
+    if first.bits < 16:
+        scales = torch.cat([part.scale_zero for part in parts])
+    rows = sum(part.out_features for part in parts)
+    words = torch.cat([part.words for part in parts])
+    return PackedLinear(words, scales, rows, first.in_features, first.bits, first.group)
 
 
 def empty_like_packed(

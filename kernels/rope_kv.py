@@ -6,16 +6,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vila_deploy.kernels.cache8 import levels_of, scale_of
 from vila_deploy.kernels.launch import Launch, next_power_of_2
 from vila_deploy.kernels.tiles import TOKENS
 
 BLOCK_TOKENS = 32  # of a prompt, a program
+Scales = tuple[Tensor, Tensor]
 
 
 @triton.jit
 def rope_kv_kernel(
-    qkv, cos, sin, position, q, keys, values, tokens, heads, kv_heads, slots,
-    TOKENS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    qkv, cos, sin, position, q, keys, values, key_scales, value_scales,
+    tokens, heads, kv_heads, slots,
+    INT8: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None].to(tl.int64)
@@ -25,24 +29,46 @@ def rope_kv_kernel(
     source = qkv + (token * (heads + 2 * kv_heads) + head) * DIM + lane
     low = tl.load(source, mask=inside, other=0.0)
     high = tl.load(source + HALF, mask=inside, other=0.0)
-    if head >= heads + kv_heads:
-        target = values + ((head - heads - kv_heads) * slots + where) * DIM + lane
-    else:
+    if head < heads + kv_heads:
         c = tl.load(cos + where * HALF + lane, mask=inside, other=0.0)
         s = tl.load(sin + where * HALF + lane, mask=inside, other=0.0)
         first, second = low.to(tl.float32), high.to(tl.float32)
         low = (first * c - second * s).to(tl.float16)
         high = (second * c + first * s).to(tl.float16)
+    if head < heads:
         target = q + (token * heads + head) * DIM + lane
-        if head >= heads:
-            target = keys + ((head - heads) * slots + where) * DIM + lane
-    tl.store(target, low, mask=inside)
-    tl.store(target + HALF, high, mask=inside)
+        tl.store(target, low, mask=inside)
+        tl.store(target + HALF, high, mask=inside)
+    elif head < heads + kv_heads:
+        slot = (head - heads) * slots + where
+        keep(keys, key_scales, slot, lane, low, high, inside, INT8, DIM, HALF)
+    else:
+        slot = (head - heads - kv_heads) * slots + where
+        keep(values, value_scales, slot, lane, low, high, inside, INT8, DIM, HALF)
+
+
+@triton.jit
+def keep(
+    cache, scales, slot, lane, low, high, inside,
+    INT8: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Both halves of vectors into their slots [TOKENS, 1], in 8 bits with a scale if INT8."""
+    target = cache + slot * DIM + lane
+    if INT8:
+        largest = tl.maximum(tl.abs(low.to(tl.float32)), tl.abs(high.to(tl.float32)))
+        scale = scale_of(tl.max(largest, 1, keep_dims=True))
+        tl.store(target, levels_of(low, scale), mask=inside)
+        tl.store(target + HALF, levels_of(high, scale), mask=inside)
+        tl.store(scales + slot + lane * 0, scale, mask=inside & (lane == 0))
+    else:
+        tl.store(target, low, mask=inside)
+        tl.store(target + HALF, high, mask=inside)
 
 
 def rope_kv(
-    qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, q: Tensor, keys: Tensor, values: Tensor
-) -> Launch:
+    qkv: Tensor, cos: Tensor, sin: Tensor, position: Tensor, q: Tensor, keys: Tensor,
+    values: Tensor, scales: Scales | None = None,
+) -> Launch:  # fmt: skip
     """A launch that fills `q` and the slots of `keys` and `values` from `position` on.
 
     Args:
@@ -50,20 +76,27 @@ def rope_kv(
         cos, sin: float32 [slots, dim / 2].
         position: int32 [1], of the first token; positions + tokens must not exceed slots.
         q: float16 [tokens, heads, dim].
-        keys, values: float16 [kv_heads, slots, dim].
+        keys, values: float16 [kv_heads, slots, dim], or int8 with `scales`.
+        scales: of keys and of values, float16 [kv_heads, slots], filled too.
     """
     tokens, heads, dim = q.shape
     kv_heads, slots, _ = keys.shape
+    assert (keys.dtype == torch.int8) == (scales is not None)
+    key_scales, value_scales = scales or (q, q)
     block = 1 if tokens <= TOKENS else BLOCK_TOKENS
     return Launch(
         rope_kv_kernel,
         (triton.cdiv(tokens, block), heads + 2 * kv_heads),
         {
             "qkv": qkv, "cos": cos, "sin": sin, "position": position, "q": q, "keys": keys,
-            "values": values, "tokens": tokens, "heads": heads, "kv_heads": kv_heads,
+            "values": values, "key_scales": key_scales, "value_scales": value_scales,
+            "tokens": tokens, "heads": heads, "kv_heads": kv_heads,
             "slots": slots,
         },
-        {"TOKENS": block, "DIM": dim, "HALF": dim // 2, "HALF_BLOCK": next_power_of_2(dim // 2)},
+        {
+            "INT8": scales is not None, "TOKENS": block, "DIM": dim, "HALF": dim // 2,
+            "HALF_BLOCK": next_power_of_2(dim // 2),
+        },
         1,
     )  # fmt: skip
 

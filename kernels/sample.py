@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vila_deploy.kernels.launch import Launch
+from vila_deploy.kernels.launch import Launch, next_power_of_2
 
 CHUNK = 8192  # of the vocabulary at a time
 ROUNDS = 40  # of bisection: 2⁻⁴⁰ of the range is below float32's spacing
@@ -31,10 +31,13 @@ def mass_above(logits, rows, top, inverse, threshold, CHUNK: tl.constexpr):
 
 @triton.jit
 def sample_kernel(
-    logits, uniform, token, history, position, rows, slots, inverse, top_p,
-    CHUNK: tl.constexpr, ROUNDS: tl.constexpr, LOWEST: tl.constexpr,
+    logits, uniform, settings, token, history, position, rows, slots,
+    CHUNK: tl.constexpr, ROUNDS: tl.constexpr, LOWEST: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    where = tl.load(position) + 1
+    inverse, top_p = tl.load(settings), tl.load(settings + 1)
+    where = tl.load(position)
+    if STEP:
+        where += 1
     best = tl.full((CHUNK,), float("-inf"), tl.float32)
     for first in range(0, rows, CHUNK):
         row = first + tl.arange(0, CHUNK)
@@ -66,36 +69,37 @@ def sample_kernel(
     # Rounding may leave the target behind the last sum.
     chosen = tl.where(chosen < 0, last, chosen)
     tl.store(token, chosen)
-    tl.store(history + tl.minimum(where, slots - 1), chosen)
-    tl.store(position, where)
+    if STEP:
+        tl.store(history + tl.minimum(where, slots - 1), chosen)
+        tl.store(position, where)
 
 
 def sample(
-    logits: Tensor, uniform: Tensor, token: Tensor, history: Tensor, position: Tensor,
-    temperature: float, top_p: float,
+    logits: Tensor, uniform: Tensor, settings: Tensor, token: Tensor, history: Tensor,
+    position: Tensor, *, step: bool,
 ) -> Launch:  # fmt: skip
-    """A launch that draws the next token and moves the position on, as `pick` does with `step`.
+    """A launch that draws the next token; with `step` it also moves on, as `pick` does.
 
     Args:
         logits: float32 [1, vocabulary].
-        uniform: float32 [slots] in 0..1, the random number of each position.
+        uniform: float32 [slots] in 0..1, the random number of the token at each position.
+        settings: float32 [2]: 1 / temperature, and top_p above 0; 1 keeps every token. They are
+            in memory so that one CUDA graph serves all of them.
         token: int32 [1].
         history: int32 [slots].
-        position: int32 [1].
-        temperature: above 0.
-        top_p: above 0; 1 keeps every token.
+        position: int32 [1]; the token belongs there, or with `step` to the next one.
     """
-    assert temperature > 0
-    chunk = min(CHUNK, triton.next_power_of_2(logits.shape[1]))
+    assert uniform.shape == history.shape
+    chunk = min(CHUNK, next_power_of_2(logits.shape[1]))
     return Launch(
         sample_kernel,
         (1,),
         {
-            "logits": logits, "uniform": uniform, "token": token, "history": history,
-            "position": position, "rows": logits.shape[1], "slots": history.shape[0],
-            "inverse": 1.0 / temperature, "top_p": float(top_p),
+            "logits": logits, "uniform": uniform, "settings": settings, "token": token,
+            "history": history, "position": position, "rows": logits.shape[1],
+            "slots": history.shape[0],
         },
-        {"CHUNK": chunk, "ROUNDS": ROUNDS, "LOWEST": LOWEST},
+        {"CHUNK": chunk, "ROUNDS": ROUNDS, "LOWEST": LOWEST, "STEP": step},
         8,
     )  # fmt: skip
 

@@ -221,5 +221,6 @@ def test_sample(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample_module, "CHUNK", 1 << 16)
     logits = torch.randn(vocabulary, generator=generator(vocabulary)) * 3
     token, position, history = torch.zeros(3, 1, dtype=torch.int32)
-    sample(logits[None], torch.tensor([0.8]), token, history, position, 0.7, 0.9)()
+    numbers, settings = torch.tensor([0.8]), torch.tensor([1 / 0.7, 0.9])
+    sample(logits[None], numbers, settings, token, history, position, step=True)()
     assert int(token) == sample_reference(logits, 0.8, 0.7, 0.9)
