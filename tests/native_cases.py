@@ -18,7 +18,7 @@ from vila_deploy.engine.components import ALL_FP16
 from vila_deploy.engine.description import describe
 from vila_deploy.engine.manifest import Limits, Manifest
 from vila_deploy.engine.request import BuildRequest, Components
-from vila_deploy.engine.target import get_target
+from vila_deploy.engine.target import Target, get_target
 from vila_deploy.quantize.round import round_to_nearest
 from vila_deploy.quantize.scheme import QuantScheme
 
@@ -56,16 +56,17 @@ def built(
     monkeypatch: pytest.MonkeyPatch,
     slots: int = SLOTS,
     components: Components = ALL_FP16,
+    target: Target | None = None,
 ) -> Manifest:
     """Builds without compiling, which test_kernel_aot.py does."""
     asked: list[Any] = []
     monkeypatch.setattr(build_module, "compile_engine", lambda *args: asked.append(args) or [])
     folder.mkdir()
     limits = Limits(1, slots, slots)
-    request = BuildRequest(get_target("h100"), limits, components=components)
+    request = BuildRequest(target or get_target("h100"), limits, components=components)
     parts = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
     found = build_module.build(folder, checkpoint.config, *parts, request)
-    assert asked == [(checkpoint.config.llm, slots, ["9.0"])]
+    assert asked == [(checkpoint.config.llm, slots, ["9.0"], components)]
     return Manifest(
         name="tiny", target="h100", backend="native", precision="int4", weights="trained",
         weight_bytes_per_token=found.weight_bytes_per_token, checkpoint_fingerprint=None,

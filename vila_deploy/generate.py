@@ -76,6 +76,10 @@ def generate(
     random = np.random.default_rng(sampling.seed)
     session.reset()
     logits = session.prefill(embeds)
+    if (stream := getattr(session, "stream", None)) is not None:
+        # This session chooses its tokens on the device, by the same rule.
+        yield from stream(stop_token_ids, sampling)
+        return
     for remaining in reversed(range(sampling.max_new_tokens)):
         token = choose(logits, sampling, random)
         yield token

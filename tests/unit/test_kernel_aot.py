@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import pytest
 from vila_deploy.kernels.aot import parse_usage
 
 from vila_deploy.backends.native.compile import compile_engine
+from vila_deploy.engine.components import Components
 from vila_deploy.model.presets import preset
 
 # Shared memory that a program may have, in bytes: CUDA's documented limits.
@@ -16,27 +16,49 @@ SHARED_BYTES = {"8.0": 163 << 10, "8.7": 163 << 10, "8.9": 99 << 10, "9.0": 227 
 KERNELS = {
     "embed_kernel", "norm_qkv_kernel", "rope_kv_kernel", "attention_part_kernel",
     "attention_merge_kernel", "add_residual_kernel", "gate_up_kernel", "head_kernel", "pick_kernel",
-    "gemm_kernel", "dequantize_kernel",
+    "gemm_kernel", "dequantize_kernel", "sample_kernel",
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def report() -> list[dict[str, Any]]:
-    """One layer of VILA1.5-3b: int4 linears, and lm_head for the kernels' float16 form."""
-    config = replace(preset("VILA1.5-3b", "int4").llm, num_layers=1)
-    return compile_engine(config, 1024, list(SHARED_BYTES))
+CONFIG = replace(preset("VILA1.5-3b", "int4").llm, num_layers=1)
+Rows = list[dict[str, Any]]
 
 
-@pytest.mark.parametrize("capability", SHARED_BYTES)
-def test_all_kernels_compile_and_none_spills(report: list[dict[str, Any]], capability: str) -> None:
-    rows = [row for row in report if row["sm"] == int(capability.replace(".", ""))]
-    assert {row["kernel"] for row in rows} == KERNELS
+def check(rows: Rows, kernels: set[str]) -> None:
+    assert {(row["kernel"], row["sm"]) for row in rows} == {
+        (kernel, int(capability.replace(".", "")))
+        for kernel in kernels
+        for capability in SHARED_BYTES
+    }
     for row in rows:
         assert row["stack_bytes"] == 0, row
         assert 0 < row["registers"] <= 255, row
-        assert row["shared_bytes"] <= SHARED_BYTES[capability], row
-    bits = {row["kernel"]: row["constants"].get("BITS") for row in rows}
-    assert (bits["norm_qkv_kernel"], bits["head_kernel"]) == (4, 16)
+        major, minor = divmod(row["sm"], 10)
+        assert row["shared_bytes"] <= SHARED_BYTES[f"{major}.{minor}"], row
+
+
+def constants(rows: Rows, kernel: str, name: str) -> set[Any]:
+    return {row["constants"][name] for row in rows if row["kernel"] == kernel}
+
+
+def test_all_kernels_compile_and_none_spills() -> None:
+    """One layer of VILA1.5-3b: int4 linears, and lm_head for the kernels' float16 form."""
+    rows = compile_engine(CONFIG, 1024, list(SHARED_BYTES))
+    check(rows, KERNELS)
+    assert constants(rows, "norm_qkv_kernel", "BITS") == {4}
+    assert constants(rows, "head_kernel", "BITS") == {16}
+    assert constants(rows, "attention_part_kernel", "TURN") == {True, False}
+
+
+def test_quantized_components_compile_and_none_spills() -> None:
+    """An int4 head is left out: it is the loop of the int4 linears."""
+    kernels = {"head_kernel", "rope_kv_kernel", "attention_part_kernel"}
+    components = Components(lm_head="int8", kv_cache="int8")
+    rows = compile_engine(CONFIG, 1024, list(SHARED_BYTES), components, sorted(kernels))
+    check(rows, kernels)
+    assert constants(rows, "head_kernel", "BITS") == {8}
+    for kernel in ("rope_kv_kernel", "attention_part_kernel"):
+        assert constants(rows, kernel, "INT8") == {True}
 
 
 def test_what_a_spilling_kernel_looks_like() -> None:

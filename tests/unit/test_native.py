@@ -26,6 +26,7 @@ from vila_deploy.backends.native.weights import (
     tensors,
 )  # fmt: skip
 from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.engine.components import ALL_FP16
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.request import BuildRequest
 from vila_deploy.engine.target import get_target
@@ -104,8 +105,9 @@ def test_bytes_of_a_step_of_vila_3b() -> None:
 @pytest.mark.parametrize("precision", ["int4", "fp16"])
 def test_model_file_comes_back(tmp_path: Path, model: str, precision: str) -> None:
     config = preset(model, precision)
-    write_model(tmp_path / "model.json", config, {"rest": {"norm": 2.0}})
-    assert read_model(tmp_path / "model.json") == (config, {"rest": {"norm": 2.0}})
+    write_model(tmp_path / "model.json", config, {"rest": {"norm": 2.0}}, ["embeddings"])
+    found = read_model(tmp_path / "model.json")
+    assert found == (config, {"rest": {"norm": 2.0}}, ("embeddings",))
 
 
 def test_norms_are_scaled_to_at_most_one() -> None:
@@ -149,7 +151,9 @@ def test_equal_checkpoints_give_equal_files(
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=True))
     for name in ("first", "second"):
         built(tmp_path / name, checkpoint, monkeypatch)
-    parts = [f"{files.LLM}/{files.part(name)}" for name in part_names(checkpoint.config.llm)]
+    names = part_names(checkpoint.config.llm.num_layers)
+    parts = [f"{files.LLM}/{files.part(name)}" for name in names]
     for name in (*parts, files.VISION, files.MODEL, files.KERNELS):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
-    assert json.loads((tmp_path / "first" / files.KERNELS).read_text()) == {"kernels": []}
+    found = json.loads((tmp_path / "first" / files.KERNELS).read_text())
+    assert found == {"components": ALL_FP16.to_json(), "kernels": []}

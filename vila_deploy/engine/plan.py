@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vila_deploy.checkpoint.config import VilaConfig
@@ -45,18 +45,30 @@ class Storage:
     dense_bits: int
     scale_bits: int
     cache_bits: int
+    # Of a group of weights: in the decoder layers, and in an int4 head.
+    zero_bits: int = 4
+    head_zero_bits: int = 0
 
 
 # onnxruntime's CPU kernels compute in float32, so float16 weights are widened when it loads them.
 CPU_STORAGE = Storage(dense_bits=32, scale_bits=32, cache_bits=32)
 GPU_STORAGE = Storage(dense_bits=16, scale_bits=16, cache_bits=16)
+# Our kernels keep every zero point as float16.
+NATIVE_STORAGE = replace(GPU_STORAGE, zero_bits=16, head_zero_bits=16)
+# Parts that backend native can leave in the memory of a card's host, in the order of what it costs.
+EMBEDDINGS, VISION = "embeddings", "vision tower"
+# Layers of a tower left there that are on the card at a time: one computes, one may be on its way.
+VISITING_LAYERS = 2
+# Tokens of a prompt at a time; how many there must be before weights are written out in float16.
+NATIVE_PREFILL_TOKENS, NATIVE_DENSE_TOKENS = 1024, 256
 
 
 @dataclass(frozen=True)
 class EnginePlan:
     """Memory while running (`device_bytes`) against what the target has (`limit_bytes`).
 
-    `components` are the parts of that memory, `kept_as` what some of them are kept in.
+    `components` are the parts of that memory, `kept_as` what some of them are kept in, and
+    `in_host_memory` what stays outside, in the memory of the host that the card is in.
     """
 
     target: str
@@ -68,6 +80,7 @@ class EnginePlan:
     components: tuple[Component, ...]
     stages: tuple[Stage, ...]
     kept_as: Components = ALL_FP16
+    in_host_memory: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,14 +97,25 @@ def plan_engine(
     """Bytes of weights, cache and activations on `target`; no weights are read."""
     on_cpu = target.compute_capability is None
     storage = CPU_STORAGE if on_cpu else GPU_STORAGE
+    if backend == "native":
+        storage = NATIVE_STORAGE
     components = (
         *_weights(config, precision, storage, kept_as),
         _cache(config.llm, limits, storage, kept_as.kv_cache),
-        _activations(config, limits, storage),
+        _activations(config, limits, storage)
+        if backend != "native"
+        else _native_activations(config, limits, precision),
     )
     program = CPU_PROGRAM_BYTES if on_cpu else GPU_PROGRAM_BYTES
-    device_bytes = program + sum(component.bytes for component in components)
     limit_bytes = target.usable_bytes or available_memory_bytes()
+    moved: dict[str, int] = {}
+    if backend == "native" and target.reserved_bytes is None:
+        components, moved = _into_host_memory(config, components, limit_bytes - program)
+    device_bytes = program + sum(component.bytes for component in components)
+    stages = _stages(config, target, backend, components, limit_bytes, device_bytes)
+    if moved:
+        kept = Stage(f"in the host's memory: {' and '.join(moved)}", sum(moved.values()))
+        stages = (*stages, kept)
     return EnginePlan(
         target=target.name,
         backend=backend,
@@ -100,8 +124,9 @@ def plan_engine(
         device_bytes=device_bytes,
         limit_bytes=limit_bytes,
         components=components,
-        stages=_stages(config, target, backend, components, limit_bytes, device_bytes),
+        stages=stages,
         kept_as=kept_as,
+        in_host_memory=tuple(moved),
     )
 
 
@@ -134,7 +159,11 @@ def _weights(
     llm = config.llm
     linears = llm.num_layers * sum(map(math.prod, decoder_linears(llm).values()))
     group = llm.quantization.group_size if llm.quantization else DEFAULT_GROUP_SIZE
-    bits = storage.dense_bits if precision == "fp16" else 4 + (storage.scale_bits + 4) / group
+    bits = (
+        storage.dense_bits
+        if precision == "fp16"
+        else 4 + (storage.scale_bits + storage.zero_bits) / group
+    )
     table = llm.vocab_size * llm.hidden_size
     yield Component.of("llm decoder linears", linears, bits)
     # Looked up row by row, so it stays in float16 everywhere.
@@ -152,7 +181,7 @@ def _head_bits(llm: LlmConfig, kept_as: str, storage: Storage) -> float:
     """
     if kept_as == FP16:
         return storage.dense_bits
-    scales = 32 if kept_as == INT8 else storage.scale_bits
+    scales = 32 if kept_as == INT8 else storage.scale_bits + storage.head_zero_bits
     return BITS[kept_as] + scales / head_group_size(llm.hidden_size)
 
 
@@ -191,3 +220,40 @@ def _activations(config: VilaConfig, limits: Limits, storage: Storage) -> Compon
     )
     count = max(tower, decoder) + llm.vocab_size
     return Component.of("activations (estimate)", count, storage.dense_bits)
+
+
+def _native_activations(config: VilaConfig, limits: Limits, precision: str) -> Component:
+    """Buffers of a chunk of the prompt and, for long ones, the widest weight in float16."""
+    llm = config.llm
+    tokens = min(NATIVE_PREFILL_TOKENS, limits.max_input_len)
+    queries, keys = (n * llm.head_dim for n in (llm.num_heads, llm.num_kv_heads))
+    # The stream in float32 twice, its norm, q, k, v and attention; gate and up, and what they make.
+    count = tokens * (5 * llm.hidden_size + 3 * queries + 2 * keys + 5 * llm.intermediate_size)
+    if precision == "int4" and tokens > NATIVE_DENSE_TOKENS:
+        count += 2 * llm.intermediate_size * llm.hidden_size
+    tower = _activations(config, limits, NATIVE_STORAGE)
+    return Component.of("activations (estimate)", max(count, tower.parameters), 16)
+
+
+def _into_host_memory(
+    config: VilaConfig, components: tuple[Component, ...], room_bytes: int
+) -> tuple[tuple[Component, ...], dict[str, int]]:
+    """Components after what doesn't fit into `room_bytes` was left outside, and bytes of that."""
+    tensors = list(expected_tower(config))
+    layers = parameters(tensor for tensor in tensors if "encoder.layers." in tensor.name)
+    visiting = VISITING_LAYERS * 2 * layers // max(1, config.vision_layers_used)
+    ways = {
+        "llm embeddings": (EMBEDDINGS, 0),
+        "vision tower": (VISION, 2 * (parameters(tensors) - layers) + visiting),
+    }
+    moved: dict[str, int] = {}
+    for name, (label, left) in ways.items():
+        if sum(part.bytes for part in components) <= room_bytes:
+            break
+        (part,) = (part for part in components if part.name == name)
+        if left < part.bytes:
+            moved[label] = part.bytes
+            where = "in host memory" if not left else f"{VISITING_LAYERS} layers at a time"
+            small = replace(part, name=f"{name}, {where}", bytes=left)
+            components = tuple(small if each is part else each for each in components)
+    return components, moved

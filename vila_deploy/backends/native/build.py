@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,7 @@ from vila_deploy.backends.native.weights import (
 )
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.expected import expected_projector, expected_tower
+from vila_deploy.engine.plan import plan_engine
 from vila_deploy.engine.request import BuildRequest, Built
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import canonical_json
@@ -79,27 +81,46 @@ def build(
     check(config, request)
     max_seq_len, capability = request.limits.max_seq_len, request.target.compute_capability
     assert capability is not None
+    components, in_host_memory = request.components, host_parts(config, request)
     steps = config.llm.num_layers + 1
+    if in_host_memory:
+        print(f"to fit, {' and '.join(in_host_memory)} stay in the host's memory", file=sys.stderr)
     with progress(steps + 2, "building") as advance:
-        _save_llm(folder, config, pack_parts(config.llm, llm, max_seq_len, advance))
+        parts = pack_parts(config.llm, llm, max_seq_len, advance, components.lm_head)
+        _save_llm(folder, config, parts, in_host_memory)
         _save_vision(folder / files.VISION, config, tower, projector)
         advance("vision tower")
-        report = compile_engine(config.llm, max_seq_len, [capability])
-        (folder / files.KERNELS).write_text(canonical_json({"kernels": report}), "utf-8")
+        report = compile_engine(config.llm, max_seq_len, [capability], components)
+        kernels = {"components": components.to_json(), "kernels": report}
+        (folder / files.KERNELS).write_text(canonical_json(kernels), "utf-8")
         advance("kernels")
-    read = empty_llm(config.llm, max_seq_len).bytes_per_step
+    read = empty_llm(config.llm, max_seq_len, lm_head=components.lm_head).bytes_per_step
     return Built(read, {name: version(name) for name in ("torch", "triton")})
 
 
-def _save_llm(folder: Path, config: VilaConfig, parts: Iterator[Layer | PackedLlm]) -> None:
+def host_parts(config: VilaConfig, request: BuildRequest) -> tuple[str, ...]:
+    """What the plan leaves in the host's memory because the device has no room for it."""
+    precision = "int4" if config.llm.quantization else "fp16"
+    plan = plan_engine(
+        config, request.target, "native", precision, request.limits, request.components
+    )
+    return plan.in_host_memory
+
+
+def _save_llm(
+    folder: Path,
+    config: VilaConfig,
+    parts: Iterator[Layer | PackedLlm],
+    in_host_memory: Sequence[str],
+) -> None:
     """One file a part, so that only one is in memory."""
     (folder / files.LLM).mkdir()
     units: dict[str, dict[str, float]] = {}
-    for name, part in zip(part_names(config.llm), parts, strict=True):
+    for name, part in zip(part_names(config.llm.num_layers), parts, strict=True):
         contiguous = {key: tensor.contiguous() for key, tensor in tensors(part).items()}
         save_file(contiguous, folder / files.LLM / files.part(name))
         units[name] = norm_units(part)
-    write_model(folder / files.MODEL, config, units)
+    write_model(folder / files.MODEL, config, units, in_host_memory)
 
 
 def _save_vision(

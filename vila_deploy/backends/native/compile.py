@@ -17,10 +17,11 @@ import torch
 
 from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
 from vila_deploy.checkpoint.variants import LLM_FAMILIES
+from vila_deploy.engine.components import ALL_FP16, Components
 from vila_deploy.errors import VilaDeployError
 
 if TYPE_CHECKING:
-    from vila_deploy.backends.native.step import Cache
+    from vila_deploy.backends.native.step import Cache, Sizes
     from vila_deploy.backends.native.weights import PackedLlm
     from vila_deploy.kernels.launch import Launch
 
@@ -28,9 +29,16 @@ WORKER = "vila_deploy.backends.native.compile"
 
 
 def compile_engine(
-    config: LlmConfig, max_seq_len: int, capabilities: Sequence[str]
+    config: LlmConfig,
+    max_seq_len: int,
+    capabilities: Sequence[str],
+    components: Components = ALL_FP16,
+    only: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """What the compiler says of each distinct kernel for each compute capability, e.g. "9.0".
+
+    Args:
+        only: names of kernels; empty means all of them.
 
     Raises:
         VilaDeployError: a kernel does not compile; the message is the compiler's last line.
@@ -40,6 +48,8 @@ def compile_engine(
     request = {
         "sms": [int(each.replace(".", "")) for each in capabilities],
         "max_seq_len": max_seq_len,
+        "components": components.to_json(),
+        "only": list(only),
         "config": {**vars(config), "family": family}
         | {"quantization": quantization and vars(quantization)},
     }
@@ -71,12 +81,17 @@ def main() -> None:
     }
     config, report = LlmConfig(**values), []
     for sm in request["sms"]:
-        launches = engine_launches(config, request["max_seq_len"], sm)
+        components = Components(**request["components"])
+        launches = engine_launches(config, request["max_seq_len"], sm, components)
+        if request["only"]:
+            launches = [launch for launch in launches if launch.name in request["only"]]
         report += [compiled.to_json() for compiled in compile_all(launches, sm)]
     print(json.dumps(report))
 
 
-def engine_launches(config: LlmConfig, slots: int, sm: int) -> list[Launch]:
+def engine_launches(
+    config: LlmConfig, slots: int, sm: int, components: Components = ALL_FP16
+) -> list[Launch]:
     """What a Session of this model launches, over tensors without values."""
     from vila_deploy.backends.native.step import Cache, DecodeStep, Sizes
     from vila_deploy.backends.native.weights import empty_llm
@@ -86,11 +101,15 @@ def engine_launches(config: LlmConfig, slots: int, sm: int) -> list[Launch]:
 
     # Layers are alike: the first differs from the others only in what stands before it.
     config = replace(config, num_layers=min(config.num_layers, 2))
-    llm, sizes = empty_llm(config, slots), Sizes(config, slots, sm, "meta")
-    cache = Cache(config, slots, "meta")
-    launches = [*DecodeStep(sizes, llm, cache).launches]
+    llm, sizes = (
+        empty_llm(config, slots, lm_head=components.lm_head),
+        Sizes(config, slots, sm, "meta"),
+    )
+    cache = Cache(config, slots, "meta", components.kv_cache)
+    step = DecodeStep(sizes, llm, cache)
+    launches = [*step.launches, step.sampled[-1]]
     tokens, weight = min(slots, widest_gemm(sm)), llm.layers[0].down
-    launches.append(_turn(config, llm, cache, tokens))
+    launches += _prompt(sizes, llm, cache, tokens)
     x, y = (torch.empty((tokens, n), dtype=torch.float16, device="meta")
             for n in (weight.in_features, weight.out_features))  # fmt: skip
     launches.append(gemm(x, weight, None, y, sm))
@@ -101,15 +120,24 @@ def engine_launches(config: LlmConfig, slots: int, sm: int) -> list[Launch]:
     return launches
 
 
-def _turn(config: LlmConfig, llm: PackedLlm, cache: Cache, tokens: int) -> Launch:
-    """The rotation of a whole prompt."""
+def _prompt(sizes: Sizes, llm: PackedLlm, cache: Cache, tokens: int) -> list[Launch]:
+    """The rotation of a whole prompt, and attention of a few tokens at once."""
+    from vila_deploy.kernels.attention import Parts, attention
     from vila_deploy.kernels.rope_kv import rope_kv
+    from vila_deploy.kernels.tiles import TOKENS, attention_splits
 
+    config = sizes.config
     heads, dim = config.num_heads, config.head_dim
     width = (heads + 2 * config.num_kv_heads) * dim
     qkv = torch.empty((tokens, width), dtype=torch.float16, device="meta")
     q = torch.empty((tokens, heads, dim), dtype=torch.float16, device="meta")
-    return rope_kv(qkv, llm.cos, llm.sin, cache.position, q, cache.keys[0], cache.values[0])
+    keys, values, scales = cache.layer(0)
+    turn = rope_kv(qkv, llm.cos, llm.sin, cache.position, q, keys, values, scales)
+    few = min(TOKENS, tokens)
+    out = torch.empty((few, heads * dim), dtype=torch.float16, device="meta")
+    splits = attention_splits(sizes.sm, config.num_kv_heads, sizes.slots)
+    parts = Parts(few, heads, dim, splits, "meta")
+    return [turn, *attention(q[:few], keys, values, cache.position, out, parts, sizes.sm, scales)]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""model.json: a VilaConfig as an engine keeps it, with the units of its packed norms."""
+"""model.json: a VilaConfig as an engine keeps it, units of its packed norms, what is where."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,9 @@ Row = TypeVar("Row")
 Units = dict[str, dict[str, float]]
 
 
-def write_model(path: Path, config: VilaConfig, norm_units: Units) -> None:
+def write_model(
+    path: Path, config: VilaConfig, norm_units: Units, in_host_memory: Sequence[str] = ()
+) -> None:
     """Writes what `read_model` reads; families and projector by the names of their tables."""
     llm, vision = asdict(config.llm), asdict(config.vision)
     llm["family"] = _key(LLM_FAMILIES, config.llm.family)
@@ -29,12 +31,17 @@ def write_model(path: Path, config: VilaConfig, norm_units: Units) -> None:
         "vision": vision,
         "projector": _key(PROJECTOR_TYPES, config.projector),
     }
-    text = canonical_json({"config": content, "norm_units": norm_units})
+    text = canonical_json(
+        {"config": content, "norm_units": norm_units, "in_host_memory": list(in_host_memory)}
+    )
     path.write_text(text, "utf-8")
 
 
-def read_model(path: Path) -> tuple[VilaConfig, Units]:
-    """The config and the units of the norms, from a file that the manifest vouches for."""
+def read_model(path: Path) -> tuple[VilaConfig, Units, tuple[str, ...]]:
+    """The config, the units of the norms and what stays in host memory, as `plan_engine` has it.
+
+    The manifest vouches for the file.
+    """
     content = read_json_object(path)
     found: dict[str, Any] = content["config"]
     llm, vision = found["llm"], found["vision"]
@@ -53,7 +60,7 @@ def read_model(path: Path) -> tuple[VilaConfig, Units]:
     found["image"] = ImageConfig(**image | means)
     found["tiling"] = TilingConfig(**tiling | {"scales": tuple(tiling["scales"])})
     found["projector"] = PROJECTOR_TYPES[found["projector"]]
-    return VilaConfig(**found), content["norm_units"]
+    return VilaConfig(**found), content["norm_units"], tuple(content["in_host_memory"])
 
 
 def _key(table: Mapping[str, Row], row: Row) -> str:

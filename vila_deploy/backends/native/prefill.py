@@ -37,10 +37,10 @@ def _attend(
     x = _normed(stream, layer.input_norm, config.rms_norm_eps)
     qkv = linear(x, layer.qkv, layer.qkv_bias, sizes.sm)
     q = x.new_empty((tokens, config.num_heads, config.head_dim))
-    keys, values = cache.keys[index], cache.values[index]
-    rope_kv(qkv, llm.cos, llm.sin, cache.position, q, keys, values)()
+    keys, values, scales = cache.layer(index)
+    rope_kv(qkv, llm.cos, llm.sin, cache.position, q, keys, values, scales)()
     end = start + tokens
-    k, v = keys[None, :, :end], values[None, :, :end]
+    k, v = (part[None] for part in cache.read(index, end))
     # Token i sees the cache up to start + i.
     mask = None
     if start:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from vila_deploy.backends.native import files, lookup
 from vila_deploy.backends.native.model_file import Units, read_model
 from vila_deploy.backends.native.prefill import prefill
 from vila_deploy.backends.native.step import Cache, DecodeStep, Sizes
+from vila_deploy.backends.native.streamed import pinned, stream_layers
 from vila_deploy.backends.native.weights import (
     PackedLlm,
     Part,
@@ -24,11 +27,17 @@ from vila_deploy.backends.native.weights import (
     with_units,
 )
 from vila_deploy.engine.manifest import Manifest
+from vila_deploy.engine.plan import EMBEDDINGS, VISION
 from vila_deploy.engine.session import Floats
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.kernels.interpreter import INTERPRETED
 from vila_deploy.kernels.tiles import INTERPRETER, TOKENS
 from vila_deploy.model.vision import VisionEncoder
+
+if TYPE_CHECKING:
+    from vila_deploy.generate import Sampling
+
+HOST = "host"
 
 
 class NativeSession:
@@ -41,17 +50,23 @@ class NativeSession:
     def __init__(self, folder: Path, manifest: Manifest):
         self._device, sm = find_device()
         self.position, self.max_seq_len = 0, manifest.limits.max_seq_len
-        config, units = read_model(folder / files.MODEL)
+        config, units, in_host_memory = read_model(folder / files.MODEL)
         self._sizes = Sizes(config.llm, self.max_seq_len, sm, self._device)
-        self._llm = _load_llm(folder, self._sizes, units)
+        empty = empty_llm(config.llm, self.max_seq_len, lm_head=manifest.components.lm_head)
+        table_at = HOST if EMBEDDINGS in in_host_memory else self._device
+        self._llm = _load_llm(folder, empty, units, self._device, table_at)
         # The tower runs in the precision that this device is fast in.
         self._vision_dtype = torch.float32 if self._device == "cpu" else torch.float16
         stored = _Stored(load_file(folder / files.VISION))
-        self._vision = VisionEncoder(config, stored, stored, self._vision_dtype).to(self._device)
-        self._cache = Cache(config.llm, self.max_seq_len, self._device)
+        encoder = VisionEncoder(config, stored, stored, self._vision_dtype)
+        place = stream_layers if VISION in in_host_memory else VisionEncoder.to
+        self._vision = place(encoder, self._device)
+        kept_as = manifest.components.kv_cache
+        self._cache = Cache(config.llm, self.max_seq_len, self._device, kept_as)
         self._step = DecodeStep(self._sizes, self._llm, self._cache)
         self._wide: DecodeStep | None = None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        # By whether the step draws its token; each is captured when it is first needed.
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
 
     def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
         tiles = torch.from_numpy(pixels).to(self._device, self._vision_dtype)
@@ -91,6 +106,64 @@ class NativeSession:
         return self._cache.history[start + 1 : self.position + 1].tolist()
 
     @torch.inference_mode()
+    def stream(self, stop_token_ids: Collection[int], sampling: Sampling) -> Iterator[int]:
+        """Yields tokens after prefill, chosen and fed back on the device, the stop token included.
+
+        The host reads one token behind, so the device never waits for it. Numbers for sampling are
+        drawn beforehand from `sampling.seed`: equal seeds give equal tokens.
+        """
+        sampled = sampling.temperature > 0
+        if sampled:
+            self._begin_sampling(sampling)
+        room = self.max_seq_len - self.position
+        steps = max(0, min(sampling.max_new_tokens - 1, room))
+        start, taken, read = self.position, 0, deque([self._read_token()])
+        try:
+            while sampling.max_new_tokens:
+                while len(read) <= self._ahead and taken + len(read) <= steps:
+                    self._run_step(sampled=sampled)
+                    read.append(self._read_token())
+                token = read.popleft()()
+                yield token
+                if token in stop_token_ids or taken == steps:
+                    return
+                taken += 1
+        finally:
+            # Steps that ran ahead of the last token are forgotten.
+            self.position = start + taken
+            self._cache.position.fill_(self.position)
+
+    def _begin_sampling(self, sampling: Sampling) -> None:
+        """Draws the numbers of all positions, and the first token."""
+        random = torch.Generator()
+        random.seed() if sampling.seed is None else random.manual_seed(sampling.seed)
+        step = self._step
+        step.uniform.copy_(torch.rand(len(step.uniform), generator=random))
+        step.settings.copy_(torch.tensor([1 / sampling.temperature, sampling.top_p]))
+        step.draw()
+
+    def _read_token(self) -> Callable[[], int]:
+        """Begins to copy the newest token → a call that waits for it."""
+        if self._device == "cpu":
+            value = int(self._step.token)
+            return lambda: value
+        copy = torch.empty(1, dtype=torch.int32, pin_memory=True)
+        copy.copy_(self._step.token, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> int:
+            done.synchronize()
+            return int(copy)
+
+        return wait
+
+    @property
+    def _ahead(self) -> int:
+        """Tokens that are computed before the one before them is read."""
+        return 0 if self._device == "cpu" else 1
+
+    @torch.inference_mode()
     def decode_lookup(self, tokens: int, text: Sequence[int]) -> tuple[list[int], int]:
         """The same tokens as `decode_greedy`, in fewer steps where the text repeats itself.
 
@@ -127,29 +200,29 @@ class NativeSession:
         self._cache.position.zero_()
 
     def close(self) -> None:
-        """Frees weights, cache and graph."""
-        for name in ("_graph", "_step", "_wide", "_cache", "_vision", "_llm"):
+        """Frees weights, cache and graphs."""
+        for name in ("_graphs", "_step", "_wide", "_cache", "_vision", "_llm"):
             self.__dict__.pop(name, None)
 
-    def _run_step(self) -> None:
+    def _run_step(self, *, sampled: bool = False) -> None:
         if self._device == "cpu":
-            self._step()
+            self._step(sampled=sampled)
             return
-        if self._graph is None:
-            self._graph = self._capture()
-        self._graph.replay()
+        if sampled not in self._graphs:
+            self._graphs[sampled] = self._capture(sampled=sampled)
+        self._graphs[sampled].replay()
 
-    def _capture(self) -> torch.cuda.CUDAGraph:
+    def _capture(self, *, sampled: bool) -> torch.cuda.CUDAGraph:
         """The step as a graph; the run that compiles its kernels must leave no trace."""
         token, position = self._step.token.clone(), self._cache.position.clone()
         # The compiling run writes one slot of the cache, which the first replay writes again.
-        self._step()
+        self._step(sampled=sampled)
         torch.cuda.synchronize()
         self._step.token.copy_(token)
         self._cache.position.copy_(position)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._step()
+            self._step(sampled=sampled)
         return graph
 
     def _logits(self) -> Floats:
@@ -192,17 +265,23 @@ class _Stored:
         return self._tensors[f"{prefix}.weight"]
 
 
-def _load_llm(folder: Path, sizes: Sizes, units: Units) -> PackedLlm:
-    empty, names = empty_llm(sizes.config, sizes.slots), part_names(sizes.config)
+def _load_llm(
+    folder: Path, empty: PackedLlm, units: Units, device: str, table_at: str
+) -> PackedLlm:
+    """The decoder on `device`, its embedding table there or in HOST memory."""
 
     def load(name: str, part: Part) -> Part:
-        path = folder / files.LLM / files.part(name)
-        return _load_part(path, part, units[name], sizes.device)
+        # What isn't for the device must not pass through its memory either.
+        stored = load_file(folder / files.LLM / files.part(name))
 
-    layers = tuple(load(name, layer) for name, layer in zip(names, empty.layers, strict=False))
-    return replace(load(names[-1], replace(empty, layers=())), layers=layers)
+        def take(tensor: str, _: Tensor) -> Tensor:
+            value = stored.pop(tensor)
+            if tensor == "table" and table_at == HOST:
+                return pinned(value, device)
+            return value.to(device)
 
+        return with_units(map_tensors(part, take), units[name])
 
-def _load_part(path: Path, part: Part, units: dict[str, float], device: str) -> Part:
-    stored = load_file(path, device=device)
-    return with_units(map_tensors(part, lambda name, _: stored.pop(name)), units)
+    *names, rest = part_names(len(empty.layers))
+    layers = tuple(load(name, layer) for name, layer in zip(names, empty.layers, strict=True))
+    return replace(load(rest, replace(empty, layers=())), layers=layers)

@@ -8,28 +8,57 @@ import torch
 
 from vila_deploy.backends.native.weights import Layer, Norm, PackedLlm
 from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.engine.components import FP16
 from vila_deploy.kernels.add_residual import add_residual, parts
 from vila_deploy.kernels.attention import Parts, attention, rope_attention
+from vila_deploy.kernels.cache8 import widen_vectors
 from vila_deploy.kernels.embed import embed
 from vila_deploy.kernels.gate_up import gate_up
 from vila_deploy.kernels.head import head
 from vila_deploy.kernels.launch import Launch
 from vila_deploy.kernels.norm_qkv import norm_qkv
 from vila_deploy.kernels.pick import pick
-from vila_deploy.kernels.rope_kv import rope_kv
+from vila_deploy.kernels.rope_kv import Scales, rope_kv
+from vila_deploy.kernels.sample import sample
 from vila_deploy.kernels.tiles import TOKENS, attention_splits
 
 
 class Cache:
-    """Keys and values, float16 [layers, kv_heads, slots, dim]; `position` int32 [1] counts them."""
+    """Keys and values, float16 [layers, kv_heads, slots, dim]; `position` int32 [1] counts them.
 
-    def __init__(self, config: LlmConfig, slots: int, device: str):
+    In int8 there are `scales` beside them, float16 [2, layers, kv_heads, slots].
+    """
+
+    def __init__(self, config: LlmConfig, slots: int, device: str, kept_as: str = FP16):
         shape = (config.num_layers, config.num_kv_heads, slots, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=torch.float16, device=device)
-        self.values = torch.zeros(shape, dtype=torch.float16, device=device)
+        kind = torch.float16 if kept_as == FP16 else torch.int8
+        self.keys = torch.zeros(shape, dtype=kind, device=device)
+        self.values = torch.zeros(shape, dtype=kind, device=device)
+        self.scales: torch.Tensor | None = None
+        if kept_as != FP16:
+            self.scales = torch.zeros((2, *shape[:-1]), dtype=torch.float16, device=device)
         self.position = torch.zeros(1, dtype=torch.int32, device=device)
         # The token that follows the last slot has a place too.
         self.history = torch.zeros(slots + 1, dtype=torch.int32, device=device)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What one token takes, and what every step reads of it again."""
+        parts = [self.keys, self.values, *([] if self.scales is None else [self.scales])]
+        return sum(part.numel() * part.element_size() for part in parts) // self.keys.shape[2]
+
+    def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor, Scales | None]:
+        """Keys, values and their scales of a layer, as the kernels take them."""
+        scales = None if self.scales is None else (self.scales[0, index], self.scales[1, index])
+        return self.keys[index], self.values[index], scales
+
+    def read(self, index: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """float16 keys and values [kv_heads, end, dim] of a layer."""
+        keys, values, scales = self.layer(index)
+        keys, values = keys[:, :end], values[:, :end]
+        if scales is None:
+            return keys, values
+        return widen_vectors(keys, scales[0][:, :end]), widen_vectors(values, scales[1][:, :end])
 
 
 @dataclass(frozen=True)
@@ -43,12 +72,13 @@ class Sizes:
 
 
 class DecodeStep:
-    """Launches that turn `token` [tokens] at the cache's position into `logits` and the next token.
+    """`launches` turn `token` [tokens] at the cache's position into `logits` and the next token.
 
     With one token, the step also moves the position on and leaves the next token in `token`, so
-    that it can be replayed without the host. With more (up to 8), each token sees those before it,
-    `token` becomes the greedy successor of each, and the position stays: the caller keeps what
-    it accepts.
+    that it can be replayed without the host; `sampled` is the same but draws it, as `settings`
+    (1 / temperature, top_p) and the number in `uniform` of its position say. With more (up to 8),
+    each token sees those before it, `token` becomes the greedy successor of each, and the position
+    stays: the caller keeps what it accepts.
     """
 
     def __init__(self, sizes: Sizes, llm: PackedLlm, cache: Cache, tokens: int = 1):
@@ -73,11 +103,18 @@ class DecodeStep:
         ends = parts(sizes.sm, config.vocab_size)
         self._best = buffer(ends, TOKENS, dtype=torch.float32)
         self._index = buffer(ends, TOKENS, dtype=torch.int32)
+        self.uniform = buffer(len(cache.history), dtype=torch.float32)
+        self.settings = buffer(2, dtype=torch.float32)
         self.launches = tuple(self._launches(tokens))
+        self.sampled = (*self.launches[:-1], self._sample(step=True)) if tokens == 1 else ()
 
-    def __call__(self) -> None:
-        for launch in self.launches:
+    def __call__(self, *, sampled: bool = False) -> None:
+        for launch in self.sampled if sampled else self.launches:
             launch()
+
+    def draw(self) -> None:
+        """Draws `token` from the logits of the last step or prompt, in place of the greedy one."""
+        self._sample(step=False)()
 
     def finish(self, stream: torch.Tensor) -> None:
         """Logits, and the greedy token into `token`, of a stream [hidden] that left the layers."""
@@ -107,6 +144,13 @@ class DecodeStep:
         cache = self._cache
         return pick(self._best, self._index, self.token, cache.history, cache.position, step=step)
 
+    def _sample(self, *, step: bool) -> Launch:
+        cache = self._cache
+        return sample(
+            self.logits[:1], self.uniform, self.settings, self.token, cache.history,
+            cache.position, step=step,
+        )  # fmt: skip
+
     def _layer(self, index: int, layer: Layer, after: Norm) -> list[Launch]:
         sm, epsilon = self._sizes.sm, self._sizes.config.rms_norm_eps
         squares = self._first if index == 0 else self._squares
@@ -132,11 +176,13 @@ class DecodeStep:
     def _attend(self, index: int) -> tuple[Launch, ...]:
         """One token: two launches. Several see each other in the cache, so it is written first."""
         llm, cache, sm = self._llm, self._cache, self._sizes.sm
-        keys, values, position = cache.keys[index], cache.values[index], cache.position
+        (keys, values, scales), position = cache.layer(index), cache.position
         if len(self.token) == 1:
             return rope_attention(
                 self._qkv, (llm.cos, llm.sin), keys, values, position, self._attended,
-                self._parts, sm,
+                self._parts, sm, scales,
             )  # fmt: skip
-        turn = rope_kv(self._qkv, llm.cos, llm.sin, position, self._q, keys, values)
-        return turn, *attention(self._q, keys, values, position, self._attended, self._parts, sm)
+        turn = rope_kv(self._qkv, llm.cos, llm.sin, position, self._q, keys, values, scales)
+        return turn, *attention(
+            self._q, keys, values, position, self._attended, self._parts, sm, scales
+        )

@@ -12,18 +12,26 @@ from torch import Tensor
 
 from vila_deploy.checkpoint.expected import has_bias
 from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.engine.components import FP16, INT8, head_group_size
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.graph.rounding import round_int4
 from vila_deploy.kernels.layout import (
     FLOAT_BLOCK,
+    INT8_GROUP,
     PackedLinear,
     empty_like_packed,
     interleave,
+    join_rows,
     pack_float,
     pack_int4,
+    pack_int8,
 )
 from vila_deploy.model.weights import WeightSource
 from vila_deploy.progress import Advance
+
+# Rows of lm_head that are packed at a time, so that memory stays bounded.
+HEAD_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -118,13 +126,42 @@ def pack_joined(parts: Sequence[Tensor | QuantizedLinear], where: str) -> Packed
     return pack_int4(joined)
 
 
-def part_names(config: LlmConfig) -> list[str]:
+def pack_head(weight: Tensor, kept_as: str) -> PackedLinear:
+    """lm_head [vocabulary, hidden], rounded to nearest unless `kept_as` is fp16.
+
+    int8: symmetric in groups of 128 channels; int4: as `round_int4` for every backend.
+    """
+    if kept_as == FP16:
+        pack = pack_float
+    elif kept_as == INT8:
+        pack = pack_int8
+    else:
+        group_size = head_group_size(weight.shape[1])
+
+        def pack(rows: Tensor) -> PackedLinear:
+            return pack_int4(round_int4(rows, group_size, "lm_head.weight"))
+
+    return join_rows([pack(rows) for rows in weight.split(HEAD_ROWS)])
+
+
+def head_format(hidden_size: int, kept_as: str) -> tuple[int, int]:
+    """Bits of lm_head, and its input channels to a scale."""
+    if kept_as == FP16:
+        return 16, FLOAT_BLOCK
+    return (8, INT8_GROUP) if kept_as == INT8 else (4, head_group_size(hidden_size))
+
+
+def part_names(num_layers: int) -> list[str]:
     """Files of a decoder: one a layer, then the rest, in the order of `pack_parts`."""
-    return [*(f"layer-{index:03d}" for index in range(config.num_layers)), "rest"]
+    return [*(f"layer-{index:03d}" for index in range(num_layers)), "rest"]
 
 
 def pack_parts(
-    config: LlmConfig, weights: WeightSource, max_seq_len: int, advance: Advance
+    config: LlmConfig,
+    weights: WeightSource,
+    max_seq_len: int,
+    advance: Advance,
+    lm_head: str = FP16,
 ) -> Iterator[Layer | PackedLlm]:
     """Each layer in turn, then everything else as a decoder without layers."""
     # Only here, since that module needs onnx, which a device may lack.
@@ -135,7 +172,7 @@ def pack_parts(
         advance(f"decoder layer {index}")
     table = weights.tensor("model.embed_tokens.weight").half()
     tied = config.tie_word_embeddings
-    head = pack_float(table if tied else weights.tensor("lm_head.weight"))
+    head = pack_head(table if tied else weights.tensor("lm_head.weight"), lm_head)
     cos, sin = rotary_tables(config, max_seq_len)
     norm = Norm.of(weights.tensor("model.norm.weight"))
     yield PackedLlm((), norm, head, table, cos, sin)
@@ -143,15 +180,24 @@ def pack_parts(
 
 
 def pack_llm(
-    config: LlmConfig, weights: WeightSource, max_seq_len: int, advance: Advance
+    config: LlmConfig,
+    weights: WeightSource,
+    max_seq_len: int,
+    advance: Advance,
+    lm_head: str = FP16,
 ) -> PackedLlm:
     """Everything but the vision part, all in memory."""
-    *layers, rest = pack_parts(config, weights, max_seq_len, advance)
+    *layers, rest = pack_parts(config, weights, max_seq_len, advance, lm_head)
     assert isinstance(rest, PackedLlm)
     return replace(rest, layers=tuple(layer for layer in layers if isinstance(layer, Layer)))
 
 
-def empty_llm(config: LlmConfig, max_seq_len: int, device: str = "meta") -> PackedLlm:
+def empty_llm(
+    config: LlmConfig,
+    max_seq_len: int,
+    device: str = "meta",
+    lm_head: str = FP16,
+) -> PackedLlm:
     """A decoder of these sizes without values; what compiling ahead of time needs."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
@@ -180,7 +226,8 @@ def empty_llm(config: LlmConfig, max_seq_len: int, device: str = "meta") -> Pack
         )
         for _ in range(config.num_layers)
     )
-    head = empty_like_packed(config.vocab_size, hidden, 16, FLOAT_BLOCK, device)
+    head_bits, head_group = head_format(hidden, lm_head)
+    head = empty_like_packed(config.vocab_size, hidden, head_bits, head_group, device)
     table = torch.empty((config.vocab_size, hidden), dtype=torch.float16, device=device)
     cos, sin = (torch.empty((max_seq_len, config.head_dim // 2), device=device) for _ in range(2))
     return PackedLlm(layers, norm(), head, table, cos, sin)
