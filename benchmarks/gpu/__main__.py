@@ -31,6 +31,7 @@ def benchmark(out: Path, limit_s: float, *, rehearse: bool) -> int:
     """All stages in turn; 1 if a kernel disagrees with its reference, then nothing is timed."""
     import torch
 
+    from benchmarks.gpu.card import measure_card
     from benchmarks.gpu.checks import check_all
     from benchmarks.gpu.plot import plot
     from benchmarks.gpu.products import measure_prefill, measure_products, measure_stream
@@ -50,7 +51,8 @@ def benchmark(out: Path, limit_s: float, *, rehearse: bool) -> int:
         if not check_all(run):
             print("error: a kernel disagrees with its reference; nothing was timed")
             return 1
-        for stage in (measure_stream, measure_steps, measure_products, measure_prefill):
+        stages = (measure_stream, measure_steps, measure_card, measure_products, measure_prefill)
+        for stage in stages:
             if run.left_s < LEAST_S:
                 run.add("failed", stage.__name__, reason="no time left")
                 continue

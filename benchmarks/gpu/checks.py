@@ -7,7 +7,13 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from vila_deploy.kernels.add_residual import add_residual, add_residual_reference, parts
-from vila_deploy.kernels.attention import Parts, attention, attention_reference
+from vila_deploy.kernels.attention import (
+    Parts,
+    attention,
+    attention_reference,
+    rope_attention,
+)
+from vila_deploy.kernels.cache8 import round_vectors, widen_vectors
 from vila_deploy.kernels.dequantize import dequantize, dequantize_reference
 from vila_deploy.kernels.embed import embed, embed_reference
 from vila_deploy.kernels.gate_up import gate_up, gate_up_reference
@@ -17,6 +23,7 @@ from vila_deploy.kernels.head import head, head_reference
 from vila_deploy.kernels.norm_qkv import norm_qkv, norm_qkv_reference
 from vila_deploy.kernels.pick import pick, pick_reference
 from vila_deploy.kernels.rope_kv import rope_kv, rope_kv_reference
+from vila_deploy.kernels.sample import sample, sample_reference
 from vila_deploy.kernels.tiles import TOKENS, attention_splits
 
 from benchmarks.gpu.environment import Run
@@ -123,16 +130,28 @@ def _gate_up(run: Run, sizes) -> Iterator[Pair]:  # type: ignore[no-untyped-def]
 
 def _head(run: Run, sizes) -> Iterator[Pair]:  # type: ignore[no-untyped-def]
     rows, columns = linears(sizes)["head"]
-    weight, logits = random_packed(rows, columns, 16, run.device), _poison(1, rows, run=run)
-    logits, (x, squares) = logits.float(), _stream(run, 1, columns)
-    count = parts(run.sm, rows)
-    best = torch.zeros(count, TOKENS, device=run.device)
-    index = torch.zeros(count, TOKENS, dtype=torch.int32, device=run.device)
-    head(x, squares, weight, logits, best, index, EPSILON, 1.0, run.sm)()
-    yield logits, head_reference(x, squares, weight, EPSILON, 1.0)
+    for bits in (16, 8, 4):
+        weight, logits = random_packed(rows, columns, bits, run.device), _poison(1, rows, run=run)
+        logits, (x, squares) = logits.float(), _stream(run, 1, columns)
+        count = parts(run.sm, rows)
+        best = torch.zeros(count, TOKENS, device=run.device)
+        index = torch.zeros(count, TOKENS, dtype=torch.int32, device=run.device)
+        head(x, squares, weight, logits, best, index, EPSILON, 1.0, run.sm)()
+        yield logits, head_reference(x, squares, weight, EPSILON, 1.0)
+        token, slot, position = torch.zeros(3, 1, dtype=torch.int32, device=run.device)
+        pick(best, index, token, slot, position, step=False)()
+        yield token, pick_reference(logits)
+
+
+def _sample(run: Run, sizes) -> Iterator[Pair]:  # type: ignore[no-untyped-def]
+    logits = torch.randn(1, sizes.vocab_size, device=run.device) * 3
+    settings = torch.tensor([1 / 0.7, 0.9], device=run.device)
     token, slot, position = torch.zeros(3, 1, dtype=torch.int32, device=run.device)
-    pick(best, index, token, slot, position, step=False)()
-    yield token, pick_reference(logits)
+    for number in (0.1, 0.6, 0.97):
+        uniform = torch.tensor([number], device=run.device)
+        sample(logits, uniform, settings, token, slot, position, step=False)()
+        wanted = sample_reference(logits[0], number, 0.7, 0.9)
+        yield token, torch.tensor([wanted], device=run.device)
 
 
 def _embed(run: Run, sizes) -> Iterator[Pair]:  # type: ignore[no-untyped-def]
@@ -176,6 +195,27 @@ def _attention(run: Run, sizes) -> Iterator[Pair]:  # type: ignore[no-untyped-de
         yield out, attention_reference(q, keys, values, position)
 
 
+def _cache8(run: Run, sizes) -> Iterator[Pair]:  # type: ignore[no-untyped-def]
+    """A token written and attended to in 8 bits: what was kept, then what came out of it."""
+    heads, kv_heads, dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+    at, device = 100 if run.rehearsed else 777, run.device
+    vectors = torch.randn(2, kv_heads, SLOTS, dim, device=device).half()
+    levels, scales = round_vectors(vectors)
+    angles = torch.rand(SLOTS, dim // 2, device=device) * 6
+    tables, position = (angles.cos(), angles.sin()), torch.tensor([at], device=device).int()
+    qkv = torch.randn(1, (heads + 2 * kv_heads) * dim, device=device).half()
+    splits = attention_splits(run.sm or 90, kv_heads, SLOTS)
+    scratch, out = Parts(1, heads, dim, splits, device), _poison(1, heads * dim, run=run)
+    for launch in rope_attention(qkv, tables, *levels, position, out, scratch, run.sm, (*scales,)):
+        launch()
+    q, *kept = rope_kv_reference(qkv, *tables, position, heads, kv_heads)
+    both = widen_vectors(levels, scales)
+    for found, wanted in zip(both, kept, strict=True):
+        rounded = widen_vectors(*round_vectors(wanted.half()))
+        yield found[:, at : at + 1], rounded
+    yield out, attention_reference(q.half(), *both, position)
+
+
 CASES: dict[str, Callable[..., Iterator[Pair]]] = {
     "gemv": _gemv,
     "gemm": _gemm,
@@ -187,4 +227,6 @@ CASES: dict[str, Callable[..., Iterator[Pair]]] = {
     "gate_up": _gate_up,
     "head": _head,
     "embed": _embed,
+    "cache8": _cache8,
+    "sample": _sample,
 }

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from vila_deploy.kernels.layout import ZERO_UNIT, PackedLinear, empty_like_packed
 
+from vila_deploy.backends.native.streamed import pinned
 from vila_deploy.backends.native.weights import PackedLlm, empty_llm, map_tensors
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.model.presets import preset
@@ -45,11 +46,15 @@ def random_packed(
     return packed
 
 
-def random_llm(sizes: LlmConfig, slots: int, device: str) -> PackedLlm:
+def random_llm(
+    sizes: LlmConfig, slots: int, device: str, lm_head: str = "fp16", table_in_host: bool = False
+) -> PackedLlm:
     """A decoder with random weights of unit gain and norms of 1."""
-    empty = empty_llm(sizes, slots)
+    empty = empty_llm(sizes, slots, lm_head=lm_head)
 
     def make(name: str, tensor: Tensor) -> Tensor:
+        if name == "table" and table_in_host:
+            return pinned(torch.empty(tensor.shape, dtype=tensor.dtype).normal_(), device)
         real = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         inputs = sizes.hidden_size
         if ".down." in name:
@@ -57,7 +62,7 @@ def random_llm(sizes: LlmConfig, slots: int, device: str) -> PackedLlm:
         if name.endswith("scale_zero"):
             real.zero_()
             if tensor.numel() > 1:  # float16 weights have none
-                _fill_scales(real, inputs, 4)
+                _fill_scales(real, inputs, empty.head.bits if name.startswith("head") else 4)
         elif name.endswith("norm.weight"):
             real.fill_(1.0)
         elif name.endswith("bias"):

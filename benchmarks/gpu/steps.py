@@ -12,38 +12,47 @@ from benchmarks.gpu.inputs import config, random_llm
 from benchmarks.gpu.timing import seconds
 from vila_deploy.backends.native.step import Cache, DecodeStep, Sizes
 from vila_deploy.backends.native.weights import empty_llm
+from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.engine.components import ALL_FP16, Components
 
 CONTEXT, SLOTS, STEPS, ROUNDS = 512, 1024, 64, 11
 # What a device must have beyond the weights: cache, activations, torch.
 SPARE_BYTES = 3 << 30
 
 
+# What is asked of each model: precision of the layers, then of head and cache.
+VARIANTS = (
+    ("int4", ALL_FP16),
+    ("int4", Components(lm_head="int4")),
+    ("int4", Components(kv_cache="int8")),
+    ("int4", Components(lm_head="int4", kv_cache="int8")),
+    ("fp16", ALL_FP16),
+)
+
+
 def measure_steps(run: Run) -> None:
-    """int4 and float16 for each model; a model that doesn't fit is a row that says so."""
+    """Every variant of each model; a model that doesn't fit is a row that says so."""
     for model in ("3B",) if run.rehearsed else ("3B", "8B", "13B", "40B"):
-        for precision in ("int4", "fp16"):
-            _measure(run, model, precision)
+        for precision, components in VARIANTS:
+            _measure(run, model, precision, components)
             if not run.rehearsed:
                 torch.cuda.empty_cache()
 
 
-def _measure(run: Run, model: str, precision: str) -> None:
-    name = f"{model} {precision}"
+def _measure(run: Run, model: str, precision: str, components: Components) -> None:
+    name = ", ".join(filter(None, (f"{model} {precision}", components.summary())))
     sizes = config(model, precision, small=run.rehearsed)
     slots = 32 if run.rehearsed else SLOTS
-    weight_bytes = empty_llm(sizes, slots).bytes_per_step
+    weight_bytes = empty_llm(sizes, slots, lm_head=components.lm_head).bytes_per_step
     if not run.rehearsed and weight_bytes + SPARE_BYTES > torch.cuda.mem_get_info()[0]:
         run.add("failed", name, reason=f"{weight_bytes / 1e9:.1f} GB of weights don't fit")
         return
-    llm = random_llm(sizes, slots, run.device)
-    cache = Cache(sizes, slots, run.device)
-    for tensor in (cache.keys, cache.values):
-        tensor.normal_()
+    llm = random_llm(sizes, slots, run.device, components.lm_head)
+    cache = random_cache(sizes, slots, run, components.kv_cache)
     step = DecodeStep(Sizes(sizes, slots, run.sm, run.device), llm, cache)
     context = 3 if run.rehearsed else CONTEXT
-    per_layer = 2 * 2 * sizes.num_kv_heads * sizes.head_dim
-    cache_bytes = per_layer * sizes.num_layers * (context + STEPS // 2)
-    step_s = _step_s(run, step, cache, context)
+    cache_bytes = cache.bytes_per_token * (context + STEPS // 2)
+    step_s = step_seconds(run, step, cache, context)
     peak = 0 if run.rehearsed else torch.cuda.max_memory_allocated()
     total = weight_bytes + cache_bytes
     run.add(
@@ -52,11 +61,24 @@ def _measure(run: Run, model: str, precision: str) -> None:
         bytes=total, bytes_per_s=total / step_s, launches=len(step.launches),
         peak_memory_bytes=peak,
     )  # fmt: skip
-    if not run.rehearsed:
+    if not run.rehearsed and components == ALL_FP16:
         _kernels(run, name, step, cache, context)
 
 
-def _step_s(run: Run, step: DecodeStep, cache: Cache, context: int) -> float:
+def random_cache(sizes: LlmConfig, slots: int, run: Run, kept_as: str) -> Cache:
+    """Keys and values of standard deviation 1, or levels of that size."""
+    cache = Cache(sizes, slots, run.device, kept_as)
+    for tensor in (cache.keys, cache.values):
+        if cache.scales is None:
+            tensor.normal_()
+        else:
+            tensor.random_(-127, 128)
+    if cache.scales is not None:
+        cache.scales.fill_(1 / 74)
+    return cache
+
+
+def step_seconds(run: Run, step: DecodeStep, cache: Cache, context: int) -> float:
     """Seconds of a step from `context` tokens on: the median over rounds of STEPS replays."""
     if run.rehearsed:
         cache.position.fill_(context)

@@ -14,7 +14,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEMS = {
     "gemv", "gemm", "dequantize", "norm_qkv", "rope_kv", "attention", "add_residual", "gate_up",
-    "head", "embed",
+    "head", "embed", "cache8", "sample",
 }  # fmt: skip
 PEERS = ("tinygemm", "gemlite")  # need a GPU
 
@@ -38,12 +38,15 @@ def test_rehearsal_goes_through_every_stage(tmp_path: Path) -> None:
     assert {row["name"].split()[0] for row in checks} == STEMS
     assert all(row["agrees"] and row["error"] < row["limit"] for row in checks)
     kinds = {row["kind"] for row in rows}
-    assert {"check", "stream", "step", "product", "prefill"} <= kinds
+    assert {"check", "stream", "step", "card", "product", "prefill"} <= kinds
     assert all(
         any(peer in row["name"] for peer in PEERS) for row in rows if row["kind"] == "failed"
     )
     steps = {row["name"]: row for row in rows if row["kind"] == "step"}
-    assert steps["3B int4"]["weight_bytes"] < steps["3B fp16"]["weight_bytes"]
+    assert len(steps) == 5
+    small, whole = steps["3B int4, lm-head int4, kv-cache int8"], steps["3B int4"]
+    assert small["weight_bytes"] < whole["weight_bytes"] < steps["3B fp16"]["weight_bytes"]
+    assert small["cache_bytes"] < whole["cache_bytes"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from vila_deploy.model.vision import VisionEncoder
@@ -26,20 +23,24 @@ class _Visit:
 
     def __init__(self, layer: nn.Module, device: str):
         self._device = device
-        self._pairs = [(each, pinned(each.data, device)) for each in layer.parameters()]
+        self._stored = [
+            (module._parameters, name, pinned(parameter.detach(), device))
+            for module in layer.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+        ]
         self._leave()
         layer.register_forward_pre_hook(lambda module, inputs: self._come())
         layer.register_forward_hook(lambda module, inputs, output: self._leave())
 
     def _come(self) -> None:
         # Copies and kernels are on one stream, so a layer waits for its weights by itself.
-        with torch.inference_mode(False):
-            for parameter, stored in self._pairs:
-                parameter.data = stored.to(self._device, non_blocking=True, copy=True)
+        for parameters, name, stored in self._stored:
+            moved = stored.to(self._device, non_blocking=True, copy=True)
+            parameters[name] = nn.Parameter(moved, requires_grad=False)
 
-    def _leave(self, *_: Any) -> None:
-        for parameter, stored in self._pairs:
-            parameter.data = stored
+    def _leave(self) -> None:
+        for parameters, name, stored in self._stored:
+            parameters[name] = nn.Parameter(stored, requires_grad=False)
 
 
 def pinned(tensor: Tensor, device: str) -> Tensor:
