@@ -25,6 +25,7 @@ from vila_deploy.backends.native.step import Cache
 from vila_deploy.backends.native.weights import empty_llm, pack_head
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.engine.components import Components, check_components
+from vila_deploy.engine.fit import advise
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.plan import EMBEDDINGS, VISION, plan_engine
 from vila_deploy.engine.request import BuildRequest
@@ -251,6 +252,17 @@ def test_nothing_moves_where_there_is_room_or_only_one_memory(model: str, target
     )
     assert plan.fits
     assert plan.in_host_memory == ()
+
+
+def test_a_card_that_its_default_backend_overfills_is_told_of_this_one() -> None:
+    config, card, limits = (
+        preset("VILA1.5-40b", "int4"),
+        get_target("rtx4090"),
+        Limits(1, 2048, 2048),
+    )
+    assert card.default_backend != "native"
+    assert advise(config, "int4", limits, card) == "vila-build-engine --backend native"
+    assert "native" not in advise(config, "int4", limits, get_target("orin-nano"))
 
 
 def test_what_this_backend_can_keep_otherwise() -> None:

@@ -12,6 +12,7 @@ from vila_deploy.engine.plan import plan_engine
 from vila_deploy.engine.target import Target, load_targets
 
 SEQUENCE_STEP = 256
+NATIVE = "native"
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,11 @@ def advise(
         )
         if needed(precision, shorter) <= limit:
             return f"vila-build-engine --max-seq-len {length}"
+    # The only backend that can leave parts in the memory of a card's host.
+    if backend != NATIVE and NATIVE in target.backends:
+        able = supported_part(target, NATIVE, components)
+        if plan_engine(config, target, NATIVE, precision, limits, able).fits:
+            return f"vila-build-engine --backend {NATIVE}"
     quantized = needed("int4", limits)
     if precision == "fp16" and quantized <= limit:
         return f"quantize it first: int4 needs {quantized / 1e9:.1f} GB"
