@@ -86,3 +86,74 @@ def test_ten_runs_give_equal_bytes_and_guessing_the_same_tokens(pair: tuple[Any,
     session.reset()
     session.prefill(prompt(session))
     assert session.decode_lookup(NEW_TOKENS, [1, 5, 9, 30, 31, 5, 9])[0] == tokens
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, target: str) -> Iterator[Any]:
+    """Output head in int4, cache in int8."""
+    from vila_deploy.backends import open_engine
+    from vila_deploy.build import BuildOptions, build_engine
+    from vila_deploy.engine.components import Components
+
+    folder = tmp_path_factory.mktemp("small") / "engine"
+    components = Components(lm_head="int4", kv_cache="int8")
+    options = BuildOptions(target, backend="native", max_seq_len=256, components=components)
+    build_engine(TINY_VILA, folder, options)
+    with open_engine(folder) as engine:
+        yield engine.session
+
+
+@pytest.mark.parametrize("engine", ["pair", "small"])
+def test_tokens_chosen_on_the_device_are_those_of_the_host(
+    engine: str, request: pytest.FixtureRequest
+) -> None:
+    """With what runs ahead, and where a stop token cuts that off."""
+    from vila_deploy.generate import Sampling, generate
+
+    found = request.getfixturevalue(engine)
+    session = found[0] if engine == "pair" else found
+    session.reset()
+    logits, expected = session.prefill(prompt(session)), []
+    for _ in range(NEW_TOKENS):
+        expected.append(int(logits.argmax()))
+        logits = session.decode(expected[-1])
+    sampling = Sampling(NEW_TOKENS)
+    assert list(generate(session, prompt(session), (), sampling)) == expected
+    stop = expected[5]
+    cut = list(generate(session, prompt(session), (stop,), sampling))
+    assert cut == expected[: expected.index(stop) + 1]
+    assert session.position == int(session._cache.position)
+
+
+def test_equal_seeds_draw_equal_tokens(pair: tuple[Any, Any]) -> None:
+    from vila_deploy.generate import Sampling, generate
+
+    session, _ = pair
+    answers = [
+        tuple(generate(session, prompt(session), (), Sampling(NEW_TOKENS, 1.0, 0.9, seed)))
+        for seed in (1, 1, 2)
+    ]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_parts_in_host_memory_give_the_same_bits(
+    target: str, pair: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton reads the table in pinned memory, and the tower's layers come and go."""
+    from vila_deploy.backends import open_engine
+    from vila_deploy.backends.native import build as build_module
+    from vila_deploy.build import BuildOptions, build_engine
+    from vila_deploy.engine.plan import EMBEDDINGS, VISION
+
+    monkeypatch.setattr(build_module, "host_parts", lambda *_: (EMBEDDINGS, VISION))
+    folder = tmp_path / "engine"
+    build_engine(TINY_VILA, folder, BuildOptions(target, backend="native", max_seq_len=256))
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 72, 72), np.float32)
+    whole, _ = pair
+    with open_engine(folder) as engine:
+        for session in (whole, engine.session):
+            session.reset()
+        assert np.array_equal(engine.session.encode_images(pixels), whole.encode_images(pixels))
+        logits = [s.prefill(prompt(s)) for s in (whole, engine.session)]
+        assert np.array_equal(*logits)
+        assert whole.decode_greedy(8) == engine.session.decode_greedy(8)

@@ -120,7 +120,8 @@ class NativeSession:
         start, taken, read = self.position, 0, deque([self._read_token()])
         try:
             while sampling.max_new_tokens:
-                while len(read) <= self._ahead and taken + len(read) <= steps:
+                # Nothing runs ahead of the first token, so that it is seen as soon as it is known.
+                while len(read) <= (self._ahead if taken else 0) and taken + len(read) <= steps:
                     self._run_step(sampled=sampled)
                     read.append(self._read_token())
                 token = read.popleft()()
