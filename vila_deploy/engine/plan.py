@@ -32,9 +32,11 @@ DEFAULT_GROUP_SIZE = 128
 CPU_PROGRAM_BYTES, GPU_PROGRAM_BYTES = 200 << 20, 800 << 20
 # Tokens that go through the decoder at a time while the prompt is read.
 PREFILL_TOKENS = 256
-# TensorRT's compiler at its peak, in weights of the graph that it compiles; measured with
-# tensorrt-rtx 1.7 (5.0 GB for 1.5 GB at VILA1.5-3b's shapes), assumed of TensorRT on the device.
-COMPILER_FACTOR, COMPILER_BYTES = 3.2, 400 << 20
+# TensorRT's compiler at its peak, in weights of the graph that it compiles: measured with
+# tensorrt-rtx 1.7 (1.14 GB for 0.50 GB, 3.5 GB for 1.51 GB of VILA1.5-3b's shapes). What it maps of
+# the weights' file comes on top, and leaves again where memory is short. On the device, assumed
+# with it.
+COMPILER_FACTOR, COMPILER_BYTES = {"tensorrt-rtx": 2.3, "tensorrt": 3.2}, 400 << 20
 COMPILED_AS_ONE = ("llm decoder linears", "llm head", "llm norms")
 
 
@@ -146,7 +148,8 @@ def _stages(
     if backend != "tensorrt" or target.tensorrt is None:
         return graphs, run
     weights = sum(part.bytes for part in components if part.name in COMPILED_AS_ONE)
-    needed = COMPILER_BYTES + int(COMPILER_FACTOR * weights)
+    factor = COMPILER_FACTOR[target.tensorrt.package]
+    needed = COMPILER_BYTES + int(factor * weights)
     if target.tensorrt.package == "tensorrt-rtx":
         return graphs, Stage("compile on this computer", needed), run
     swap = "" if needed <= limit_bytes else f": {(needed - limit_bytes) / 1e9:.0f} GB of swap"
