@@ -47,23 +47,8 @@ def attention_part_kernel(
         new_key = turned(source, dim, cos, sin, newest, whole, DIM)
         new_value = tl.load(source + kv_heads * DIM + dim, mask=whole, other=0.0)
         here = (start <= newest) & (newest < end)
-        if INT8:
-            # What is read later is what this token's own attention sees.
-            key_scale = scale_of(tl.max(tl.abs(new_key.to(tl.float32)), 0))
-            value_scale = scale_of(tl.max(tl.abs(new_value.to(tl.float32)), 0))
-            key_levels, value_levels = (
-                levels_of(new_key, key_scale),
-                levels_of(new_value, value_scale),
-            )
-            if here:
-                tl.store(keys + newest * DIM + dim, key_levels, mask=whole)
-                tl.store(values + newest * DIM + dim, value_levels, mask=whole)
-                tl.store(key_scales + newest, key_scale)
-                tl.store(value_scales + newest, value_scale)
-            new_key, new_value = widened(key_levels, key_scale), widened(value_levels, value_scale)
-        elif here:
-            tl.store(keys + newest * DIM + dim, new_key, mask=whole)
-            tl.store(values + newest * DIM + dim, new_value, mask=whole)
+        new_key = entered(new_key, keys, key_scales, newest, dim, whole, here, INT8, DIM)
+        new_value = entered(new_value, values, value_scales, newest, dim, whole, here, INT8, DIM)
     else:
         vectors = tl.load(q + rows * DIM + dim[None, :], mask=inside, other=0.0)
     top = tl.full((QUERIES,), -1e30, tl.float32)
@@ -72,17 +57,14 @@ def attention_part_kernel(
     last = newest if TURN else newest + 1  # the slot being written is not read
     for first in tl.range(start, end, SLOTS, num_stages=STAGES):
         at = first + slot
-        k = tl.load(
-            keys + at[None, :] * DIM + dim[:, None],
-            mask=(at[None, :] < last) & whole[:, None], other=0,
+        k = read(
+            keys + at[None, :] * DIM + dim[:, None], key_scales + at[None, :],
+            at[None, :] < last, whole[:, None], INT8,
         )  # fmt: skip
-        v = tl.load(
-            values + at[:, None] * DIM + dim[None, :],
-            mask=(at[:, None] < last) & whole[None, :], other=0,
+        v = read(
+            values + at[:, None] * DIM + dim[None, :], value_scales + at[:, None],
+            at[:, None] < last, whole[None, :], INT8,
         )  # fmt: skip
-        if INT8:
-            k = widened(k, tl.load(key_scales + at, mask=at < last, other=0.0)[None, :])
-            v = widened(v, tl.load(value_scales + at, mask=at < last, other=0.0)[:, None])
         if TURN:
             k = tl.where(at[None, :] == newest, new_key[:, None], k)
             v = tl.where(at[:, None] == newest, new_value[None, :], v)
@@ -98,6 +80,33 @@ def attention_part_kernel(
     flat = (token * heads + head) * splits + split
     tl.store(maxima + flat, top, mask=mine)
     tl.store(weights + flat, mass, mask=mine)
+
+
+@triton.jit
+def entered(
+    vector, cache, scales, newest, dim, whole, here, INT8: tl.constexpr, DIM: tl.constexpr
+):  # fmt: skip
+    """The new token's vector as it will be read later, and into its slot if that is `here`."""
+    if INT8:
+        scale = scale_of(tl.max(tl.abs(vector.to(tl.float32)), 0))
+        levels = levels_of(vector, scale)
+        if here:
+            tl.store(cache + newest * DIM + dim, levels, mask=whole)
+            tl.store(scales + newest, scale)
+        return widened(levels, scale)
+    else:
+        if here:
+            tl.store(cache + newest * DIM + dim, vector, mask=whole)
+        return vector
+
+
+@triton.jit
+def read(cells, scales, filled, whole, INT8: tl.constexpr):
+    """float16 vectors of slots; zeros where a slot isn't `filled`."""
+    found = tl.load(cells, mask=filled & whole, other=0)
+    if INT8:
+        found = widened(found, tl.load(scales, mask=filled, other=0.0))
+    return found
 
 
 @triton.jit
