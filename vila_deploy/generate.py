@@ -73,9 +73,15 @@ def generate(
     session: Session, embeds: Floats, stop_token_ids: Collection[int], sampling: Sampling
 ) -> Iterator[int]:
     """Yields tokens for a prompt [tokens, hidden], the stop token included, each as it is known."""
-    random = np.random.default_rng(sampling.seed)
     session.reset()
-    logits = session.prefill(embeds)
+    yield from continue_from(session, session.prefill(embeds), stop_token_ids, sampling)
+
+
+def continue_from(
+    session: Session, logits: Floats, stop_token_ids: Collection[int], sampling: Sampling
+) -> Iterator[int]:
+    """The same behind a prefill that gave `logits` [vocabulary]."""
+    random = np.random.default_rng(sampling.seed)
     if (stream := getattr(session, "stream", None)) is not None:
         # This session chooses its tokens on the device, by the same rule.
         yield from stream(stop_token_ids, sampling)

@@ -74,8 +74,9 @@ def quantize(root: Path, out: Path, options: Options, *, resume: bool = False) -
         outputs.finish()
         del method
         written, evaluated = time.monotonic(), _checkpoints(folder, options)
-        written_checkpoint = open_checkpoint(evaluated[0])
-        evaluation = evaluate(checkpoint, written_checkpoint, data, device) if data else None
+        evaluation = None
+        if data:
+            evaluation = evaluate(checkpoint, open_checkpoint(evaluated[0]), data, device)
         now = time.monotonic()
         seconds = round(now - start + saved_seconds, 3)
         taken = seconds, round(now - written, 3), memory.own_bytes, resident_bytes()

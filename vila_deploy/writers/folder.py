@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import save_file
@@ -27,7 +28,8 @@ Pack = Callable[[QuantizedLinear], dict[str, Tensor]]
 class ShardWriter:
     """Collects tensors and writes a shard whenever SHARD_BYTES are full.
 
-    Shards get their final names in `finish`, when their number is known.
+    Shards get their final names in `finish`, when their number is known; `digests` then has the
+    SHA-256 of each, taken while it was still in the system's cache.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
@@ -35,7 +37,9 @@ class ShardWriter:
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._shards: list[list[str]] = []
+        self._digests: list[str] = []
         self.total_bytes = 0
+        self.digests: dict[Path, str] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Takes a tensor; floating-point ones must be float16."""
@@ -54,6 +58,7 @@ class ShardWriter:
         for number, names in enumerate(self._shards, 1):
             file = SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             self._partial(number).rename(self._folder / file)
+            self.digests[self._folder / file] = self._digests[number - 1]
             weight_map |= dict.fromkeys(names, file)
         if count > 1:
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
@@ -62,8 +67,10 @@ class ShardWriter:
     def _flush(self) -> None:
         if self._pending:
             self._shards.append(list(self._pending))
-            _save(self._pending, self._partial(len(self._shards)))
+            file = self._partial(len(self._shards))
+            _save(self._pending, file)
             self._pending, self._pending_bytes = {}, 0
+            self._digests.append(sha256_file(file))
 
     def _partial(self, number: int) -> Path:
         return self._folder / f"shard-{number}.safetensors"
@@ -93,7 +100,7 @@ class ShardedLlm:
         self._shards.finish()
         config = quantized_config(self._checkpoint, self._quantization)
         (self._folder / "llm" / "config.json").write_text(canonical_json(config), "utf-8")
-        write_checksums(self._folder)
+        write_checksums(self._folder, self._shards.digests)
 
 
 def packed(name: str, value: Tensor | QuantizedLinear, pack: Pack) -> dict[str, Tensor]:
@@ -167,10 +174,10 @@ def _write_prompt_template(checkpoint: Checkpoint, file: Path) -> None:
         file.write_text(canonical_json({**values, "prompt_template": template}), "utf-8")
 
 
-def write_checksums(root: Path) -> None:
-    """SHA256SUMS over every file of weights below `root`."""
+def write_checksums(root: Path, known: Mapping[Path, str] = MappingProxyType({})) -> None:
+    """SHA256SUMS over every file of weights below `root`; `known` has the digests of some."""
     lines = [
-        f"{sha256_file(file)}  {file.relative_to(root).as_posix()}\n"
+        f"{known.get(file) or sha256_file(file)}  {file.relative_to(root).as_posix()}\n"
         for file in sorted(root.rglob("*"))
         if file.suffix in WEIGHT_SUFFIXES
     ]

@@ -112,7 +112,7 @@ class Writer:
         ):
             (self._folder / name).write_text(canonical_json(values), "utf-8")
         self._copy_published()
-        write_checksums(self._folder)
+        write_checksums(self._folder, self._shards.digests)
 
     def _copy_published(self) -> None:
         """The code and settings that a checkpoint in this layout brought, which SGLang needs."""
