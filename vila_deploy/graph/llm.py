@@ -125,8 +125,7 @@ def build_llm_graph(
     Args:
         tokens: how many the graph takes at a time; None for any number.
         logits: False makes a graph that only fills the cache.
-        states: instead of logits, output `states` [tokens, hidden] of every token, which the head
-            takes; for a batch of one.
+        states: instead of logits, output what the head takes, [tokens, hidden]; for a batch of one.
     """
     graph, epsilon = GraphWriter(dialect.opset), config.rms_norm_eps
     batch, count, hidden = dialect.batch, tokens or "tokens", config.hidden_size

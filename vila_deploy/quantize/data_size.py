@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.quantize.examples import Example
 from vila_deploy.quantize.limits import MAX_TOKENS
-
-if TYPE_CHECKING:
-    from vila_deploy.quantize.examples import Example
 
 # Of English, by the tokenizers of the supported models; and what the template adds to a turn.
 CHARACTERS_PER_TOKEN = 4
