@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from vila_deploy.backends.tensorrt import files, graphs
 from vila_deploy.backends.tensorrt.build import dialect_of
 from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.engine.components import FP16, Components
+from vila_deploy.engine.components import FP16, INT8, Components
 from vila_deploy.engine.request import BuildRequest
 from vila_deploy.engine.session import Floats
 from vila_deploy.errors import VilaDeployError
@@ -246,8 +246,10 @@ def _load(path: Path) -> onnxruntime.InferenceSession:
 def dialect_to_measure(request: BuildRequest, backend: str) -> str:
     """The dialect of the graphs in which the components of `request` can be measured.
 
+    Backend native has no graphs of its own; TensorRT's hold the same rounded towers and int4 heads.
+
     Raises:
-        VilaDeployError: all are fp16, or the backend has no graphs.
+        VilaDeployError: all are fp16, or no graph holds what the backend does.
     """
     if not request.components.quantized():
         raise VilaDeployError(
@@ -259,8 +261,19 @@ def dialect_to_measure(request: BuildRequest, backend: str) -> str:
         return backend
     if backend == "tensorrt":
         return dialect_of(request)
+    alone = _only_native(request.components)
+    if backend == "native" and not alone:
+        return "standard"
     raise VilaDeployError(
-        f"backend {backend} has no graphs that this computer could run",
+        f"backend {backend} has no graphs that this computer could run"
+        f"{f', and no other has its {alone}' if backend == 'native' else ''}",
         where="--eval",
         fix="leave --eval out, or measure with --backend tensorrt or onnxruntime",
     )
+
+
+def _only_native(components: Components) -> str:
+    """What no graph has as backend native has it; its int8 heads have a scale for each group."""
+    found = [f"--kv-cache {components.kv_cache}"] * (components.kv_cache != FP16)
+    found += [f"--lm-head {INT8}"] * (components.lm_head == INT8)
+    return " and ".join(found)

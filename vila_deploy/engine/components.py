@@ -20,7 +20,7 @@ RTX = "tensorrt-rtx"
 # What backends have beside fp16; backend tensorrt in its two forms.
 SUPPORTED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "onnxruntime": {"lm_head": (INT8, INT4)},
-    "native": {"lm_head": (INT8, INT4), "kv_cache": (INT8,)},
+    "native": {"vision": (INT8,), "lm_head": (INT8, INT4), "kv_cache": (INT8,)},
     RTX: {"vision": (INT8,), "lm_head": (INT8, INT4)},
     "tensorrt": {"lm_head": (INT8, INT4)},
     "tensorrt-llm": {},

@@ -9,6 +9,7 @@ from typing import Any
 
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.expected import (
+    Expected,
     decoder_linears,
     expected_projector,
     expected_tower,
@@ -106,18 +107,21 @@ def plan_engine(
         _cache(config.llm, limits, storage, kept_as.kv_cache),
         _activations(config, limits, storage)
         if backend != "native"
-        else _native_activations(config, limits, precision),
+        else _native_activations(config, limits, precision, kept_as.vision),
     )
     program = CPU_PROGRAM_BYTES if on_cpu else GPU_PROGRAM_BYTES
     limit_bytes = target.usable_bytes or available_memory_bytes()
     moved: dict[str, int] = {}
     if backend == "native" and target.reserved_bytes is None:
-        components, moved = _into_host_memory(config, components, limit_bytes - program)
+        room_bytes = limit_bytes - program
+        components, moved = _into_host_memory(config, components, room_bytes, kept_as.vision)
     device_bytes = program + sum(component.bytes for component in components)
     stages = _stages(config, target, backend, components, limit_bytes, device_bytes)
     if moved:
-        kept = Stage(f"in the host's memory: {' and '.join(moved)}", sum(moved.values()))
-        stages = (*stages, kept)
+        said = f"in the host's memory: {' and '.join(moved)}"
+        if VISION in moved:
+            said += f"; {moved[VISION] / 1e9:.1f} GB come to the card for each picture"
+        stages = (*stages, Stage(said, sum(moved.values())))
     return EnginePlan(
         target=target.name,
         backend=backend,
@@ -189,16 +193,21 @@ def _head_bits(llm: LlmConfig, kept_as: str, storage: Storage) -> float:
 
 
 def _tower(config: VilaConfig, kept_as: str, storage: Storage) -> Component:
-    """Only the matrices of its layers are quantized, with a scale for each of their outputs."""
     tensors = list(expected_tower(config))
     count = parameters(tensors)
-    matrices = [tensor for tensor in tensors if is_tower_linear(tensor.name, tensor.shape)]
-    if kept_as == FP16:
-        return Component.of("vision tower", count, storage.dense_bits)
-    small = parameters(matrices)
-    scales = sum(tensor.shape[0] for tensor in matrices)
-    bits = (count - small) * storage.dense_bits + small * BITS[kept_as]
-    return Component.of("vision tower", count, (bits + scales * storage.scale_bits) / count)
+    return Component.of("vision tower", count, _tower_bits(tensors, kept_as, storage) / count)
+
+
+def _tower_bits(tensors: Iterable[Expected], kept_as: str, storage: Storage) -> int:
+    """In int8 are only the matrices of its layers, with a scale for each of their outputs."""
+    bits = 0
+    for tensor in tensors:
+        count, small = math.prod(tensor.shape), is_tower_linear(tensor.name, tensor.shape)
+        if kept_as == FP16 or not small:
+            bits += count * storage.dense_bits
+        else:
+            bits += count * BITS[kept_as] + tensor.shape[0] * storage.scale_bits
+    return bits
 
 
 def _cache(llm: LlmConfig, limits: Limits, storage: Storage, kept_as: str) -> Component:
@@ -225,8 +234,13 @@ def _activations(config: VilaConfig, limits: Limits, storage: Storage) -> Compon
     return Component.of("activations (estimate)", count, storage.dense_bits)
 
 
-def _native_activations(config: VilaConfig, limits: Limits, precision: str) -> Component:
-    """Buffers of a chunk of the prompt and, for long ones, the widest weight in float16."""
+def _native_activations(
+    config: VilaConfig, limits: Limits, precision: str, vision: str
+) -> Component:
+    """Buffers of a chunk of the prompt and, for long ones, the widest weight in float16.
+
+    Or what the tower takes, with its widest matrix in float16 if it is kept in int8.
+    """
     llm = config.llm
     tokens = min(NATIVE_PREFILL_TOKENS, limits.max_input_len)
     queries, keys = (n * llm.head_dim for n in (llm.num_heads, llm.num_kv_heads))
@@ -234,21 +248,26 @@ def _native_activations(config: VilaConfig, limits: Limits, precision: str) -> C
     count = tokens * (5 * llm.hidden_size + 3 * queries + 2 * keys + 5 * llm.intermediate_size)
     if precision == "int4" and tokens > NATIVE_DENSE_TOKENS:
         count += 2 * llm.intermediate_size * llm.hidden_size
-    tower = _activations(config, limits, NATIVE_STORAGE)
-    return Component.of("activations (estimate)", max(count, tower.parameters), 16)
+    tower = _activations(config, limits, NATIVE_STORAGE).parameters
+    if vision != FP16:
+        tower += max(
+            math.prod(tensor.shape)
+            for tensor in expected_tower(config)
+            if is_tower_linear(tensor.name, tensor.shape)
+        )
+    return Component.of("activations (estimate)", max(count, tower), 16)
 
 
 def _into_host_memory(
-    config: VilaConfig, components: tuple[Component, ...], room_bytes: int
+    config: VilaConfig, components: tuple[Component, ...], room_bytes: int, vision: str
 ) -> tuple[tuple[Component, ...], dict[str, int]]:
     """Components after what doesn't fit into `room_bytes` was left outside, and bytes of that."""
-    tensors = list(expected_tower(config))
-    layers = parameters(tensor for tensor in tensors if "encoder.layers." in tensor.name)
-    visiting = VISITING_LAYERS * 2 * layers // max(1, config.vision_layers_used)
-    ways = {
-        "llm embeddings": (EMBEDDINGS, 0),
-        "vision tower": (VISION, 2 * (parameters(tensors) - layers) + visiting),
-    }
+    layers, others = list[Expected](), list[Expected]()
+    for tensor in expected_tower(config):
+        (layers if "encoder.layers." in tensor.name else others).append(tensor)
+    rest, inside = (_tower_bits(part, vision, NATIVE_STORAGE) // 8 for part in (others, layers))
+    visiting = VISITING_LAYERS * inside // max(1, config.vision_layers_used)
+    ways = {"llm embeddings": (EMBEDDINGS, 0), "vision tower": (VISION, rest + visiting)}
     moved: dict[str, int] = {}
     for name, (label, left) in ways.items():
         if sum(part.bytes for part in components) <= room_bytes:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from vila_deploy.backends.native import files
 from vila_deploy.backends.native.compile import compile_engine
 from vila_deploy.backends.native.model_file import write_model
+from vila_deploy.backends.native.tower import tower_tensors
 from vila_deploy.backends.native.weights import (
     Layer,
     PackedLlm,
@@ -23,7 +24,6 @@ from vila_deploy.backends.native.weights import (
     tensors,
 )
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.expected import expected_projector, expected_tower
 from vila_deploy.engine.plan import plan_engine
 from vila_deploy.engine.request import BuildRequest, Built
 from vila_deploy.errors import VilaDeployError
@@ -88,7 +88,8 @@ def build(
     with progress(steps + 2, "building") as advance:
         parts = pack_parts(config.llm, llm, max_seq_len, advance, components.lm_head)
         _save_llm(folder, config, parts, in_host_memory)
-        _save_vision(folder / files.VISION, config, tower, projector)
+        vision = tower_tensors(config, tower, projector, components.vision)
+        save_file({n: tensor.contiguous() for n, tensor in vision}, folder / files.VISION)
         advance("vision tower")
         report = compile_engine(config.llm, max_seq_len, [capability], components)
         kernels = {"components": components.to_json(), "kernels": report}
@@ -121,12 +122,3 @@ def _save_llm(
         save_file(contiguous, folder / files.LLM / files.part(name))
         units[name] = norm_units(part)
     write_model(folder / files.MODEL, config, units, in_host_memory)
-
-
-def _save_vision(
-    path: Path, config: VilaConfig, tower: WeightSource, projector: WeightSource
-) -> None:
-    """Tower and projector in float16; their names don't meet."""
-    found = {t.name: tower.tensor(t.name).half() for t in expected_tower(config)}
-    found |= {t.name: projector.tensor(t.name).half() for t in expected_projector(config)}
-    save_file({name: tensor.contiguous() for name, tensor in found.items()}, path)

@@ -18,6 +18,7 @@ from vila_deploy.backends.native.model_file import Units, read_model
 from vila_deploy.backends.native.prefill import prefill
 from vila_deploy.backends.native.step import Cache, DecodeStep, Sizes
 from vila_deploy.backends.native.streamed import pinned, stream_layers
+from vila_deploy.backends.native.tower import load_encoder
 from vila_deploy.backends.native.weights import (
     PackedLlm,
     Part,
@@ -57,8 +58,7 @@ class NativeSession:
         self._llm = _load_llm(folder, empty, units, self._device, table_at)
         # The tower runs in the precision that this device is fast in.
         self._vision_dtype = torch.float32 if self._device == "cpu" else torch.float16
-        stored = _Stored(load_file(folder / files.VISION))
-        encoder = VisionEncoder(config, stored, stored, self._vision_dtype)
+        encoder = load_encoder(load_file(folder / files.VISION), config, self._vision_dtype)
         place = stream_layers if VISION in in_host_memory else VisionEncoder.to
         self._vision = place(encoder, self._device)
         kept_as = manifest.components.kv_cache
@@ -251,19 +251,6 @@ def find_device() -> tuple[str, int]:
         )
     major, minor = torch.cuda.get_device_capability()
     return "cuda", 10 * major + minor
-
-
-class _Stored:
-    """Tensors of a file as a WeightSource."""
-
-    def __init__(self, tensors: dict[str, Tensor]):
-        self._tensors = tensors
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def linear(self, prefix: str) -> Tensor:
-        return self._tensors[f"{prefix}.weight"]
 
 
 def _load_llm(

@@ -1,0 +1,92 @@
+"""The vision tower of an engine: the matrices of its layers in float16, or in int8 with scales."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.expected import expected_projector, expected_tower
+from vila_deploy.engine.components import FP16, is_tower_linear
+from vila_deploy.graph.rounding import round_int8
+from vila_deploy.model.vision import VisionEncoder
+from vila_deploy.model.weights import WeightSource
+
+# Behind the name of a matrix in int8.
+SCALE = ".scale"
+
+
+class Int8Linear(nn.Module):
+    """y = x · (q · scale)ᵀ + bias: kept in int8, widened to the type of x for the product.
+
+    The widened weight is q · scale rounded once, as the engine of TensorRT has it.
+
+    Args:
+        q: int8 [out, in].
+        scale: float16 [out].
+        bias: [out] or None.
+    """
+
+    def __init__(self, q: Tensor, scale: Tensor, bias: Tensor | None):
+        super().__init__()
+        # Parameters, so that a streamed layer takes them along.
+        self.q, self.scale = (nn.Parameter(x, requires_grad=False) for x in (q, scale))
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.q.to(x.dtype) * self.scale.to(x.dtype)[:, None]
+        return linear(x, weight, self.bias)
+
+
+def tower_tensors(
+    config: VilaConfig, tower: WeightSource, projector: WeightSource, kept_as: str = FP16
+) -> Iterator[tuple[str, Tensor]]:
+    """What an engine keeps of tower and projector, whose names don't meet.
+
+    Raises:
+        VilaDeployError: a weight is so large that its scale is no float16.
+    """
+    for expected in expected_tower(config):
+        weight = tower.tensor(expected.name)
+        if kept_as == FP16 or not is_tower_linear(expected.name, expected.shape):
+            yield expected.name, weight.half()
+            continue
+        rounded = round_int8(weight, expected.name)
+        yield expected.name, rounded.q
+        yield expected.name + SCALE, rounded.scale
+    for expected in expected_projector(config):
+        yield expected.name, projector.tensor(expected.name).half()
+
+
+def load_encoder(
+    stored: Mapping[str, Tensor], config: VilaConfig, dtype: torch.dtype
+) -> VisionEncoder:
+    """The encoder of what `tower_tensors` gave; matrices in int8 stay so."""
+    source = _Stored(stored)
+    encoder = VisionEncoder(config, source, source, dtype)
+    prefix = config.vision.family.prefix
+    for name, module in list(encoder.tower.named_modules()):
+        full = f"{prefix}{name}.weight"
+        if full + SCALE not in stored:
+            continue
+        assert isinstance(module, nn.Linear)
+        small = Int8Linear(stored[full], stored[full + SCALE], module.bias)
+        encoder.tower.set_submodule(name, small)
+    return encoder.eval()
+
+
+class _Stored:
+    """Tensors of a file as a WeightSource; those in int8 are places to be taken."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._tensors = tensors
+
+    def tensor(self, name: str) -> Tensor:
+        found = self._tensors[name]
+        return found if found.is_floating_point() else found.to("meta")
+
+    def linear(self, prefix: str) -> Tensor:
+        return self.tensor(f"{prefix}.weight")
