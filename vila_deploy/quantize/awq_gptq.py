@@ -220,7 +220,7 @@ class _Work:
         bias = bias_of(self.layer, name)
         wanted = weight
         if compensate:
-            wanted = weight + COMPENSATION * metric.fit(metric.residual(weight))
+            wanted = weight + COMPENSATION * metric.fit(weight)
         linear = round_with_feedback(wanted, metric, self.scheme, f"{self.where}.{name}", bias)
         rows = torch.linspace(0, len(weight) - 1, min(ERROR_ROWS, len(weight))).long()
         sample = wanted[rows]

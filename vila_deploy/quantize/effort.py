@@ -22,13 +22,13 @@ PROBE_S = 0.1
 PROBE_TOKENS, PROBE_COLUMNS, PROBE_NUMBERS = 256, 512, 1 << 22
 # Passes (a number read or written) per weight: round to nearest, its error, packing and hashing.
 RTN_PASSES = 60
-# Of error feedback: eleven ranges are tried; the rest is rounding and refinement.
-RANGE_PASSES, FEEDBACK_PASSES = 11 * 14, 60
+# Of error feedback: eleven ranges are tried, in cache; the rest is rounding and refinement.
+RANGE_PASSES, FEEDBACK_PASSES = 11 * 5, 60
 # Products per weight [out, in] by `in`, in multiply-adds: with the moments and for the slope, and a
 # half each, being triangular, for error feedback and for scales by least squares, twice.
 ROUND_PRODUCTS = 3.5
-# Residual and two triangular solves.
-COMPENSATE_PRODUCTS = 2.0
+# Two triangular solves.
+COMPENSATE_PRODUCTS = 1.0
 # Operations of a channel in error feedback and in descent, and in-cache passes within a block.
 CALLS_PER_CHANNEL, BLOCK_PASSES = 25, 40
 # Half precision of float64 equations, and the two times that they are solved.

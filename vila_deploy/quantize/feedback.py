@@ -16,6 +16,7 @@ from vila_deploy.quantize.scheme import QuantScheme
 
 # Of the full range of a group. A little more than all pays off where its ends matter least.
 RANGE_FACTORS = tuple(1.05 - 0.05 * step for step in range(11))
+SEARCHED_ROWS = 64
 REFINEMENTS = 1
 # A refitted scale further away belongs to a group that hardly matters; the old one is safer.
 MAX_REFIT_FACTOR = 2.0
@@ -81,7 +82,10 @@ def _round_rows(
     weight: Tensor, metric: Metric, scheme: QuantScheme
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Levels uint8 [rows, in]; scale and zero float32 [in/group, rows]."""
-    scale, zero = _search_ranges(weight, metric, scheme)
+    # What a few rows need stays in a processor's cache from one range to the next.
+    few = SEARCHED_ROWS if weight.device.type == "cpu" else len(weight)
+    found = [_search_ranges(part, metric, scheme) for part in weight.split(few)]
+    scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
     transposed = weight.T.contiguous()
     rows = _Rows(
         transposed, transposed, scale.T.contiguous(), zero.T.contiguous(), scheme.group_size

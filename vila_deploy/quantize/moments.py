@@ -90,26 +90,21 @@ class Metric:
         ordered = scales[self.order]
         self.feedback.mul_(ordered).div_(ordered[:, None])
 
-    def fit(self, residual: Tensor) -> Tensor:
-        """The weights D [outputs, channels] for which x Dᵀ is nearest to the targets t.
+    def fit(self, weight: Tensor) -> Tensor:
+        """What to add to `weight` [outputs, channels] to bring x Wᵀ nearest to the targets t.
 
-        Args:
-            residual: mean tᵀx [outputs, channels].
+        That is (tᵀx - W C) G⁻¹ , C = (G - added) / (1 - SHRINK) the plain moments, without W C.
         """
-        found = residual[:, self.order].T
+        found = (self.cross + weight * (self.added / (1 - SHRINK)))[:, self.order].T
         found = torch.linalg.solve_triangular(
             self.feedback, found, upper=True, unitriangular=True
         ).div_(self.conditional[self.order][:, None])
         found = torch.linalg.solve_triangular(
             self.feedback.T, found, upper=False, unitriangular=True
         )
-        fitted = torch.empty_like(residual)
+        fitted = torch.empty_like(weight)
         fitted[:, self.order] = found.T
-        return fitted
-
-    def residual(self, weight: Tensor) -> Tensor:
-        """What x Wᵀ leaves of the targets, as mean tᵀx [outputs, channels]."""
-        return self.cross - (weight @ self.gram - weight * self.added) / (1 - SHRINK)
+        return fitted.sub_(weight, alpha=1 / (1 - SHRINK))
 
     def output_error(self, difference: Tensor) -> float:
         """Mean square over tokens and outputs of x Dᵀ, without what regularisation added."""
