@@ -33,8 +33,15 @@ def benchmark(out: Path, limit_s: float, *, rehearse: bool) -> int:
 
     from benchmarks.gpu.card import measure_card
     from benchmarks.gpu.checks import check_all
+    from benchmarks.gpu.peers_llamacpp import measure_llamacpp
+    from benchmarks.gpu.peers_tinychat import begin_compiling
     from benchmarks.gpu.plot import plot
-    from benchmarks.gpu.products import measure_prefill, measure_products, measure_stream
+    from benchmarks.gpu.products import (
+        measure_peers,
+        measure_prefill,
+        measure_products,
+        measure_stream,
+    )
     from benchmarks.gpu.steps import measure_steps
 
     device, sm = "cpu", 0
@@ -46,12 +53,16 @@ def benchmark(out: Path, limit_s: float, *, rehearse: bool) -> int:
         device, sm = "cuda", 10 * major + minor
     run = Run(device, sm, limit_s, out)
     if not rehearse:
+        begin_compiling()
         _compile_ahead(sm)
     with torch.inference_mode():
         if not check_all(run):
             print("error: a kernel disagrees with its reference; nothing was timed")
             return 1
-        stages = (measure_stream, measure_steps, measure_card, measure_products, measure_prefill)
+        stages = (
+            measure_stream, measure_steps, measure_card, measure_products, measure_prefill,
+            measure_peers, measure_llamacpp,
+        )  # fmt: skip
         for stage in stages:
             if run.left_s < LEAST_S:
                 run.add("failed", stage.__name__, reason="no time left")

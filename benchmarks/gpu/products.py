@@ -1,24 +1,37 @@
-"""Times of single products: ours, cuBLAS in float16, and peers that can be imported."""
+"""Times of single products and of a step's: ours, cuBLAS in float16, and peers that are here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from vila_deploy.kernels.gemv import gemv
-from vila_deploy.kernels.linear import linear
+from vila_deploy.kernels.layout import pack_float, pack_int4, pack_int8
+from vila_deploy.kernels.linear import linear as times
 
+from benchmarks.gpu import peers_tinychat, peers_triton, peers_vllm
 from benchmarks.gpu.environment import Run
 from benchmarks.gpu.inputs import config, linears, random_packed
+from benchmarks.gpu.peers_base import (
+    LIMIT,
+    Missing,
+    Opened,
+    Peer,
+    Prepared,
+    error_of,
+    random_quantized,
+    size_bytes,
+)
 from benchmarks.gpu.timing import copies_needed, seconds
 from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.formats.quantized_linear import QuantizedLinear
 
 Call = Callable[[], object]
-# Makes a call over fresh inputs of [out, in] for so many tokens, and says what it reads.
-Maker = Callable[[int, int, int, Run], tuple[Call, int]]
 PROMPTS = (256, 512, 1024, 2048)
-GROUP = 128
+# Seconds that a model's products by one implementation may take.
+LEAST_S = 15.0
 
 
 def measure_stream(run: Run) -> None:
@@ -36,32 +49,142 @@ def measure_stream(run: Run) -> None:
 
 
 def measure_products(run: Run) -> None:
-    """Every product of a decoding step for each model, by every implementation, one token."""
-    for model in ("3B",) if run.rehearsed else ("3B", "8B", "13B", "40B"):
-        sizes = config(model, "int4", small=run.rehearsed)
-        for name, (rows, columns) in linears(sizes).items():
-            if run.rehearsed and name not in ("o", "head"):
+    """Every product of a decoding step for each model: ours, and cuBLAS on float16 weights."""
+    _measure_all(run, OWN)
+
+
+def measure_peers(run: Run) -> None:
+    """The same by others' kernels, those that are here, most wanted first; then side by side."""
+    _measure_all(run, PEERS)
+    compare(run)
+
+
+def _measure_all(run: Run, peers: Sequence[Peer]) -> None:
+    for peer in peers:
+        try:
+            opened = peer.open(run)
+        except Missing as error:
+            run.add("skipped", peer.name, reason=str(error)[:200])
+            continue
+        except Exception as error:  # a peer that doesn't run here is a result too
+            run.add("failed", peer.name, reason=_line(error))
+            continue
+        for model in ("3B",) if run.rehearsed else ("3B", "8B", "13B", "40B"):
+            if run.left_s < LEAST_S:
+                run.add("skipped", f"{model} {peer.name}", reason="no time left")
                 continue
-            for maker in MAKERS if name != "head" else HEAD_MAKERS:
-                _measure(run, f"{model} {name} {maker}", MAKERS[maker], rows, columns, 1)
-    if not run.rehearsed:
-        for tokens in (2, 4, 8):
-            _measure(run, f"8B gate_up ours int4 × {tokens}", _ours(4), 28672, 4096, tokens)
+            _measure_model(run, model, peer, opened)
 
 
-def _measure(run: Run, name: str, maker: Maker, rows: int, columns: int, tokens: int) -> None:
+def _measure_model(run: Run, model: str, peer: Peer, opened: Opened) -> None:
+    sizes = config(model, "int4", small=run.rehearsed)
+    agree = True
+    for name, (rows, columns) in linears(sizes).items():
+        # Those that the interpreter gets through, and that have whole groups.
+        if (name == "head" and not peer.heads) or (run.rehearsed and name in ("qkv", "o")):
+            continue
+        agree &= _measure(run, f"{model} {name} {peer.name}", opened, rows, columns, 1)
+        if not agree:
+            return
+        if model == "8B" and name == "gate_up":
+            for tokens in (2, 4, 8):
+                shown = f"{model} {name} {peer.name} × {tokens}"
+                _measure(run, shown, opened, rows, columns, tokens)
+    if "fp16" not in peer.name and "int8" not in peer.name:
+        _measure_sum(run, model, peer, opened, sizes)
+
+
+def _measure(run: Run, name: str, opened: Opened, rows: int, columns: int, tokens: int) -> bool:
+    """One product, if it is the product; whether it is."""
     try:
-        call, size_bytes = maker(rows, columns, tokens, run)
-        copies = copies_needed(size_bytes, run.device)
-        calls = [call, *(maker(rows, columns, tokens, run)[0] for _ in range(copies - 1))]
-        time_s = seconds(calls, run.device)
+        linear = random_quantized(rows, columns, run.device)
+        x, first = _x(columns, tokens, run), opened.prepare(linear)
+        error = error_of(first.call(x.to(first.dtype)), x, linear.dequantize())
+        if error >= LIMIT:
+            run.add("failed", name, reason=f"error {error:.3g} against float32, not timed")
+            return False
+        copies = copies_needed(first.size_bytes, run.device)
+        prepared = [first, *(opened.prepare(linear) for _ in range(copies - 1))]
+        time_s = seconds([_bound(each, x) for each in prepared], run.device)
     except Exception as error:  # a peer that doesn't run here is a result too
-        run.add("failed", name, reason=f"{type(error).__name__}: {error}".splitlines()[0][:200])
-        return
+        run.add("failed", name, reason=_line(error))
+        return False
     run.add(
-        "product", name, rows=rows, columns=columns, tokens=tokens, bytes=size_bytes,
-        microseconds=time_s * 1e6, bytes_per_s=size_bytes / time_s,
+        "product", name, version=opened.version, rows=rows, columns=columns, tokens=tokens,
+        error=error, bytes=first.size_bytes, microseconds=time_s * 1e6,
+        bytes_per_s=first.size_bytes / time_s,
     )  # fmt: skip
+    return True
+
+
+def _measure_sum(run: Run, model: str, peer: Peer, opened: Opened, sizes: LlmConfig) -> None:
+    """All products of a step in one graph; lm_head in float16, by us or, for peers, by cuBLAS."""
+    shapes = {k: v for k, v in linears(sizes).items() if not (run.rehearsed and k in ("qkv", "o"))}
+    head = shapes.pop("head")
+    try:
+        layers = [_layer(run, opened, shapes)]
+        read = sum(size for _, size in layers[0])
+        layers += [_layer(run, opened, shapes) for _ in range(copies_needed(read, run.device) - 1)]
+        last, head_bytes = _head(run, head, ours=peer in OWN)
+
+        def step() -> None:
+            for index in range(sizes.num_layers):
+                for call, _ in layers[index % len(layers)]:
+                    call()
+            last()
+
+        step_s = seconds([step], run.device)
+    except Exception as error:
+        run.add("failed", f"{model} step {peer.name}", reason=_line(error))
+        return
+    total = read * sizes.num_layers + head_bytes
+    run.add(
+        "step_products", f"{model} step {peer.name}", version=opened.version, weights="random",
+        holds="products of all layers and lm_head in float16; no norms, attention or cache",
+        milliseconds=step_s * 1e3, steps_per_s=1 / step_s, bytes=total, bytes_per_s=total / step_s,
+    )  # fmt: skip
+
+
+def _layer(
+    run: Run, opened: Opened, shapes: Mapping[str, tuple[int, int]]
+) -> list[tuple[Call, int]]:
+    """Calls of a layer's products over weights of its own, with the bytes that each reads."""
+    found: list[tuple[Call, int]] = []
+    for rows, columns in shapes.values():
+        prepared = opened.prepare(random_quantized(rows, columns, run.device))
+        found.append((_bound(prepared, _x(columns, 1, run)), prepared.size_bytes))
+    return found
+
+
+def _head(run: Run, shape: tuple[int, int], *, ours: bool) -> tuple[Call, int]:
+    prepare = (_ours(16) if ours else _cublas)(run).prepare
+    prepared = prepare(random_quantized(*shape, run.device))
+    return _bound(prepared, _x(shape[1], 1, run)), prepared.size_bytes
+
+
+def compare(run: Run) -> None:
+    """How long each peer's products alone take beside our whole step, attention included."""
+    whole = {r["name"].split()[0]: r for r in run.rows if _is_plain_step(r)}
+    for row in [row for row in run.rows if row["kind"] == "step_products"]:
+        model, _, name, bits = row["name"].split()
+        if name != "ours" and model in whole:
+            run.add(
+                "ratio", f"{model} products of {name} {bits} / whole step of ours",
+                ratio=row["milliseconds"] / whole[model]["milliseconds"],
+            )  # fmt: skip
+
+
+def _is_plain_step(row: Mapping[str, Any]) -> bool:
+    return row["kind"] == "step" and row["name"].split()[1:] == ["int4"]
+
+
+def _bound(prepared: Prepared, x: Tensor) -> Call:
+    given = x.to(prepared.dtype)
+    return lambda: prepared.call(given)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def measure_prefill(run: Run) -> None:
@@ -88,62 +211,53 @@ def _layer_s(run: Run, sizes: LlmConfig, tokens: int, bits: int) -> float:
             call: Call = lambda x=x, w=dense: torch.nn.functional.linear(x, w)  # noqa: E731
         else:
             weight = random_packed(rows, columns, bits, run.device)
-            call = lambda x=x, w=weight: linear(x, w, None, run.sm)  # noqa: E731
+            call = lambda x=x, w=weight: times(x, w, None, run.sm)  # noqa: E731
         total += seconds([call], run.device)
     return total
-
-
-def _ours(bits: int) -> Maker:
-    def make(rows: int, columns: int, tokens: int, run: Run) -> tuple[Call, int]:
-        weight = random_packed(rows, columns, bits, run.device, GROUP)
-        y = torch.empty(tokens, rows, dtype=torch.float16, device=run.device)
-        return gemv(_x(columns, tokens, run), weight, None, y, run.sm), weight.size_bytes
-
-    return make
 
 
 def _x(columns: int, tokens: int, run: Run) -> Tensor:
     return torch.randn(tokens, columns, device=run.device).half()
 
 
-def _cublas(rows: int, columns: int, tokens: int, run: Run) -> tuple[Call, int]:
-    weight = (torch.randn(rows, columns, device=run.device) * columns**-0.5).half()
-    x = _x(columns, tokens, run)
-    return lambda: torch.nn.functional.linear(x, weight), weight.numel() * 2
+def _ours(bits: int) -> Callable[[Run], Opened]:
+    """Our GEMV over the given weight, or over what it stands for in 8 or 16 bits."""
+
+    def open_ours(run: Run) -> Opened:
+        def prepare(linear: QuantizedLinear) -> Prepared:
+            packed = pack_int4(linear)
+            if bits > 4:
+                packed = (pack_int8 if bits == 8 else pack_float)(linear.dequantize())
+            known: dict[int, tuple[Tensor, Tensor, Call]] = {}
+
+            def call(x: Tensor) -> Tensor:
+                # A launch is over fixed buffers; the same input needs no other.
+                if x.data_ptr() not in known:
+                    y = torch.empty(len(x), packed.out_features, dtype=x.dtype, device=x.device)
+                    known[x.data_ptr()] = (x, y, gemv(x, packed, None, y, run.sm))
+                _, y, launch = known[x.data_ptr()]
+                launch()
+                return y
+
+            return Prepared(call, packed.size_bytes)
+
+        return Opened("this commit", prepare)
+
+    return open_ours
 
 
-def _tinygemm(rows: int, columns: int, tokens: int, run: Run) -> tuple[Call, int]:
-    """torch's own 4-bit product: bfloat16, scale and zero of a group as two bfloat16."""
-    levels = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=run.device)
-    packed = torch.ops.aten._convert_weight_to_int4pack(levels, 8)
-    scales = torch.rand(columns // GROUP, rows, 2, dtype=torch.bfloat16, device=run.device) * 0.01
-    x = _x(columns, tokens, run).bfloat16()
-    size_bytes = packed.numel() * packed.element_size() + scales.numel() * 2
-    return lambda: torch.ops.aten._weight_int4pack_mm(x, packed, GROUP, scales), size_bytes
+def _cublas(run: Run) -> Opened:
+    def prepare(linear: QuantizedLinear) -> Prepared:
+        weight = linear.dequantize().half()
+        return Prepared(lambda x: torch.nn.functional.linear(x, weight), size_bytes(weight))
+
+    return Opened(f"torch {torch.__version__}", prepare)
 
 
-def _gemlite(rows: int, columns: int, tokens: int, run: Run) -> tuple[Call, int]:
-    """GemLite, if it is installed; unmeasured and untried so far."""
-    from gemlite.core import DType, GemLiteLinearTriton
-
-    layer = GemLiteLinearTriton(
-        4, group_size=GROUP, in_features=columns, out_features=rows, input_dtype=DType.FP16,
-        output_dtype=DType.FP16,
-    )  # fmt: skip
-    levels = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, device=run.device)
-    groups = (rows * columns // GROUP, 1)
-    scales = torch.rand(groups, device=run.device).half() * 0.01
-    layer.pack(levels, scales, torch.full_like(scales, 8.0), None)
-    x = _x(columns, tokens, run)
-    return lambda: layer(x), rows * columns // 2 + groups[0] * 4
-
-
-MAKERS: dict[str, Maker] = {
-    "ours int4": _ours(4),
-    "ours int8": _ours(8),
-    "ours fp16": _ours(16),
-    "cublas fp16": _cublas,
-    "tinygemm int4": _tinygemm,
-    "gemlite int4": _gemlite,
-}
-HEAD_MAKERS = ("ours int4", "ours int8", "ours fp16", "cublas fp16")
+OWN = (
+    Peer("ours int4", _ours(4), heads=True),
+    Peer("ours int8", _ours(8), heads=True),
+    Peer("ours fp16", _ours(16), heads=True),
+    Peer("cublas fp16", _cublas, heads=True),
+)
+PEERS = (*peers_tinychat.PEERS, *peers_vllm.PEERS, *peers_triton.PEERS)
