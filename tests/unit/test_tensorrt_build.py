@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 from pathlib import Path
@@ -13,13 +14,17 @@ from click.testing import CliRunner
 from tiny import make_checkpoint
 
 from vila_deploy.backends import open_engine
+from vila_deploy.backends.tensorrt import aside, compilers, cuda, files
 from vila_deploy.backends.tensorrt import build as build_module
-from vila_deploy.backends.tensorrt import compilers, cuda, files
+from vila_deploy.backends.tensorrt.aside import Aside
 from vila_deploy.backends.tensorrt.compile import Job, compile_graph
 from vila_deploy.backends.tensorrt.compilers import COMPILERS
 from vila_deploy.build import BuildOptions, build_engine
+from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.cli.build_engine import main
-from vila_deploy.engine.manifest import load_manifest
+from vila_deploy.engine.manifest import Limits, load_manifest
+from vila_deploy.engine.request import BuildRequest
+from vila_deploy.engine.target import get_target
 from vila_deploy.errors import VilaDeployError
 
 needs_rtx = pytest.mark.skipif(
@@ -237,3 +242,39 @@ def test_an_interrupt_is_answered_when_the_compiler_has_ended(tmp_path: Path) ->
             device_compiler({}, build), device_job(tmp_path), lambda text="", steps=1: None
         )
     assert ended
+
+
+@needs_rtx
+def test_a_part_compiled_aside_says_what_was_wrong_with_it(tmp_path: Path) -> None:
+    config = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=True)).config
+    engine = tmp_path / "engine"
+    (engine / "vision").mkdir(parents=True)
+    limits = Limits(max_batch_size=1, max_input_len=32, max_seq_len=64)
+    build_module.write_description(engine, config, BuildRequest(get_target("rtx4090"), limits))
+    (engine / "vision" / files.GRAPH).write_bytes(b"no graph")
+    with (
+        Aside(engine, "vision") as compiling,
+        pytest.raises(VilaDeployError, match=r"model\.onnx: tensorrt-rtx \S+ can't compile it \("),
+    ):
+        compiling.versions()
+    with Aside(engine, "vision") as compiling:
+        compiling.process.kill()
+        with pytest.raises(VilaDeployError, match=r"vision ended before its time \(signal 9\)"):
+            compiling.versions()
+    with pytest.raises(KeyboardInterrupt), Aside(engine, "vision") as compiling:
+        raise KeyboardInterrupt
+    assert compiling.process.returncode == -signal.SIGKILL
+
+
+def test_a_full_disk_aside_is_a_full_disk_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compile_part(folder: Path, part: str, advance: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder / part))
+
+    monkeypatch.setattr(build_module, "compile_part", compile_part)
+    monkeypatch.setattr("sys.argv", ["aside", "engine", "vision"])
+    with pytest.raises(SystemExit):
+        aside.main()
+    with pytest.raises(OSError, match="No space left on device: 'engine/vision'"):
+        aside.answered(capsys.readouterr().out)

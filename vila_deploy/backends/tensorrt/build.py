@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vila_deploy.backends.tensorrt import files
+from vila_deploy.backends.tensorrt.aside import Aside
 from vila_deploy.backends.tensorrt.compile import Job, compile_graph
 from vila_deploy.backends.tensorrt.compilers import COMPILERS, Compiler, host_platform
 from vila_deploy.engine.components import FP16, head_group_size
@@ -93,17 +95,24 @@ def build(
     write_description(folder, config, request)
     versions = {"onnx": version("onnx")}
     steps = graphs.graph_steps(config) + len(parts) * bool(compiler.ahead_of_time)
-    with progress(steps, "building") as advance:
+    with progress(steps, "building") as advance, ExitStack() as stack:
         vision = request.components.vision
         graphs.write_vision(folder, config, tower, projector, dialect, advance, vision)
+        aside = []
         if compiler.ahead_of_time:
-            for part in parts[:-1]:
-                versions |= _compile_and_clear(folder, part, advance)
+            aside = [stack.enter_context(Aside(folder, part)) for part in parts[:-1]]
         max_seq_len = request.limits.max_seq_len
         head = request.components.lm_head
         weight_bytes = graphs.write_llm(folder, config, llm, max_seq_len, dialect, advance, head)
         if compiler.ahead_of_time:
-            versions |= _compile_and_clear(folder, parts[-1], advance)
+            # Before the LLM's, or the memory of two compilers would add up.
+            for part, compiling in zip(parts, aside, strict=False):
+                advance(f"{part}: compiling", steps=0)
+                versions |= compiling.versions()
+                advance(f"{part}: compiled")
+                _clear(folder, part)
+            versions |= compile_part(folder, parts[-1], advance)
+            _clear(folder, parts[-1])
             return Built(weight_bytes, versions)
     return Built(weight_bytes, versions, tuple(_need(part) for part in parts))
 
@@ -165,11 +174,9 @@ def compile_part(folder: Path, part: str, advance: Advance) -> dict[str, str]:
     return {compiler.package: version, files.CAPABILITY: capability}
 
 
-def _compile_and_clear(folder: Path, part: str, advance: Advance) -> dict[str, str]:
-    versions = compile_part(folder, part, advance)
+def _clear(folder: Path, part: str) -> None:
     for path in spent(folder, _need(part)):
         (folder / path).unlink()
-    return versions
 
 
 def write_description(folder: Path, config: VilaConfig, request: BuildRequest) -> None:

@@ -136,3 +136,10 @@ def pack_nibbles(levels: Tensor) -> NDArray[np.uint8]:
     if levels.shape[1] % 2:
         levels = torch.nn.functional.pad(levels, (0, 1))
     return (levels[:, 0::2] | (levels[:, 1::2] << 4)).numpy()
+
+
+def pack_turned(levels: Tensor) -> NDArray[np.uint8]:
+    """`pack_nibbles` of the transpose of `levels` [rows, columns], with half as much to turn."""
+    if len(levels) % 2:
+        levels = torch.nn.functional.pad(levels, (0, 0, 0, 1))
+    return (levels[0::2] | (levels[1::2] << 4)).T.contiguous().numpy()

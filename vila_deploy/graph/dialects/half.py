@@ -14,7 +14,7 @@ from torch import Tensor
 from vila_deploy.engine.components import head_group_size
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats.quantized_linear import QuantizedLinear
-from vila_deploy.graph.dialects import AttentionShape, StoredLinear, gated, pack_nibbles
+from vila_deploy.graph.dialects import AttentionShape, StoredLinear, gated, pack_turned
 from vila_deploy.graph.rounding import Int8Linear, round_head
 from vila_deploy.graph.tensors import float16
 from vila_deploy.graph.writer import GraphWriter, StoredTensor, WeightFile
@@ -197,10 +197,10 @@ def _store_quantized(
     """Levels, scales and zero points as [in, out], [groups, out] and [groups, out]."""
     group_size = parts[0].group_size
     assert len({part.group_size for part in parts}) == 1
-    levels = torch.cat([part.q for part in parts]).T ^ SIGN_BIT
+    levels = torch.cat([part.q for part in parts]) ^ SIGN_BIT
     scale = torch.cat([part.scale for part in parts]).T
     tensors = {
-        "weight": file.append_int4(pack_nibbles(levels.contiguous()), tuple(levels.shape)),
+        "weight": file.append_int4(pack_turned(levels), tuple(levels.T.shape)),
         "scale": file.append(scale.numpy()),
     }
     if not all(part.symmetric for part in parts):
@@ -225,11 +225,10 @@ def _store_pair(file: WeightFile, linear: Int8Linear, group_size: int) -> dict[s
     for key, factor in zip(PAIR, (16, 1), strict=True):
         scale = (linear.scale * factor).expand(groups, -1)
         tensors[SCALE_OF[key]] = file.append(float16(scale.contiguous(), HEAD))
-    q = linear.q.T
-    low = ((q + SIGN_BIT) & 15) - SIGN_BIT
-    for key, digits in (("high", (q - low) >> 4), ("low", low)):
-        levels = (digits & 15).to(torch.uint8).contiguous()
-        tensors[key] = file.append_int4(pack_nibbles(levels), tuple(levels.shape))
+    low = ((linear.q + SIGN_BIT) & 15) - SIGN_BIT
+    for key, digits in (("high", (linear.q - low) >> 4), ("low", low)):
+        levels = (digits & 15).to(torch.uint8)
+        tensors[key] = file.append_int4(pack_turned(levels), tuple(levels.T.shape))
     return tensors
 
 
