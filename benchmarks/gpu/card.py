@@ -15,33 +15,17 @@ from benchmarks.gpu.steps import STEPS, step_seconds
 from vila_deploy.backends.native.prefill import prefill
 from vila_deploy.backends.native.step import Cache, DecodeStep, Sizes
 from vila_deploy.backends.native.streamed import stream_layers
+from vila_deploy.backends.native.tower import SCALE, load_encoder
 from vila_deploy.backends.native.weights import empty_llm
 from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.expected import expected_projector, expected_tower
+from vila_deploy.engine.components import FP16, INT8, is_tower_linear
 from vila_deploy.model.presets import preset
-from vila_deploy.model.vision import VisionEncoder
 
 MODEL, LM_HEAD, SLOTS = "40B", "int4", 2048
 LIMIT_BYTES = int(22.5 * 2**30)
 # What the driver and CUDA's libraries take, which torch's own limit doesn't see.
 CONTEXT_BYTES = 800 << 20
-
-
-class RandomSource:
-    """A WeightSource of random float16 tensors; those of one shape are the same."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, ...], Tensor] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-
-    def tensor(self, name: str) -> Tensor:
-        shape = self.shapes[name]
-        if shape not in self._known:
-            scale = 1 / math.sqrt(math.prod(shape[1:]) or 1)
-            self._known[shape] = torch.randn(shape).mul_(scale).half()
-        return self._known[shape]
-
-    def linear(self, prefix: str) -> Tensor:
-        return self.tensor(f"{prefix}.weight")
 
 
 def measure_card(run: Run) -> None:
@@ -77,12 +61,8 @@ def _measure(run: Run) -> dict[str, float]:
     cache = Cache(vila.llm, slots, run.device)
     sizes = Sizes(vila.llm, slots, run.sm, run.device)
     step = DecodeStep(sizes, llm, cache)
-    encoder = stream_layers(_encoder(vila, run), run.device)
-    size = vila.vision.image_size
-    kind = torch.float32 if run.rehearsed else torch.float16
-    pixels = torch.randn(1, 3, size, size, dtype=kind, device=run.device)
-    encoder(pixels)  # compiles nothing, but brings cuBLAS
-    picture_s, features = _timed(run, lambda: encoder(pixels)[0])
+    picture_s, features = _picture(run, vila, FP16)
+    small_s, _ = _picture(run, vila, INT8)
     embeds = torch.randn(prompt, vila.llm.hidden_size, device=run.device)
     embeds[: len(features)] = features[:prompt].float()
     prefill(sizes, llm, cache, embeds, 0)
@@ -91,6 +71,7 @@ def _measure(run: Run) -> dict[str, float]:
     weight_bytes = empty_llm(vila.llm, slots, lm_head=LM_HEAD).bytes_per_step
     return {
         "picture_ms": picture_s * 1e3,
+        "picture_int8_ms": small_s * 1e3,
         "prompt_tokens": prompt,
         "prefill_ms": prefill_s * 1e3,
         "context": prompt,
@@ -123,10 +104,31 @@ def _vila(run: Run) -> VilaConfig:
     )  # fmt: skip
 
 
-def _encoder(vila: VilaConfig, run: Run) -> VisionEncoder:
-    from vila_deploy.checkpoint.expected import expected_projector, expected_tower
-
-    source = RandomSource()
-    source.shapes = {t.name: t.shape for t in (*expected_tower(vila), *expected_projector(vila))}
+def _picture(run: Run, vila: VilaConfig, kept_as: str) -> tuple[float, Tensor]:
+    """Seconds of a picture through a streamed tower, and its features [tokens, hidden]."""
     kind = torch.float32 if run.rehearsed else torch.float16
-    return VisionEncoder(vila, source, source, kind)
+    encoder = stream_layers(load_encoder(_vision(vila, kept_as), vila, kind), run.device)
+    size = vila.vision.image_size
+    pixels = torch.randn(1, 3, size, size, dtype=kind, device=run.device)
+    encoder(pixels)  # compiles nothing, but brings cuBLAS
+    return _timed(run, lambda: encoder(pixels)[0])
+
+
+def _vision(vila: VilaConfig, kept_as: str) -> dict[str, Tensor]:
+    """Random tensors of tower and projector; those of one shape are the same numbers."""
+    known: dict[tuple[bool, tuple[int, ...]], Tensor] = {}
+    found: dict[str, Tensor] = {}
+    for tensor in (*expected_tower(vila), *expected_projector(vila)):
+        name, shape = tensor.name, tensor.shape
+        scale = 1 / math.sqrt(math.prod(shape[1:]) or 1)
+        small = kept_as == INT8 and is_tower_linear(name, shape)
+        if small:
+            found[name + SCALE] = torch.full(shape[:1], scale / 74, dtype=torch.float16)
+        if (small, shape) not in known:
+            known[small, shape] = (
+                torch.randint(-127, 128, shape, dtype=torch.int8)
+                if small
+                else torch.randn(shape).mul_(scale).half()
+            )
+        found[name] = known[small, shape]
+    return found
