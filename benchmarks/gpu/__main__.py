@@ -20,14 +20,16 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"), help="rows are appended")
     parser.add_argument("--limit-s", type=float, default=LIMIT_S)
+    parser.add_argument("--only", help="stages after the checks, e.g. steps,peers")
     arguments = parser.parse_args()
     if arguments.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
     make_importable()
-    return benchmark(arguments.out, arguments.limit_s, rehearse=arguments.rehearse)
+    only = arguments.only and arguments.only.split(",")
+    return benchmark(arguments.out, arguments.limit_s, only, rehearse=arguments.rehearse)
 
 
-def benchmark(out: Path, limit_s: float, *, rehearse: bool) -> int:
+def benchmark(out: Path, limit_s: float, only: list[str] | None, *, rehearse: bool) -> int:
     """All stages in turn; 1 if a kernel disagrees with its reference, then nothing is timed."""
     import torch
 
@@ -44,6 +46,16 @@ def benchmark(out: Path, limit_s: float, *, rehearse: bool) -> int:
     )
     from benchmarks.gpu.steps import measure_steps
 
+    stages = {
+        stage.__name__.removeprefix("measure_"): stage
+        for stage in (
+            measure_stream, measure_steps, measure_card, measure_products, measure_prefill,
+            measure_peers, measure_llamacpp,
+        )
+    }  # fmt: skip
+    if unknown := set(only or ()) - stages.keys():
+        print(f"error: no stage {unknown.pop()}; there are {', '.join(stages)}", file=sys.stderr)
+        return 2
     device, sm = "cpu", 0
     if not rehearse:
         if not torch.cuda.is_available():
@@ -59,15 +71,11 @@ def benchmark(out: Path, limit_s: float, *, rehearse: bool) -> int:
         if not check_all(run):
             print("error: a kernel disagrees with its reference; nothing was timed")
             return 1
-        stages = (
-            measure_stream, measure_steps, measure_card, measure_products, measure_prefill,
-            measure_peers, measure_llamacpp,
-        )  # fmt: skip
-        for stage in stages:
+        for name in only or stages:
             if run.left_s < LEAST_S:
-                run.add("failed", stage.__name__, reason="no time left")
+                run.add("skipped", name, reason="no time left")
                 continue
-            stage(run)
+            stages[name](run)
     path = out.with_suffix(".png")
     print(f"{len(run.rows)} rows in {out}" + (f", {path}" if plot(run.rows, path) else ""))
     return 0
