@@ -225,8 +225,9 @@ def _ours(bits: int) -> Callable[[Run], Opened]:
 
     def open_ours(run: Run) -> Opened:
         def prepare(linear: QuantizedLinear) -> Prepared:
-            packed = pack_int4(linear)
-            if bits > 4:
+            if bits == 4:
+                packed = pack_int4(linear)
+            else:
                 packed = (pack_int8 if bits == 8 else pack_float)(linear.dequantize())
             known: dict[int, tuple[Tensor, Tensor, Call]] = {}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,9 +158,23 @@ def planned(vision: str) -> EnginePlan:
     return plan_engine(preset("VILA1.5-40b", "int4"), card, "native", "int4", limits, components)
 
 
+def tensor_bytes(shape: tuple[int, ...], *, small: bool) -> int:
+    """float16, or int8 with a float16 for each output."""
+    return math.prod(shape) + 2 * shape[0] if small else 2 * math.prod(shape)
+
+
 def test_plan_of_40b_on_24_gb_says_what_it_saves() -> None:
     plain, small = planned("fp16"), planned("int8")
     assert small.in_host_memory == plain.in_host_memory == (EMBEDDINGS, VISION)
+    tensors = [(t.name, t.shape) for t in expected_tower(preset("VILA1.5-40b", "int4"))]
+    for plan in (plain, small):
+        held = 0
+        for name, shape in tensors:
+            matrix = ".layers." in name and len(shape) == 2
+            times = (2 if ".layers.0." in name else 0) if ".layers." in name else 1
+            held += times * tensor_bytes(shape, small=matrix and plan is small)
+        (kept,) = (part.bytes for part in plan.components if part.name.startswith("vision tower"))
+        assert kept == held
     assert small.device_bytes < plain.device_bytes
     crossing = [
         float(plan.stages[-1].name.split("; ")[1].split(" GB")[0]) for plan in (plain, small)
