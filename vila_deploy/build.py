@@ -97,7 +97,8 @@ def plan_targets(root: Path, options: BuildOptions) -> list[Fit]:
     """On which targets that engine would fit, from the config files alone."""
     config, target = load_config(root), get_target(options.target)
     precision = _planned_precision(config, target, options)
-    return fit_everywhere(config, precision, _limits(config, options), options.components)
+    limits = _limits(config, options)
+    return fit_everywhere(config, precision, limits, options.components, options.backend)
 
 
 def _planned_precision(config: VilaConfig, target: Target, options: BuildOptions) -> str:
@@ -248,10 +249,11 @@ def _refuse_what_does_not_fit(config: VilaConfig, target: Target, options: Build
     plan = plan_engine(config, target, backend, precision, limits, options.components)
     plan = plan if options.tp == 1 else _on_each_gpu(plan, options.tp)
     if not plan.fits:
+        advice = advise(config, precision, limits, target, backend, options.components)
         raise VilaDeployError(
             f"the engine would need {plan.device_bytes / 1e9:.1f} GB, {target.title} has "
             f"{plan.limit_bytes / 1e9:.1f} GB for it",
-            fix=f"what would do: {advise(config, precision, limits, target, options.components)}",
+            fix=f"what would do: {advice}",
         )
 
 

@@ -68,6 +68,15 @@ def test_advice_makes_it_fit(model: str, precision: str) -> None:
             assert again[fit.target].fits
 
 
+def test_an_asked_backend_is_planned_wherever_a_target_has_it() -> None:
+    config, limits = preset("VILA1.5-40b", "int4"), Limits(1, 2048, 2048)
+    usual = {fit.target: fit for fit in fit_everywhere(config, "int4", limits)}
+    native = {fit.target: fit for fit in fit_everywhere(config, "int4", limits, backend="native")}
+    assert (usual["rtx4090"].backend, usual["rtx4090"].fits) == ("tensorrt", False)
+    assert (native["rtx4090"].backend, native["rtx4090"].fits) == ("native", True)
+    assert native["cpu"] == usual["cpu"]
+
+
 @pytest.mark.parametrize(
     ("command", "limit_s"),
     [

@@ -97,11 +97,11 @@ def show_fits(fits: Iterable[Fit]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("target", "needs GB", "has GB", "", box=None)
+    table = Table("target", "backend", "needs GB", "has GB", "", box=None)
     for fit in fits:
         verdict = "fits" if fit.fits else f"does not fit; {fit.advice}"
         row = (f"{fit.device_bytes / 1e9:.1f}", f"{fit.limit_bytes / 1e9:.1f}", verdict)
-        table.add_row(f"{fit.target} ({fit.title})", *row)
+        table.add_row(f"{fit.target} ({fit.title})", fit.backend, *row)
     Console(soft_wrap=True).print(table)
 
 

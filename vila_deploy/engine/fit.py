@@ -21,6 +21,7 @@ class Fit:
 
     target: str
     title: str
+    backend: str
     fits: bool
     device_bytes: int
     limit_bytes: int
@@ -31,27 +32,38 @@ class Fit:
 
 
 def fit_everywhere(
-    config: VilaConfig, precision: str, limits: Limits, components: Components = ALL_FP16
+    config: VilaConfig,
+    precision: str,
+    limits: Limits,
+    components: Components = ALL_FP16,
+    backend: str | None = None,
 ) -> list[Fit]:
-    """The model on every target, each with its default backend; no weights are read.
+    """The model on every target; no weights are read.
 
     Args:
         components: fp16 is taken instead of what a target's backend doesn't have.
+        backend: is taken where a target has it, elsewhere and by default the target's default.
     """
     return [
-        _fit(
-            config, precision, limits, each, supported_part(each, each.default_backend, components)
-        )
+        _fit(config, precision, limits, each, components, backend)
         for each in load_targets().values()
     ]
 
 
 def _fit(
-    config: VilaConfig, precision: str, limits: Limits, target: Target, components: Components
+    config: VilaConfig,
+    precision: str,
+    limits: Limits,
+    target: Target,
+    components: Components,
+    backend: str | None,
 ) -> Fit:
-    plan = plan_engine(config, target, target.default_backend, precision, limits, components)
-    advice = "" if plan.fits else advise(config, precision, limits, target, components)
-    return Fit(target.name, target.title, plan.fits, plan.device_bytes, plan.limit_bytes, advice)
+    backend = backend if backend in target.backends else target.default_backend
+    able = supported_part(target, backend, components)
+    plan = plan_engine(config, target, backend, precision, limits, able)
+    advice = "" if plan.fits else advise(config, precision, limits, target, backend, able)
+    needs = plan.device_bytes, plan.limit_bytes
+    return Fit(target.name, target.title, backend, plan.fits, *needs, advice)
 
 
 def advise(
@@ -59,10 +71,10 @@ def advise(
     precision: str,
     limits: Limits,
     target: Target,
+    backend: str,
     components: Components = ALL_FP16,
 ) -> str:
     """The smallest change that makes a model fit that doesn't."""
-    backend = target.default_backend
 
     def needed(precision: str, limits: Limits) -> int:
         return plan_engine(config, target, backend, precision, limits, components).device_bytes
