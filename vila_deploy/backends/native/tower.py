@@ -37,7 +37,8 @@ class Int8Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.q.to(x.dtype) * self.scale.to(x.dtype)[:, None]
+        # In place, so that there is one widened matrix at a time.
+        weight = self.q.to(x.dtype).mul_(self.scale.to(x.dtype)[:, None])
         return linear(x, weight, self.bias)
 
 
