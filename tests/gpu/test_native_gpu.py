@@ -157,3 +157,27 @@ def test_parts_in_host_memory_give_the_same_bits(
         logits = [s.prefill(prompt(s)) for s in (whole, engine.session)]
         assert np.array_equal(*logits)
         assert whole.decode_greedy(8) == engine.session.decode_greedy(8)
+
+
+def test_a_tower_in_int8_is_near_the_float16_one_and_may_be_streamed(
+    target: str, pair: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vila_deploy.backends import open_engine
+    from vila_deploy.backends.native import build as build_module
+    from vila_deploy.build import BuildOptions, build_engine
+    from vila_deploy.engine.components import Components
+    from vila_deploy.engine.plan import VISION
+
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 72, 72), np.float32)
+    options = BuildOptions(
+        target, backend="native", max_seq_len=256, components=Components(vision="int8")
+    )
+    found = []
+    for name, outside in (("all", ()), ("few", (VISION,))):
+        monkeypatch.setattr(build_module, "host_parts", lambda *_, outside=outside: outside)
+        build_engine(TINY_VILA, tmp_path / name, options)
+        with open_engine(tmp_path / name) as engine:
+            found.append(engine.session.encode_images(pixels))
+    assert np.array_equal(*found)
+    plain = pair[0].encode_images(pixels)
+    assert 0 < np.linalg.norm(found[0] - plain) / np.linalg.norm(plain) < 0.05
