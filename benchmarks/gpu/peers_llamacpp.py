@@ -7,6 +7,7 @@ finds what was built. Rows are whole decoding steps, attention and all, after 51
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from benchmarks.gpu.environment import Run, make_importable
@@ -54,6 +56,10 @@ def measure_llamacpp(run: Run) -> None:
     except Missing as error:
         run.add("skipped", "llama.cpp", reason=str(error))
         return
+    if not run.rehearsed:
+        # It is a process of its own, which needs what torch keeps for itself.
+        gc.collect()
+        torch.cuda.empty_cache()
     for model in ("3B",) if run.rehearsed else MODELS:
         for kind in TYPES:
             name = f"{model} {kind} llama.cpp"
@@ -238,8 +244,6 @@ def _cublas_of_torch() -> list[str]:
 
 
 def main() -> int:
-    import torch
-
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
     try:
         build(10 * major + minor)
