@@ -9,6 +9,7 @@ from __future__ import annotations
 import lzma
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,11 +76,17 @@ def load(*operators: str) -> str:
 
 
 def check_schemas(*operators: str) -> None:
+    """Raises Missing if an operator's arguments are called or ordered otherwise than in SCHEMAS."""
     for name in operators:
         found = getattr(torch.ops._C, name, None)
-        schema = None if found is None else str(found.default._schema)
-        if schema != SCHEMAS[name]:
-            raise Missing(f"the library is of another version: it has {schema}")
+        expected = _arguments(torch._C.parse_schema(SCHEMAS[name]))
+        if found is None or _arguments(found.default._schema) != expected:
+            has = found and found.default._schema
+            raise Missing(f"the library is of another version: for {name} it has {has}")
+
+
+def _arguments(schema: Any) -> list[str]:
+    return [argument.name for argument in schema.arguments]
 
 
 @cache
