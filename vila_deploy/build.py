@@ -32,7 +32,10 @@ DEFAULT_MAX_SEQ_LEN = 4096
 FIRST_WITH_FP8 = "8.9"
 SHIPPED = Path("shipped")
 # Components of a plan that GPUs share, by how their names begin.
-SHARED = ("llm decoder", "llm embeddings", "llm head", "key/value cache")
+SHARED_BY_ALL, SHARED_BY_A_STAGE = (
+    ("llm decoder", "key/value cache"),
+    ("llm embeddings", "llm head"),
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class BuildOptions:
     max_seq_len: int | None = None
     prompt_template: str | None = None
     tp: int = 1
+    pp: int = 1
     jetpack: str | None = None
     components: Components = ALL_FP16
     eval_data: Path | None = None
@@ -71,19 +75,27 @@ def plan_build(root: Path, options: BuildOptions) -> EnginePlan:
     precision = _planned_precision(config, target, options)
     check_components(target, backend, options.components)
     plan = plan_engine(config, target, backend, precision, limits, options.components)
-    return plan if options.tp == 1 else _on_each_gpu(plan, options.tp)
+    return _on_each_gpu(plan, options)
 
 
-def _on_each_gpu(plan: EnginePlan, tp: int) -> EnginePlan:
-    """Of `tp` GPUs: they share the LLM's weights and cache; the rest is on every one, or on one."""
+def _on_each_gpu(plan: EnginePlan, options: BuildOptions) -> EnginePlan:
+    """The fullest: layers and cache are shared by all GPUs, embeddings and head by a stage's."""
+    gpus = options.tp * options.pp
+    if gpus == 1:
+        return plan
+
+    def share(name: str) -> int:
+        if name.startswith(SHARED_BY_ALL):
+            return gpus
+        return options.tp if name.startswith(SHARED_BY_A_STAGE) else 1
+
     components = tuple(
-        replace(part, bytes=part.bytes // tp) if part.name.startswith(SHARED) else part
-        for part in plan.components
+        replace(part, bytes=part.bytes // share(part.name)) for part in plan.components
     )
     saved = sum(part.bytes for part in plan.components) - sum(part.bytes for part in components)
     needed = plan.device_bytes - saved
     *build, run = plan.stages
-    run = replace(run, name=f"{run.name}, each of {tp}", memory_bytes=needed)
+    run = replace(run, name=f"{run.name}, each of {gpus}", memory_bytes=needed)
     return replace(
         plan,
         components=components,
@@ -131,7 +143,9 @@ def _build(root: Path, out: Path, options: BuildOptions) -> Manifest:
     module = _backend_module(target, options)
     precision = _precision(config, target, options)
     limits = _limits(config, options)
-    request = BuildRequest(target, limits, options.tp, options.jetpack, options.components)
+    request = BuildRequest(
+        target, limits, options.tp, options.pp, options.jetpack, options.components
+    )
     check_components(target, _backend(target, options), options.components)
     _check(module, config, request)
     _refuse_what_does_not_fit(config, target, options)
@@ -247,7 +261,7 @@ def _refuse_what_does_not_fit(config: VilaConfig, target: Target, options: Build
     backend, limits = _backend(target, options), _limits(config, options)
     precision = _precision(config, target, options)
     plan = plan_engine(config, target, backend, precision, limits, options.components)
-    plan = plan if options.tp == 1 else _on_each_gpu(plan, options.tp)
+    plan = _on_each_gpu(plan, options)
     if not plan.fits:
         advice = advise(config, precision, limits, target, backend, options.components)
         raise VilaDeployError(

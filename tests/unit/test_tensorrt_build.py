@@ -145,7 +145,7 @@ REFUSALS = {
         r"not for 9\.0 of NVIDIA H100 SXM 80 GB; use --backend native",
     ),
     "Orin with RTX": (BuildOptions("orin", backend="tensorrt-rtx"), r"not for 8\.7 .*; use --back"),
-    "several GPUs": (BuildOptions("a100", tp=2), r"one GPU, .*; leave --tp out, or use --backend"),
+    "several GPUs": (BuildOptions("a100", tp=2), r"one GPU, .*; leave them out, or use --backend"),
     "JetPack of a PC": (BuildOptions("a100", jetpack="6"), r"is for Jetson, .*; leave it out"),
     "unknown JetPack": (BuildOptions("orin", jetpack="4"), r"unknown .*; choose from 6, 7"),
 }

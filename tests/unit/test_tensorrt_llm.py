@@ -13,6 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file
 from tiny import make_checkpoint
 
 from vila_deploy.backends import open_engine
@@ -77,8 +78,8 @@ def board(tmp_path, monkeypatch):
     return compiled
 
 
-def build(checkpoint: Path, out: Path, target: str = "a100", tp: int = 1):
-    options = BuildOptions(target, "tensorrt-llm", max_seq_len=256, max_input_len=128, tp=tp)
+def build(checkpoint: Path, out: Path, target: str = "a100", tp: int = 1, pp: int = 1):
+    options = BuildOptions(target, "tensorrt-llm", max_seq_len=256, max_input_len=128, tp=tp, pp=pp)
     return build_engine(checkpoint, out, options)
 
 
@@ -162,6 +163,9 @@ def test_plan_is_for_each_of_the_gpus(checkpoint):
     saved = sum(sizes[1].values()) - sum(sizes[2].values())
     assert plans[1].device_bytes - plans[2].device_bytes == saved
     assert plans[2].stages[-1].name.endswith("each of 2")
+    staged = plan_build(checkpoint, BuildOptions("a100", "tensorrt-llm", max_seq_len=256, pp=2))
+    shared = {part.name for part in staged.components if part.bytes == sizes[1][part.name] // 2}
+    assert shared == {"llm decoder linears", "key/value cache of 256 tokens"}
 
 
 def test_versions_that_fit():
@@ -207,14 +211,27 @@ def test_the_device_finishes_and_repeats_nothing(checkpoint, tmp_path, board, mo
         build(checkpoint, tmp_path / "e")
 
 
-def test_on_the_device_one_command_does_all(checkpoint, tmp_path, board):
-    manifest = build(checkpoint, tmp_path / "e", tp=2)
+@pytest.mark.parametrize("parallel", [{"tp": 2}, {"pp": 2}])
+def test_on_the_device_one_command_does_all(checkpoint, tmp_path, board, parallel):
+    manifest = build(checkpoint, tmp_path / "e", **parallel)
     assert manifest.needs == ()
     assert sorted(p.name for p in (tmp_path / "e" / "llm").glob("*.engine")) == [
         "rank0.engine",
         "rank1.engine",
     ]
     assert "--workers=2" in (tmp_path / "calls").read_text()
+
+
+def test_stages_hold_their_own_layers(checkpoint, tmp_path):
+    build(checkpoint, tmp_path / "e", pp=2)
+    ranks = [
+        load_file(tmp_path / "e" / f"llm_checkpoint/rank{rank}.safetensors") for rank in (0, 1)
+    ]
+    layers = [{int(n.split(".")[2]) for n in rank if ".layers." in n} for rank in ranks]
+    assert len(layers[0]) == len(layers[1])
+    assert "transformer.vocab_embedding.weight" in ranks[0]
+    assert "lm_head.weight" in ranks[1]
+    assert "2 stages of layers, each on one GPU" in (tmp_path / "e" / "BUILD.md").read_text()
 
 
 def test_a_folder_is_finished_as_what_it_was_begun(checkpoint, tmp_path):
@@ -247,7 +264,11 @@ def test_killed_for_memory_says_so(tmp_path):
             "TensorRT-LLM's W4A16_AWQ has none; quantize with vila-quantize --symmetric",
         ),
         ({}, {"tp": 3}, "3 GPUs can't share 4 attention heads evenly; choose a --tp that divides"),
-        ({}, {"backend": "onnxruntime", "target": "cpu", "tp": 2}, "--tp is for several GPUs"),
+        (
+            {},
+            {"backend": "onnxruntime", "target": "cpu", "tp": 2},
+            "--tp and --pp are for several GPUs",
+        ),
         (
             {
                 "image": 28,

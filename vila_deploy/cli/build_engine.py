@@ -62,6 +62,10 @@ class Precision(click.Choice[str]):
     "--tp", type=click.IntRange(1), default=1, show_default=True,
     help="GPUs that share each layer; --backend tensorrt-llm only.",
 )  # fmt: skip
+@click.option(
+    "--pp", type=click.IntRange(1), default=1, show_default=True,
+    help="Stages, each on --tp GPUs, that the layers are cut into; --backend tensorrt-llm only.",
+)  # fmt: skip
 @click.option("--jetpack", metavar="6|7", help="Release of JetPack on a Jetson; 6 if left out.")
 @click.option("--plan", "plan_only", is_flag=True, help="Show sizes and memory; config files only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or manifest as JSON.")
@@ -81,6 +85,7 @@ def main(
     max_seq_len: int | None,
     prompt_template: str | None,
     tp: int,
+    pp: int,
     jetpack: str | None,
     plan_only: bool,
     as_json: bool,
@@ -105,7 +110,7 @@ def main(
 
     options = BuildOptions(
         target, backend, precision, max_batch_size, max_input_len, max_seq_len, prompt_template, tp,
-        jetpack, Components(vision, lm_head, kv_cache), eval_data,
+        pp, jetpack, Components(vision, lm_head, kv_cache), eval_data,
     )  # fmt: skip
     if plan_only or out is None:
         planned, fits = plan_build(checkpoint, options), plan_targets(checkpoint, options)

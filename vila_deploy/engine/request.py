@@ -17,6 +17,7 @@ class BuildRequest:
     target: the device that it is for.
     limits: batch and lengths that the engine must take.
     tp: GPUs that share each layer.
+    pp: stages, on `tp` GPUs each, that the layers are cut into.
     jetpack: release of JetPack on a Jetson; None means the target's usual one.
     components: what vision tower, output head and key/value cache are kept in.
     """
@@ -24,8 +25,13 @@ class BuildRequest:
     target: Target
     limits: Limits
     tp: int = 1
+    pp: int = 1
     jetpack: str | None = None
     components: Components = ALL_FP16
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.pp
 
 
 @dataclass(frozen=True)

@@ -44,11 +44,10 @@ def check(config: VilaConfig, request: BuildRequest) -> None:
         raise VilaDeployError(
             "backend native needs triton", fix="install it: pip install 'vila-deploy[native]'"
         )
-    if request.tp > 1:
+    if request.gpus > 1:
         raise VilaDeployError(
-            "backend native runs on one GPU",
-            where="--tp",
-            fix="leave --tp out, or use --backend tensorrt-llm",
+            "backend native runs on one GPU, --tp and --pp are for several",
+            fix="leave them out, or use --backend tensorrt-llm",
         )
     if llm.quantization is not None and llm.quantization.group_size not in GROUP_SIZES:
         raise VilaDeployError(

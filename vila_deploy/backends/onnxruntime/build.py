@@ -28,10 +28,10 @@ HEAD_DIM_MULTIPLE = 8
 def check(config: VilaConfig, request: BuildRequest) -> None:
     """Raises VilaDeployError if this backend can't build the model; before any work."""
     llm = config.llm
-    if request.tp > 1:
+    if request.gpus > 1:
         raise VilaDeployError(
-            "backend onnxruntime runs on one processor, --tp is for several GPUs",
-            fix="leave --tp out, or use --backend tensorrt-llm",
+            "backend onnxruntime runs on one processor, --tp and --pp are for several GPUs",
+            fix="leave them out, or use --backend tensorrt-llm",
         )
     if llm.quantization is not None:
         where = "llm/config.json: quantization_config.group_size"

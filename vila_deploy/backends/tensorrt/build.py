@@ -30,10 +30,10 @@ GROUP_SIZES = (16, 32, 64, 128)
 
 def check(config: VilaConfig, request: BuildRequest) -> None:
     """Raises VilaDeployError if this backend can't build the model; before any work."""
-    if request.tp > 1:
+    if request.gpus > 1:
         raise VilaDeployError(
-            "backend tensorrt runs on one GPU, --tp is for several",
-            fix="leave --tp out, or use --backend tensorrt-llm",
+            "backend tensorrt runs on one GPU, --tp and --pp are for several",
+            fix="leave them out, or use --backend tensorrt-llm",
         )
     compiler = compiler_of(request.target)
     _check_jetpack(request)

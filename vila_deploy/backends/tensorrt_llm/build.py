@@ -63,7 +63,7 @@ def check(config: VilaConfig, request: BuildRequest) -> None:
     if quantization is not None and quantization.zero_point:
         raise trtllm.asymmetric("llm/config.json: quantization_config.zero_point")
     group_size = None if quantization is None else quantization.group_size
-    check_llm(config.llm, group_size, Parallel(request.tp))
+    check_llm(config.llm, group_size, Parallel(request.tp, request.pp))
 
 
 def build(
@@ -86,7 +86,7 @@ def build(
         np.save(folder / files.EMBEDDING, float16(llm.tensor(name), name))
         advance("embedding table")
     (folder / files.CHECKPOINT).mkdir()
-    parallel = Parallel(request.tp)
+    parallel = Parallel(request.tp, request.pp)
     write_trtllm(config.llm, llm, folder / files.CHECKPOINT, parallel)
     precision = "fp16" if config.llm.quantization is None else "int4"
     text = instructions(release, request, precision, config.vision.image_size)
@@ -149,14 +149,15 @@ def finish_step(folder: Path, manifest: Manifest, need: str) -> Mapping[str, str
     if need == VISION_STEP:
         size = manifest.model.image.size
         return {"tensorrt": compile_vision(folder, release.vision_engine, size)}
-    request = BuildRequest(get_target(manifest.target), manifest.limits, tp_of(folder))
+    parallel = parallel_of(folder)
+    request = BuildRequest(get_target(manifest.target), manifest.limits, parallel.tp, parallel.pp)
     command = build_command(release, request, manifest.precision, folder)
     partial = folder / f"{files.LLM}.partial"
     aside = [f"--output_dir={partial}" if p.startswith("--output_dir=") else p for p in command]
     run_builder([find_builder(release), *aside[1:]])
     missing = [
         name
-        for name in (files.CONFIG, *map(files.engine_file, range(request.tp)))
+        for name in (files.CONFIG, *map(files.engine_file, range(request.gpus)))
         if not (partial / name).is_file()
     ]
     if missing:
@@ -169,10 +170,10 @@ def finish_step(folder: Path, manifest: Manifest, need: str) -> Mapping[str, str
     return {"tensorrt_llm": _installed() or "unknown"}
 
 
-def tp_of(folder: Path) -> int:
-    """GPUs that the checkpoint in an engine folder is cut for."""
+def parallel_of(folder: Path) -> Parallel:
+    """How the checkpoint in an engine folder is cut."""
     mapping = Fields.from_file(folder / files.CHECKPOINT / files.CONFIG).child("mapping")
-    return mapping.integer("tp_size", high=1024)
+    return Parallel(*(mapping.integer(key, 1, high=1024) for key in ("tp_size", "pp_size")))
 
 
 def _release(manifest: Manifest) -> Release:

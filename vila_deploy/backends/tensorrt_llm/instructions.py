@@ -36,14 +36,13 @@ trtexec --onnx={vision}/{graph} --saveEngine={vision}/{engine} \\
 ```
 
 `vila-chat` runs engines that vila-build-engine finished, on one GPU. TensorRT-LLM's own
-examples/multimodal/run.py runs them too, on several as well, with `mpirun -n {tp}`.
+examples/multimodal/run.py runs them too, on several as well, with `mpirun -n {gpus}`.
 """
 
 
 def instructions(release: Release, request: BuildRequest, precision: str, image_size: int) -> str:
     """The text of BUILD.md."""
     shapes = [f"{INPUT}:{count}x3x{image_size}x{image_size}" for count in (1, MAX_IMAGES)]
-    tp = request.tp
     return TEMPLATE.format(
         title=request.target.title,
         target=request.target.name,
@@ -52,10 +51,17 @@ def instructions(release: Release, request: BuildRequest, precision: str, image_
         engine=release.vision_engine,
         checkpoint=files.CHECKPOINT,
         precision="W4A16_AWQ" if precision == "int4" else "float16",
-        ranks="one GPU" if tp == 1 else f"{tp} GPUs that share each layer",
+        ranks=_ranks(request),
         release=release.title,
         install="\n".join(release.install),
         shape=shapes,
         command=shell_line(build_command(release, request, precision, Path())),
-        tp=tp,
+        gpus=request.gpus,
     )
+
+
+def _ranks(request: BuildRequest) -> str:
+    if request.gpus == 1:
+        return "one GPU"
+    shared = f"{request.tp} GPUs that share each layer" if request.tp > 1 else "one GPU"
+    return shared if request.pp == 1 else f"{request.pp} stages of layers, each on {shared}"

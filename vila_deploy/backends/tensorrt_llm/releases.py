@@ -105,7 +105,7 @@ def build_command(
         f"--max_multimodal_len={tokens}",
         *release.fused_mlp[precision],
     ]
-    return [*command, f"--workers={request.tp}"] if request.tp > 1 else command
+    return [*command, f"--workers={request.gpus}"] if request.gpus > 1 else command
 
 
 def shell_line(command: list[str]) -> str:

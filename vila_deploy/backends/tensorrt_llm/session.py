@@ -215,7 +215,8 @@ class _RuntimeThread:
         kind, logits = self._answer()
         if kind != "logits":
             raise VilaDeployError(
-                "TensorRT-LLM gave no logits", fix="build the engine for one GPU, --tp 1"
+                "TensorRT-LLM gave no logits",
+                fix="build the engine for one GPU, without --tp and --pp",
             )
         return logits
 
@@ -293,5 +294,5 @@ def _check_one_gpu(folder: Path) -> None:
             f"was built for {ranks} GPUs, vila-deploy runs TensorRT-LLM on one",
             where=folder,
             fix=f"run it with mpirun -n {ranks} and TensorRT-LLM's examples/multimodal/run.py, or "
-            "build it with --tp 1",
+            "build it without --tp and --pp",
         )
