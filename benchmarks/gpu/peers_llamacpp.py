@@ -1,8 +1,8 @@
 """llama.cpp's own benchmark on GGUF files of random weights at the models' shapes.
 
-`python -m benchmarks.gpu.peers_llamacpp` compiles llama-bench from the sources that get_peers.py
-brings; with CUDA that takes many minutes, so it is a run of its own. `python -m benchmarks.gpu`
-finds what was built. Rows are whole decoding steps, attention and all, after 512 tokens of context.
+`python -m benchmarks.gpu.build_peers llamacpp` compiles llama-bench from the sources that
+get_peers.py brings; with CUDA that takes many minutes, so it is a run of its own. `python -m
+benchmarks.gpu` finds what was built. Rows are whole decoding steps, attention and all, after 512 tokens of context.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import gc
 import json
 import os
 import subprocess
-import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.gpu.environment import Run, make_importable
+from benchmarks.gpu.environment import Run
 from benchmarks.gpu.inputs import LEVEL_SPREAD, config
 from benchmarks.gpu.peers_base import FOLDER, Missing, brought, use_packages
 from vila_deploy.checkpoint.llm_config import LlmConfig
@@ -76,7 +75,7 @@ def _version() -> str:
     if not BENCH.exists():
         brought(SOURCES, "llamacpp")
         raise Missing(
-            "run `python -m benchmarks.gpu.peers_llamacpp` first: it compiles llama-bench"
+            "run `python -m benchmarks.gpu.build_peers llamacpp` first: it compiles llama-bench"
         )
     use_packages()
     if find_spec("gguf") is None:
@@ -200,8 +199,15 @@ MAKERS: dict[str, Callable[[tuple[int, ...]], NDArray[Any]]] = {
 }
 
 
-def build(sm: int) -> None:
-    """Compiles llama-bench for compute capability `sm` / 10; 0: for this CPU."""
+def build() -> Path:
+    """Compiles llama-bench for the GPU that is here, or for the CPU if there is none."""
+    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+    build_for(10 * major + minor)
+    return BENCH
+
+
+def build_for(sm: int) -> None:
+    """For compute capability `sm` / 10; 0: for this CPU."""
     sources, project = (BUILD / "sources").resolve(), BUILD / "project"
     with tarfile.open(brought(SOURCES, "llamacpp")) as packed:
         packed.extractall(sources, filter="data")
@@ -241,19 +247,3 @@ def _cublas_of_torch() -> list[str]:
                 f"-DCMAKE_EXE_LINKER_FLAGS=-Wl,-rpath-link,{lib} -Wl,-rpath,{lib}",
             ]  # fmt: skip
     return []
-
-
-def main() -> int:
-    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-    try:
-        build(10 * major + minor)
-    except (Missing, OSError, subprocess.CalledProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(BENCH)
-    return 0
-
-
-if __name__ == "__main__":
-    make_importable()
-    sys.exit(main())

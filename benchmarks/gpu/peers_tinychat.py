@@ -1,8 +1,8 @@
 """TinyChat's second kernels (GEMV up to 7 rows, GEMM above), compiled here from gptqmodel's sdist.
 
-`python -m benchmarks.gpu.peers_tinychat` compiles them, a minute with nvcc; the benchmark begins
-that in the background. The published kernels run on CUDA's default stream, which no graph can
-capture; in the copy that is compiled they run on the stream of the harness. Nothing else changes.
+`python -m benchmarks.gpu.build_peers tinychat` compiles them, a minute with nvcc; the benchmark
+begins that in the background. The published kernels run on CUDA's default stream, which no graph
+can capture; in the copy that is compiled they run on the harness's stream. Nothing else changes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.environment import Run, make_importable
+from benchmarks.gpu.environment import Run
 from benchmarks.gpu.peers_base import (
     FOLDER,
     Missing,
@@ -64,7 +64,7 @@ _compiling: list[subprocess.Popen[str]] = []
 def begin_compiling() -> None:
     """Starts the compiler in the background, if the sources are here."""
     if (FOLDER / SOURCES).exists() and not _library().exists():
-        command = [sys.executable, "-m", "benchmarks.gpu.peers_tinychat"]
+        command = [sys.executable, "-m", "benchmarks.gpu.build_peers", "tinychat"]
         _compiling.append(
             subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
@@ -134,8 +134,8 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-def compile_kernels() -> None:
-    """Compiles for the GPU that is here, into BUILD."""
+def build() -> Path:
+    """Compiles for the GPU that is here; the module."""
     from torch.utils.cpp_extension import load
 
     sources = [str(path) for path in write_sources(brought(SOURCES, "tinychat"), BUILD)]
@@ -143,10 +143,7 @@ def compile_kernels() -> None:
         NAME, sources, extra_cuda_cflags=FLAGS, build_directory=str(BUILD),
         extra_include_paths=[str(BUILD / "quantization_new")],
     )  # fmt: skip
+    return _library()
 
 
 PEERS = (Peer("tinychat int4", open_peer),)
-
-if __name__ == "__main__":
-    make_importable()
-    compile_kernels()

@@ -21,6 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.gpu import (
+    build_peers,
     get_peers,
     peers_base,
     peers_llamacpp,
@@ -283,6 +284,16 @@ def test_without_its_files_every_peer_says_how_to_get_them(run: Run, folder: Pat
                 peer.open(on_device)  # type: ignore[arg-type]
     peers_llamacpp.measure_llamacpp(run)
     assert "get_peers" in rows_of(run, "skipped")[0]["reason"]
+
+
+@pytest.mark.parametrize("name", build_peers.NAMES)
+def test_nothing_is_compiled_without_sources(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peers_llamacpp, "BUILD", folder / "build")
+    monkeypatch.setattr(sys, "argv", ["build_peers", name])
+    assert build_peers.main() == 1
+    assert f"get_peers {name}" in capsys.readouterr().err
 
 
 @pytest.fixture
