@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vila_deploy.kernels.boundary import wait_with_rows
 from vila_deploy.kernels.core import times_rows
 from vila_deploy.kernels.gemv import weight_arguments, weight_constants
 from vila_deploy.kernels.launch import Launch
@@ -19,22 +20,37 @@ from vila_deploy.kernels.tiles import gemv_tile
 
 @triton.jit
 def add_residual_kernel(
-    x, words, scale_zero, norm, stream, out, squares, tokens, columns, rows,
+    x, words, scale_zero, norm, residual, out, squares, tokens, columns, rows,
+    BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    if PDL:
+        wait_with_rows(tile, words, scale_zero, columns, BITS, BLOCK, GROUP, ROWS)
+    add_residual_rows(
+        tile, x, words, scale_zero, norm, residual, out, squares, tokens, columns, rows,
+        BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def add_residual_rows(
+    tile, x, words, scale_zero, norm, residual, out, squares, tokens, columns, rows,
     BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    """Rows tile · ROWS and on of the stream, and their sum of squares."""
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
     token = tl.arange(0, TOKENS)[None, :]
     inside = (row < rows) & (token < tokens)
     place = token * rows + row
-    before = tl.load(stream + place, mask=inside, other=0.0)
+    before = tl.load(residual + place, mask=inside, other=0.0)
     weight = tl.load(norm + row, mask=row < rows, other=0.0)
     total = before + times_rows(
         x, words, scale_zero, tile, tokens, columns,
         BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
     )  # fmt: skip
-    tl.store(stream + place, total, mask=inside)
+    tl.store(residual + place, total, mask=inside)
     tl.store(out + place, (total * weight).to(tl.float16), mask=inside)
     parts = tl.sum(tl.where(inside, total * total, 0.0), 0)
     tl.store(squares + tile * TOKENS + tl.arange(0, TOKENS), parts)
@@ -62,12 +78,16 @@ def add_residual(
         {
             **weight_arguments(x, weight),
             "norm": norm,
-            "stream": stream,
+            "residual": stream,
             "out": out,
             "squares": squares,
             "rows": weight.out_features,
         },
-        {**weight_constants(weight, tile.rows, tile.split), "STAGES": tile.stages},
+        {
+            **weight_constants(weight, tile.rows, tile.split),
+            "STAGES": tile.stages,
+            "PDL": False,
+        },
         tile.split,
     )
 

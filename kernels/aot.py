@@ -47,7 +47,8 @@ def compile_launch(launch: Launch, sm: int) -> tuple[Compiled, dict[str, Any]]:
         attrs=launch.attributes(),
     )
     target = GPUTarget("cuda", sm, WARP)
-    kernel = triton.compile(source, target=target, options={"num_warps": launch.warps})
+    options = {"num_warps": launch.warps, **launch.options}
+    kernel = triton.compile(source, target=target, options=options)
     registers, stack_bytes = resources(kernel.asm["cubin"])
     shared_bytes = int(kernel.metadata.shared)
     compiled = Compiled(

@@ -1,21 +1,26 @@
 """Attention of one or a few new tokens over the cache, split along it, query heads in groups.
 
-Each program takes the query heads that share a key head and a part of the cache; a second kernel
-adds the parts up in their order, so results repeat bit for bit.
+Each program takes the query heads that share a key head and a part of the cache. Parts are added up
+in their order, so results repeat bit for bit: by a second kernel, or by the last program of a key
+head to finish.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vila_deploy.kernels.boundary import prefetch, wait
 from vila_deploy.kernels.cache8 import levels_of, scale_of, widened
 from vila_deploy.kernels.launch import Launch, next_power_of_2
 from vila_deploy.kernels.tiles import attention_slots, device
 
 QUERIES = 16  # rows of the narrowest tensor core product
 LOG2_E = 1.4426950408889634
+CACHE_LINES = tl.constexpr(128)  # of 128 bytes, of keys and of values, asked for ahead
 Scales = tuple[Tensor, Tensor]
 
 
@@ -25,12 +30,49 @@ def attention_part_kernel(
     heads, kv_heads, slots, splits, scale,
     TURN: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    newest = tl.load(position) + token
+    if PDL:
+        prefetch_cache(token, kv_head, split, keys, values, position, slots, splits, DIM, SLOTS)
+        wait()
+    attention_part(
+        token, kv_head, split, q, keys, values, key_scales, value_scales, position, cos, sin,
+        sums, maxima, weights, heads, kv_heads, slots, splits, scale,
+        TURN, INT8, GROUP, DIM, DIM_BLOCK, QUERIES, SLOTS, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def part_of_cache(newest, split, splits, SLOTS: tl.constexpr):
+    """The slots [start, end) that part `split` sees; none if start ≥ end."""
     chunk = tl.cdiv(tl.cdiv(newest + 1, splits), SLOTS) * SLOTS
     start = split * chunk
-    end = tl.minimum(start + chunk, newest + 1)
+    return start, tl.minimum(start + chunk, newest + 1)
+
+
+@triton.jit
+def prefetch_cache(
+    token, kv_head, split, keys, values, position, slots, splits,
+    DIM: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    start, end = part_of_cache(tl.load(position) + token, split, splits, SLOTS)
+    if start < end:
+        first = (kv_head.to(tl.int64) * slots + start) * DIM
+        prefetch(keys + first, (end - start) * DIM, CACHE_LINES)
+        prefetch(values + first, (end - start) * DIM, CACHE_LINES)
+
+
+@triton.jit
+def attention_part(
+    token, kv_head, split, q, keys, values, key_scales, value_scales, position, cos, sin,
+    sums, maxima, weights, heads, kv_heads, slots, splits, scale,
+    TURN: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sums, maxima and weights of the query heads of `kv_head` over one part of the cache."""
+    newest = tl.load(position) + token
+    start, end = part_of_cache(newest, split, splits, SLOTS)
     query, slot, dim = tl.arange(0, QUERIES), tl.arange(0, SLOTS), tl.arange(0, DIM_BLOCK)
     head = kv_head * GROUP + query
     mine, whole = query < GROUP, dim < DIM
@@ -123,25 +165,85 @@ def turned(source, dim, cos, sin, position, inside, DIM: tl.constexpr):
 
 
 @triton.jit
+def attention_kernel(
+    q, keys, values, key_scales, value_scales, position, cos, sin, sums, maxima, weights, done, out,
+    heads, kv_heads, slots, splits, scale,
+    TURN: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if PDL:
+        prefetch_cache(token, kv_head, split, keys, values, position, slots, splits, DIM, SLOTS)
+        wait()
+    attention_whole(
+        token, kv_head, split, q, keys, values, key_scales, value_scales, position, cos, sin,
+        sums, maxima, weights, done, out, heads, kv_heads, slots, splits, scale,
+        TURN, INT8, GROUP, DIM, DIM_BLOCK, QUERIES, SLOTS, STAGES, SPLITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def attention_whole(
+    token, kv_head, split, q, keys, values, key_scales, value_scales, position, cos, sin,
+    sums, maxima, weights, done, out, heads, kv_heads, slots, splits, scale,
+    TURN: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One part; the last part of a key head to be ready also writes what its heads attended to."""
+    attention_part(
+        token, kv_head, split, q, keys, values, key_scales, value_scales, position, cos, sin,
+        sums, maxima, weights, heads, kv_heads, slots, splits, scale,
+        TURN, INT8, GROUP, DIM, DIM_BLOCK, QUERIES, SLOTS, STAGES,
+    )  # fmt: skip
+    count = done + token * kv_heads + kv_head
+    tl.debug_barrier()
+    if tl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+        tl.store(count, 0)
+        query = tl.arange(0, QUERIES)
+        row = token * heads + kv_head * GROUP + query
+        merge_parts(row, query < GROUP, sums, maxima, weights, out, SPLITS, DIM, DIM_BLOCK)
+
+
+@triton.jit
 def attention_merge_kernel(
     sums, maxima, weights, out,
+    SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        wait()
+    row = tl.program_id(0) + tl.arange(0, 1)
+    merge_parts(row, row >= 0, sums, maxima, weights, out, SPLITS, DIM, DIM_BLOCK)
+
+
+@triton.jit
+def merge_parts(
+    row, mine, sums, maxima, weights, out,
     SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    split, dim = tl.arange(0, SPLITS), tl.arange(0, DIM_BLOCK)
-    tops = tl.load(maxima + row * SPLITS + split)
-    shares = tl.exp2(tops - tl.max(tops, 0))
-    mass = tl.sum(shares * tl.load(weights + row * SPLITS + split), 0)
-    inside = (split[:, None] >= 0) & (dim[None, :] < DIM)
-    parts = sums + (row * SPLITS + split[:, None]) * DIM + dim[None, :]
-    total = tl.sum(tl.load(parts, mask=inside, other=0.0) * shares[:, None], 0) / mass
-    tl.store(out + row * DIM + dim, total.to(tl.float16), mask=dim < DIM)
+    """Rows of `out` where `mine`, parts added up in their order whoever does it."""
+    dim = tl.arange(0, DIM_BLOCK)[None, :]
+    inside = mine[:, None] & (dim < DIM)
+    first = row * SPLITS
+    top = tl.load(maxima + first, mask=mine, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        top = tl.maximum(top, tl.load(maxima + first + split, mask=mine, other=0.0))
+    mass = tl.zeros(row.shape, tl.float32)
+    total = tl.zeros(inside.shape, tl.float32)
+    for split in tl.static_range(SPLITS):
+        share = tl.exp2(tl.load(maxima + first + split, mask=mine, other=0.0) - top)
+        mass += share * tl.load(weights + first + split, mask=mine, other=1.0)
+        part = sums + (first + split)[:, None] * DIM + dim
+        total += share[:, None] * tl.load(part, mask=inside, other=0.0)
+    total /= mass[:, None]
+    tl.store(out + row[:, None] * DIM + dim, total.to(tl.float16), mask=inside)
 
 
 def attention(
     q: Tensor, keys: Tensor, values: Tensor, position: Tensor, out: Tensor, parts: Parts, sm: int,
     scales: Scales | None = None,
-) -> tuple[Launch, Launch]:  # fmt: skip
+) -> tuple[Launch, ...]:  # fmt: skip
     """Two launches that fill `out`.
 
     Args:
@@ -152,27 +254,28 @@ def attention(
         parts: scratch for at least as many tokens.
         scales: of keys and of values, float16 [kv_heads, slots].
     """
-    return _launches(q, None, keys, values, position, out, parts, sm, scales)
+    return _launches(q, None, keys, values, position, out, parts, sm, scales, merged=False)
 
 
 def rope_attention(
     qkv: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, position: Tensor,
-    out: Tensor, parts: Parts, sm: int, scales: Scales | None = None,
-) -> tuple[Launch, Launch]:  # fmt: skip
+    out: Tensor, parts: Parts, sm: int, scales: Scales | None = None, *, merged: bool = False,
+) -> tuple[Launch, ...]:  # fmt: skip
     """`rope_kv` and `attention` of one token in one boundary less, with the same bits as result.
 
     Args:
         qkv: float16 [1, (heads + 2 · kv_heads) · dim], as the product left it.
         angles: cos and sin, float32 [slots, dim / 2].
         keys, values, scales: also written, at the slot `position`.
+        merged: the last part of a key head adds its parts up: one launch instead of two.
     """
-    return _launches(qkv, angles, keys, values, position, out, parts, sm, scales)
+    return _launches(qkv, angles, keys, values, position, out, parts, sm, scales, merged=merged)
 
 
 def _launches(
     q: Tensor, angles: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor,
-    position: Tensor, out: Tensor, parts: Parts, sm: int, scales: Scales | None,
-) -> tuple[Launch, Launch]:  # fmt: skip
+    position: Tensor, out: Tensor, parts: Parts, sm: int, scales: Scales | None, *, merged: bool,
+) -> tuple[Launch, ...]:  # fmt: skip
     kv_heads, slots, dim = keys.shape
     tokens, heads = out.shape[0], out.shape[1] // dim
     assert heads // kv_heads <= QUERIES
@@ -194,11 +297,15 @@ def _launches(
         {
             "TURN": angles is not None, "INT8": scales is not None, "GROUP": heads // kv_heads,
             "DIM": dim, "DIM_BLOCK": block, "QUERIES": QUERIES, "SLOTS": attention_slots(sm),
-            "STAGES": device(sm).attention_stages,
+            "STAGES": device(sm).attention_stages, "PDL": False,
         },
         4,
     )  # fmt: skip
-    constants = {"SPLITS": parts.splits, "DIM": dim, "DIM_BLOCK": block}
+    if merged:
+        args = part.args | {"done": parts.done, "out": out}
+        constants = part.constants | {"SPLITS": parts.splits}
+        return (replace(part, kernel=attention_kernel, args=args, constants=constants),)
+    constants = {"SPLITS": parts.splits, "DIM": dim, "DIM_BLOCK": block, "PDL": False}
     merge = Launch(attention_merge_kernel, (tokens * heads,), {**scratch, "out": out}, constants, 1)
     return part, merge
 
@@ -216,6 +323,8 @@ class Parts:
         self.sums = torch.empty((*shape, dim), dtype=torch.float32, device=device)
         self.maxima = torch.empty(shape, dtype=torch.float32, device=device)
         self.weights = torch.empty(shape, dtype=torch.float32, device=device)
+        # Parts of each key head that are ready, at most one for each head; every launch leaves 0.
+        self.done = torch.zeros((tokens, heads), dtype=torch.int32, device=device)
 
 
 def attention_reference(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from vila_deploy.kernels.boundary import wait
 from vila_deploy.kernels.launch import Launch, next_power_of_2
 from vila_deploy.kernels.tiles import TOKENS
 
 
 @triton.jit
 def embed_kernel(
-    token, table, norm, stream, out, squares, columns,
-    COLUMNS: tl.constexpr, TOKENS: tl.constexpr,
+    token, table, norm, residual, out, squares, columns,
+    COLUMNS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        wait()
     place = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
     inside = column < columns
     start = tl.load(token + place).to(tl.int64) * columns
     row = tl.load(table + start + column, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(norm + column, mask=inside, other=0.0)
-    tl.store(stream + place * columns + column, row, mask=inside)
+    tl.store(residual + place * columns + column, row, mask=inside)
     tl.store(out + place * columns + column, (row * weight).to(tl.float16), mask=inside)
     tl.store(squares + place, tl.sum(row * row, 0))
 
@@ -41,10 +44,10 @@ def embed(
         embed_kernel,
         (token.shape[0],),
         {
-            "token": token, "table": table, "norm": norm, "stream": stream, "out": out,
+            "token": token, "table": table, "norm": norm, "residual": stream, "out": out,
             "squares": squares, "columns": columns,
         },
-        {"COLUMNS": next_power_of_2(columns), "TOKENS": TOKENS},
+        {"COLUMNS": next_power_of_2(columns), "TOKENS": TOKENS, "PDL": False},
         4,
     )  # fmt: skip
 

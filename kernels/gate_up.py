@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vila_deploy.kernels.boundary import wait_with_rows
 from vila_deploy.kernels.core import inverse_rms, load_squares, times_rows
 from vila_deploy.kernels.gemv import weight_arguments, weight_constants
 from vila_deploy.kernels.launch import Launch, next_power_of_2
@@ -19,8 +20,24 @@ def gate_up_kernel(
     x, squares, words, scale_zero, y, tokens, columns, rows, count, epsilon, unit,
     COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
+    if PDL:
+        wait_with_rows(tile, words, scale_zero, columns, BITS, BLOCK, GROUP, ROWS)
+    gate_up_rows(
+        tile, x, squares, words, scale_zero, y, tokens, columns, rows, count, epsilon, unit,
+        COUNT, BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def gate_up_rows(
+    tile, x, squares, words, scale_zero, y, tokens, columns, rows, count, epsilon, unit,
+    COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """What rows tile · ROWS and on of the weight make of `y`."""
     partial = load_squares(squares, count, tokens, COUNT, TOKENS)
     total = times_rows(
         x, words, scale_zero, tile, tokens, columns,
@@ -65,6 +82,7 @@ def gate_up(
             **weight_constants(weight, tile.rows, tile.split),
             "COUNT": next_power_of_2(squares.shape[0]),
             "STAGES": tile.stages,
+            "PDL": False,
         },
         tile.split,
     )

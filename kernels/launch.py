@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
-from vila_deploy.kernels import interpreter  # noqa: F401  prepares it before the first launch
+from vila_deploy.kernels import interpreter  # also prepares it before the first launch
 
-Argument = Tensor | int | float
+Argument = Tensor | int | float | tuple[Any, ...]
+Path = tuple[int, ...]
 
 TYPES = {
     torch.float16: "*fp16",
@@ -32,6 +35,7 @@ class Launch:
         args: what may change without compiling anew; tensors may be on the meta device if the
             launch is only compiled.
         constants: the kernel's constexpr parameters.
+        options: of the compiler and of the launch besides `warps`; the interpreter has none.
     """
 
     kernel: Any
@@ -39,40 +43,70 @@ class Launch:
     args: dict[str, Argument]
     constants: dict[str, Any]
     warps: int
+    options: dict[str, bool] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return str(self.kernel.__name__)
 
     def __call__(self) -> None:
-        self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps)
+        options = {} if interpreter.INTERPRETED else self.options
+        self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, **options)
 
-    def compiled_constants(self) -> dict[str, Any]:
-        """`constants`, and integers that are 1: Triton compiles them in."""
-        ones = {n: v for n, v in self.args.items() if isinstance(v, int) and v == 1}
-        return self.constants | ones
+    def overlapped(self) -> Launch:
+        """The same by programmatic dependent launch: it begins before the launch before it ends.
 
-    def signature(self) -> dict[str, str]:
+        Its kernel waits for that end itself (`boundary.py`). For compute capability 9.0 and above.
+        """
+        assert "PDL" in self.constants
+        return replace(
+            self,
+            constants=self.constants | {"PDL": True},
+            options=self.options | {"launch_pdl": True},
+        )
+
+    def compiled_constants(self) -> dict[Path, Any]:
+        """`constants`, those within tuples, and integers that are 1: Triton compiles them in."""
+        return {
+            path: value.value if isinstance(value, tl.constexpr) else value
+            for path, value in self._leaves()
+            if _type_of(value) == "constexpr"
+        }
+
+    def signature(self) -> dict[str, Any]:
         """Parameter → Triton's name of its type, as its just-in-time compiler would choose it."""
-        types = {name: "constexpr" for name in self.compiled_constants()}
-        for name, value in self.args.items():
-            if name in types:
-                continue
-            if isinstance(value, Tensor):
-                types[name] = TYPES[value.dtype]
-            else:
-                types[name] = "fp32" if isinstance(value, float) else "i32"
-        return {name: types[name] for name in self.kernel.arg_names}
+        return dict(zip(self.kernel.arg_names, map(_type_of, self._values()), strict=True))
 
-    def attributes(self) -> dict[tuple[int, ...], list[list[Any]]]:
+    def attributes(self) -> dict[Path, list[list[Any]]]:
         """Which arguments are multiples of 16; every tensor of ours is aligned so."""
-        marked = {}
-        for index, name in enumerate(self.kernel.arg_names):
-            value = self.args.get(name)
-            whole = isinstance(value, int) and value % ALIGNMENT == 0
-            if isinstance(value, Tensor) or whole:
-                marked[(index,)] = [["tt.divisibility", ALIGNMENT]]
-        return marked
+        return {
+            path: [["tt.divisibility", ALIGNMENT]]
+            for path, value in self._leaves()
+            if isinstance(value, Tensor) or (isinstance(value, int) and value % ALIGNMENT == 0)
+        }
+
+    def _values(self) -> list[Any]:
+        """What the kernel's parameters are, in their order."""
+        constants = {name: tl.constexpr(value) for name, value in self.constants.items()}
+        return [(self.args | constants)[name] for name in self.kernel.arg_names]
+
+    def _leaves(self) -> Iterator[tuple[Path, Any]]:
+        """Values and where they stand; of a tuple those within it."""
+        for index, value in enumerate(self._values()):
+            if isinstance(value, tuple):
+                yield from (((index, inner), each) for inner, each in enumerate(value))
+            else:
+                yield (index,), value
+
+
+def _type_of(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_type_of, value))
+    if isinstance(value, tl.constexpr) or (isinstance(value, int) and value == 1):
+        return "constexpr"
+    if isinstance(value, Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
 
 
 def next_power_of_2(value: int) -> int:

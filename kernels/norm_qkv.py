@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vila_deploy.kernels.boundary import wait_with_rows
 from vila_deploy.kernels.core import inverse_rms, load_squares, times_rows
 from vila_deploy.kernels.gemv import weight_arguments, weight_constants
 from vila_deploy.kernels.launch import Launch, next_power_of_2
@@ -23,9 +24,25 @@ def norm_qkv_kernel(
     x, squares, words, scale_zero, bias, y, tokens, columns, rows, count, epsilon, unit,
     HAS_BIAS: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
+    if PDL:
+        wait_with_rows(tile, words, scale_zero, columns, BITS, BLOCK, GROUP, ROWS)
+    norm_qkv_rows(
+        tile, x, squares, words, scale_zero, bias, y, tokens, columns, rows, count, epsilon, unit,
+        HAS_BIAS, COUNT, BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def norm_qkv_rows(
+    tile, x, squares, words, scale_zero, bias, y, tokens, columns, rows, count, epsilon, unit,
+    HAS_BIAS: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Rows tile · ROWS and on of `y`."""
     row = tile * ROWS + tl.arange(0, ROWS)
     # Loaded before the weights and summed after them, so that nothing waits for it.
     partial = load_squares(squares, count, tokens, COUNT, TOKENS)
@@ -73,6 +90,7 @@ def norm_qkv(
             "HAS_BIAS": bias is not None,
             "COUNT": next_power_of_2(squares.shape[0]),
             "STAGES": tile.stages,
+            "PDL": False,
         },
         tile.split,
     )

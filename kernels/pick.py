@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from vila_deploy.kernels.boundary import wait
 from vila_deploy.kernels.launch import Launch, next_power_of_2
 from vila_deploy.kernels.tiles import TOKENS
 
@@ -12,8 +13,10 @@ from vila_deploy.kernels.tiles import TOKENS
 @triton.jit
 def pick_kernel(
     best, index, token, history, position, count, slots,
-    COUNT: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr,
+    COUNT: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        wait()
     column = tl.program_id(0)
     part = tl.arange(0, COUNT)
     inside = part < count
@@ -47,7 +50,10 @@ def pick(
             "best": best, "index": index, "token": token, "history": history,
             "position": position, "count": best.shape[0], "slots": history.shape[0],
         },
-        {"COUNT": next_power_of_2(best.shape[0]), "TOKENS": TOKENS, "STEP": step},
+        {
+            "COUNT": next_power_of_2(best.shape[0]), "TOKENS": TOKENS, "STEP": step,
+            "PDL": False,
+        },
         4,
     )  # fmt: skip
 

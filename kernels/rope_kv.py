@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vila_deploy.kernels.boundary import wait
 from vila_deploy.kernels.cache8 import levels_of, scale_of
 from vila_deploy.kernels.launch import Launch, next_power_of_2
 from vila_deploy.kernels.tiles import TOKENS
@@ -19,8 +20,10 @@ def rope_kv_kernel(
     qkv, cos, sin, position, q, keys, values, key_scales, value_scales,
     tokens, heads, kv_heads, slots,
     INT8: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    HALF_BLOCK: tl.constexpr,
+    HALF_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        wait()
     head = tl.program_id(1)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None].to(tl.int64)
     where = tl.load(position) + token
@@ -95,7 +98,7 @@ def rope_kv(
         },
         {
             "INT8": scales is not None, "TOKENS": block, "DIM": dim, "HALF": dim // 2,
-            "HALF_BLOCK": next_power_of_2(dim // 2),
+            "HALF_BLOCK": next_power_of_2(dim // 2), "PDL": False,
         },
         1,
     )  # fmt: skip

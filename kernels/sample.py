@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vila_deploy.kernels.boundary import wait
 from vila_deploy.kernels.launch import Launch, next_power_of_2
 
 CHUNK = 8192  # of the vocabulary at a time
@@ -33,7 +34,10 @@ def mass_above(logits, rows, top, inverse, threshold, CHUNK: tl.constexpr):
 def sample_kernel(
     logits, uniform, settings, token, history, position, rows, slots,
     CHUNK: tl.constexpr, ROUNDS: tl.constexpr, LOWEST: tl.constexpr, STEP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        wait()
     inverse, top_p = tl.load(settings), tl.load(settings + 1)
     where = tl.load(position)
     if STEP:
@@ -99,7 +103,7 @@ def sample(
             "history": history, "position": position, "rows": logits.shape[1],
             "slots": history.shape[0],
         },
-        {"CHUNK": chunk, "ROUNDS": ROUNDS, "LOWEST": LOWEST, "STEP": step},
+        {"CHUNK": chunk, "ROUNDS": ROUNDS, "LOWEST": LOWEST, "STEP": step, "PDL": False},
         8,
     )  # fmt: skip
 

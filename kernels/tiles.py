@@ -13,21 +13,28 @@ TOKENS = 8  # tokens of the narrowest tensor core product; one to eight cost the
 
 @dataclass(frozen=True)
 class Device:
-    """What tiles depend on: multiprocessors, and how many loads a program keeps in flight."""
+    """What tiles depend on: multiprocessors, and how many loads a program keeps in flight.
+
+    `joined_programs` of `joined` share a multiprocessor, by their registers and shared memory.
+    """
 
     processors: int
     gemv_stages: int
     gemm_stages: int
     attention_stages: int
+    joined_programs: int = 1
 
 
 # compute capability · 10 → the device of that kind that the project targets
 DEVICES = {
-    80: Device(processors=108, gemv_stages=4, gemm_stages=4, attention_stages=3),  # A100
-    87: Device(processors=16, gemv_stages=4, gemm_stages=4, attention_stages=3),  # AGX Orin
+    # A100
+    80: Device(processors=108, gemv_stages=4, gemm_stages=4, attention_stages=3, joined_programs=2),
+    # AGX Orin
+    87: Device(processors=16, gemv_stages=4, gemm_stages=4, attention_stages=3, joined_programs=2),
     # The RTX 4090 has 99 KB of shared memory for a program; a third stage of attention is 100 KB.
     89: Device(processors=128, gemv_stages=4, gemm_stages=3, attention_stages=2),
-    90: Device(processors=132, gemv_stages=4, gemm_stages=4, attention_stages=3),  # H100, H200
+    # H100, H200
+    90: Device(processors=132, gemv_stages=4, gemm_stages=4, attention_stages=3, joined_programs=2),
 }
 # Triton's interpreter pays per operation, not per element: few large programs.
 INTERPRETER = 0

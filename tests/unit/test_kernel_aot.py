@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pytest
 from vila_deploy.kernels.aot import parse_usage
+from vila_deploy.kernels.tiles import device
 
 from vila_deploy.backends.native.compile import compile_engine
-from vila_deploy.engine.components import Components
 from vila_deploy.model.presets import preset
 
+PROBE = Path(__file__).resolve().parents[1] / "kernel_probe.py"
 # Shared memory that a program may have, in bytes: CUDA's documented limits.
 SHARED_BYTES = {"8.0": 163 << 10, "8.7": 163 << 10, "8.9": 99 << 10, "9.0": 227 << 10}
 KERNELS = {
@@ -19,6 +26,14 @@ KERNELS = {
     "gemm_kernel", "dequantize_kernel", "sample_kernel",
 }  # fmt: skip
 
+# What only a prompt or a step of several tokens launches, or a step that doesn't overlap.
+NOT_IN_A_STEP = {
+    "rope_kv_kernel", "gemm_kernel", "dequantize_kernel", "attention_part_kernel",
+    "attention_merge_kernel",
+}  # fmt: skip
+# Of a multiprocessor: CUDA's documented limits.
+REGISTERS = 1 << 16
+PROCESSOR_SHARED_BYTES = {80: 164 << 10, 87: 164 << 10, 89: 100 << 10, 90: 228 << 10}
 
 CONFIG = replace(preset("VILA1.5-3b", "int4").llm, num_layers=1)
 Rows = list[dict[str, Any]]
@@ -50,15 +65,66 @@ def test_all_kernels_compile_and_none_spills() -> None:
     assert constants(rows, "attention_part_kernel", "TURN") == {True, False}
 
 
-def test_quantized_components_compile_and_none_spills() -> None:
+@pytest.fixture(scope="module")
+def probed() -> dict[str, Rows]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, PROBE], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_quantized_components_compile_and_none_spills(probed: dict[str, Rows]) -> None:
     """An int4 head is left out: it is the loop of the int4 linears."""
-    kernels = {"head_kernel", "rope_kv_kernel", "attention_part_kernel"}
-    components = Components(lm_head="int8", kv_cache="int8")
-    rows = compile_engine(CONFIG, 1024, list(SHARED_BYTES), components, sorted(kernels))
-    check(rows, kernels)
+    rows = probed["small"]
+    check(rows, {"head_kernel", "rope_kv_kernel", "attention_part_kernel"})
     assert constants(rows, "head_kernel", "BITS") == {8}
     for kernel in ("rope_kv_kernel", "attention_part_kernel"):
         assert constants(rows, kernel, "INT8") == {True}
+
+
+def test_on_a_gpu_arguments_are_what_they_were_compiled_for(probed: dict[str, Rows]) -> None:
+    """Up to where Triton would compile: names that it keeps for itself are refused there."""
+    rows = probed["bound"]
+    assert {row["kernel"] for row in rows} == KERNELS | {"attention_kernel", "joined_kernel"}
+    for row in rows:
+        assert all(row[key] for key in ("signature", "constants", "attributes", "warps")), row
+    chosen = {row["kernel"]: row["options"] for row in rows if row["options"]}
+    assert chosen.pop("joined_kernel") == ["launch_cooperative_grid"]
+    assert set(chosen) == KERNELS - NOT_IN_A_STEP | {"attention_kernel"}
+    assert all(options == ["launch_pdl"] for options in chosen.values())
+
+
+def test_overlapped_kernels_wait_once_behind_their_prefetches(probed: dict[str, Rows]) -> None:
+    rows = [row for row in probed["joined"] if row["kernel"] != "joined_kernel"]
+    assert {row["overlap"] for row in rows} == {True, False}
+    for row in rows:
+        assert row["stack_bytes"] == 0, row
+        counts, places = row["counts"], row["places"]
+        on = int(row["overlap"])
+        assert counts["griddepcontrol.wait"] == counts["griddepcontrol.launch_dependents"] == on
+        assert (counts["prefetch.global.L2"] > 0) == row["overlap"]
+        if on:
+            assert row["last_prefetch"] < places["griddepcontrol.wait"] < places["cp.async"]
+            # Attention reads the position before, to know what of the cache to ask for.
+            early = row["kernel"] == "attention_kernel"
+            assert early or places["griddepcontrol.wait"] < places["ld.global"]
+
+
+def test_programs_of_a_joined_kernel_fit_on_the_device(probed: dict[str, Rows]) -> None:
+    """All of them at once, or they would wait for each other forever."""
+    rows = [row for row in probed["joined"] if row["kernel"] == "joined_kernel"]
+    assert {row["sm"] for row in rows} == {80, 90}
+    for row in rows:
+        assert row["stack_bytes"] == 0, row
+        assert row["counts"]["ld.acquire.gpu"] == row["counts"]["atom.global.gpu.acq_rel"] == 3
+        each, left = divmod(row["programs"], device(row["sm"]).processors)
+        assert left == 0
+        # Registers are given out 256 at a time to a warp; each program takes 1 KB more.
+        warp = -(-row["registers"] * 32 // 256) * 256
+        assert each * row["warps"] * warp <= REGISTERS
+        assert each * (row["shared_bytes"] + 1024) <= PROCESSOR_SHARED_BYTES[row["sm"]]
 
 
 def test_what_a_spilling_kernel_looks_like() -> None:

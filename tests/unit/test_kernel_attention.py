@@ -11,6 +11,7 @@ from vila_deploy.kernels.attention import (
     attention_reference,
     rope_attention,
 )
+from vila_deploy.kernels.cache8 import round_vectors
 from vila_deploy.kernels.rope_kv import rope_kv
 
 
@@ -84,3 +85,35 @@ def test_with_rotation_inside_it_gives_the_same_bits(
         launch()
     assert torch.equal(out, expected)
     assert torch.equal(inside, apart)
+
+
+@pytest.mark.parametrize(("int8", "splits", "position"), [(False, 4, 190), (True, 2, 70)])
+def test_merged_by_its_last_program_gives_the_same_bits(
+    int8: bool, splits: int, position: int
+) -> None:
+    """Twice: every launch leaves its counters as it found them."""
+    heads, kv_heads, dim, slots = 6, 2, 48, 200
+    random = generator(splits)
+    qkv = torch.randn(1, (heads + 2 * kv_heads) * dim, generator=random).half()
+    angles = torch.rand(slots, dim // 2, generator=random) * 6
+    tables, place = (angles.cos(), angles.sin()), torch.tensor([position], dtype=torch.int32)
+    vectors, scales = torch.randn(2, kv_heads, slots, dim, generator=random).half(), None
+    if int8:
+        vectors, both = round_vectors(vectors)
+        scales = (both[0], both[1])
+    outs = []
+    for merged in (False, True):
+        out, parts = unwritten(1, heads * dim), Parts(1, heads, dim, splits, "cpu")
+        launches = rope_attention(
+            qkv, tables, *vectors, place, out, parts, SM, scales, merged=merged
+        )
+        assert len(launches) == 2 - merged
+        for _ in range(1 + merged):
+            out.fill_(torch.nan)
+            for launch in launches:
+                launch()
+            assert not parts.done.any()
+            outs.append(out.clone())
+    assert outs[0].isfinite().all()
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])

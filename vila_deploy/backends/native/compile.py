@@ -23,6 +23,7 @@ from vila_deploy.errors import VilaDeployError
 if TYPE_CHECKING:
     from vila_deploy.backends.native.step import Cache, Sizes
     from vila_deploy.backends.native.weights import PackedLlm
+    from vila_deploy.kernels.boundary import Boundaries
     from vila_deploy.kernels.launch import Launch
 
 WORKER = "vila_deploy.backends.native.compile"
@@ -34,11 +35,13 @@ def compile_engine(
     capabilities: Sequence[str],
     components: Components = ALL_FP16,
     only: Sequence[str] = (),
+    boundaries: Boundaries | None = None,
 ) -> list[dict[str, Any]]:
     """What the compiler says of each distinct kernel for each compute capability, e.g. "9.0".
 
     Args:
         only: names of kernels; empty means all of them.
+        boundaries: None is what a Session runs.
 
     Raises:
         VilaDeployError: a kernel does not compile; the message is the compiler's last line.
@@ -50,6 +53,7 @@ def compile_engine(
         "max_seq_len": max_seq_len,
         "components": components.to_json(),
         "only": list(only),
+        "boundaries": {} if boundaries is None else vars(boundaries),
         "config": {**vars(config), "family": family}
         | {"quantization": quantization and vars(quantization)},
     }
@@ -71,6 +75,7 @@ def compile_engine(
 def main() -> None:
     """Reads a request from stdin, prints the report."""
     from vila_deploy.kernels.aot import compile_all
+    from vila_deploy.kernels.boundary import Boundaries
 
     request = json.load(sys.stdin)
     values = request["config"]
@@ -82,7 +87,8 @@ def main() -> None:
     config, report = LlmConfig(**values), []
     for sm in request["sms"]:
         components = Components(**request["components"])
-        launches = engine_launches(config, request["max_seq_len"], sm, components)
+        boundaries = Boundaries(**request["boundaries"])
+        launches = engine_launches(config, request["max_seq_len"], sm, components, boundaries)
         if request["only"]:
             launches = [launch for launch in launches if launch.name in request["only"]]
         report += [compiled.to_json() for compiled in compile_all(launches, sm)]
@@ -90,11 +96,16 @@ def main() -> None:
 
 
 def engine_launches(
-    config: LlmConfig, slots: int, sm: int, components: Components = ALL_FP16
+    config: LlmConfig,
+    slots: int,
+    sm: int,
+    components: Components = ALL_FP16,
+    boundaries: Boundaries | None = None,
 ) -> list[Launch]:
     """What a Session of this model launches, over tensors without values."""
     from vila_deploy.backends.native.step import Cache, DecodeStep, Sizes
     from vila_deploy.backends.native.weights import empty_llm
+    from vila_deploy.kernels.boundary import Boundaries
     from vila_deploy.kernels.dequantize import dequantize
     from vila_deploy.kernels.gemm import gemm
     from vila_deploy.kernels.tiles import widest_gemm
@@ -103,7 +114,7 @@ def engine_launches(
     config = replace(config, num_layers=min(config.num_layers, 2))
     llm, sizes = (
         empty_llm(config, slots, lm_head=components.lm_head),
-        Sizes(config, slots, sm, "meta"),
+        Sizes(config, slots, sm, "meta", boundaries or Boundaries()),
     )
     cache = Cache(config, slots, "meta", components.kv_cache)
     step = DecodeStep(sizes, llm, cache)

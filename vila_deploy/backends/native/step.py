@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -11,10 +11,12 @@ from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.engine.components import FP16
 from vila_deploy.kernels.add_residual import add_residual, parts
 from vila_deploy.kernels.attention import Parts, attention, rope_attention
+from vila_deploy.kernels.boundary import Boundaries
 from vila_deploy.kernels.cache8 import widen_vectors
 from vila_deploy.kernels.embed import embed
 from vila_deploy.kernels.gate_up import gate_up
 from vila_deploy.kernels.head import head
+from vila_deploy.kernels.joined import PHASES, joined
 from vila_deploy.kernels.launch import Launch
 from vila_deploy.kernels.norm_qkv import norm_qkv
 from vila_deploy.kernels.pick import pick
@@ -69,6 +71,7 @@ class Sizes:
     slots: int
     sm: int
     device: str
+    boundaries: Boundaries = field(default_factory=Boundaries)
 
 
 class DecodeStep:
@@ -83,6 +86,7 @@ class DecodeStep:
 
     def __init__(self, sizes: Sizes, llm: PackedLlm, cache: Cache, tokens: int = 1):
         config, device = sizes.config, sizes.device
+        sizes.boundaries.check(sizes.sm)
         self._sizes, self._llm, self._cache = sizes, llm, cache
         hidden, heads, dim = config.hidden_size, config.num_heads, config.head_dim
         width = (heads + 2 * config.num_kv_heads) * dim
@@ -105,8 +109,10 @@ class DecodeStep:
         self._index = buffer(ends, TOKENS, dtype=torch.int32)
         self.uniform = buffer(len(cache.history), dtype=torch.float32)
         self.settings = buffer(2, dtype=torch.float32)
+        self._arrived = buffer(1, dtype=torch.int32)
         self.launches = tuple(self._launches(tokens))
-        self.sampled = (*self.launches[:-1], self._sample(step=True)) if tokens == 1 else ()
+        drawn = self._overlapped([self._sample(step=True)])
+        self.sampled = (*self.launches[:-1], *drawn) if tokens == 1 else ()
 
     def __call__(self, *, sampled: bool = False) -> None:
         for launch in self.sampled if sampled else self.launches:
@@ -131,7 +137,29 @@ class DecodeStep:
         following = [layer.input_norm for layer in llm.layers[1:]] + [llm.norm]
         for index, (layer, after) in enumerate(zip(llm.layers, following, strict=True)):
             found += self._layer(index, layer, after)
-        return [*found, self._head(), self._pick(step=tokens == 1)]
+        if tokens == 1:
+            found = self._joined(found)
+        return self._overlapped([*found, self._head(), self._pick(step=tokens == 1)])
+
+    def _overlapped(self, launches: list[Launch]) -> list[Launch]:
+        if not self._sizes.boundaries.overlap:
+            return launches
+        return [launch.overlapped() for launch in launches]
+
+    def _joined(self, launches: list[Launch]) -> list[Launch]:
+        """What stands between one attention and the next in a launch, if that is wanted."""
+        boundaries = self._sizes.boundaries
+        if not boundaries.join:
+            return launches
+        attends = 1 if boundaries.merge else 2
+        # Ahead are embed, q, k and v and attention of the first layer; three of the last are left.
+        start, end = 2 + attends, len(launches) - 3
+        found = launches[:start]
+        for first in range(start, end, PHASES + attends):
+            behind = first + PHASES
+            found += joined(launches[first:behind], self._arrived, self._sizes.sm)
+            found += launches[behind : behind + attends]
+        return [*found, *launches[end:]]
 
     def _head(self) -> Launch:
         config, norm = self._sizes.config, self._llm.norm
@@ -174,13 +202,13 @@ class DecodeStep:
         ]  # fmt: skip
 
     def _attend(self, index: int) -> tuple[Launch, ...]:
-        """One token: two launches. Several see each other in the cache, so it is written first."""
+        """Several tokens see each other in the cache, so it is written before they attend."""
         llm, cache, sm = self._llm, self._cache, self._sizes.sm
         (keys, values, scales), position = cache.layer(index), cache.position
         if len(self.token) == 1:
             return rope_attention(
                 self._qkv, (llm.cos, llm.sin), keys, values, position, self._attended,
-                self._parts, sm, scales,
+                self._parts, sm, scales, merged=self._sizes.boundaries.merge,
             )  # fmt: skip
         turn = rope_kv(self._qkv, llm.cos, llm.sin, position, self._q, keys, values, scales)
         return turn, *attention(
