@@ -1,8 +1,8 @@
 """llama.cpp's own benchmark on GGUF files of random weights at the models' shapes.
 
 `python -m benchmarks.gpu.build_peers llamacpp` compiles llama-bench from the sources that
-get_peers.py brings; with CUDA that takes many minutes, so it is a run of its own. `python -m
-benchmarks.gpu` finds what was built. Rows are whole decoding steps, attention and all, after 512 tokens of context.
+get_peers.py brings; with CUDA that takes many minutes, so it is a run of its own. The benchmark
+finds what was built. Rows are whole decoding steps, attention and all, after 512 tokens of context.
 """
 
 from __future__ import annotations
