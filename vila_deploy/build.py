@@ -132,7 +132,7 @@ def build_engine(root: Path, out: Path, options: BuildOptions) -> Manifest:
     if is_unfinished(out):
         return finish_engine(out, options.target, options.backend)
     manifest = _build(root, out, options)
-    if manifest.needs and can_finish_here(manifest):
+    if manifest.needs and can_finish_here(out, manifest):
         return finish_engine(out, manifest.target, manifest.backend)
     return manifest
 

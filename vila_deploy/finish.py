@@ -2,10 +2,11 @@
 
 A backend that leaves steps to the device has, in its build module,
 
-- `check_device(manifest)`, which raises what is missing here before any work;
+- `check_device(folder, manifest)`, which raises what is missing here before any work;
 - `outputs(need)`, the paths in the folder that a step makes;
 - `finish_step(folder, manifest, need)`, which makes them and returns the versions of its tools;
-- `spent(folder, need)`, the files in it that nothing needs any more once a step is done.
+- `spent(folder, need)`, the files in it that nothing needs any more once a step is done;
+- `place(manifest)`, if that is not always the device: in words, where the steps can be done.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def finish_engine(folder: Path, target: str, backend: str | None) -> Manifest:
                 fix=f"give {option} {found}, or choose another -o",
             )
     module = _module(manifest.backend)
-    module.check_device(manifest)
+    module.check_device(folder, manifest)
     while manifest.needs:
         need, *rest = manifest.needs
         versions = module.finish_step(folder, manifest, need)
@@ -74,13 +75,19 @@ def _remove(folder: Path, paths: Sequence[str]) -> None:
             parent.rmdir()
 
 
-def can_finish_here(manifest: Manifest) -> bool:
+def can_finish_here(folder: Path, manifest: Manifest) -> bool:
     """Whether this computer has what the steps that are left need."""
     try:
-        _module(manifest.backend).check_device(manifest)
+        _module(manifest.backend).check_device(folder, manifest)
     except VilaDeployError:
         return False
     return True
+
+
+def place_of_rest(manifest: Manifest) -> str:
+    """Where the steps that are left can be done, in words."""
+    place = getattr(_module(manifest.backend), "place", None)
+    return place(manifest) if place else "the device"
 
 
 def _remove_begun(folder: Path) -> None:

@@ -57,6 +57,31 @@ def test_ahead_of_time_without_a_gpu(tmp_path: Path) -> None:
 
 
 @needs_rtx
+def test_parts_that_memory_is_too_small_for_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_checkpoint(tmp_path / "c", quantized=True, layers=1, vision_layers=2)
+    engine = tmp_path / "engine"
+    command = [str(root), "--target", "a100", "-o", str(engine), "--max-seq-len", "64"]
+    with monkeypatch.context() as small:
+        small.setattr(build_module, "available_memory_bytes", lambda: 1 << 28)
+        done = CliRunner().invoke(main, command)
+        assert done.exit_code == 0, done.output
+        last = done.stdout.splitlines()[-1]
+        assert last.startswith("Left for a computer with more memory: compile vision/model.onnx")
+        finish = last.partition("run: vila-build-engine engine ")[2].split()
+        finish = [str(engine), *finish[:-1], str(engine)]
+        failed = CliRunner().invoke(main, finish)
+        assert "compiling takes about 0.4 GB of memory, 0.3 GB are available" in failed.output
+        with pytest.raises(VilaDeployError, match="run on a computer with more memory"):
+            open_engine(engine).__enter__()
+    assert CliRunner().invoke(main, finish).exit_code == 0
+    manifest = load_manifest(engine)
+    assert (manifest.needs, manifest.versions[files.CAPABILITY]) == ((), "8.0")
+    assert sorted(p.name for p in engine.glob("*/model.*")) == ["model.plan", "model.plan"]
+
+
+@needs_rtx
 def test_a_graph_that_the_compiler_refuses_gives_its_first_words(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     job = Job(tmp_path / "model.onnx", tmp_path / "model.plan", (), "8.9")

@@ -54,18 +54,20 @@ def open_engine(folder: Path) -> Iterator[OpenedEngine]:
             "no such folder", where=folder, fix="give a folder that vila-build-engine made"
         )
     manifest = load_manifest(folder)
-    if manifest.needs:
-        raise VilaDeployError(
-            f"is not finished: {'; '.join(manifest.needs)}",
-            where=folder,
-            fix=f"run on the device: vila-build-engine {folder} --target {manifest.target} "
-            f"--backend {manifest.backend} -o {folder}",
-        )
     if manifest.backend not in BACKENDS:
         raise VilaDeployError(
             f"was built for backend {manifest.backend!r}, which this version doesn't have",
             where=folder,
             fix=f"build it with --backend {' or '.join(BACKENDS)}",
+        )
+    if manifest.needs:
+        from vila_deploy.finish import place_of_rest
+
+        raise VilaDeployError(
+            f"is not finished: {'; '.join(manifest.needs)}",
+            where=folder,
+            fix=f"run on {place_of_rest(manifest)}: vila-build-engine {folder} "
+            f"--target {manifest.target} --backend {manifest.backend} -o {folder}",
         )
     tokenizer_folder = folder / TOKENIZER_FOLDER
     tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder.is_dir() else None

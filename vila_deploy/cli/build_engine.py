@@ -149,8 +149,11 @@ def _show_engine(out: Path, manifest: Manifest, as_json: bool) -> None:
                 f"likely token for {effect['top1_agreement']:.2%} of {effect['tokens']} tokens"
             )
         if manifest.needs:
+            from vila_deploy.finish import place_of_rest
+
             click.echo(
-                f"Left for the device: {'; '.join(manifest.needs)}. Copy {out.name} there and run: "
+                f"Left for {place_of_rest(manifest)}: {'; '.join(manifest.needs)}. "
+                f"Copy {out.name} there and run: "
                 f"vila-build-engine {out.name} --target {manifest.target} "
                 f"--backend {manifest.backend} -o {out.name}"
             )

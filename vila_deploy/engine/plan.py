@@ -34,10 +34,10 @@ CPU_PROGRAM_BYTES, GPU_PROGRAM_BYTES = 200 << 20, 800 << 20
 # Tokens that go through the decoder at a time while the prompt is read.
 PREFILL_TOKENS = 256
 # TensorRT's compiler at its peak, in weights of the graph that it compiles: measured with
-# tensorrt-rtx 1.7 (1.14 GB for 0.50 GB, 3.5 GB for 1.51 GB of VILA1.5-3b's shapes). What it maps of
-# the weights' file comes on top, and leaves again where memory is short. On the device, assumed
+# tensorrt-rtx 1.7 (1.14 GB for 0.50 GB, 3.6 for 1.51, 10.0 for 4.76, 14.5 for 7.07). What it maps
+# of the weights' file comes on top, and leaves again where memory is short. On the device, assumed
 # with it.
-COMPILER_FACTOR, COMPILER_BYTES = {"tensorrt-rtx": 2.3, "tensorrt": 3.2}, 400 << 20
+COMPILER_FACTOR, COMPILER_BYTES = {"tensorrt-rtx": 2.0, "tensorrt": 3.2}, 400 << 20
 COMPILED_AS_ONE = ("llm decoder linears", "llm head", "llm norms")
 
 
@@ -152,12 +152,17 @@ def _stages(
     if backend != "tensorrt" or target.tensorrt is None:
         return graphs, run
     weights = sum(part.bytes for part in components if part.name in COMPILED_AS_ONE)
-    factor = COMPILER_FACTOR[target.tensorrt.package]
-    needed = COMPILER_BYTES + int(factor * weights)
+    needed = compiler_memory_bytes(target.tensorrt.package, weights)
     if target.tensorrt.package == "tensorrt-rtx":
-        return graphs, Stage("compile on this computer", needed), run
+        here = "this computer" if needed <= available_memory_bytes() else "one with more memory"
+        return graphs, Stage(f"compile on {here}", needed), run
     swap = "" if needed <= limit_bytes else f": {(needed - limit_bytes) / 1e9:.0f} GB of swap"
     return graphs, Stage(f"compile on {target.title}{swap}", needed), run
+
+
+def compiler_memory_bytes(package: str, weight_bytes: int) -> int:
+    """What TensorRT's compiler needs for a graph with so many bytes of weights; an estimate."""
+    return COMPILER_BYTES + int(COMPILER_FACTOR[package] * weight_bytes)
 
 
 def _weights(

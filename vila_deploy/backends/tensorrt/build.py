@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -13,11 +14,13 @@ from vila_deploy.backends.tensorrt.compile import Job, compile_graph
 from vila_deploy.backends.tensorrt.compilers import COMPILERS, Compiler, host_platform
 from vila_deploy.engine.components import FP16, head_group_size
 from vila_deploy.engine.manifest import Manifest
+from vila_deploy.engine.plan import compiler_memory_bytes
 from vila_deploy.engine.request import BuildRequest, Built
 from vila_deploy.engine.target import Target, get_target
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import canonical_json, read_json_object
 from vila_deploy.progress import Advance, progress
+from vila_deploy.sizes import available_memory_bytes
 
 if TYPE_CHECKING:
     from vila_deploy.checkpoint.config import VilaConfig
@@ -83,7 +86,8 @@ def build(
 ) -> Built:
     """Writes the graphs part by part, and compiles each at once where this computer can.
 
-    Memory for one layer while graphs are written, then what the compiler takes.
+    Memory for one layer while graphs are written, then what the compiler takes; parts for which
+    this computer has too little are left for another.
     """
     from importlib.metadata import version
 
@@ -98,29 +102,44 @@ def build(
     with progress(steps, "building") as advance, ExitStack() as stack:
         vision = request.components.vision
         graphs.write_vision(folder, config, tower, projector, dialect, advance, vision)
-        aside = []
-        if compiler.ahead_of_time:
-            aside = [stack.enter_context(Aside(folder, part)) for part in parts[:-1]]
+        here = _compiled_here(folder, parts[:-1], compiler)
+        aside = [stack.enter_context(Aside(folder, part)) for part in here]
         max_seq_len = request.limits.max_seq_len
         head = request.components.lm_head
         weight_bytes = graphs.write_llm(folder, config, llm, max_seq_len, dialect, advance, head)
-        if compiler.ahead_of_time:
-            # Before the LLM's, or the memory of two compilers would add up.
-            for part, compiling in zip(parts, aside, strict=False):
-                advance(f"{part}: compiling", steps=0)
-                versions |= compiling.versions()
-                advance(f"{part}: compiled")
-                _clear(folder, part)
-            versions |= compile_part(folder, parts[-1], advance)
-            _clear(folder, parts[-1])
-            return Built(weight_bytes, versions)
-    return Built(weight_bytes, versions, tuple(_need(part) for part in parts))
+        # Before the LLM's, or the memory of two compilers would add up.
+        for part, compiling in zip(here, aside, strict=True):
+            advance(f"{part}: compiling", steps=0)
+            versions |= compiling.versions()
+            advance(f"{part}: compiled")
+            _clear(folder, part)
+        for part in _compiled_here(folder, parts[-1:], compiler):
+            versions |= compile_part(folder, part, advance)
+            _clear(folder, part)
+    left = (part for part in parts if not (folder / part / files.PLAN).exists())
+    return Built(weight_bytes, versions, tuple(_need(part) for part in left))
 
 
-def check_device(manifest: Manifest) -> None:
+def _compiled_here(folder: Path, parts: Sequence[str], compiler: Compiler) -> list[str]:
+    """Those of `parts` whose engines can be made on this computer."""
+    if not compiler.ahead_of_time:
+        return []
+    room = available_memory_bytes()
+    return [part for part in parts if _compiler_memory_bytes(folder, part, compiler) <= room]
+
+
+def _compiler_memory_bytes(folder: Path, part: str, compiler: Compiler) -> int:
+    weights = (folder / part / files.WEIGHTS).stat().st_size
+    return compiler_memory_bytes(compiler.package, weights)
+
+
+def check_device(folder: Path, manifest: Manifest) -> None:
     """Raises VilaDeployError if this computer is not what the steps that are left need."""
     target = get_target(manifest.target)
     compiler = compiler_of(target)
+    if compiler.ahead_of_time:
+        _check_memory(folder, manifest, compiler)
+        return
     if host_platform() != target.host:
         raise VilaDeployError(
             f"TensorRT engines for {target.title} are compiled on {target.host}, this is "
@@ -138,6 +157,27 @@ def check_device(manifest: Manifest) -> None:
             f"this GPU has {found}",
             fix="run this on the device, or build again with its own --target",
         )
+
+
+def _check_memory(folder: Path, manifest: Manifest, compiler: Compiler) -> None:
+    """Engines for any GPU are left for want of memory only."""
+    parts = [_part(need) for need in manifest.needs]
+    needed = max(_compiler_memory_bytes(folder, part, compiler) for part in parts)
+    room = available_memory_bytes()
+    if needed > room:
+        raise VilaDeployError(
+            f"compiling takes about {needed / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB are "
+            "available",
+            where=folder,
+            fix="close other programs, or copy the folder to a computer that has it and run the "
+            "same command there",
+        )
+
+
+def place(manifest: Manifest) -> str:
+    """Where the steps that are left can be done."""
+    anywhere = compiler_of(get_target(manifest.target)).ahead_of_time
+    return "a computer with more memory" if anywhere else "the device"
 
 
 def outputs(need: str) -> tuple[str, ...]:

@@ -127,7 +127,7 @@ def spent(folder: Path, need: str) -> tuple[str, ...]:
     return tuple(f"{files.VISION}/{name}" for name in (files.GRAPH, files.WEIGHTS))
 
 
-def check_device(manifest: Manifest) -> None:
+def check_device(folder: Path, manifest: Manifest) -> None:
     """Raises VilaDeployError if the engines can't be built here; says what to install."""
     release = _release(manifest)
     find_builder(release)
