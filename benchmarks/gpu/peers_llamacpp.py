@@ -133,6 +133,8 @@ def write_gguf(path: Path, sizes: LlmConfig, kind: str) -> int:
     writer.add_feed_forward_length(sizes.intermediate_size)
     writer.add_head_count(sizes.num_heads)
     writer.add_head_count_kv(sizes.num_kv_heads)
+    writer.add_key_length(sizes.head_dim)
+    writer.add_value_length(sizes.head_dim)
     writer.add_rope_dimension_count(sizes.head_dim)
     writer.add_rope_freq_base(sizes.rope_theta)
     writer.add_layer_norm_rms_eps(sizes.rms_norm_eps)
