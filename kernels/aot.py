@@ -40,15 +40,9 @@ class Compiled:
 
 def compile_launch(launch: Launch, sm: int) -> tuple[Compiled, dict[str, Any]]:
     """Compiles for compute capability sm / 10; needs no GPU. Also returns the stages' outputs."""
-    source = ASTSource(
-        launch.kernel,
-        launch.signature(),
-        constexprs=launch.compiled_constants(),
-        attrs=launch.attributes(),
-    )
     target = GPUTarget("cuda", sm, WARP)
     options = {"num_warps": launch.warps, **launch.options}
-    kernel = triton.compile(source, target=target, options=options)
+    kernel = triton.compile(source(launch), target=target, options=options)
     registers, stack_bytes = resources(kernel.asm["cubin"])
     shared_bytes = int(kernel.metadata.shared)
     compiled = Compiled(
@@ -57,12 +51,19 @@ def compile_launch(launch: Launch, sm: int) -> tuple[Compiled, dict[str, Any]]:
     return compiled, kernel.asm
 
 
+def source(launch: Launch) -> ASTSource:
+    """What Triton compiles, the same that its just-in-time compiler makes of the launch."""
+    return ASTSource(
+        launch.kernel, launch.signature(), launch.compiled_constants(), launch.attributes()
+    )
+
+
 def compile_all(launches: Iterable[Launch], sm: int) -> list[Compiled]:
     """Each distinct kernel among `launches` once."""
     distinct: dict[str, Launch] = {}
     for launch in launches:
-        constants = launch.compiled_constants()
-        key = repr((launch.name, launch.signature(), launch.attributes(), constants))
+        how = (launch.compiled_constants(), launch.warps, launch.options)
+        key = repr((launch.name, launch.signature(), launch.attributes(), *how))
         distinct.setdefault(key, launch)
     return [compile_launch(launch, sm)[0] for launch in distinct.values()]
 

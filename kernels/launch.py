@@ -67,22 +67,28 @@ class Launch:
 
     def compiled_constants(self) -> dict[Path, Any]:
         """`constants`, those within tuples, and integers that are 1: Triton compiles them in."""
-        return {
-            path: value.value if isinstance(value, tl.constexpr) else value
-            for path, value in self._leaves()
-            if _type_of(value) == "constexpr"
+        found = {path: each for path, each in self._leaves() if _type_of(each) == "constexpr"}
+        own = {
+            (self.kernel.arg_names.index(name),): value for name, value in self.constants.items()
         }
+        return found | own
 
     def signature(self) -> dict[str, Any]:
         """Parameter → Triton's name of its type, as its just-in-time compiler would choose it."""
         return dict(zip(self.kernel.arg_names, map(_type_of, self._values()), strict=True))
 
     def attributes(self) -> dict[Path, list[list[Any]]]:
-        """Which arguments are multiples of 16; every tensor of ours is aligned so."""
+        """Which arguments are multiples of 16; every tensor of ours is aligned so.
+
+        Other integers have nothing behind them, as Triton says it: what was compiled ahead is then
+        found again on the device.
+        """
         return {
             path: [["tt.divisibility", ALIGNMENT]]
+            if isinstance(value, Tensor) or value % ALIGNMENT == 0
+            else []
             for path, value in self._leaves()
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % ALIGNMENT == 0)
+            if _type_of(value) not in ("constexpr", "fp32")
         }
 
     def _values(self) -> list[Any]:

@@ -15,9 +15,10 @@ from typing import Any
 
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaDriver
+from triton.compiler import ASTSource
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-from vila_deploy.kernels.aot import compile_all, compile_launch
+from vila_deploy.kernels.aot import compile_all, compile_launch, source
 from vila_deploy.kernels.boundary import Boundaries
 from vila_deploy.kernels.launch import Launch
 
@@ -72,12 +73,19 @@ def _compared(
 ) -> dict[str, Any]:
     names = launch.kernel.arg_names
     paths = {(names.index(n),) if isinstance(n, str) else n: v for n, v in constants.items()}
-    plain = {path: getattr(value, "value", value) for path, value in paths.items()}
+    theirs = ASTSource(launch.kernel, signature, constants, attributes)
+    ours = source(launch)
+
+    def plain(values: dict[Any, Any]) -> dict[Any, Any]:
+        return {path: getattr(value, "value", value) for path, value in values.items()}
+
     return {
         "kernel": launch.name,
         "signature": signature == launch.signature(),
-        "constants": plain == launch.compiled_constants(),
-        "attributes": {p: v for p, v in attributes.items() if v} == launch.attributes(),
+        "constants": plain(paths) == plain(launch.compiled_constants()),
+        "attributes": attributes == launch.attributes(),
+        # By its hash the device finds what was compiled ahead.
+        "hash": theirs.hash() == ours.hash(),
         "warps": options.num_warps == launch.warps,
         "options": [n for n in ("launch_pdl", "launch_cooperative_grid") if getattr(options, n)],
     }

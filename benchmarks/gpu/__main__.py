@@ -44,13 +44,13 @@ def benchmark(out: Path, limit_s: float, only: list[str] | None, *, rehearse: bo
         measure_products,
         measure_stream,
     )
-    from benchmarks.gpu.steps import measure_steps
+    from benchmarks.gpu.steps import measure_boundaries, measure_steps
 
     stages = {
         stage.__name__.removeprefix("measure_"): stage
         for stage in (
             measure_stream, measure_steps, measure_card, measure_products, measure_prefill,
-            measure_peers, measure_llamacpp,
+            measure_peers, measure_llamacpp, measure_boundaries,
         )
     }  # fmt: skip
     if unknown := set(only or ()) - stages.keys():
@@ -85,11 +85,9 @@ def _compile_ahead(sm: int) -> None:
     """Fills Triton's memory from several processes, so that the run itself compiles little."""
     code = (
         "import sys; from benchmarks.gpu.environment import make_importable; make_importable();"
-        "from benchmarks.gpu.inputs import config;"
-        "from vila_deploy.backends.native.compile import engine_launches;"
+        "from benchmarks.gpu.steps import all_launches;"
         "from vila_deploy.kernels.aot import compile_all;"
-        "compile_all(engine_launches(config(sys.argv[1], sys.argv[2], small=False), 1024,"
-        " int(sys.argv[3])), int(sys.argv[3]))"
+        "sm = int(sys.argv[3]); compile_all(all_launches(sys.argv[1], sys.argv[2], sm), sm)"
     )
     wanted = [(m, p, str(sm)) for m in ("3B", "8B", "13B", "40B") for p in ("int4", "fp16")]
     with ThreadPoolExecutor(len(wanted)) as pool:

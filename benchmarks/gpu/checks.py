@@ -208,6 +208,12 @@ def _cache8(run: Run, sizes) -> Iterator[Pair]:  # type: ignore[no-untyped-def]
     scratch, out = Parts(1, heads, dim, splits, device), _poison(1, heads * dim, run=run)
     for launch in rope_attention(qkv, tables, *levels, position, out, scratch, run.sm, (*scales,)):
         launch()
+    merged = _poison(1, heads * dim, run=run)
+    (launch,) = rope_attention(
+        qkv, tables, *levels, position, merged, scratch, run.sm, (*scales,), merged=True
+    )
+    launch()
+    yield merged, out
     q, *kept = rope_kv_reference(qkv, *tables, position, heads, kv_heads)
     both = widen_vectors(levels, scales)
     for found, wanted in zip(both, kept, strict=True):

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
+from vila_deploy.kernels.boundary import Boundaries
+from vila_deploy.kernels.joined import PHASES
+from vila_deploy.kernels.launch import Launch
 
 from benchmarks.gpu.environment import Run
 from benchmarks.gpu.inputs import config, random_llm
 from benchmarks.gpu.timing import seconds
+from vila_deploy.backends.native.compile import engine_launches
 from vila_deploy.backends.native.step import Cache, DecodeStep, Sizes
 from vila_deploy.backends.native.weights import empty_llm
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.engine.components import ALL_FP16, Components
+from vila_deploy.errors import VilaDeployError
 
 CONTEXT, SLOTS, STEPS, ROUNDS = 512, 1024, 64, 11
 # What a device must have beyond the weights: cache, activations, torch.
@@ -28,6 +34,17 @@ VARIANTS = (
     ("int4", Components(lm_head="int4", kv_cache="int8")),
     ("fp16", ALL_FP16),
 )
+# How kernels may follow each other, beside the way in which a Session's do; one that may hang last.
+BOUNDARIES = {
+    "as it is": Boundaries(),
+    "attention merged": Boundaries(merge=True),
+    "pdl": Boundaries(overlap=True),
+    "pdl, attention merged": Boundaries(overlap=True, merge=True),
+    "joined": Boundaries(join=True),
+    "joined, attention merged": Boundaries(join=True, merge=True),
+}
+BOUNDED = (("3B", "int4"), ("8B", "int4"), ("13B", "int4"), ("40B", "int4"), ("3B", "fp16"))
+LEAST_S = 40.0  # for the ways of one of them
 
 
 def measure_steps(run: Run) -> None:
@@ -63,6 +80,76 @@ def _measure(run: Run, model: str, precision: str, components: Components) -> No
     )  # fmt: skip
     if not run.rehearsed and components == ALL_FP16:
         _kernels(run, name, step, cache, context)
+
+
+def measure_boundaries(run: Run) -> None:
+    """The same step with its kernels following each other in every way that the device has.
+
+    `same_bits` compares the first step's logits with those of the first way, `error` is their
+    relative difference.
+    """
+    for model, precision in BOUNDED[:1] if run.rehearsed else BOUNDED:
+        if run.left_s < LEAST_S:
+            run.add("skipped", f"{model} {precision}, boundaries", reason="no time left")
+            continue
+        _measure_boundaries(run, model, precision)
+        if not run.rehearsed:
+            torch.cuda.empty_cache()
+
+
+def _measure_boundaries(run: Run, model: str, precision: str) -> None:
+    name, sizes = f"{model} {precision}", config(model, precision, small=run.rehearsed)
+    slots, context = (32, 3) if run.rehearsed else (SLOTS, CONTEXT)
+    if run.rehearsed:
+        sizes = replace(sizes, num_layers=2)  # one layer has nobody to be joined with
+    weight_bytes = empty_llm(sizes, slots).bytes_per_step
+    if not run.rehearsed and weight_bytes + SPARE_BYTES > torch.cuda.mem_get_info()[0]:
+        run.add("failed", f"{name}, boundaries", reason="weights don't fit")
+        return
+    llm = random_llm(sizes, slots, run.device)
+    cache = random_cache(sizes, slots, run, ALL_FP16.kv_cache)
+    expected: torch.Tensor | None = None
+    for shown, boundaries in supported(run.sm).items():
+        try:
+            about = Sizes(sizes, slots, run.sm, run.device, boundaries)
+            step = DecodeStep(about, llm, cache)
+            cache.position.fill_(context)
+            step.token.fill_(1)
+            step()
+            logits = step.logits.clone()
+            expected = logits if expected is None else expected
+            step_s = step_seconds(run, step, cache, context)
+        except Exception as error:  # the others are still wanted
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            run.add("failed", f"{name}, {shown}", reason=reason)
+            continue
+        phases = [launch for launch in step.launches if launch.name == "joined_kernel"]
+        run.add(
+            "boundaries", f"{name}, {shown}", weights="random", context=context,
+            tokens_per_s=1 / step_s, milliseconds=step_s * 1e3, launches=len(step.launches),
+            meetings=0 if run.rehearsed else len(phases) * (PHASES - 1),
+            same_bits=torch.equal(logits, expected),
+            error=float((logits - expected).norm() / expected.norm()),
+        )  # fmt: skip
+
+
+def supported(sm: int) -> dict[str, Boundaries]:
+    """The rows of BOUNDARIES that a device of compute capability sm / 10 has."""
+    found = {}
+    for name, boundaries in BOUNDARIES.items():
+        try:
+            boundaries.check(sm)
+        except VilaDeployError:
+            continue
+        found[name] = boundaries
+    return found
+
+
+def all_launches(model: str, precision: str, sm: int) -> list[Launch]:
+    """What the stages of this file launch of a model at its true size, to be compiled ahead."""
+    sizes = config(model, precision, small=False)
+    ways = supported(sm).values()
+    return [each for way in ways for each in engine_launches(sizes, SLOTS, sm, ALL_FP16, way)]
 
 
 def random_cache(sizes: LlmConfig, slots: int, run: Run, kept_as: str) -> Cache:

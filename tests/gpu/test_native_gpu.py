@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY_VILA = REPOSITORY / "examples" / "tiny-vila" / "checkpoint"
 NEW_TOKENS, RUNS = 64, 10
+PRODUCTS = {"norm_qkv_kernel", "add_residual_kernel", "gate_up_kernel"}
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 
 
@@ -123,6 +125,78 @@ def test_tokens_chosen_on_the_device_are_those_of_the_host(
     cut = list(generate(session, prompt(session), (stop,), sampling))
     assert cut == expected[: expected.index(stop) + 1]
     assert session.position == int(session._cache.position)
+
+
+def after_a_step(session: Any, boundaries: Any, *, alike: bool = False) -> list[torch.Tensor]:
+    """What steps leave behind 20 tokens of noise: once launch by launch, then twice as a graph.
+
+    Args:
+        alike: separate products have as many warps as those of a joined launch.
+    """
+    from vila_deploy.kernels.joined import separate
+
+    from vila_deploy.backends.native.step import Cache, DecodeStep
+
+    sizes = dataclasses.replace(session._sizes, boundaries=boundaries)
+    cache = Cache(sizes.config, sizes.slots, sizes.device)
+    step = DecodeStep(sizes, session._llm, cache)
+    launches = [
+        separate(launch) if alike and launch.name in PRODUCTS else launch
+        for launch in step.launches
+    ]
+    torch.manual_seed(0)
+    cache.keys.normal_()
+    cache.values.normal_()
+    cache.position.fill_(20)
+    step.token.fill_(30)
+    found = []
+
+    def run() -> None:
+        for launch in launches:
+            launch()
+
+    def keep() -> None:
+        torch.cuda.synchronize()
+        kept = (step.logits, step.token, cache.keys, cache.values, cache.position)
+        found.extend(tensor.clone() for tensor in kept)
+
+    run()
+    keep()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    for _ in range(2):
+        graph.replay()
+        keep()
+    return found
+
+
+def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("merge", [False, True])
+def test_kernels_that_follow_each_other_otherwise_give_the_same_bits(
+    pair: tuple[Any, Any], overlap: bool, merge: bool
+) -> None:
+    from vila_deploy.kernels.boundary import LEAST_SM, Boundaries
+
+    session, _ = pair
+    if overlap and session._sizes.sm < LEAST_SM:
+        pytest.skip("dependent launch needs compute capability 9.0")
+    expected = after_a_step(session, Boundaries())
+    assert same(after_a_step(session, Boundaries(overlap=overlap, merge=merge)), expected)
+
+
+def test_a_joined_launch_gives_the_bits_of_its_phases(pair: tuple[Any, Any]) -> None:
+    from vila_deploy.kernels.boundary import Boundaries
+
+    session, _ = pair
+    expected = after_a_step(session, Boundaries(), alike=True)
+    assert expected[0].isfinite().all()
+    for merge in (False, True):
+        assert same(after_a_step(session, Boundaries(join=True, merge=merge), alike=True), expected)
 
 
 def test_equal_seeds_draw_equal_tokens(pair: tuple[Any, Any]) -> None:

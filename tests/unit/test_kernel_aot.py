@@ -89,7 +89,9 @@ def test_on_a_gpu_arguments_are_what_they_were_compiled_for(probed: dict[str, Ro
     rows = probed["bound"]
     assert {row["kernel"] for row in rows} == KERNELS | {"attention_kernel", "joined_kernel"}
     for row in rows:
-        assert all(row[key] for key in ("signature", "constants", "attributes", "warps")), row
+        assert all(row[key] for key in ("signature", "constants", "attributes", "hash", "warps")), (
+            row
+        )
     chosen = {row["kernel"]: row["options"] for row in rows if row["options"]}
     assert chosen.pop("joined_kernel") == ["launch_cooperative_grid"]
     assert set(chosen) == KERNELS - NOT_IN_A_STEP | {"attention_kernel"}

@@ -24,6 +24,10 @@ ABSENT = {
     "humming int4",
     "llama.cpp",
 }
+WAYS = (
+    "as it is", "attention merged", "pdl", "pdl, attention merged", "joined",
+    "joined, attention merged",
+)  # fmt: skip
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -66,6 +70,11 @@ def test_rehearsal_goes_through_every_stage(tmp_path: Path) -> None:
     small, whole = steps["3B int4, lm-head int4, kv-cache int8"], steps["3B int4"]
     assert small["weight_bytes"] < whole["weight_bytes"] < steps["3B fp16"]["weight_bytes"]
     assert small["cache_bytes"] < whole["cache_bytes"]
+    ways = {row["name"]: row for row in rows if row["kind"] == "boundaries"}
+    assert ways.keys() == {f"3B int4, {way}" for way in WAYS}
+    assert all(row["same_bits"] and row["error"] == 0 for row in ways.values())
+    # Two layers: a launch less for each; the interpreter has one for each phase.
+    assert [row["launches"] for row in ways.values()] == [15, 13, 15, 13, 15, 13]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
