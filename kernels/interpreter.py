@@ -75,13 +75,18 @@ def _share_shapes() -> None:
     from triton.language import core
 
     known: dict[tuple[int, ...], tuple[Any, int, Any]] = {}
+    # Of the shapes that `known` keeps for good, and so by their identity.
+    shared: dict[int, tuple[Any, int, Any]] = {}
 
     def forms(shape: Any) -> tuple[Any, int, Any]:
         """A block's shape, its number of elements, and the shape in constants."""
+        if id(shape) in shared:
+            return shared[id(shape)]
         plain = builtins.tuple(core._unwrap_if_constexpr(size) for size in shape)
         if plain not in known:
             constants = core.tuple([core.constexpr(size) for size in plain])
             known[plain] = (core.tuple(plain), core.validate_block_shape(plain), constants)
+            shared[id(known[plain][0])] = shared[id(constants)] = known[plain]
         return known[plain]
 
     def block_type(self: Any, element_ty: Any, shape: Any) -> None:
@@ -101,6 +106,40 @@ def _share_shapes() -> None:
     core.block_type.__init__ = block_type
     core.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>")
     core.tensor.__init__ = tensor
+    _broadcast_by_shape()
+
+
+def _broadcast_by_shape() -> None:
+    """Blocks of one shape are left as they are; what two shapes give is worked out once."""
+    from triton.language import core
+    from triton.language.semantic import TritonSemantic
+
+    original = TritonSemantic.broadcast_impl_value
+    # By the shapes' identity, which `forms` keeps for good.
+    known: dict[tuple[int, int], Any] = {}
+
+    def fit(self: Any, value: Any, shape: Any) -> Any:
+        if value.type.shape is shape:
+            return value
+        handle = self.builder.create_broadcast(value.handle, shape)
+        return self.tensor(handle, core.block_type(value.type.scalar, shape))
+
+    def broadcast(self: Any, left: Any, right: Any) -> Any:
+        if not left.type.is_block() or not right.type.is_block():
+            return original(self, left, right)
+        shapes = left.type.shape, right.type.shape
+        if shapes[0] is shapes[1]:
+            return left, right
+        key = (id(shapes[0]), id(shapes[1]))
+        if key not in known:
+            found = original(self, left, right)
+            known[key] = found[0].type.shape if len(shapes[0]) == len(shapes[1]) else None
+            return found
+        if known[key] is None:
+            return original(self, left, right)
+        return fit(self, left, known[key]), fit(self, right, known[key])
+
+    TritonSemantic.broadcast_impl_value = broadcast
 
 
 def _share_numpy_types() -> None:
