@@ -261,8 +261,9 @@ def test_a_card_that_its_default_backend_overfills_is_told_of_this_one() -> None
         Limits(1, 2048, 2048),
     )
     assert card.default_backend != "native"
-    assert advise(config, "int4", limits, card) == "vila-build-engine --backend native"
-    assert "native" not in advise(config, "int4", limits, get_target("orin-nano"))
+    usual = card.default_backend
+    assert advise(config, "int4", limits, card, usual) == "vila-build-engine --backend native"
+    assert "native" not in advise(config, "int4", limits, get_target("orin-nano"), "tensorrt")
 
 
 def test_what_this_backend_can_keep_otherwise() -> None:

@@ -282,3 +282,12 @@ def test_weight_bytes_of_a_token(tmp_path: Path, int4: Checkpoint) -> None:
     norms = (2 * llm.num_layers + 1) * llm.hidden_size
     expected = linears // 2 + groups // 2 + 4 * (groups + norms + llm.vocab_size * llm.hidden_size)
     assert manifest.weight_bytes_per_token == expected
+
+
+@pytest.mark.parametrize(("asked", "threads"), [("", 6), ("2", 2), ("64", 6), ("0", 6), ("a,b", 6)])
+def test_omp_num_threads_bounds_the_threads(
+    monkeypatch: pytest.MonkeyPatch, asked: str, threads: int
+) -> None:
+    monkeypatch.setattr(session_module, "physical_cores", lambda: 6)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert session_module.threads_to_use() == threads

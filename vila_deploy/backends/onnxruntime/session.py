@@ -35,7 +35,7 @@ class OnnxRuntimeSession:
         self.position, self.max_seq_len = 0, limits.max_seq_len
         self._table = np.load(folder / files.EMBEDDING, mmap_mode="r")
         small = manifest.weight_bytes_per_token < ONE_THREAD_BYTES
-        threads = 1 if small else physical_cores()
+        threads = 1 if small else threads_to_use()
         self._tiling = model.tiling
         self._vision = _load(folder / files.VISION / files.GRAPH, threads, repack=True)
         if self._tiling.joins_scales:
@@ -176,6 +176,13 @@ def _load(path: Path, threads: int, *, repack: bool) -> onnxruntime.InferenceSes
             where=path,
             fix="build the engine again with this version",
         ) from error
+
+
+def threads_to_use() -> int:
+    """One a core, or fewer if OMP_NUM_THREADS says so, as in other programs for numbers."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    cores = physical_cores()
+    return min(cores, int(asked)) if asked.isdigit() and int(asked) else cores
 
 
 def physical_cores() -> int:
