@@ -15,6 +15,7 @@ from vila_deploy.quantize.limits import (
     CHUNK_TOKENS,
     HEAD_ROWS,
     LOGIT_ROWS,
+    MAX_TOKENS,
     ROWS_AT_A_TIME,
     SOLVE_BYTES,
     SPILL_BYTES,
@@ -89,12 +90,11 @@ class MemoryNeed:
         heads = llm.num_heads * llm.head_dim
         keys = llm.num_kv_heads * llm.head_dim
         held = {width: _held(tokens, width) for width in (hidden, heads, inner)}
-        chunk = min(tokens, CHUNK_TOKENS) * FLOAT32
         into_heads, into_inner = _square(heads), _square(inner)
         # Both moments, then the factor of the larger of them in the making; activations of a chunk.
         making = 2 * into_inner + self._learning(inner)
         exact = held[hidden] + into_heads + into_inner
-        exact += max(chunk * (3 * inner + 2 * hidden), making)
+        exact += max(_through_a_layer(tokens, hidden, heads, inner), making)
         rounded = 0
         needed = [exact]
         for columns, rows in ((hidden, (heads, keys, keys)), (hidden, (inner, inner))):
@@ -140,6 +140,13 @@ class MemoryNeed:
         # Afterwards the weight is compared with the one that is stored.
         comparing = 3 * rows * columns * FLOAT32
         return max(8 * block, refitting, comparing) + rows * columns
+
+
+def _through_a_layer(tokens: int, hidden: int, heads: int, inner: int) -> int:
+    """Activations of a chunk on their way: through attention, or through the feed-forward block."""
+    # A chunk ends with the sequence that fills it.
+    chunk = min(tokens, CHUNK_TOKENS + MAX_TOKENS) * FLOAT32
+    return chunk * max(14 * heads, 5 * inner + 3 * hidden)
 
 
 def _square(columns: int) -> int:
