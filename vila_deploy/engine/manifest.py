@@ -74,6 +74,13 @@ def write_manifest(folder: Path, manifest: Manifest, without: Collection[str] = 
     """
     partial = folder / f".{MANIFEST}.partial"
     left_out = {folder / MANIFEST, partial, *(folder / path for path in without)}
+    paths = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path not in left_out and path.suffix != CACHE_SUFFIX
+    ]
+    with ThreadPoolExecutor(HASH_THREADS) as threads:
+        digests = threads.map(sha256_file, paths)
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         **{field.name: getattr(manifest, field.name) for field in fields(Manifest)},
@@ -82,11 +89,10 @@ def write_manifest(folder: Path, manifest: Manifest, without: Collection[str] = 
         "components": manifest.components.to_json(),
         "files": {
             path.relative_to(folder).as_posix(): {
-                "sha256": sha256_file(path),
+                "sha256": digest,
                 "size_bytes": path.stat().st_size,
             }
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path not in left_out and path.suffix != CACHE_SUFFIX
+            for path, digest in zip(paths, digests, strict=True)
         },
     }
     content[CHECKSUM] = _digest(content)

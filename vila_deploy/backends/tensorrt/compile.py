@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +62,7 @@ def compile_graph(compiler: Compiler, job: Job, advance: Advance) -> None:
     trt = compiler.load()
     logger = error_keeper(trt, job.messages)
     builder = trt.Builder(logger)
+    builder.max_threads = len(os.sched_getaffinity(0))
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, logger)
     advance(f"{job.graph.parent.name}: reading the graph", steps=0)
