@@ -99,9 +99,10 @@ def joined() -> list[dict[str, Any]]:
         wanted = {launch.name: launch for launch in launches if launch.name in names}
         rows += [_row(launch, SM, boundaries) for launch in wanted.values()]
     boundaries = Boundaries(merge=True, join=True)
-    launches = engine_launches(CONFIG, 1024, SM, ALL_FP16, boundaries)
-    (found,) = (launch for launch in launches if launch.name == "joined_kernel")
-    rows.append(_row(found, SM, boundaries))
+    for sm in SMS:
+        launches = engine_launches(CONFIG, 1024, sm, ALL_FP16, boundaries)
+        (found,) = (launch for launch in launches if launch.name == "joined_kernel")
+        rows.append(_row(found, sm, boundaries))
     return rows
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import kernel_cases  # noqa: F401  sets TRITON_INTERPRET
 import pytest
 from vila_deploy.kernels.aot import parse_usage
 from vila_deploy.kernels.tiles import device
@@ -32,7 +33,8 @@ NOT_IN_A_STEP = {
     "attention_merge_kernel",
 }  # fmt: skip
 # Of a multiprocessor: CUDA's documented limits.
-REGISTERS, H100_SHARED_BYTES = 1 << 16, 228 << 10
+REGISTERS = 1 << 16
+ALL_SHARED_BYTES = {80: 164 << 10, 87: 164 << 10, 89: 100 << 10, 90: 228 << 10}
 
 CONFIG = replace(preset("VILA1.5-3b", "int4").llm, num_layers=1)
 Rows = list[dict[str, Any]]
@@ -115,15 +117,17 @@ def test_overlapped_kernels_wait_once_behind_their_prefetches(probed: dict[str, 
 
 def test_programs_of_a_joined_kernel_fit_on_the_device(probed: dict[str, Rows]) -> None:
     """All of them at once, or they would wait for each other forever."""
-    (row,) = (row for row in probed["joined"] if row["kernel"] == "joined_kernel")
-    assert row["stack_bytes"] == 0, row
-    assert row["counts"]["ld.acquire.gpu"] == row["counts"]["atom.global.gpu.acq_rel"] == 3
-    each, left = divmod(row["programs"], device(row["sm"]).processors)
-    assert left == 0
-    # Registers are given out 256 at a time to a warp; each program takes 1 KB more.
-    warp = -(-row["registers"] * 32 // 256) * 256
-    assert each * row["warps"] * warp <= REGISTERS
-    assert each * (row["shared_bytes"] + 1024) <= H100_SHARED_BYTES
+    rows = [row for row in probed["joined"] if row["kernel"] == "joined_kernel"]
+    assert {row["sm"] for row in rows} == set(ALL_SHARED_BYTES)
+    for row in rows:
+        assert row["stack_bytes"] == 0, row
+        assert row["counts"]["ld.acquire.gpu"] == row["counts"]["atom.global.gpu.acq_rel"] == 3
+        each, left = divmod(row["programs"], device(row["sm"]).processors)
+        assert left == 0
+        # Registers are given out 256 at a time to a warp; each program takes 1 KB more.
+        warp = -(-row["registers"] * 32 // 256) * 256
+        assert each * row["warps"] * warp <= REGISTERS
+        assert each * (row["shared_bytes"] + 1024) <= ALL_SHARED_BYTES[row["sm"]]
 
 
 def test_what_a_spilling_kernel_looks_like() -> None:
