@@ -113,11 +113,18 @@ def gptq(weight, gram, scale, zero, order):
     return levels
 
 
+def in_small_parts(monkeypatch, steps):
+    """Blocks of so many steps of 8 channels, and tiles that don't fit evenly."""
+    sizes = {"STEP": 8, "BLOCK_STEPS": steps, "BLOCK_FROM": 0, "TILE_CHANNELS": 40, "TILE_ROWS": 7}
+    for name, size in (sizes | {"ROWS_AT_A_TIME": 10, "SEARCHED_NUMBERS": 3 * CHANNELS}).items():
+        monkeypatch.setattr(feedback, name, size)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_feedback_rounds_as_gptq_does(inputs, weight, scheme, monkeypatch):
+def test_feedback_rounds_as_gptq_does(inputs, weight, scheme, steps, monkeypatch):
     monkeypatch.setattr(feedback, "REFINEMENTS", 0)
-    monkeypatch.setattr(feedback, "ROWS_AT_A_TIME", 10)
-    monkeypatch.setattr(feedback, "BLOCK", 24)
+    in_small_parts(monkeypatch, steps)
     monkeypatch.setattr(feedback, "_refit_scales", lambda rows, *rest: rows.scale)
     metric = metric_of(inputs)
     found = round_with_feedback(weight, metric, scheme, "it")
@@ -127,6 +134,26 @@ def test_feedback_rounds_as_gptq_does(inputs, weight, scheme, monkeypatch):
     same = (found.q == wanted).all(1).float().mean()
     assert same >= 0.9
     assert found.symmetric == scheme.symmetric
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_what_is_done_at_a_time_changes_nothing(inputs, weight, steps, monkeypatch):
+    whole = round_with_feedback(weight, metric_of(inputs), QuantScheme(GROUP), "it")
+    in_small_parts(monkeypatch, steps)
+    parts = round_with_feedback(weight, metric_of(inputs), QuantScheme(GROUP), "it")
+    # A tie may fall the other way when sums are made in another order.
+    assert (parts.q == whole.q).all(1).float().mean() >= 0.9
+    assert (parts.scale == whole.scale).float().mean() >= 0.9
+
+
+def test_equations_of_scales(inputs, weight, monkeypatch):
+    monkeypatch.setattr(feedback, "TILE_CHANNELS", 40)
+    levels, gram = weight.T.contiguous(), metric_of(inputs).gram
+    found = feedback._equations(levels, gram, GROUP)
+    parts = levels.double().unflatten(0, (-1, GROUP))
+    pairs = gram.double().unflatten(0, (-1, GROUP)).unflatten(2, (-1, GROUP))
+    wanted = torch.einsum("gar,gahb,hbr->rgh", parts, pairs, parts)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,18 +10,24 @@ from torch import Tensor
 
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats.quantized_linear import MAX_LEVEL, QuantizedLinear
-from vila_deploy.quantize.limits import ROWS_AT_A_TIME, SOLVE_BYTES
+from vila_deploy.quantize.limits import ROWS_AT_A_TIME, SOLVE_BYTES, TILE_ROWS
 from vila_deploy.quantize.moments import Metric
 from vila_deploy.quantize.round import range_levels, to_float16
 from vila_deploy.quantize.scheme import QuantScheme
 
 # Of the full range of a group. A little more than all pays off where its ends matter least.
 RANGE_FACTORS = tuple(1.05 - 0.05 * step for step in range(11))
-SEARCHED_ROWS = 64
+# Weights that stay in a processor's cache from one range to the next.
+SEARCHED_NUMBERS = 1 << 18
 REFINEMENTS = 1
 # A refitted scale further away belongs to a group that hardly matters; the old one is safer.
 MAX_REFIT_FACTOR = 2.0
-BLOCK = 64
+# Channels that are rounded one by one before the others hear of it, and steps that make a block. A
+# block hears of all before it in one product: wider ones are faster where no cache holds the rest.
+STEP = 64
+BLOCK_STEPS, BLOCK_FROM = 8, 2048
+# Of a product of TILE_ROWS columns whose result a processor keeps in its cache.
+TILE_CHANNELS = 1024
 
 
 @dataclass
@@ -38,16 +45,10 @@ class _Rows:
     zero: Tensor
     group_size: int
 
-    def per_channel(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of each weight [in, rows]."""
-        return (
-            self.scale.repeat_interleave(self.group_size, 0),
-            self.zero.repeat_interleave(self.group_size, 0),
-        )
-
-    def centred(self) -> Tensor:
-        """Levels less their zero points [in, rows]."""
-        return self.levels - self.zero.repeat_interleave(self.group_size, 0)
+    def grid(self, channels: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of each weight in `channels` [n, rows]."""
+        groups = channels // self.group_size
+        return self.scale[groups], self.zero[groups]
 
 
 def round_with_feedback(
@@ -82,8 +83,8 @@ def _round_rows(
     weight: Tensor, metric: Metric, scheme: QuantScheme
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Levels uint8 [rows, in]; scale and zero float32 [in/group, rows]."""
-    # What a few rows need stays in a processor's cache from one range to the next.
-    few = SEARCHED_ROWS if weight.device.type == "cpu" else len(weight)
+    on_cpu = weight.device.type == "cpu"
+    few = max(1, SEARCHED_NUMBERS // weight.shape[1]) if on_cpu else len(weight)
     found = [_search_ranges(part, metric, scheme) for part in weight.split(few)]
     scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
     transposed = weight.T.contiguous()
@@ -124,27 +125,38 @@ def _search_ranges(weight: Tensor, metric: Metric, scheme: QuantScheme) -> tuple
 
 def _feed_back(rows: _Rows, metric: Metric) -> Tensor:
     """Levels [in, rows]: each channel is rounded with the errors of those before it made up for."""
-    order = metric.order
-    weight = rows.weight[order]
-    scale, zero = (values[order] for values in rows.per_channel())
     feedback = metric.feedback.T
-    wanted, errors = weight.clone(), torch.empty_like(weight)
-    levels = torch.empty_like(weight)
-    for begin in range(0, len(weight), BLOCK):
-        end = min(begin + BLOCK, len(weight))
-        if begin:
-            wanted[begin:end].addmm_(feedback[begin:end, :begin], errors[:begin])
-        within = feedback[begin:end, begin:end].contiguous()
-        for channel in range(begin, end):
-            want = wanted[channel]
-            if channel > begin:
-                want.addmv_(errors[begin:channel].T, within[channel - begin, : channel - begin])
-            level = want.div(scale[channel]).round_().add_(zero[channel]).clamp_(0, MAX_LEVEL)
-            levels[channel] = level
-            errors[channel] = weight[channel] - (level - zero[channel]) * scale[channel]
-    result = torch.empty_like(levels)
-    result[order] = levels
-    return result
+    errors, levels = torch.empty_like(rows.weight), torch.empty_like(rows.weight)
+    for block in _spans(slice(0, len(levels)), _block_size(len(levels))):
+        wanted_block = rows.weight[metric.order[block]]
+        if block.start:
+            wanted_block.addmm_(feedback[block, : block.start], errors[: block.start])
+        for span in _spans(block, STEP):
+            channels = metric.order[span]
+            weight, (scale, zero) = rows.weight[channels], rows.grid(channels)
+            wanted = wanted_block[span.start - block.start :][: len(weight)]
+            if span.start > block.start:
+                before = slice(block.start, span.start)
+                wanted.addmm_(feedback[span, before], errors[before])
+            within, lost, rounded = feedback[span, span].contiguous(), errors[span], zero.clone()
+            for channel, want in enumerate(wanted):
+                if channel:
+                    want.addmv_(lost[:channel].T, within[channel, :channel])
+                level = rounded[channel].add_(want.div(scale[channel]).round_())
+                level.clamp_(0, MAX_LEVEL)
+                lost[channel] = weight[channel] - (level - zero[channel]) * scale[channel]
+            levels[channels] = rounded
+    return levels
+
+
+def _block_size(channels: int) -> int:
+    return STEP * BLOCK_STEPS if channels > BLOCK_FROM else STEP
+
+
+def _spans(whole: slice, size: int) -> Iterator[slice]:
+    """Parts of `size` of a range of channels."""
+    for start in range(whole.start, whole.stop, size):
+        yield slice(start, min(start + size, whole.stop))
 
 
 def _refit_scales(rows: _Rows, gram: Tensor, pulled: Tensor) -> Tensor:
@@ -156,26 +168,39 @@ def _refit_scales(rows: _Rows, gram: Tensor, pulled: Tensor) -> Tensor:
     Args:
         pulled: gram · weight [in, rows].
     """
-    size, (channels, count) = rows.group_size, rows.weight.shape
+    size, (groups, count) = rows.group_size, rows.scale.shape
+    few = max(1, min(TILE_ROWS, SOLVE_BYTES // (groups * groups * 8)))
+    scale = torch.empty_like(rows.scale)
+    for begin in range(0, count, few):
+        part = slice(begin, begin + few)
+        levels = rows.levels[:, part] - rows.zero[:, part].repeat_interleave(size, 0)
+        wanted = (pulled[:, part] * levels).unflatten(0, (groups, size)).sum(1).T.double()
+        old = rows.scale[:, part].T.double()
+        found = _solve(_equations(levels, gram, size).double(), wanted, old)
+        stored = found.to(torch.float16).double()
+        near = (stored > old / MAX_REFIT_FACTOR) & (stored < old * MAX_REFIT_FACTOR)
+        scale[:, part] = torch.where(near, stored, old).T
+    return scale
+
+
+def _equations(levels: Tensor, gram: Tensor, size: int) -> Tensor:
+    """A of the above [rows, groups, groups] for centred `levels` [in, rows]."""
+    channels, count = levels.shape
     groups = channels // size
-    levels = rows.centred()
-    matrix = levels.new_empty(count, groups, groups)
-    for group in range(groups):
-        begin = group * size
-        here = slice(begin, begin + size)
+    tile = TILE_CHANNELS // size * size or size
+    matrix = levels.new_empty(groups, groups, count)
+    product = levels.new_empty(tile, count)
+    for begin in range(0, channels, size):
+        group, here = begin // size, slice(begin, begin + size)
         # A is symmetric, so the groups before this one have their share already.
-        spread = (gram[begin:, here] @ levels[here]).mul_(levels[begin:])
-        matrix[:, group:, group] = spread.unflatten(0, (-1, size)).sum(1).T
-        matrix[:, group, group:] = matrix[:, group:, group]
-    wanted = (pulled * levels).unflatten(0, (groups, size)).sum(1).T.double()
-    old = rows.scale.T.double()
-    # In double precision a few rows at a time, or these matrices would be the most memory of all.
-    at_a_time = max(1, SOLVE_BYTES // (groups * groups * 8))
-    parts = zip(*(part.split(at_a_time) for part in (matrix, wanted, old)), strict=True)
-    found = torch.cat([_solve(each.double(), *others) for each, *others in parts])
-    stored = found.to(torch.float16).double()
-    near = (stored > old / MAX_REFIT_FACTOR) & (stored < old * MAX_REFIT_FACTOR)
-    return torch.where(near, stored, old).float().T.contiguous()
+        for first in range(begin, channels, tile):
+            there = slice(first, min(first + tile, channels))
+            spread = product[: there.stop - first]
+            torch.mm(gram[there, here], levels[here], out=spread).mul_(levels[there])
+            sums = matrix[group, first // size : there.stop // size]
+            torch.sum(spread.unflatten(0, (-1, size)), 1, out=sums)
+        matrix[group + 1 :, group] = matrix[group, group + 1 :]
+    return matrix.permute(2, 0, 1)
 
 
 def _solve(matrix: Tensor, wanted: Tensor, old: Tensor) -> Tensor:
@@ -189,25 +214,33 @@ def _solve(matrix: Tensor, wanted: Tensor, old: Tensor) -> Tensor:
 
 def _descend(rows: _Rows, gram: Tensor) -> Tensor:
     """Levels [in, rows] after each channel has moved once to where the error is least."""
-    scale, zero = rows.per_channel()
-    levels = rows.levels.clone()
-    left = rows.weight - (levels - zero) * scale
+    every = torch.arange(len(gram), device=gram.device)
+    whole = slice(0, len(gram))
+    levels, left = rows.levels.clone(), torch.empty_like(rows.weight)
+    for span in _spans(whole, STEP):
+        scale, zero = rows.grid(every[span])
+        left[span] = rows.weight[span] - (levels[span] - zero) * scale
     curvature = gram.diagonal().tolist()
-    for begin in range(0, len(levels), BLOCK):
-        end = min(begin + BLOCK, len(levels))
+    for block in _spans(whole, _block_size(len(gram))):
         # How the error falls with each weight, with the channels before these as they are by now.
-        near, within = gram[begin:end] @ left, gram[begin:end, begin:end].contiguous()
-        for channel in range(begin, end):
-            step = near[channel - begin] / curvature[channel]
-            wanted = (levels[channel] - zero[channel]).mul_(scale[channel]).add_(step)
-            level = wanted.div_(scale[channel]).round_().add_(zero[channel]).clamp_(0, MAX_LEVEL)
-            change = (levels[channel] - level).mul_(scale[channel])
-            levels[channel] = level
-            if channel + 1 < end:
-                near[channel - begin + 1 :].addr_(
-                    within[channel - begin, channel - begin + 1 :], change
-                )
-        left[begin:end] = (
-            rows.weight[begin:end] - (levels[begin:end] - zero[begin:end]) * scale[begin:end]
-        )
+        slope_block = gram[block] @ left
+        changes = torch.empty_like(slope_block)
+        for span in _spans(block, STEP):
+            level, (scale, zero) = levels[span], rows.grid(every[span])
+            slope = slope_block[span.start - block.start :][: len(level)]
+            change = changes[span.start - block.start :][: len(level)]
+            if span.start > block.start:
+                before = slice(block.start, span.start)
+                slope.addmm_(gram[span, before], changes[: span.start - block.start])
+            within = gram[span, span].contiguous()
+            for channel, steepest in enumerate(slope):
+                step = steepest / curvature[span.start + channel]
+                wanted = (level[channel] - zero[channel]).mul_(scale[channel]).add_(step)
+                found = wanted.div_(scale[channel]).round_().add_(zero[channel])
+                found.clamp_(0, MAX_LEVEL)
+                torch.sub(level[channel], found, out=change[channel]).mul_(scale[channel])
+                level[channel] = found
+                if channel + 1 < len(slope):
+                    slope[channel + 1 :].addr_(within[channel, channel + 1 :], change[channel])
+            left[span] = rows.weight[span] - (level - zero) * scale
     return levels

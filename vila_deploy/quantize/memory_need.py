@@ -19,6 +19,7 @@ from vila_deploy.quantize.limits import (
     ROWS_AT_A_TIME,
     SOLVE_BYTES,
     SPILL_BYTES,
+    TILE_ROWS,
 )
 from vila_deploy.sizes import parameters
 
@@ -132,14 +133,16 @@ class MemoryNeed:
 
     def _round(self, columns: int, rows: int) -> int:
         """Besides the moments and their factor, for [rows, columns]."""
-        count = min(rows, ROWS_AT_A_TIME)
-        block = count * columns * FLOAT32
+        block = min(rows, ROWS_AT_A_TIME) * columns * FLOAT32
         groups = columns // self.group_size
-        equations = count * groups * groups * FLOAT32
-        refitting = 4 * block + equations + max(block, min(6 * equations, 3 * SOLVE_BYTES))
+        equations = 8 * groups * groups
+        few = max(1, min(TILE_ROWS, SOLVE_BYTES // equations))
+        # Weight, its product with the moments, levels; then new ones and what is left to make up
+        # for, or what a few rows' equations take: in float32 and float64, solved.
+        refitting = 3 * block + few * (3 * columns * FLOAT32 + 4 * equations)
         # Afterwards the weight is compared with the one that is stored.
         comparing = 3 * rows * columns * FLOAT32
-        return max(8 * block, refitting, comparing) + rows * columns
+        return max(5 * block, refitting, comparing) + rows * columns
 
 
 def _through_a_layer(tokens: int, hidden: int, heads: int, inner: int) -> int:

@@ -12,6 +12,8 @@ from torch import Tensor
 SHRINK = 0.15
 # Of the mean moment, added to all: channels that were silent in calibration must not be free.
 DAMPING = 0.003
+# Of the moments, brought into another order at a time, so that there is no third copy of them.
+ROWS_IN_ORDER = 256
 
 
 class InputMoments:
@@ -75,7 +77,13 @@ class Metric:
         order = gram.diagonal().argsort(descending=True, stable=True)
         # A Cholesky factor is lower triangular; the reversed matrix gives the upper one.
         reverse = order.flip(0)
-        factor = torch.linalg.cholesky(gram[reverse][:, reverse]).flip(0, 1)
+        reordered = torch.empty_like(gram)
+        for begin in range(0, len(gram), ROWS_IN_ORDER):
+            rows = slice(begin, begin + ROWS_IN_ORDER)
+            torch.index_select(gram[reverse[rows]], 1, reverse, out=reordered[rows])
+        factor = torch.linalg.cholesky(reordered)
+        del reordered
+        factor = factor.flip(0, 1)
         diagonal = factor.diagonal().clone()
         conditional = torch.empty_like(diagonal)
         conditional[order] = diagonal.square()
