@@ -1,6 +1,7 @@
 """Functions that end a test's program, or interrupt it, at a chosen call."""
 
 import itertools
+import multiprocessing
 import os
 import signal
 
@@ -30,3 +31,13 @@ def die_at(module, name, number, when):
         return result
 
     setattr(module, name, deadly)
+
+
+def exit_code_of(function, args, preloaded):
+    """Of a process that runs `function`; a server imports the modules once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(preloaded)
+    process = context.Process(target=function, args=args)
+    process.start()
+    process.join(300)
+    return process.exitcode

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import gc
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from interruptions import die_at, interrupt_at
+from interruptions import die_at, exit_code_of, interrupt_at
 from PIL import Image
 from tiny import make_checkpoint
 
@@ -30,12 +29,13 @@ from vila_deploy.quantize.scheme import QuantScheme
 SIZES = {"layers": 3, "hidden": 64, "intermediate": 128}
 SCHEME = QuantScheme(64)
 PARTIAL = "out.partial"
+PRELOADED = ["vila_deploy.quantize.job", "transformers.models.llama.modeling_llama"]
 MODULES = {"awq_gptq": awq_gptq, "files": files, "job": job, "methods": methods, "work": work}
 
 
 @pytest.fixture(autouse=True)
 def _no_fsync(monkeypatch):
-    """Tests can't cut the power, and on a busy disk syncing takes longer than all the rest."""
+    """Tests can't cut the power, and syncing takes longer than all the rest."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -53,9 +53,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     make_checkpoint(folder / "root", **SIZES)
     (folder / "texts.txt").write_text("the king saw the red house on the hill.\n\n" * 8, "utf-8")
-    (folder / "held_out.txt").write_text(
-        "a queen came down to the river at night.\n\n" * 4, "utf-8"
-    )
+    (folder / "held_out.txt").write_text("a queen came to the river.\n\n" * 6, "utf-8")
     (folder / "pictures").mkdir()
     Image.new("RGB", (50, 40), "red").save(folder / "pictures" / "a.png")
     return folder
@@ -63,8 +61,8 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(data):
-    files = (data / "texts.txt", data / "pictures")
-    return Options(SCHEME, "awq-gptq", *files, eval=data / "held_out.txt")
+    own = {"calib_images": data / "pictures", "eval": data / "held_out.txt"}
+    return Options(SCHEME, calib=data / "texts.txt", **own)
 
 
 @pytest.fixture(scope="module")
@@ -82,15 +80,18 @@ def whole(whole_out):
 
 @pytest.fixture(scope="module")
 def begun(data, options, tmp_path_factory):
-    """The work folder of a run that Ctrl-C ended in the last of three layers."""
     folder = tmp_path_factory.mktemp("begun")
+    interrupted(data / "root", folder / "out", options)
+    return folder / PARTIAL
+
+
+def interrupted(root, out, options, **flags):
+    """A run that Ctrl-C ends in its third layer."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(work, "save_file", interrupt_at(work.save_file, 3))
         with pytest.raises(KeyboardInterrupt):
-            job.quantize(data / "root", folder / "out", options, resume=True)
-    assert [path.name for path in folder.iterdir()] == [PARTIAL]
-    assert len(layer_files(folder)) == 2
-    return folder / PARTIAL
+            job.quantize(root, out, options, **flags)
+    assert len(layer_files(out.parent)) == 2
 
 
 @pytest.fixture
@@ -137,16 +138,9 @@ def quantize_and_die(root, out, options, threads, death):
 
 
 def exit_code(root, out, options, death):
-    """Of a process that runs `quantize_and_die`; a server imports torch once for all of them."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["vila_deploy.quantize.job", "transformers.models.llama.modeling_llama"]
-    )
+    """Of a program that dies there."""
     args = (root, out, options, torch.get_num_threads(), death)
-    process = context.Process(target=quantize_and_die, args=args)
-    process.start()
-    process.join(300)
-    return process.exitcode
+    return exit_code_of(quantize_and_die, args, PRELOADED)
 
 
 DEATHS = [
@@ -197,10 +191,10 @@ def test_time_is_summed_and_finished_layers_are_not_searched_again(
     here, data, options, whole, monkeypatch, capsys
 ):
     for index, file in enumerate(layer_files(here)):
-        layer = work._read_layer(file)
+        layer, sources = work._read_layer(file)
         file.unlink()
         slow = work.FinishedLayer(layer.tensors, layer.entry, 1000.0)
-        work.WorkFolder(here / PARTIAL, {}, {}).save(index, slow)
+        work.WorkFolder(here / PARTIAL, {}, {}, lambda found=sources: found).save(index, slow)
     searched, alive = [], []
     quantize_layer, load = awq_gptq.quantize_layer, methods.load_decoder_layer
 
@@ -247,11 +241,11 @@ def test_a_damaged_layer_is_computed_again(here, data, options, whole, damage, c
     assert "damaged, is computed again" in capsys.readouterr().err
 
 
-def refused(data, out, options, root="root"):
+def refused(data, out, options, root="root", resume=True):
     """The message, after which nothing has changed."""
     before = {p: p.read_bytes() for p in out.parent.rglob("*") if p.is_file()}
     with pytest.raises(VilaDeployError) as caught:
-        job.quantize(data / root, out, options, resume=True)
+        job.quantize(data / root, out, options, resume=resume)
     assert {p: p.read_bytes() for p in out.parent.rglob("*") if p.is_file()} == before
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -279,6 +273,29 @@ def test_refuses_another_checkpoint(here, data, options):
     make_checkpoint(here / "other", **SIZES, seed=1)
     line = refused(here, here / "out", options, "other")
     assert "the checkpoint has changed since this was begun" in line
+
+
+def test_weights_that_no_finished_layer_has_seen_may_change(data, options, tmp_path):
+    """They are not hashed before their layer's turn."""
+    root = make_checkpoint(tmp_path / "root", **SIZES, shards=4)
+    interrupted(root, tmp_path / "out", options)
+    shards = sorted((root / "llm").glob("*.safetensors"))
+    assert b"model.layers.2.mlp.down_proj" in shards[-1].read_bytes()
+    assert b"model.layers.1." not in shards[-1].read_bytes()
+    flip_a_bit(shards[-1], None)
+    job.quantize(root, tmp_path / "whole", options)
+    job.quantize(root, tmp_path / "out", options, resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "out")
+    interrupted(root, tmp_path / "out", options)
+    flip_a_bit(shards[1], None)
+    assert "the checkpoint has changed" in refused(tmp_path, tmp_path / "out", options)
+
+
+def test_finished_layers_are_not_overlooked(here, data, options, whole):
+    line = refused(data, here / "out", options, resume=False)
+    assert "holds 2 finished layers of a run that ended early; --resume goes on from" in line
+    assert_finishes(data, options, here, whole)
 
 
 def test_refuses_other_versions_and_threads(here, data, options, monkeypatch):
@@ -328,7 +345,7 @@ def test_goes_on_when_the_disk_was_full(here, data, options, whole, monkeypatch,
             resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
     monkeypatch.setattr(owner, place, full)
-    message = f"{os.strerror(errno.EFBIG)}; free some space"
+    message = f"{os.strerror(errno.EFBIG)}; free some space.*; the layers finished so far are kept"
     with pytest.raises(VilaDeployError, match=message):
         job.quantize(data / "root", here / "out", options, resume=True)
     assert len(layer_files(here)) == finished
@@ -339,9 +356,8 @@ def test_goes_on_when_the_disk_was_full(here, data, options, whole, monkeypatch,
 
 def test_nothing_is_left_while_no_layer_is_finished(data, options, tmp_path, monkeypatch):
     assert "output folder exists" in refused(data, data / "pictures", options)
-    usage = type("Usage", (), {"free": 1000})
     with monkeypatch.context() as patch:
-        patch.setattr("shutil.disk_usage", lambda path: usage)
+        patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
         with pytest.raises(VilaDeployError, match="are free; free some space"):
             job.quantize(data / "root", tmp_path / "out", options, resume=True)
     assert not list(tmp_path.iterdir())
@@ -352,32 +368,33 @@ def test_nothing_is_left_while_no_layer_is_finished(data, options, tmp_path, mon
 
 
 @pytest.mark.parametrize("algorithm", ["awq-gptq", "awq", "rtn"])
-def test_qwen2_goes_on_too(data, tmp_path, monkeypatch, algorithm):
+def test_qwen2_goes_on_too(data, tmp_path, algorithm):
     """Biases and shared value heads; every algorithm."""
     root = make_checkpoint(tmp_path / "root", **SIZES, qwen2=True, kv_heads=2, dtype=torch.float32)
     texts = None if algorithm == "rtn" else data / "texts.txt"
     chosen = Options(SCHEME, algorithm, texts, evaluate=False, text_only=texts is not None)
     job.quantize(root, tmp_path / "whole", chosen)
-    with monkeypatch.context() as patch:
-        patch.setattr(work, "save_file", interrupt_at(work.save_file, 3))
-        with pytest.raises(KeyboardInterrupt):
-            job.quantize(root, tmp_path / "out", chosen, resume=True)
-    assert len(layer_files(tmp_path)) == 2
+    # Rounding to nearest keeps its layers only if asked to.
+    flags = {"resume": True} if algorithm == "rtn" else {}
+    interrupted(root, tmp_path / "out", chosen, **flags)
     job.quantize(root, tmp_path / "out", chosen, resume=True)
-    found, wanted = contents(tmp_path / "out"), contents(tmp_path / "whole")
-    assert found == wanted
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_ctrl_c_says_how_to_go_on(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("resume", [False, True])
+def test_ctrl_c_says_how_to_go_on(data, tmp_path, monkeypatch, resume):
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(job, "build_report", interrupt_at(job.build_report, 1))
-    flags = ["--algorithm", "rtn", "--group-size", "64", "--resume"]
-    command = [str(data / "root"), "-o", str(tmp_path / "out"), *flags]
-    done = CliRunner().invoke(main, command)
+    flags = (
+        ["--algorithm", "rtn"] if resume else ["--calib", str(data / "texts.txt"), "--text-only"]
+    )
+    command = [str(data / "root"), "-o", str(tmp_path / "out"), "--group-size", "64", *flags]
+    done = CliRunner().invoke(main, [*command, "--resume"] if resume else [*command, "--no-eval"])
     assert done.exit_code == 130
-    said = f"finished layers are kept in {tmp_path / PARTIAL}; the same command goes on"
+    go_on = "the same command goes on" if resume else "--resume goes on from there"
+    said = f"finished layers are kept in {tmp_path / PARTIAL}; {go_on}"
     assert done.stderr.splitlines()[-1] == f"interrupted: {said}"
     assert [path.name for path in tmp_path.iterdir()] == [PARTIAL]
-    again = CliRunner().invoke(main, command)
+    again = CliRunner().invoke(main, [*command, "--resume"])
     assert again.exit_code == 0, again.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -57,20 +57,37 @@ class Checkpoint:
 
         Reads every file once, unless opening has done so already.
         """
-        files = [self.root / "config.json"]
-        for folder in self.layout.folders():
-            files += [
-                path
-                for path in folder.iterdir()
-                if path.suffix in IDENTIFYING_SUFFIXES and path.is_file()
-            ]
-        for reader in (self.llm, self.vision, self.projector):
-            files += reader.files()
-        total = hashlib.sha256()
-        for file in sorted(set(files)):
-            total.update(f"{self._digest(file)}  ".encode())
-            total.update(os.fsencode(file.relative_to(self.root).as_posix()) + b"\n")
-        return total.hexdigest()
+        files = [*self._configs(), *self._weights()]
+        return _list_digest({self._name(file): self._digest(file) for file in files})
+
+    def outline(self) -> str:
+        """SHA-256 over names and contents of configs and tokenizer, names and sizes of weights."""
+        lines = {self._name(file): self._digest(file) for file in self._configs()}
+        lines |= {self._name(file): str(file.stat().st_size) for file in self._weights()}
+        return _list_digest(lines)
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the files of weights that have been hashed so far, by path below the root."""
+        known = self._digests
+        return {self._name(file): known[file] for file in self._weights() if file in known}
+
+    def _configs(self) -> set[Path]:
+        """Configs and tokenizer."""
+        inside = (path for folder in self.layout.folders() for path in folder.iterdir())
+        found = {path for path in inside if path.suffix in IDENTIFYING_SUFFIXES and path.is_file()}
+        return {self.root / "config.json", *found} - self._weights()
+
+    def _weights(self) -> set[Path]:
+        return {f for reader in (self.llm, self.vision, self.projector) for f in reader.files()}
+
+    def _name(self, file: Path) -> str:
+        return os.fsdecode(file.relative_to(self.root).as_posix())
+
+    def hash_inputs(self) -> None:
+        """As `hash_files_of`, those of vision tower, projector and embeddings."""
+        for file in (*self.vision.files(), *self.projector.files()):
+            self._digest(file)
+        self.hash_files_of(EMBEDDING)
 
     def hash_files_of(self, prefix: str) -> None:
         """Hashes, for `fingerprint`, the files of llm/ with tensors whose names begin like this.
@@ -86,6 +103,14 @@ class Checkpoint:
         if file not in self._digests:
             self._digests[file] = sha256_file(file)
         return self._digests[file]
+
+
+def _list_digest(lines: dict[str, str]) -> str:
+    """SHA-256 of what sha256sum would print of these files."""
+    total = hashlib.sha256()
+    for name in sorted(lines):
+        total.update(f"{lines[name]}  ".encode() + os.fsencode(name) + b"\n")
+    return total.hexdigest()
 
 
 def open_checkpoint(root: Path) -> Checkpoint:

@@ -72,7 +72,7 @@ SHIPPED = "shipped"
 )
 @click.option(
     "--resume", is_flag=True,
-    help="Keep finished layers in OUT.partial if this is ended early; go on from there.",
+    help="Go on from the finished layers that a run which ended early has left in OUT.partial.",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses calibration samples.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or report as JSON.")
@@ -155,12 +155,10 @@ def _quantize(
 
         report = quantize(checkpoint, out, options, resume=resume)
     except KeyboardInterrupt:
-        if not (resume and work_path(out).exists()):
+        if not (resume or options.calibrates) or not work_path(out).exists():
             raise
-        click.echo(
-            f"interrupted: finished layers are kept in {work_path(out)}; the same command goes on",
-            err=True,
-        )
+        go_on = "the same command goes on" if resume else "--resume goes on from there"
+        click.echo(f"interrupted: finished layers are kept in {work_path(out)}; {go_on}", err=True)
         sys.exit(EXIT_INTERRUPTED)
     if as_json:
         echo_json(report)
@@ -203,6 +201,11 @@ def _show_plan(planned: QuantizePlan, fits: list[Fit]) -> None:
 
     show_plan(planned.components, planned.stages)
     click.echo(f"output: {planned.output_bytes / 1e6:,.1f} MB of weights")
+    if planned.kept_bytes:
+        kept = planned.kept_bytes / 1e6
+        click.echo(
+            f"on the disk until it is whole, for --resume: {kept:,.1f} MB of finished layers"
+        )
     verdict = "fits" if planned.fits else "does not fit"
     click.echo(
         f"needs about {planned.device_bytes / 1e9:.1f} GB, "

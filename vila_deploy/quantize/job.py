@@ -36,9 +36,10 @@ def quantize(root: Path, out: Path, options: Options, *, resume: bool = False) -
     """Writes the 4-bit checkpoint `out`, which appears whole or not at all.
 
     Args:
-        resume: keep finished layers in a work folder beside `out` if the program ends early, and
-            go on from those that are there. On one computer the bytes are those of a run without
-            interruption, save for the time and memory in report.json and report.md.
+        resume: go on from the finished layers that a run which ended early has left in the work
+            folder beside `out`. On one computer the bytes are those of a run without interruption,
+            save for the time and memory in report.json and report.md. Rounding to nearest, a
+            matter of minutes, leaves them only if it is given too.
 
     Returns:
         the report, as in `out`/report.json.
@@ -59,11 +60,13 @@ def quantize(root: Path, out: Path, options: Options, *, resume: bool = False) -
     with ExitStack() as stack:
         memory = stack.enter_context(PeakMemory())
         work = None
-        if resume:
-            work = stack.enter_context(work_folder(out, checkpoint, options, device))
+        if resume or options.calibrates:
+            kept = work_folder(out, checkpoint, options, device, resume=resume)
+            work = stack.enter_context(kept)
         folder = stack.enter_context(new_folder(out, work.path if work else None))
         _check_space(out, checkpoint, planned, work, len(options.formats))
         outputs = Outputs(checkpoint, folder, options.formats, options.scheme)
+        checkpoint.hash_inputs()
         _write_unquantized(checkpoint, outputs)
         calibration = calibrate(checkpoint, examples, options.seed, device) if examples else None
         if calibration and work:

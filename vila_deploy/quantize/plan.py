@@ -37,6 +37,8 @@ class QuantizePlan:
 
     Args:
         seconds: of all stages; None if this computer's speed was not asked for.
+        output_bytes: weights of all formats.
+        kept_bytes: finished layers, for --resume, until the output is whole.
     """
 
     fits: bool
@@ -44,6 +46,7 @@ class QuantizePlan:
     limit_bytes: int
     seconds: float | None
     output_bytes: int
+    kept_bytes: int
     bits_per_weight: float
     components: tuple[Component, ...]
     stages: tuple[Stage, ...]
@@ -86,6 +89,7 @@ def plan(
         limit_bytes=limit,
         seconds=sum(stage.seconds or 0.0 for stage in stages) if speed else None,
         output_bytes=len(options.formats) * sum(component.bytes for component in components),
+        kept_bytes=components[0].bytes if options.calibrates else 0,
         bits_per_weight=options.scheme.bits_per_weight,
         components=components,
         stages=stages,
@@ -93,7 +97,7 @@ def plan(
 
 
 def work_path(out: Path) -> Path:
-    """Where `--resume` keeps the finished layers of the output folder `out`."""
+    """Where the finished layers of the output folder `out` are kept."""
     return out.with_name(f"{out.name}.partial")
 
 

@@ -1,7 +1,8 @@
-"""The work folder of `vila-quantize --resume`: finished layers outlive the program.
+"""The work folder of `vila-quantize`: finished layers outlive the program, for `--resume`.
 
 `OUT.partial` holds state.json, which says what the quantization was begun with, and one safetensors
-file per finished decoder layer, whose name ends in the SHA-256 of its bytes.
+file per finished decoder layer, whose name ends in the SHA-256 of its bytes. Each says which files
+of weights it was made from, so these need not all be hashed before the first layer.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,7 @@ from vila_deploy.writers.folder import packed
 STATE_FILE = "state.json"
 LAYER_FILE = re.compile(r"layer-(\d{5,})-([0-9a-f]{64})\.safetensors")
 TEMPORARY_SUFFIX = ".tmp"
-CALIBRATION = "the calibration data"
+CHECKPOINT, CALIBRATION = "the checkpoint", "the calibration data"
 BEGIN_AGAIN = "remove this folder to begin again, or choose another -o"
 
 State = dict[str, Any]
@@ -65,11 +66,27 @@ class FinishedLayer:
     seconds: float
 
 
-class WorkFolder:
-    """Finished layers and what they depend on; made by `work_folder`."""
+class _ChangedError(VilaDeployError):
+    """The finished layers are of no use to what is to be done now."""
 
-    def __init__(self, path: Path, state: State, files: dict[int, Path]):
-        self.path, self._state, self._files = path, state, files
+
+class WorkFolder:
+    """Finished layers and what they depend on; made by `work_folder`.
+
+    Args:
+        state: by the name that a message gives it, everything but weights that they depend on.
+        files: of the finished layers.
+        sources: gives the SHA-256 of each file of weights that has been read by now.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        state: State,
+        files: dict[int, Path],
+        sources: Callable[[], dict[str, str]],
+    ):
+        self.path, self._state, self._files, self._sources = path, state, files, sources
 
     @property
     def finished(self) -> frozenset[int]:
@@ -102,6 +119,7 @@ class WorkFolder:
             "tensors": {n: _group_size(value) for n, value in layer.tensors.items()},
             "entry": layer.entry,
             "seconds": layer.seconds,
+            "sources": self._sources(),
         }
         stored: dict[str, Tensor] = {}
         for name, value in layer.tensors.items():
@@ -113,20 +131,23 @@ class WorkFolder:
 
     def load(self, index: int) -> FinishedLayer:
         """A finished layer, as it was saved."""
-        return _read_layer(self._files[index])
+        return _read_layer(self._files[index])[0]
 
 
 @contextmanager
 def work_folder(
-    out: Path, checkpoint: Checkpoint, options: Options, device: torch.device
+    out: Path, checkpoint: Checkpoint, options: Options, device: torch.device, *, resume: bool
 ) -> Iterator[WorkFolder]:
     """Yields the work folder beside `out`, made if it isn't there, locked against other programs.
 
     It stays when something goes wrong, unless no layer is finished by then.
 
+    Args:
+        resume: finished layers are welcome.
+
     Raises:
         VilaDeployError: `out` exists, the folder is in use or none of ours, or its layers are those
-            of another checkpoint, other options or other versions.
+            of another checkpoint, other options or other versions, or not welcome.
     """
     path, now = work_path(out), _state_of(checkpoint, options, device)
     found = os.path.lexists(path)
@@ -141,20 +162,34 @@ def work_folder(
         with new_folder(path) as folder:
             _write_state(folder, now)
     with _locked(path):
-        work = _open(path, now)
-        if found:
+        work = _open(path, now, checkpoint, resume)
+        if work.finished:
             print(f"{path}: {len(work.finished)} finished layers found", file=sys.stderr)
         try:
             yield work
+        except (VilaDeployError, MemoryError) as error:
+            if not work.finished or isinstance(error, _ChangedError):
+                raise
+            raise _with_hint(error, path) from error
         finally:
             if not work.finished:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def _with_hint(error: VilaDeployError | MemoryError, path: Path) -> VilaDeployError:
+    kept = f"the layers finished so far are kept in {path.name} for --resume"
+    if isinstance(error, VilaDeployError):
+        return VilaDeployError(
+            error.what, where=error.where, fix=f"{error.fix}; {kept}" if error.fix else kept
+        )
+    fix = f"close other programs or use a computer with more memory; {kept}"
+    return VilaDeployError("out of memory", fix=fix)
+
+
 def _state_of(checkpoint: Checkpoint, options: Options, device: torch.device) -> State:
-    """Everything that the layers depend on, by the name that a message gives it."""
+    """Everything but the weights that the layers depend on, by the name that a message gives it."""
     return {
-        "the checkpoint": checkpoint.fingerprint(),
+        CHECKPOINT: checkpoint.outline(),
         CALIBRATION: None,
         "--algorithm": options.algorithm,
         "--group-size": options.scheme.group_size,
@@ -168,38 +203,55 @@ def _state_of(checkpoint: Checkpoint, options: Options, device: torch.device) ->
     }
 
 
-def _open(path: Path, now: State) -> WorkFolder:
+def _open(path: Path, now: State, checkpoint: Checkpoint, resume: bool) -> WorkFolder:
     before = _read_state(path)
     names = sorted(file.name for file in path.iterdir())
-    if not any(map(LAYER_FILE.fullmatch, names)):
+    count = sum(bool(LAYER_FILE.fullmatch(name)) for name in names)
+    if not count:
         _write_state(path, now)
-        return WorkFolder(path, now, {})
+        return WorkFolder(path, now, {}, checkpoint.digests)
+    if not resume:
+        raise VilaDeployError(
+            f"holds {count} finished layers of a run that ended early",
+            where=path,
+            fix=f"--resume goes on from there; or {BEGIN_AGAIN}",
+        )
     _refuse_change(path, before, {**now, CALIBRATION: before.get(CALIBRATION)})
-    files = {}
+    checkpoint.fingerprint()
+    current, files = checkpoint.digests(), {}
     for name in names:
         match = LAYER_FILE.fullmatch(name)
-        if match and _is_whole(path / name, int(match[1]), match[2]):
-            files[int(match[1])] = path / name
-        elif match:
-            print(f"{path / name}: damaged, is computed again", file=sys.stderr)
+        if match:
+            index, sources = int(match[1]), _sources_of(path / name, int(match[1]), match[2])
+            if sources is None:
+                print(f"{path / name}: damaged, is computed again", file=sys.stderr)
+            elif any(current.get(file) != digest for file, digest in sources.items()):
+                _refuse_change(path, {CHECKPOINT: 0}, {CHECKPOINT: 1})
+            else:
+                files[index] = path / name
         if name.endswith(TEMPORARY_SUFFIX) or (match and int(match[1]) not in files):
             (path / name).unlink()
-    return WorkFolder(path, before, files)
+    return WorkFolder(path, before, files, checkpoint.digests)
 
 
-def _is_whole(file: Path, index: int, sha256: str) -> bool:
+def _sources_of(file: Path, index: int, sha256: str) -> dict[str, str] | None:
+    """What a layer was made from; None if its file is damaged."""
     try:
-        # The entry names the layer too, so that a renamed file is not taken for another's.
-        return sha256_file(file) == sha256 and _read_layer(file).entry["layer"] == index
+        if sha256_file(file) != sha256:
+            return None
+        layer, sources = _read_layer(file)
     except OSError:
-        return False
+        return None
+    # The entry names the layer too, so that a renamed file is not taken for another's.
+    return sources if layer.entry["layer"] == index else None
 
 
 def _group_size(value: Tensor | QuantizedLinear) -> int | None:
     return value.group_size if isinstance(value, QuantizedLinear) else None
 
 
-def _read_layer(file: Path) -> FinishedLayer:
+def _read_layer(file: Path) -> tuple[FinishedLayer, dict[str, str]]:
+    """A layer, and the files of weights that it was made from."""
     with safe_open(file, "pt") as opened:
         order = json.loads(opened.metadata()["layer"])
         stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -211,7 +263,7 @@ def _read_layer(file: Path) -> FinishedLayer:
             prefix = f"{name}."
             parts = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
             tensors[name] = awq_gemm.unpack(parts, group_size)
-    return FinishedLayer(tensors, order["entry"], order["seconds"])
+    return FinishedLayer(tensors, order["entry"], order["seconds"]), order["sources"]
 
 
 def _refuse_change(path: Path, before: State, now: State) -> None:
@@ -220,7 +272,7 @@ def _refuse_change(path: Path, before: State, now: State) -> None:
         if old == new:
             continue
         values = f"was {short(old)} and is {short(new)} now"
-        raise VilaDeployError(
+        raise _ChangedError(
             f"{name} {'has changed' if name.startswith('the ') else values} since this was begun",
             where=path,
             fix=f"go back to what it was; or {BEGIN_AGAIN}",
