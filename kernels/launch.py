@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 from vila_deploy.kernels import interpreter  # also prepares it before the first launch
@@ -23,6 +24,8 @@ TYPES = {
     torch.int64: "*i64",
 }
 ALIGNMENT = 16
+# Among the attributes of a kernel's arguments.
+CONSTANTS_ARE_LISTED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 
 
 @dataclass(frozen=True)
@@ -80,16 +83,18 @@ class Launch:
     def attributes(self) -> dict[Path, list[list[Any]]]:
         """Which arguments are multiples of 16; every tensor of ours is aligned so.
 
-        Other integers have nothing behind them, as Triton says it: what was compiled ahead is then
-        found again on the device.
+        Other integers have nothing behind them, nor have constants from Triton 3.7 on; as Triton
+        says it, what was compiled ahead is found again on the device.
         """
-        return {
-            path: [["tt.divisibility", ALIGNMENT]]
-            if isinstance(value, Tensor) or value % ALIGNMENT == 0
-            else []
-            for path, value in self._leaves()
-            if _type_of(value) not in ("constexpr", "fp32")
-        }
+        found: dict[Path, list[list[Any]]] = {}
+        for path, value in self._leaves():
+            kind = _type_of(value)
+            if kind == "constexpr" and CONSTANTS_ARE_LISTED and len(path) == 1:
+                found[path] = []
+            elif kind not in ("constexpr", "fp32"):
+                aligned = isinstance(value, Tensor) or value % ALIGNMENT == 0
+                found[path] = [["tt.divisibility", ALIGNMENT]] if aligned else []
+        return found
 
     def _values(self) -> list[Any]:
         """What the kernel's parameters are, in their order."""
