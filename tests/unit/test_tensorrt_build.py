@@ -131,7 +131,10 @@ def test_the_same_command_finishes_on_the_board(
 
     with monkeypatch.context() as cut:
         cut.setattr(build_module, "finish_step", killed)
-        assert CliRunner().invoke(main, [str(engine), "--target", "orin-nano"]).exit_code == 130
+        done = CliRunner().invoke(main, [str(engine), "--target", "orin-nano"])
+        assert done.exit_code == 130
+        kept = f"finished steps are kept in {engine}; the same command goes on"
+        assert done.stderr.splitlines()[-1] == f"interrupted: {kept}"
     assert board == ["vision"]
     done = CliRunner().invoke(main, [str(engine), "--target", "orin-nano", "--json"])
     assert done.exit_code == 0, done.output
@@ -163,6 +166,43 @@ def test_jetpack_chooses_the_dialect_and_what_can_read_it(tmp_path: Path, board:
     assert described["dialect"] == "standard"
 
 
+def test_an_interrupt_before_there_is_an_engine_says_that_nothing_is_left(
+    tmp_path: Path, board: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_module, "build", cut)
+    root = make_checkpoint(tmp_path / "c")
+    done = CliRunner().invoke(main, [str(root), "--target", "orin", "-o", str(tmp_path / "e")])
+    assert done.exit_code == 130
+    assert done.stderr.splitlines()[-1] == "interrupted: nothing was left behind"
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "host", "fix"),
+    [
+        ("tensorrt-rtx", "1.5.0", "linux-x86_64", "pip install -U tensorrt-rtx"),
+        ("tensorrt-rtx", "1.5.0", "linux-aarch64", "pip install -U tensorrt-rtx"),
+        ("tensorrt", "10.9.0", "linux-x86_64", "install a newer TensorRT"),
+        (
+            "tensorrt", "10.3.0", "linux-aarch64",
+            "build with --jetpack 6, or install a newer TensorRT",
+        ),
+    ],
+)  # fmt: skip
+def test_a_compiler_that_is_too_old_says_how_to_get_a_newer_one(
+    package: str, version: str, host: str, fix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trt = SimpleNamespace(__version__=version)
+    monkeypatch.setattr(compilers.Compiler, "load", lambda self: trt)
+    monkeypatch.setattr(compilers, "host_platform", lambda: host)
+    with pytest.raises(VilaDeployError) as raised:
+        COMPILERS[package].check_dialect("standard")
+    assert raised.value.fix == fix
+
+
 REFUSALS = {
     "FP8 on Orin": (BuildOptions("orin", precision="fp8"), r"8\.7\) has no FP8; quantize to 4"),
     "SM90 with RTX": (
@@ -172,6 +212,10 @@ REFUSALS = {
     "Orin with RTX": (BuildOptions("orin", backend="tensorrt-rtx"), r"not for 8\.7 .*; use --back"),
     "several GPUs": (BuildOptions("a100", tp=2), r"one GPU, .*; leave them out, or use --backend"),
     "JetPack of a PC": (BuildOptions("a100", jetpack="6"), r"is for Jetson, .*; leave it out"),
+    "another card": (
+        BuildOptions("rtx3090"),
+        r"unknown target 'rtx3090'; choose from a100, .*, rtx4090; for another card copy the file",
+    ),
     "unknown JetPack": (BuildOptions("orin", jetpack="4"), r"unknown .*; choose from 6, 7"),
 }
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from vila_deploy.cli.common import command_errors, echo_json
+from vila_deploy.cli.common import EXIT_INTERRUPTED, command_errors, echo_json
+from vila_deploy.errors import printable
 
 if TYPE_CHECKING:
+    from vila_deploy.build import BuildOptions
     from vila_deploy.engine.components import Components
     from vila_deploy.engine.fit import Fit
     from vila_deploy.engine.manifest import Manifest
@@ -105,7 +108,7 @@ def main(
     if out is None and not plan_only:
         raise click.UsageError("-o is missing: name the folder to write, or give --plan")
 
-    from vila_deploy.build import BuildOptions, build_engine, plan_build, plan_targets
+    from vila_deploy.build import BuildOptions, plan_build, plan_targets
     from vila_deploy.engine.components import Components
 
     options = BuildOptions(
@@ -119,7 +122,21 @@ def main(
         else:
             _show_plan(planned, fits)
         return
-    _show_engine(out, build_engine(checkpoint, out, options), as_json)
+    _show_engine(out, _build(checkpoint, out, options), as_json)
+
+
+def _build(checkpoint: Path, out: Path, options: BuildOptions) -> Manifest:
+    from vila_deploy.build import build_engine
+    from vila_deploy.finish import is_unfinished
+
+    try:
+        return build_engine(checkpoint, out, options)
+    except KeyboardInterrupt:
+        if not is_unfinished(out):
+            raise
+        kept = f"finished steps are kept in {printable(str(out))}; the same command goes on"
+        click.echo(f"interrupted: {kept}", err=True)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _show_engine(out: Path, manifest: Manifest, as_json: bool) -> None:

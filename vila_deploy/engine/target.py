@@ -87,7 +87,11 @@ def get_target(name: str) -> Target:
     """
     targets = load_targets()
     if name not in targets:
-        raise VilaDeployError(f"unknown target {name!r}", fix=f"choose from {', '.join(targets)}")
+        raise VilaDeployError(
+            f"unknown target {name!r}",
+            fix=f"choose from {', '.join(targets)}; for another card copy the file in engines/ "
+            "with its compute capability and change title, memory and bandwidth",
+        )
     return targets[name]
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from vila_deploy.errors import VilaDeployError
 
+JETSON = "linux-aarch64"
+
 
 @dataclass(frozen=True)
 class Compiler:
@@ -21,6 +23,7 @@ class Compiler:
         ahead_of_time: CUDA compute capabilities that it compiles for without such a GPU; empty
             where it compiles on the device only.
         install: what to do where it is missing.
+        upgrade: what to do where it is too old.
         least: the oldest version that reads graphs of each dialect.
     """
 
@@ -28,6 +31,7 @@ class Compiler:
     module: str
     ahead_of_time: tuple[str, ...]
     install: str
+    upgrade: str
     least: dict[str, tuple[int, int]]
 
     @property
@@ -56,9 +60,14 @@ class Compiler:
             raise VilaDeployError(
                 f"{self.package} {version} is older than {least[0]}.{least[1]}, which graphs of "
                 f"dialect {dialect} need",
-                fix="build with --jetpack 6, or install a newer TensorRT",
+                fix=self._upgrade(),
             )
         return version
+
+    def _upgrade(self) -> str:
+        # What compiles on the device only is asked there.
+        on_board = not self.ahead_of_time and host_platform() == JETSON
+        return f"build with --jetpack 6, or {self.upgrade}" if on_board else self.upgrade
 
 
 # RTX counts versions of its own: 1.7 has the operators of TensorRT 10.15 and later.
@@ -68,6 +77,7 @@ COMPILERS = {
         module="tensorrt_rtx",
         ahead_of_time=("8.0", "8.6", "8.9", "12.0"),
         install="pip install 'vila-deploy[tensorrt]'",
+        upgrade="pip install -U tensorrt-rtx",
         least={"standard": (1, 7), "primitive": (1, 0)},
     ),
     "tensorrt": Compiler(
@@ -75,6 +85,7 @@ COMPILERS = {
         module="tensorrt",
         ahead_of_time=(),
         install="on Jetson: sudo apt install nvidia-jetpack; elsewhere: pip install tensorrt",
+        upgrade="install a newer TensorRT",
         least={"standard": (10, 15), "primitive": (10, 3)},
     ),
 }
