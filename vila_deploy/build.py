@@ -12,7 +12,7 @@ from typing import Any
 
 from vila_deploy import __version__
 from vila_deploy.backends import BACKENDS, TOKENIZER_FOLDER
-from vila_deploy.backends.tensorrt.compilers import COMPILERS
+from vila_deploy.backends.tensorrt.compilers import COMPILERS, host_platform
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import VilaConfig, load_config, with_template
 from vila_deploy.engine.components import ALL_FP16, RTX, Components, check_components
@@ -24,7 +24,13 @@ from vila_deploy.engine.request import BuildRequest
 from vila_deploy.engine.target import Target, get_target
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import new_folder
-from vila_deploy.finish import can_finish_here, finish_engine, is_unfinished
+from vila_deploy.finish import (
+    can_finish_here,
+    finish_engine,
+    finish_only_here,
+    finished_elsewhere,
+    is_unfinished,
+)
 from vila_deploy.model.tokenizer import TOKENIZER_FILES, load_tokenizer
 from vila_deploy.model.weights import WeightSource
 
@@ -203,10 +209,11 @@ def build_random_engine(
     out: Path,
     components: Components = ALL_FP16,
 ) -> Manifest:
-    """An engine of a released model's true shapes with random weights, for measuring.
+    """An engine of a released model's true shapes with random weights, finished, for measuring.
 
     Raises:
-        VilaDeployError: unknown `model` or target, or a backend that this version can't build.
+        VilaDeployError: unknown `model` or target, a backend that this version can't build, or an
+            engine that can't be finished on this computer.
     """
     from vila_deploy.model.presets import preset
     from vila_deploy.model.random_weights import random_parts
@@ -217,21 +224,36 @@ def build_random_engine(
     request = BuildRequest(target, limits, components=components)
     check_components(target, _backend(target, options), components)
     _check(module, config, request)
+    manifest = Manifest(
+        name=model,
+        target=target.name,
+        backend=_backend(target, options),
+        precision=precision,
+        weights="random",
+        weight_bytes_per_token=0,
+        checkpoint_fingerprint=None,
+        limits=limits,
+        model=describe(config, None),
+        versions={},
+        components=components,
+    )
+    _check_finishing(target, manifest)
     with new_folder(out) as folder:
-        manifest = Manifest(
-            name=model,
-            target=target.name,
-            backend=_backend(target, options),
-            precision=precision,
-            weights="random",
-            weight_bytes_per_token=0,
-            checkpoint_fingerprint=None,
-            limits=limits,
-            model=describe(config, None),
-            versions={},
-            components=components,
-        )
-        return _write(folder, config, random_parts(config), manifest, request)
+        manifest = _write(folder, config, random_parts(config), manifest, request)
+    return finish_only_here(out, manifest)
+
+
+def _check_finishing(target: Target, manifest: Manifest) -> None:
+    """Before the work of a build: raises where TensorRT would have to compile and can't."""
+    if manifest.backend != "tensorrt" or target.tensorrt is None:
+        return
+    compiler = COMPILERS[target.tensorrt.package]
+    if compiler.ahead_of_time:
+        return
+    if host_platform() != target.host:
+        reason = f"TensorRT compiles it on {target.host}, this is {host_platform()}"
+        raise finished_elsewhere(manifest, reason)
+    compiler.load()
 
 
 def _write(

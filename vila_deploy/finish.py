@@ -77,11 +77,39 @@ def _remove(folder: Path, paths: Sequence[str]) -> None:
 
 def can_finish_here(folder: Path, manifest: Manifest) -> bool:
     """Whether this computer has what the steps that are left need."""
+    return _hindrance(folder, manifest) is None
+
+
+def finish_only_here(folder: Path, manifest: Manifest) -> Manifest:
+    """Does what is left of an engine that can't be taken elsewhere.
+
+    Raises:
+        VilaDeployError: this computer lacks what that needs, or a step fails.
+    """
+    if not manifest.needs:
+        return manifest
+    hindrance = _hindrance(folder, manifest)
+    if hindrance is not None:
+        raise finished_elsewhere(manifest, hindrance.what) from hindrance
+    return finish_engine(folder, manifest.target, manifest.backend)
+
+
+def finished_elsewhere(manifest: Manifest, reason: str) -> VilaDeployError:
+    """For an engine of random weights, which nobody could take to where it would be finished."""
+    return VilaDeployError(
+        f"the engine for {manifest.target} can't be finished here ({reason})",
+        fix="build one from a checkpoint with vila-build-engine, finish it on "
+        f"{place_of_rest(manifest)} and give its folder to vila-bench there",
+    )
+
+
+def _hindrance(folder: Path, manifest: Manifest) -> VilaDeployError | None:
+    """What this computer lacks for the steps that are left."""
     try:
         _module(manifest.backend).check_device(folder, manifest)
-    except VilaDeployError:
-        return False
-    return True
+    except VilaDeployError as error:
+        return error
+    return None
 
 
 def place_of_rest(manifest: Manifest) -> str:

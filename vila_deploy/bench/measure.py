@@ -8,8 +8,9 @@ import resource
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,9 @@ from PIL import Image
 from vila_deploy import __version__
 from vila_deploy.backends import OpenedEngine, open_engine
 from vila_deploy.bench.bandwidth import read_bandwidth_bytes_per_s
+from vila_deploy.bench.gpu import gpu_name
 from vila_deploy.engine.session import Floats
+from vila_deploy.engine.target import get_target
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.generate import Sampling, continue_from, encode_images, place_images
 from vila_deploy.model.images import Pixels, preprocess
@@ -38,13 +41,15 @@ Result = TypeVar("Result")
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """One row of `vila-bench -o json` for the engine in `folder`; every figure measured here.
+    """One row of `vila-bench -o json` for the engine in `folder`; figures are measured here.
 
     Decoding: 256 greedy tokens, batch 1, after one picture; the first 4 are not timed. Time to
     first token: median of up to five runs. Memory: the largest resident set of this process up to
-    the end of decoding.
+    the end of decoding. Bandwidth: on a GPU the target's published one, which is not measured.
     """
     with open_engine(folder) as engine:
+        target = get_target(engine.manifest.target)
+        gpu = gpu_name(target, engine.manifest.backend)
         image = noise_image()
         _check_room(engine, image)
         ttft_ms, logits = _first_token(engine, image)
@@ -52,7 +57,10 @@ def measure(folder: Path) -> dict[str, Any]:
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     manifest = engine.manifest
     weight_bytes = manifest.weight_bytes_per_token
-    bandwidth = read_bandwidth_bytes_per_s(weight_bytes)
+    if gpu is None:
+        bandwidth: float | None = read_bandwidth_bytes_per_s(weight_bytes)
+    else:
+        bandwidth = target.bandwidth_bytes_per_s
     tokens_per_s = len(decode_s) / sum(decode_s)
     return {
         "label": "measured",
@@ -60,7 +68,8 @@ def measure(folder: Path) -> dict[str, Any]:
         "precision": manifest.precision,
         "target": manifest.target,
         "backend": manifest.backend,
-        "device": device_name(),
+        "device": gpu or device_name(),
+        **({"host": device_name()} if gpu else {}),
         "weights": manifest.weights,
         "decode_tokens_per_s": tokens_per_s,
         "decode_ms_median": statistics.median(decode_s) * 1e3,
@@ -69,8 +78,9 @@ def measure(folder: Path) -> dict[str, Any]:
         "peak_memory_bytes": peak_bytes,
         "weight_bytes_per_token": weight_bytes,
         "read_bandwidth_bytes_per_s": bandwidth,
-        "roofline_fraction": weight_bytes * tokens_per_s / bandwidth,
-        "versions": versions(),
+        "bandwidth_label": "published" if gpu else "measured",
+        "roofline_fraction": weight_bytes * tokens_per_s / bandwidth if bandwidth else None,
+        "versions": versions(manifest.versions),
         "commit": commit(),
     }
 
@@ -148,13 +158,15 @@ def device_name() -> str:
     return f"{facts['model name']} ({cores} cores, {facts['cpu MHz'].partition('.')[0]} MHz)"
 
 
-def versions() -> dict[str, str]:
-    names = ("onnxruntime", "numpy")
-    return {
-        "vila-deploy": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-    }
+def versions(built_with: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What is installed here; of `built_with`, a manifest's, also what is not."""
+    built_with = built_with or {}
+    found = {"vila-deploy": __version__, "python": platform.python_version()}
+    for name in ("onnxruntime", "numpy", *built_with):
+        # A board has no onnxruntime.
+        with suppress(PackageNotFoundError):
+            found.setdefault(name, version(name))
+    return {**found, **{name: built_with[name] for name in built_with if name not in found}}
 
 
 def commit() -> str | None:

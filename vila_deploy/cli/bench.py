@@ -41,7 +41,8 @@ def main(
     """Measure ENGINES, folders made by vila-build-engine, one after the other.
 
     Decoding is 256 greedy tokens at batch 1 after one picture. Each engine runs in a process of
-    its own; the share of bandwidth is taken of this host's reading speed measured in that process.
+    its own; the share of bandwidth is taken of this host's reading speed measured in that process,
+    on a GPU of the bandwidth published for the engine's target.
 
     \b
     vila-bench my-engine-int4 my-engine-fp16
