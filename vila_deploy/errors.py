@@ -24,6 +24,15 @@ class VilaDeployError(Exception):
         super().__init__(printable(line))
 
 
+OUT_OF_MEMORY = "out of memory; close other programs or use a computer with more memory"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python or torch found no memory; torch may not even be imported."""
+    told = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and told)
+
+
 def printable(text: str) -> str:
     """`text` as one line, control characters escaped: hostile names never reach a terminal raw."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)

@@ -10,25 +10,21 @@ import resource
 import shutil
 import signal
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from interruptions import die_at, exit_code_of, interrupt_at
 from PIL import Image
+from resuming import PARTIAL, SCHEME, SIZES, TEXT, contents, flip_a_bit, interrupted, layer_files
 from tiny import make_checkpoint
 
 from vila_deploy import files
-from vila_deploy.cli.quantize import main
+from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.quantize import awq_gptq, job, methods, work
 from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.scheme import QuantScheme
 
-SIZES = {"layers": 3, "hidden": 64, "intermediate": 128}
-SCHEME = QuantScheme(64)
-PARTIAL = "out.partial"
 PRELOADED = ["vila_deploy.quantize.job", "transformers.models.llama.modeling_llama"]
 MODULES = {"awq_gptq": awq_gptq, "files": files, "job": job, "methods": methods, "work": work}
 
@@ -52,7 +48,7 @@ def data(tmp_path_factory):
     """A checkpoint, texts and a picture."""
     folder = tmp_path_factory.mktemp("data")
     make_checkpoint(folder / "root", **SIZES)
-    (folder / "texts.txt").write_text("the king saw the red house on the hill.\n\n" * 8, "utf-8")
+    (folder / "texts.txt").write_text(TEXT, "utf-8")
     (folder / "held_out.txt").write_text("a queen came to the river.\n\n" * 6, "utf-8")
     (folder / "pictures").mkdir()
     Image.new("RGB", (50, 40), "red").save(folder / "pictures" / "a.png")
@@ -85,37 +81,10 @@ def begun(data, options, tmp_path_factory):
     return folder / PARTIAL
 
 
-def interrupted(root, out, options, **flags):
-    """A run that Ctrl-C ends in its third layer."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(work, "save_file", interrupt_at(work.save_file, 3))
-        with pytest.raises(KeyboardInterrupt):
-            job.quantize(root, out, options, **flags)
-    assert len(layer_files(out.parent)) == 2
-
-
 @pytest.fixture
 def here(begun, tmp_path):
     shutil.copytree(begun, tmp_path / PARTIAL)
     return tmp_path
-
-
-def contents(out):
-    """Every file's bytes, without the time and the memory in the reports."""
-    found = {p.relative_to(out): p.read_bytes() for p in out.rglob("*") if p.is_file()}
-    report = json.loads(found[Path("report.json")])
-    assert report.pop("seconds") > 0
-    assert report.pop("evaluation_seconds") >= 0
-    assert report.pop("peak_resident_bytes") > report.pop("peak_memory_bytes") > 0
-    found[Path("report.json")] = json.dumps(report)
-    lines = found[Path("report.md")].decode().split("\n")
-    found[Path("report.md")] = [line for line in lines if "of memory at the peak" not in line]
-    assert len(found[Path("report.md")]) == len(lines) - 1
-    return found
-
-
-def layer_files(folder):
-    return sorted((folder / PARTIAL).glob("layer-*.safetensors"))
 
 
 def assert_finishes(data, options, here, whole):
@@ -144,8 +113,8 @@ def exit_code(root, out, options, death):
 
 
 DEATHS = [
-    (("work", "save_file", 1, "after"), 0),  # the first layer written, but without its name yet
-    (("work", "save_file", 2, "before"), 1),  # at the end of a layer
+    (("work", "save_tensors", 1, "after"), 0),  # the first layer written, but without its name yet
+    (("work", "save_tensors", 2, "before"), 1),  # at the end of a layer
     (("awq_gptq", "round_with_feedback", 5, "after"), 1),  # within a layer
     (("awq_gptq", "quantize_layer", 2, "before"), 2),  # between two layers
     (("job", "build_report", 1, "before"), 3),  # all layers finished, shards written
@@ -191,10 +160,10 @@ def test_time_is_summed_and_finished_layers_are_not_searched_again(
     here, data, options, whole, monkeypatch, capsys
 ):
     for index, file in enumerate(layer_files(here)):
-        layer, sources = work._read_layer(file)
+        layer, _ = work._read_layer(file)
         file.unlink()
         slow = work.FinishedLayer(layer.tensors, layer.entry, 1000.0)
-        work.WorkFolder(here / PARTIAL, {}, {}, lambda found=sources: found).save(index, slow)
+        work.WorkFolder(here / PARTIAL, {}, {}, open_checkpoint(data / "root")).save(index, slow)
     searched, alive = [], []
     quantize_layer, load = awq_gptq.quantize_layer, methods.load_decoder_layer
 
@@ -223,10 +192,8 @@ def truncate(first, second):
     os.truncate(first, first.stat().st_size // 2)
 
 
-def flip_a_bit(first, second):
-    content = bytearray(first.read_bytes())
-    content[len(content) // 2] ^= 4
-    first.write_bytes(content)
+def flip_one(first, second):
+    flip_a_bit(first)
 
 
 def swap_names(first, second):
@@ -234,7 +201,7 @@ def swap_names(first, second):
     second.rename(second.with_name(second.name.replace("layer-00001", "layer-00000")))
 
 
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, swap_names])
+@pytest.mark.parametrize("damage", [truncate, flip_one, swap_names])
 def test_a_damaged_layer_is_computed_again(here, data, options, whole, damage, capsys):
     damage(*layer_files(here))
     assert_finishes(data, options, here, whole)
@@ -275,23 +242,6 @@ def test_refuses_another_checkpoint(here, data, options):
     assert "the checkpoint has changed since this was begun" in line
 
 
-def test_weights_that_no_finished_layer_has_seen_may_change(data, options, tmp_path):
-    """They are not hashed before their layer's turn."""
-    root = make_checkpoint(tmp_path / "root", **SIZES, shards=4)
-    interrupted(root, tmp_path / "out", options)
-    shards = sorted((root / "llm").glob("*.safetensors"))
-    assert b"model.layers.2.mlp.down_proj" in shards[-1].read_bytes()
-    assert b"model.layers.1." not in shards[-1].read_bytes()
-    flip_a_bit(shards[-1], None)
-    job.quantize(root, tmp_path / "whole", options)
-    job.quantize(root, tmp_path / "out", options, resume=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    shutil.rmtree(tmp_path / "out")
-    interrupted(root, tmp_path / "out", options)
-    flip_a_bit(shards[1], None)
-    assert "the checkpoint has changed" in refused(tmp_path, tmp_path / "out", options)
-
-
 def test_finished_layers_are_not_overlooked(here, data, options, whole):
     line = refused(data, here / "out", options, resume=False)
     assert "holds 2 finished layers of a run that ended early; --resume goes on from" in line
@@ -322,7 +272,7 @@ def test_refuses_a_damaged_state_and_a_foreign_folder(here, data, options):
 
 
 def test_refuses_a_folder_that_is_in_use(here, data, options):
-    descriptor = os.open(here / PARTIAL, os.O_RDONLY)
+    descriptor = os.open(here / PARTIAL / work.LOCK_FILE, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         assert "another program is at work in it" in refused(data, here / "out", options)
@@ -330,9 +280,9 @@ def test_refuses_a_folder_that_is_in_use(here, data, options):
         os.close(descriptor)
 
 
-@pytest.mark.parametrize(("place", "finished"), [("save_file", 2), ("finish", 3)])
+@pytest.mark.parametrize(("place", "finished"), [("save_tensors", 2), ("finish", 3)])
 def test_goes_on_when_the_disk_was_full(here, data, options, whole, monkeypatch, place, finished):
-    owner = work if place == "save_file" else job.Outputs
+    owner = work if place == "save_tensors" else job.Outputs
     write = getattr(owner, place)
 
     def full(*args):
@@ -345,7 +295,7 @@ def test_goes_on_when_the_disk_was_full(here, data, options, whole, monkeypatch,
             resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
     monkeypatch.setattr(owner, place, full)
-    message = f"{os.strerror(errno.EFBIG)}; free some space.*; the layers finished so far are kept"
+    message = f"{os.strerror(errno.EFBIG)}; free some space.*; finished layers are kept: --resume"
     with pytest.raises(VilaDeployError, match=message):
         job.quantize(data / "root", here / "out", options, resume=True)
     assert len(layer_files(here)) == finished
@@ -379,22 +329,3 @@ def test_qwen2_goes_on_too(data, tmp_path, algorithm):
     interrupted(root, tmp_path / "out", chosen, **flags)
     job.quantize(root, tmp_path / "out", chosen, resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-@pytest.mark.parametrize("resume", [False, True])
-def test_ctrl_c_says_how_to_go_on(data, tmp_path, monkeypatch, resume):
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    monkeypatch.setattr(job, "build_report", interrupt_at(job.build_report, 1))
-    flags = (
-        ["--algorithm", "rtn"] if resume else ["--calib", str(data / "texts.txt"), "--text-only"]
-    )
-    command = [str(data / "root"), "-o", str(tmp_path / "out"), "--group-size", "64", *flags]
-    done = CliRunner().invoke(main, [*command, "--resume"] if resume else [*command, "--no-eval"])
-    assert done.exit_code == 130
-    go_on = "the same command goes on" if resume else "--resume goes on from there"
-    said = f"finished layers are kept in {tmp_path / PARTIAL}; {go_on}"
-    assert done.stderr.splitlines()[-1] == f"interrupted: {said}"
-    assert [path.name for path in tmp_path.iterdir()] == [PARTIAL]
-    again = CliRunner().invoke(main, [*command, "--resume"])
-    assert again.exit_code == 0, again.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -66,10 +66,20 @@ class Checkpoint:
         lines |= {self._name(file): str(file.stat().st_size) for file in self._weights()}
         return _list_digest(lines)
 
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of the files of weights that have been hashed so far, by path below the root."""
-        known = self._digests
-        return {self._name(file): known[file] for file in self._weights() if file in known}
+    def digests(self, prefixes: tuple[str, ...]) -> dict[str, str]:
+        """SHA-256 of tower, projector and the files of llm/ with such tensors, by path below root.
+
+        To be called before they are read, for the sake of `fingerprint`: what is read just after
+        the hash comes out of the system's cache, so weights larger than the memory are read from
+        the disk once, not twice.
+
+        Args:
+            prefixes: how the tensors' names begin.
+        """
+        names = [name for name in self.llm.names() if name.startswith(prefixes)]
+        files = {self.llm.info(name).file for name in names}
+        files |= {*self.vision.files(), *self.projector.files()}
+        return {self._name(file): self._digest(file) for file in sorted(files)}
 
     def _configs(self) -> set[Path]:
         """Configs and tokenizer."""
@@ -82,22 +92,6 @@ class Checkpoint:
 
     def _name(self, file: Path) -> str:
         return os.fsdecode(file.relative_to(self.root).as_posix())
-
-    def hash_inputs(self) -> None:
-        """As `hash_files_of`, those of vision tower, projector and embeddings."""
-        for file in (*self.vision.files(), *self.projector.files()):
-            self._digest(file)
-        self.hash_files_of(EMBEDDING)
-
-    def hash_files_of(self, prefix: str) -> None:
-        """Hashes, for `fingerprint`, the files of llm/ with tensors whose names begin like this.
-
-        To be called before those are read: what is read just after the hash comes out of the
-        system's cache, so weights larger than the memory are read from the disk once, not twice.
-        """
-        names = (name for name in self.llm.names() if name.startswith(prefix))
-        for file in sorted({self.llm.info(name).file for name in names}):
-            self._digest(file)
 
     def _digest(self, file: Path) -> str:
         if file not in self._digests:

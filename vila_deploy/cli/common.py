@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import click
 
-from vila_deploy.errors import VilaDeployError, printable
+from vila_deploy.errors import OUT_OF_MEMORY, VilaDeployError, out_of_memory, printable
 
 if TYPE_CHECKING:
     from vila_deploy.engine.fit import Fit
@@ -41,8 +41,10 @@ def command_errors(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             click.echo("interrupted: nothing was left behind", err=True)
             sys.exit(EXIT_INTERRUPTED)
-        except MemoryError:
-            fail("out of memory; close other programs or use a computer with more memory")
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            fail(OUT_OF_MEMORY)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             fail(f"{where}{error.strerror or error}; check the path, its permissions and the disk")

@@ -72,7 +72,8 @@ SHIPPED = "shipped"
 )
 @click.option(
     "--resume", is_flag=True,
-    help="Go on from the finished layers that a run which ended early has left in OUT.partial.",
+    help="Go on from the finished layers that a run which ended early has left in OUT.partial "
+    "(rtn leaves them if it was given this too).",
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses calibration samples.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or report as JSON.")
@@ -155,7 +156,7 @@ def _quantize(
 
         report = quantize(checkpoint, out, options, resume=resume)
     except KeyboardInterrupt:
-        if not (resume or options.calibrates) or not work_path(out).exists():
+        if not any(work_path(out).glob("layer-*.safetensors")):
             raise
         go_on = "the same command goes on" if resume else "--resume goes on from there"
         click.echo(f"interrupted: finished layers are kept in {work_path(out)}; {go_on}", err=True)

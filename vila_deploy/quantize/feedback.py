@@ -187,7 +187,8 @@ def _equations(levels: Tensor, gram: Tensor, size: int) -> Tensor:
     """A of the above [rows, groups, groups] for centred `levels` [in, rows]."""
     channels, count = levels.shape
     groups = channels // size
-    tile = TILE_CHANNELS // size * size or size
+    on_cpu = levels.device.type == "cpu"
+    tile = (TILE_CHANNELS // size * size or size) if on_cpu else channels
     matrix = levels.new_empty(groups, groups, count)
     product = levels.new_empty(tile, count)
     for begin in range(0, channels, size):

@@ -13,6 +13,7 @@ import torch
 
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import with_template
+from vila_deploy.checkpoint.expected import EMBEDDING
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import canonical_json, new_folder
@@ -29,7 +30,12 @@ from vila_deploy.quantize.output import Outputs
 from vila_deploy.quantize.plan import QuantizePlan, plan
 from vila_deploy.quantize.report import Cost, build_report, markdown
 from vila_deploy.quantize.round import to_float16
-from vila_deploy.quantize.work import FinishedLayer, WorkFolder, work_folder
+from vila_deploy.quantize.work import (
+    FinishedLayer,
+    WorkFolder,
+    refuse_finished_layers,
+    work_folder,
+)
 
 
 def quantize(root: Path, out: Path, options: Options, *, resume: bool = False) -> dict[str, Any]:
@@ -63,10 +69,12 @@ def quantize(root: Path, out: Path, options: Options, *, resume: bool = False) -
         if resume or options.calibrates:
             kept = work_folder(out, checkpoint, options, device, resume=resume)
             work = stack.enter_context(kept)
+        else:
+            refuse_finished_layers(out)
         folder = stack.enter_context(new_folder(out, work.path if work else None))
         _check_space(out, checkpoint, planned, work, len(options.formats))
         outputs = Outputs(checkpoint, folder, options.formats, options.scheme)
-        checkpoint.hash_inputs()
+        checkpoint.digests((EMBEDDING,))
         _write_unquantized(checkpoint, outputs)
         calibration = calibrate(checkpoint, examples, options.seed, device) if examples else None
         if calibration and work:
@@ -128,12 +136,12 @@ def _check_space(
     )
     sizes = {part.name: part.bytes for part in planned.components if part.name.startswith("llm")}
     needed = formats * (copied + sum(sizes.values()))
-    if work:
-        needed += max(0, sizes["llm decoder linears"] - work.layer_bytes)
+    kept = max(0, sizes["llm decoder linears"] - work.layer_bytes) if work else 0
     free = shutil.disk_usage(out.parent).free
-    if free < needed:
+    if free < needed + kept:
+        layers = f" and {kept / 1e6:,.1f} MB for finished layers until it is done" if kept else ""
         raise VilaDeployError(
-            f"needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free",
+            f"needs {needed / 1e6:,.1f} MB{layers}, {free / 1e6:,.1f} MB are free",
             where=out.parent,
             fix="free some space or choose another -o",
         )
@@ -168,7 +176,7 @@ def _write_layers(
                     method.skip(index, layer.tensors)
             else:
                 start = time.monotonic()
-                method.checkpoint.hash_files_of(f"{layer_name(index)}.")
+                method.checkpoint.digests((f"{layer_name(index)}.",))
                 result = method.quantize(index, step(index, 1))
                 layer = FinishedLayer(*result, time.monotonic() - start)
                 del result

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,9 @@ from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.scheme import QuantScheme, check_scheme
 from vila_deploy.sizes import Component, Stage, available_memory_bytes, parameters
 from vila_deploy.writers.registry import FORMATS, SHARD_BYTES
+
+WORK_SUFFIX = ".partial"
+LONGEST_NAME = 255 - len(WORK_SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,11 @@ def plan(
 
 def work_path(out: Path) -> Path:
     """Where the finished layers of the output folder `out` are kept."""
-    return out.with_name(f"{out.name}.partial")
+    name = out.name
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        # The longest legal name leaves no room for a suffix.
+        name = f"{name[:32]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    return out.parent / f"{name}{WORK_SUFFIX}"
 
 
 def check_not_quantized(config: VilaConfig) -> None:

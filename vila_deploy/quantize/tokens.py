@@ -125,8 +125,11 @@ class Splicer:
         digest = hashlib.sha256()
         pictures = {p.name: p for sequence in sequences for p in sequence.pictures}
         self._features = _encode(checkpoint, pictures, digest, device)
+        # By number: the same pictures may lie in another folder tomorrow.
+        numbers = {name: number for number, name in enumerate(pictures)}
         for sequence in sequences:
-            digest.update(repr((sequence.pieces, [p.name for p in sequence.pictures])).encode())
+            shown = [numbers[picture.name] for picture in sequence.pictures]
+            digest.update(repr((sequence.pieces, shown)).encode())
         self.sha256 = digest.hexdigest()
         self.num_pictures = len(pictures)
 

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.errors import VilaDeployError, short
+from vila_deploy.checkpoint.expected import EMBEDDING
+from vila_deploy.errors import OUT_OF_MEMORY, VilaDeployError, out_of_memory, short
 from vila_deploy.files import (
     canonical_json,
     check_new,
@@ -37,12 +37,13 @@ from vila_deploy.files import (
 )
 from vila_deploy.formats import awq_gemm
 from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.quantize.methods import layer_name
 from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.plan import work_path
 from vila_deploy.quantize.report import versions
-from vila_deploy.writers.folder import packed
+from vila_deploy.writers.folder import packed, save_tensors
 
-STATE_FILE = "state.json"
+STATE_FILE, LOCK_FILE = "state.json", "lock"
 LAYER_FILE = re.compile(r"layer-(\d{5,})-([0-9a-f]{64})\.safetensors")
 TEMPORARY_SUFFIX = ".tmp"
 CHECKPOINT, CALIBRATION = "the checkpoint", "the calibration data"
@@ -76,7 +77,7 @@ class WorkFolder:
     Args:
         state: by the name that a message gives it, everything but weights that they depend on.
         files: of the finished layers.
-        sources: gives the SHA-256 of each file of weights that has been read by now.
+        checkpoint: what is quantized; layers name the files of weights that they were made from.
     """
 
     def __init__(
@@ -84,9 +85,10 @@ class WorkFolder:
         path: Path,
         state: State,
         files: dict[int, Path],
-        sources: Callable[[], dict[str, str]],
+        checkpoint: Checkpoint,
     ):
-        self.path, self._state, self._files, self._sources = path, state, files, sources
+        self.path, self._state, self._files = path, state, files
+        self._checkpoint = checkpoint
 
     @property
     def finished(self) -> frozenset[int]:
@@ -119,12 +121,12 @@ class WorkFolder:
             "tensors": {n: _group_size(value) for n, value in layer.tensors.items()},
             "entry": layer.entry,
             "seconds": layer.seconds,
-            "sources": self._sources(),
+            "sources": self._checkpoint.digests(_made_from(index)),
         }
         stored: dict[str, Tensor] = {}
         for name, value in layer.tensors.items():
             stored |= packed(name, value, awq_gemm.pack)
-        save_file(stored, temporary, {"layer": json.dumps(order)})
+        save_tensors(stored, temporary, {"layer": json.dumps(order)})
         file = self.path / f"layer-{index:05d}-{sha256_file(temporary)}.safetensors"
         replace_file(temporary, file)
         self._files[index] = file
@@ -149,6 +151,8 @@ def work_folder(
         VilaDeployError: `out` exists, the folder is in use or none of ours, or its layers are those
             of another checkpoint, other options or other versions, or not welcome.
     """
+    if not out.name:
+        check_new(out)
     path, now = work_path(out), _state_of(checkpoint, options, device)
     found = os.path.lexists(path)
     if found and os.path.lexists(out):
@@ -161,29 +165,55 @@ def work_folder(
     if not found:
         with new_folder(path) as folder:
             _write_state(folder, now)
+    # A folder that is none of ours stays as it is.
+    _read_state(path)
     with _locked(path):
-        work = _open(path, now, checkpoint, resume)
-        if work.finished:
-            print(f"{path}: {len(work.finished)} finished layers found", file=sys.stderr)
+        if not resume:
+            refuse_finished_layers(out)
+        work = _open(path, now, checkpoint)
+        if resume:
+            print(f"{path}: {len(work.finished) or 'no'} finished layers found", file=sys.stderr)
         try:
             yield work
-        except (VilaDeployError, MemoryError) as error:
-            if not work.finished or isinstance(error, _ChangedError):
+        except Exception as error:
+            told = isinstance(error, VilaDeployError) and not isinstance(error, _ChangedError)
+            if not work.finished or not (told or out_of_memory(error)):
                 raise
-            raise _with_hint(error, path) from error
+            raise _with_hint(error) from error
         finally:
             if not work.finished:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _with_hint(error: VilaDeployError | MemoryError, path: Path) -> VilaDeployError:
-    kept = f"the layers finished so far are kept in {path.name} for --resume"
-    if isinstance(error, VilaDeployError):
-        return VilaDeployError(
-            error.what, where=error.where, fix=f"{error.fix}; {kept}" if error.fix else kept
+def _with_hint(error: Exception) -> VilaDeployError:
+    kept = "finished layers are kept: --resume goes on from there, unless their weights change"
+    if not isinstance(error, VilaDeployError):
+        return VilaDeployError(OUT_OF_MEMORY, fix=kept)
+    return VilaDeployError(
+        error.what, where=error.where, fix=f"{error.fix}; {kept}" if error.fix else kept
+    )
+
+
+def refuse_finished_layers(out: Path) -> None:
+    """Raises if a run that ended early has left layers, which this one would pass by."""
+    path = work_path(out)
+    count = len(_layer_files(path))
+    if count:
+        raise VilaDeployError(
+            f"holds {count} finished layers of a run that ended early",
+            where=path,
+            fix=f"--resume goes on from there; or {BEGIN_AGAIN}",
         )
-    fix = f"close other programs or use a computer with more memory; {kept}"
-    return VilaDeployError("out of memory", fix=fix)
+
+
+def _layer_files(path: Path) -> list[Path]:
+    found = sorted(path.iterdir()) if path.is_dir() else []
+    return [file for file in found if LAYER_FILE.fullmatch(file.name)]
+
+
+def _made_from(index: int) -> tuple[str, ...]:
+    """How the names of the tensors begin that a layer depends on."""
+    return (EMBEDDING, *(f"{layer_name(layer)}." for layer in range(index + 1)))
 
 
 def _state_of(checkpoint: Checkpoint, options: Options, device: torch.device) -> State:
@@ -203,47 +233,35 @@ def _state_of(checkpoint: Checkpoint, options: Options, device: torch.device) ->
     }
 
 
-def _open(path: Path, now: State, checkpoint: Checkpoint, resume: bool) -> WorkFolder:
-    before = _read_state(path)
-    names = sorted(file.name for file in path.iterdir())
-    count = sum(bool(LAYER_FILE.fullmatch(name)) for name in names)
-    if not count:
+def _open(path: Path, now: State, checkpoint: Checkpoint) -> WorkFolder:
+    before, found = _read_state(path), _layer_files(path)
+    for file in path.glob(f"*{TEMPORARY_SUFFIX}"):
+        file.unlink()
+    if not found:
         _write_state(path, now)
-        return WorkFolder(path, now, {}, checkpoint.digests)
-    if not resume:
-        raise VilaDeployError(
-            f"holds {count} finished layers of a run that ended early",
-            where=path,
-            fix=f"--resume goes on from there; or {BEGIN_AGAIN}",
-        )
+        return WorkFolder(path, now, {}, checkpoint)
     _refuse_change(path, before, {**now, CALIBRATION: before.get(CALIBRATION)})
-    checkpoint.fingerprint()
-    current, files = checkpoint.digests(), {}
-    for name in names:
-        match = LAYER_FILE.fullmatch(name)
-        if match:
-            index, sources = int(match[1]), _sources_of(path / name, int(match[1]), match[2])
-            if sources is None:
-                print(f"{path / name}: damaged, is computed again", file=sys.stderr)
-            elif any(current.get(file) != digest for file, digest in sources.items()):
-                _refuse_change(path, {CHECKPOINT: 0}, {CHECKPOINT: 1})
-            else:
-                files[index] = path / name
-        if name.endswith(TEMPORARY_SUFFIX) or (match and int(match[1]) not in files):
-            (path / name).unlink()
-    return WorkFolder(path, before, files, checkpoint.digests)
+    files: dict[int, Path] = {}
+    for file in found:
+        if (whole := _if_whole(file)) is None:
+            print(f"{file}: damaged, is computed again", file=sys.stderr)
+            file.unlink()
+            continue
+        index, sources = whole
+        if checkpoint.digests(_made_from(index)) != sources:
+            _refuse_change(path, {CHECKPOINT: 0}, {CHECKPOINT: 1})
+        files[index] = file
+    return WorkFolder(path, before, files, checkpoint)
 
 
-def _sources_of(file: Path, index: int, sha256: str) -> dict[str, str] | None:
-    """What a layer was made from; None if its file is damaged."""
-    try:
-        if sha256_file(file) != sha256:
-            return None
-        layer, sources = _read_layer(file)
-    except OSError:
+def _if_whole(file: Path) -> tuple[int, dict[str, str]] | None:
+    """The number of a layer, and what it was made from; None if its file is damaged."""
+    match = LAYER_FILE.fullmatch(file.name)
+    if not match or sha256_file(file) != match[2]:
         return None
+    layer, sources = _read_layer(file)
     # The entry names the layer too, so that a renamed file is not taken for another's.
-    return sources if layer.entry["layer"] == index else None
+    return (int(match[1]), sources) if layer.entry["layer"] == int(match[1]) else None
 
 
 def _group_size(value: Tensor | QuantizedLinear) -> int | None:
@@ -302,9 +320,10 @@ def _digest(state: State) -> str:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Two programs would write into each other's output; the lock ends with the program."""
-    descriptor = os.open(path, os.O_RDONLY)
+    # A file, open for writing: that is what network file systems can lock, if anything.
+    descriptor = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        # Some network file systems have no locks; then it is up to the user.
+        # Some have no locks at all; then it is up to the user.
         with suppress(OSError):
             _lock(descriptor, path)
         yield
@@ -313,9 +332,13 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int, path: Path) -> None:
+    busy = VilaDeployError(
+        "another program is at work in it", where=path, fix="wait for it or choose another -o"
+    )
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise VilaDeployError(
-            "another program is at work in it", where=path, fix="wait for it or choose another -o"
-        ) from error
+        raise busy from error
+    # Just finished, it has taken the folder away.
+    if not (path / LOCK_FILE).exists():
+        raise busy

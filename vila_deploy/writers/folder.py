@@ -68,7 +68,7 @@ class ShardWriter:
         if self._pending:
             self._shards.append(list(self._pending))
             file = self._partial(len(self._shards))
-            _save(self._pending, file)
+            save_tensors(self._pending, file, {"format": "pt"})
             self._pending, self._pending_bytes = {}, 0
             self._digests.append(sha256_file(file))
 
@@ -118,9 +118,9 @@ def quantized_config(checkpoint: Checkpoint, quantization: dict[str, Any]) -> di
     return {**config, "quantization_config": quantization}
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """safetensors makes files that only their owner may read; these are as readable as others."""
-    save_file(tensors, path, metadata={"format": "pt"})
+    save_file(tensors, path, metadata)
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
@@ -140,7 +140,7 @@ def copy_parts(checkpoint: Checkpoint, root: Path) -> None:
             (root / name).write_text(canonical_json(values), "utf-8")
         for part, reader in readers.items():
             tensors = {name: reader.tensor(name).contiguous() for name in reader.names()}
-            _save(tensors, root / part / SINGLE_FILE)
+            save_tensors(tensors, root / part / SINGLE_FILE, {"format": "pt"})
     else:
         shutil.copyfile(checkpoint.root / "config.json", root / "config.json")
         for part, reader in readers.items():
