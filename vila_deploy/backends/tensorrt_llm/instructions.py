@@ -36,7 +36,8 @@ trtexec --onnx={vision}/{graph} --saveEngine={vision}/{engine} \\
 ```
 
 `vila-chat` runs engines that vila-build-engine finished, on one GPU. TensorRT-LLM's own
-examples/multimodal/run.py runs them too, on several as well, with `mpirun -n {gpus}`.
+multimodal/run.py runs them too, on several as well, with `mpirun -n {gpus}`. It is in a checkout of
+TensorRT-LLM at the installed version: in examples/models/core, in older releases in examples.
 """
 
 

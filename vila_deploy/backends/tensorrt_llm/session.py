@@ -293,6 +293,6 @@ def _check_one_gpu(folder: Path) -> None:
         raise VilaDeployError(
             f"was built for {ranks} GPUs, vila-deploy runs TensorRT-LLM on one",
             where=folder,
-            fix=f"run it with mpirun -n {ranks} and TensorRT-LLM's examples/multimodal/run.py, or "
-            "build it without --tp and --pp",
+            fix=f"run it with mpirun -n {ranks} and multimodal/run.py, an example in a checkout of "
+            "TensorRT-LLM, or build it without --tp and --pp",
         )
