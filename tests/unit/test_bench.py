@@ -22,6 +22,7 @@ from vila_deploy.backends import OpenedEngine, open_engine
 from vila_deploy.backends.tensorrt import build as tensorrt_build
 from vila_deploy.backends.tensorrt import compilers, cuda
 from vila_deploy.backends.tensorrt.compile import Job
+from vila_deploy.bench import gpu
 from vila_deploy.bench import measure as measure_module
 from vila_deploy.bench.gpu import gpu_name
 from vila_deploy.bench.measure import device_name, measure, versions
@@ -202,11 +203,31 @@ def test_random_weights_on_a_board_without_tensorrt_say_so_before_any_work(
         build_random_engine("VILA1.5-3b", "fp16", "orin", tmp_path / "engine")
 
 
+@pytest.mark.parametrize("target", ["rtx4090", "h100"])
+def test_random_weights_without_a_gpu_are_refused_before_any_work(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vila_deploy.build.new_folder", lambda out: pytest.fail("began"))
+    monkeypatch.setattr("vila_deploy.backends.native.session.INTERPRETED", False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    def no_driver() -> None:
+        raise VilaDeployError("no CUDA driver", fix="run this on the target")
+
+    monkeypatch.setattr(cuda, "runtime", no_driver)
+    flags = ["--model", "VILA1.5-3b", "--random-weights", "--target", target]
+    done = CliRunner().invoke(main, flags)
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert "CUDA" in line
+
+
 def test_random_weights_that_memory_is_too_small_for(
     tiny_model: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_host(monkeypatch, "linux-x86_64", "1.7.1")
     monkeypatch.setattr(tensorrt_build, "available_memory_bytes", lambda: 1 << 28)
+    monkeypatch.setattr(gpu, "gpu_name", lambda *_: "NVIDIA GeForce RTX 4090")
     done = CliRunner().invoke(
         main, ["--model", "VILA1.5-3b", "--random-weights", "--target", "rtx4090"]
     )

@@ -65,9 +65,14 @@ def main(
 
 
 def _measure_random(model: str, precisions: Sequence[str], target: str) -> list[dict[str, Any]]:
+    from vila_deploy.bench import gpu
     from vila_deploy.build import build_random_engine
+    from vila_deploy.engine.target import get_target
 
-    rows = []
+    found, rows = get_target(target), []
+    # Before minutes of building: an engine runs only where its GPU is. Building says it of Jetson.
+    if not (found.tensorrt and found.tensorrt.jetpacks):
+        gpu.gpu_name(found, found.default_backend)
     for precision in precisions:
         with tempfile.TemporaryDirectory(prefix="vila-bench-") as scratch:
             engine = Path(scratch) / "engine"
