@@ -80,13 +80,7 @@ class WorkFolder:
         checkpoint: what is quantized; layers name the files of weights that they were made from.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        state: State,
-        files: dict[int, Path],
-        checkpoint: Checkpoint,
-    ):
+    def __init__(self, path: Path, state: State, files: dict[int, Path], checkpoint: Checkpoint):
         self.path, self._state, self._files = path, state, files
         self._checkpoint = checkpoint
 
@@ -249,7 +243,7 @@ def _open(path: Path, now: State, checkpoint: Checkpoint) -> WorkFolder:
             continue
         index, sources = whole
         if checkpoint.digests(_made_from(index)) != sources:
-            _refuse_change(path, {CHECKPOINT: 0}, {CHECKPOINT: 1})
+            raise _changed(path, f"{CHECKPOINT} has changed")
         files[index] = file
     return WorkFolder(path, before, files, checkpoint)
 
@@ -290,11 +284,12 @@ def _refuse_change(path: Path, before: State, now: State) -> None:
         if old == new:
             continue
         values = f"was {short(old)} and is {short(new)} now"
-        raise _ChangedError(
-            f"{name} {'has changed' if name.startswith('the ') else values} since this was begun",
-            where=path,
-            fix=f"go back to what it was; or {BEGIN_AGAIN}",
-        )
+        raise _changed(path, f"{name} {'has changed' if name.startswith('the ') else values}")
+
+
+def _changed(path: Path, what: str) -> _ChangedError:
+    fix = f"go back to what it was; or {BEGIN_AGAIN}"
+    return _ChangedError(f"{what} since this was begun", where=path, fix=fix)
 
 
 def _write_state(path: Path, state: State) -> None:
