@@ -1,7 +1,7 @@
 """Other tools quantize the model of smollm2.py on the same tokens, each in its own environment.
 
 $ python benchmarks/quantization/smollm2.py prepare SCRATCH
-$ PEER_VENV/bin/python benchmarks/quantization/peers.py SCRATCH autoawq awq.safetensors
+$ PEER_VENV/bin/python benchmarks/quantization/peers.py SCRATCH autoawq-asym awq.safetensors
 $ python benchmarks/quantization/smollm2.py evaluate SCRATCH awq.safetensors
 
 Every candidate gets 4 bits in groups of 64 for the seven linears of each layer, 32 × 512 tokens and
@@ -11,7 +11,7 @@ torch, transformers, safetensors and the tool (vila_deploy isn't imported here):
 
 | candidate | environment |
 |---|---|
-| autoawq | autoawq 0.2.9, transformers 4.51.3 |
+| autoawq-* | autoawq 0.2.9, transformers 4.51.3 |
 | llmcompressor-* | llmcompressor 0.14.0.1 |
 | modelopt-* | nvidia-modelopt 0.47.0, requests, transformers 4.57 |
 """
@@ -91,8 +91,11 @@ def dense(model: nn.Module, effective: Callable[[nn.Module], Tensor]) -> dict[st
     return {name: weight.clone().contiguous() for name, weight in weights.items()}
 
 
-def autoawq(scratch: Path, tokens: Tensor, cost: Cost) -> dict[str, Tensor]:
-    """AutoAWQ 0.2.9, asymmetric, packed as GEMM and unpacked again with its own function."""
+def autoawq(scratch: Path, tokens: Tensor, cost: Cost, *, symmetric: bool) -> dict[str, Tensor]:
+    """AutoAWQ 0.2.9; asymmetric packed as GEMM and unpacked again with its own function.
+
+    Symmetric weights it packs for a GPU's kernel only, so there they are what it would pack.
+    """
     from awq import AutoAWQForCausalLM
     from awq.quantize.quantizer import AwqQuantizer
     from awq.utils.packing_utils import dequantize_gemm
@@ -110,11 +113,18 @@ def autoawq(scratch: Path, tokens: Tensor, cost: Cost) -> dict[str, Tensor]:
             finally:
                 del module2inspect.state_dict
 
+        def _apply_quant(self, module: nn.Module, named_linears: dict[str, nn.Linear]) -> None:
+            if not symmetric:
+                super()._apply_quant(module, named_linears)
+                return
+            for linear in named_linears.values():
+                linear.weight.data = self.pseudo_quantize_tensor(linear.weight.data.half())[0]
+
     peer = AutoAWQForCausalLM.from_pretrained(
         str(scratch / "model"), torch_dtype=torch.float32, device_map="cpu"
     )
     check_model(peer.model, scratch)
-    scheme = {"zero_point": True, "q_group_size": GROUP_SIZE, "w_bit": 4, "version": "GEMM"}
+    scheme = {"q_group_size": GROUP_SIZE, "w_bit": 4, "version": "GEMM", "zero_point": not symmetric}
     blocks, length = tokens.shape
     cost.of(
         lambda: peer.quantize(
@@ -127,6 +137,8 @@ def autoawq(scratch: Path, tokens: Tensor, cost: Cost) -> dict[str, Tensor]:
     )
 
     def effective(linear: nn.Module) -> Tensor:
+        if symmetric:
+            return linear.weight
         parts = (linear.qweight, linear.qzeros, linear.scales.float())
         return dequantize_gemm(*parts, 4, GROUP_SIZE).T
 
@@ -206,6 +218,10 @@ def modelopt(scratch: Path, tokens: Tensor, cost: Cost, *, algorithm: str) -> di
         return dense(model, effective)
 
 
+def _autoawq(symmetric: bool) -> Callable[..., dict[str, Tensor]]:
+    return lambda *args: autoawq(*args, symmetric=symmetric)
+
+
 def _stacked(awq: bool, gptq: bool, symmetric: bool) -> Callable[..., dict[str, Tensor]]:
     return lambda *args: llmcompressor(*args, awq=awq, gptq=gptq, symmetric=symmetric)
 
@@ -216,7 +232,8 @@ def _simulated(algorithm: str) -> Callable[..., dict[str, Tensor]]:
 
 # Candidate → (package, symmetric, what makes its weights).
 CANDIDATES: dict[str, tuple[str, bool, Callable[..., dict[str, Tensor]]]] = {
-    "autoawq": ("autoawq", False, autoawq),
+    "autoawq-asym": ("autoawq", False, _autoawq(False)),
+    "autoawq-sym": ("autoawq", True, _autoawq(True)),
     "llmcompressor-awq-asym": ("llmcompressor", False, _stacked(True, False, False)),
     "llmcompressor-gptq-asym": ("llmcompressor", False, _stacked(False, True, False)),
     "llmcompressor-awq-gptq-asym": ("llmcompressor", False, _stacked(True, True, False)),
