@@ -124,7 +124,12 @@ def autoawq(scratch: Path, tokens: Tensor, cost: Cost, *, symmetric: bool) -> di
         str(scratch / "model"), torch_dtype=torch.float32, device_map="cpu"
     )
     check_model(peer.model, scratch)
-    scheme = {"q_group_size": GROUP_SIZE, "w_bit": 4, "version": "GEMM", "zero_point": not symmetric}
+    scheme = {
+        "q_group_size": GROUP_SIZE,
+        "w_bit": 4,
+        "version": "GEMM",
+        "zero_point": not symmetric,
+    }
     blocks, length = tokens.shape
     cost.of(
         lambda: peer.quantize(
