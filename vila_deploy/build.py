@@ -35,7 +35,7 @@ from vila_deploy.model.tokenizer import TOKENIZER_FILES, load_tokenizer
 from vila_deploy.model.weights import WeightSource
 
 DEFAULT_MAX_SEQ_LEN = 4096
-FIRST_WITH_FP8 = "8.9"
+FIRST_WITH_FP8 = (8, 9)
 SHIPPED = Path("shipped")
 # Components of a plan that GPUs share, by how their names begin.
 SHARED_BY_ALL, SHARED_BY_A_STAGE = (
@@ -79,7 +79,7 @@ def plan_build(root: Path, options: BuildOptions) -> EnginePlan:
     )
     backend, limits = _backend(target, options), _limits(config, options)
     precision = _planned_precision(config, target, options)
-    check_components(target, backend, options.components)
+    _check(_backend_module(target, options), config, _request(target, limits, options), backend)
     plan = plan_engine(config, target, backend, precision, limits, options.components)
     return _on_each_gpu(plan, options)
 
@@ -112,11 +112,14 @@ def _on_each_gpu(plan: EnginePlan, options: BuildOptions) -> EnginePlan:
 
 
 def plan_targets(root: Path, options: BuildOptions) -> list[Fit]:
-    """On which targets that engine would fit, from the config files alone."""
+    """On which targets that engine would fit on one GPU, from the config files alone."""
     config, target = load_config(root), get_target(options.target)
     precision = _planned_precision(config, target, options)
     limits = _limits(config, options)
-    return fit_everywhere(config, precision, limits, options.components, options.backend)
+    fits = fit_everywhere(config, precision, limits, options.components, options.backend)
+    # Of what is planned for several GPUs the plan speaks.
+    several = options.tp * options.pp > 1
+    return [fit for fit in fits if not (several and fit.target == target.name)]
 
 
 def _planned_precision(config: VilaConfig, target: Target, options: BuildOptions) -> str:
@@ -146,16 +149,14 @@ def build_engine(root: Path, out: Path, options: BuildOptions) -> Manifest:
 def _build(root: Path, out: Path, options: BuildOptions) -> Manifest:
     config = with_template(load_config(root), options.prompt_template)
     target = get_target(options.target)
-    module = _backend_module(target, options)
+    module, backend = _backend_module(target, options), _backend(target, options)
     precision = _precision(config, target, options)
     limits = _limits(config, options)
-    request = BuildRequest(
-        target, limits, options.tp, options.pp, options.jetpack, options.components
-    )
-    check_components(target, _backend(target, options), options.components)
-    _check(module, config, request)
+    request = _request(target, limits, options)
+    _check(module, config, request, backend)
+    module.check_tools(request)
     _refuse_what_does_not_fit(config, target, options)
-    measure = _measure(request, _backend(target, options), options.eval_data)
+    measure = _measure(request, backend, options.eval_data)
     checkpoint = open_checkpoint(root)
     tokenizer = load_tokenizer(checkpoint.layout.folder("llm"))
     if tokenizer.vocab_size > config.llm.vocab_size:
@@ -170,7 +171,7 @@ def _build(root: Path, out: Path, options: BuildOptions) -> Manifest:
         manifest = Manifest(
             name=root.resolve().name,
             target=target.name,
-            backend=_backend(target, options),
+            backend=backend,
             precision=precision,
             weights="trained",
             weight_bytes_per_token=0,
@@ -218,16 +219,17 @@ def build_random_engine(
     from vila_deploy.model.presets import preset
     from vila_deploy.model.random_weights import random_parts
 
-    options = BuildOptions(target_name, max_seq_len=1024)
+    options = BuildOptions(target_name, max_seq_len=1024, components=components)
     config, target = preset(model, precision), get_target(target_name)
-    module, limits = _backend_module(target, options), _limits(config, options)
-    request = BuildRequest(target, limits, components=components)
-    check_components(target, _backend(target, options), components)
-    _check(module, config, request)
+    module, backend = _backend_module(target, options), _backend(target, options)
+    limits = _limits(config, options)
+    request = _request(target, limits, options)
+    _check(module, config, request, backend)
+    module.check_tools(request)
     manifest = Manifest(
         name=model,
         target=target.name,
-        backend=_backend(target, options),
+        backend=backend,
         precision=precision,
         weights="random",
         weight_bytes_per_token=0,
@@ -328,7 +330,17 @@ def _backend_module(target: Target, options: BuildOptions) -> ModuleType:
     return import_module(f"{BACKENDS[backend]}.build")
 
 
-def _check(module: ModuleType, config: VilaConfig, request: BuildRequest) -> None:
+def _request(target: Target, limits: Limits, options: BuildOptions) -> BuildRequest:
+    return BuildRequest(target, limits, options.tp, options.pp, options.jetpack, options.components)
+
+
+def _check(module: ModuleType, config: VilaConfig, request: BuildRequest, backend: str) -> None:
+    """Raises for what can't be built, whatever is installed here."""
+    check_components(request.target, backend, request.components)
+    if request.jetpack is not None and backend != "tensorrt":
+        raise VilaDeployError(
+            f"--jetpack is for backend tensorrt, not for {backend}", fix="leave it out"
+        )
     most, asked = module.MAX_BATCH_SIZE, request.limits.max_batch_size
     if asked > most:
         raise VilaDeployError(
@@ -342,10 +354,10 @@ def _precision(config: VilaConfig, target: Target, options: BuildOptions) -> str
     found = "int4" if config.llm.quantization else "fp16"
     asked = options.precision or found
     if asked == "fp8":
-        capability = target.compute_capability or "a CPU"
-        has = "has no FP8" if capability < FIRST_WITH_FP8 else "could, but this version can't"
+        capability = target.compute_capability
+        named = f"{target.title} (compute capability {capability})" if capability else target.title
         raise VilaDeployError(
-            f"--precision fp8: {target.title} (compute capability {capability}) {has}",
+            f"--precision fp8: {named} {_has_fp8(capability)}",
             fix="quantize to 4 bits with vila-quantize and use --precision int4",
         )
     if asked != found:
@@ -355,6 +367,11 @@ def _precision(config: VilaConfig, target: Target, options: BuildOptions) -> str
         }[asked]
         raise VilaDeployError(f"the checkpoint's llm is {found}, not {asked}", fix=fix)
     return asked
+
+
+def _has_fp8(capability: str | None) -> str:
+    numbers = tuple(map(int, (capability or "0.0").split(".")))
+    return "has no FP8" if numbers < FIRST_WITH_FP8 else "could, but this version can't"
 
 
 def _limits(config: VilaConfig, options: BuildOptions) -> Limits:

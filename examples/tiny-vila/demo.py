@@ -35,8 +35,8 @@ def main() -> None:
     OUT.mkdir()
 
     heading("1. Quantize the checkpoint to 4 bits: AWQ, and plain rounding to compare with")
-    run("vila-quantize", CHECKPOINT, "-o", OUT / "awq")
-    run("vila-quantize", CHECKPOINT, "-o", OUT / "rtn", "--algorithm", "rtn")
+    run("vila-quantize", CHECKPOINT, "-o", OUT / "awq", "--device", "cpu")
+    run("vila-quantize", CHECKPOINT, "-o", OUT / "rtn", "--algorithm", "rtn", "--device", "cpu")
 
     heading("2. Build engines for this computer's CPU")
     for source, engine in ((OUT / "awq", "int4"), (OUT / "rtn", "int4-rtn"), (CHECKPOINT, "fp16")):

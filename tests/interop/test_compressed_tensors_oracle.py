@@ -12,7 +12,7 @@ from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.quantize.scheme import QuantScheme
 
 compressed_tensors = pytest.importorskip(
-    "compressed_tensors", reason="pip install 'vila-deploy[interop]' to test against this tool"
+    "compressed_tensors", reason="pip install '.[interop]' to test against this tool"
 )
 
 

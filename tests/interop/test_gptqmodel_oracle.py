@@ -11,9 +11,7 @@ from peers import MODELS, greedy, linears, make_model, prompt_ids, reference_mod
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.quantize.scheme import QuantScheme
 
-pytest.importorskip(
-    "gptqmodel", reason="pip install 'vila-deploy[interop]' to test against this tool"
-)
+pytest.importorskip("gptqmodel", reason="pip install '.[interop]' to test against this tool")
 
 
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])

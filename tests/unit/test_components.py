@@ -21,9 +21,11 @@ from vila_deploy.engine.components import (
     RTX,
     SUPPORTED,
     Components,
+    _row,
     check_components,
     head_group_size,
     supported_part,
+    supports,
 )
 from vila_deploy.engine.fit import fit_everywhere
 from vila_deploy.engine.manifest import Limits
@@ -67,9 +69,9 @@ def test_what_a_backend_lacks_is_refused_with_those_that_have_it(
     line = str(raised.value)
     assert "\n" not in line
     assert f"--{name.replace('_', '-')}" in line
-    for other, can in SUPPORTED.items():
-        if value in can.get(name, ()):
-            assert other in line
+    able = [each for each in device.backends if supports(_row(device, each), name, value)]
+    assert all(other in raised.value.fix for other in able)
+    assert ("--backend" in raised.value.fix) == bool(able)
 
 
 def test_files_of_older_versions_have_fp16(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,14 @@ def test_without_a_gpu_the_session_says_what_to_do(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(VilaDeployError, match="TRITON_INTERPRET=1"):
         session_module.find_device()
+
+
+def test_another_gpu_than_the_targets_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session_module, "find_device", lambda: ("cuda", 89))
+    with pytest.raises(VilaDeployError, match=r"h100 with compute capability 9\.0, .* has 8\.9"):
+        session_module.NativeSession(tmp_path, SimpleNamespace(target="h100"))
 
 
 def test_equal_checkpoints_give_equal_files(

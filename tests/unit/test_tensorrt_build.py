@@ -19,9 +19,10 @@ from vila_deploy.backends.tensorrt import build as build_module
 from vila_deploy.backends.tensorrt.aside import Aside
 from vila_deploy.backends.tensorrt.compile import Job, compile_graph
 from vila_deploy.backends.tensorrt.compilers import COMPILERS
-from vila_deploy.build import BuildOptions, build_engine
+from vila_deploy.build import BuildOptions, build_engine, plan_build
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.cli.build_engine import main
+from vila_deploy.engine.components import Components
 from vila_deploy.engine.manifest import Limits, load_manifest
 from vila_deploy.engine.request import BuildRequest
 from vila_deploy.engine.target import get_target
@@ -216,6 +217,19 @@ REFUSALS = {
         BuildOptions("rtx3090"),
         r"unknown target 'rtx3090'; choose from a100, .*, rtx4090; for another card copy the file",
     ),
+    "FP8 on a CPU": (BuildOptions("cpu", precision="fp8"), r"processor has no FP8; quantize to 4"),
+    "JetPack of another backend": (
+        BuildOptions("orin", backend="native", jetpack="6"),
+        r"is for backend tensorrt, not for native; leave it out",
+    ),
+    "int8 tower on Orin": (
+        BuildOptions("orin", components=Components(vision="int8")),
+        r"use --backend native, or leave --vision out",
+    ),
+    "int8 tower on a CPU": (
+        BuildOptions("cpu", components=Components(vision="int8")),
+        r"leave --vision out: no backend of target cpu has it",
+    ),
     "unknown JetPack": (BuildOptions("orin", jetpack="4"), r"unknown .*; choose from 6, 7"),
 }
 
@@ -224,6 +238,8 @@ REFUSALS = {
 def test_what_cannot_be_built_is_refused_in_a_line(tmp_path: Path, name: str) -> None:
     root = make_checkpoint(tmp_path / "c")
     options, message = REFUSALS[name]
+    with pytest.raises(VilaDeployError, match=message):
+        plan_build(root, options)
     with pytest.raises(VilaDeployError, match=message):
         build_engine(root, tmp_path / "engine", options)
     assert not (tmp_path / "engine").exists()

@@ -20,7 +20,7 @@ from vila_deploy.backends import open_engine
 from vila_deploy.backends.tensorrt_llm import build as backend
 from vila_deploy.backends.tensorrt_llm import device
 from vila_deploy.backends.tensorrt_llm.releases import DESKTOP, JETSON, build_command, check_version
-from vila_deploy.build import BuildOptions, build_engine, plan_build
+from vila_deploy.build import BuildOptions, build_engine, plan_build, plan_targets
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.trtllm import TrtllmCheckpoint
 from vila_deploy.cli.build_engine import main
@@ -163,6 +163,9 @@ def test_plan_is_for_each_of_the_gpus(checkpoint):
     saved = sum(sizes[1].values()) - sum(sizes[2].values())
     assert plans[1].device_bytes - plans[2].device_bytes == saved
     assert plans[2].stages[-1].name.endswith("each of 2")
+    of_one_gpu = {fit.target for fit in plan_targets(checkpoint, options)}
+    assert "a100" not in of_one_gpu
+    assert "rtx4090" in of_one_gpu
     staged = plan_build(checkpoint, BuildOptions("a100", "tensorrt-llm", max_seq_len=256, pp=2))
     shared = {part.name for part in staged.components if part.bytes == sizes[1][part.name] // 2}
     assert shared == {"llm decoder linears", "key/value cache of 256 tokens"}

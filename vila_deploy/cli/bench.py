@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vila_deploy.cli.common import command_errors
+from vila_deploy.python import command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,8 +84,9 @@ def _measure_random(model: str, precisions: Sequence[str], target: str) -> list[
 
 def _measure(engine: Path) -> dict[str, Any]:
     """Runs the worker; what it says on stderr goes to the user as it is."""
-    command = [sys.executable, "-m", "vila_deploy.bench.worker", str(engine)]
-    worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    worker = subprocess.Popen(
+        command("vila_deploy.bench.worker", str(engine)), stdout=subprocess.PIPE, text=True
+    )
     try:
         printed, _ = worker.communicate()
     except KeyboardInterrupt:

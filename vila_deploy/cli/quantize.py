@@ -213,6 +213,6 @@ def _show_plan(planned: QuantizePlan, fits: list[Fit]) -> None:
         f"{planned.limit_bytes / 1e9:.1f} GB are available: {verdict}"
     )
     if planned.seconds is not None:
-        click.echo(f"takes about {clock(planned.seconds)} on this computer with nothing else to do")
+        click.echo(f"takes about {clock(planned.seconds)} on this CPU with nothing else to do")
     click.echo("\nThe 4-bit model, when it runs:")
     show_fits(fits)

@@ -75,25 +75,30 @@ def check_components(target: Target, backend: str, components: Components) -> No
     """Raises VilaDeployError for the first component that `backend` can't keep like that."""
     row = _row(target, backend)
     for name, value in components.quantized().items():
-        can = SUPPORTED[row].get(name, ())
-        if value in can:
+        if supports(row, name, value):
             continue
+        can = SUPPORTED[row].get(name, ())
         option = f"--{_option(name)}"
-        able = [other for other, has in SUPPORTED.items() if value in has.get(name, ())]
+        able = [each for each in target.backends if supports(_row(target, each), name, value)]
         reason = REASONS.get((row, name))
         raise VilaDeployError(
             f"backend {row} has {option} {' or '.join((FP16, *can))}, not {value}"
             f"{f': {reason}' if reason else ''}",
             fix=f"use --backend {' or '.join(able)}, or leave {option} out"
             if able
-            else f"leave {option} out: no backend of this version has it",
+            else f"leave {option} out: no backend of target {target.name} has it",
         )
+
+
+def supports(row: str, name: str, value: str) -> bool:
+    """Whether what `row` of SUPPORTED stands for keeps component `name` as `value`."""
+    return value in (FP16, *SUPPORTED.get(row, {}).get(name, ()))
 
 
 def supported_part(target: Target, backend: str, components: Components) -> Components:
     """`components` with fp16 where `backend` has nothing else."""
-    can = SUPPORTED.get(_row(target, backend), {})
-    unable = {n: FP16 for n, value in components.quantized().items() if value not in can.get(n, ())}
+    row, asked = _row(target, backend), components.quantized()
+    unable = {name: FP16 for name, value in asked.items() if not supports(row, name, value)}
     return replace(components, **unable)
 
 

@@ -196,7 +196,5 @@ def _import_av() -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise VilaDeployError(
-            "reading videos needs PyAV", fix="pip install 'vila-deploy[video]'"
-        ) from error
+        raise VilaDeployError("reading videos needs PyAV", fix="pip install av") from error
     return av

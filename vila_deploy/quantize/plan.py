@@ -117,7 +117,7 @@ def check_not_quantized(config: VilaConfig) -> None:
         raise VilaDeployError(
             f"is quantized already ({found.bits} bits, group size {found.group_size})",
             where=f"llm/, in the layout of {found.version}",
-            fix="build an engine from it, or give the original fp16 checkpoint",
+            fix="build an engine from it, vila-convert it, or give the original fp16 checkpoint",
         )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from vila_deploy.errors import VilaDeployError
 
 if TYPE_CHECKING:
     from vila_deploy.backends.native.session import NativeSession
@@ -16,14 +19,13 @@ def open_session(folder: Path, manifest: Manifest) -> NativeSession:
     Raises:
         VilaDeployError: triton is missing, or no CUDA GPU is here.
     """
-    from importlib.util import find_spec
-
-    from vila_deploy.errors import VilaDeployError
-
-    if find_spec("triton") is None:
-        raise VilaDeployError(
-            "backend native needs triton", fix="install it: pip install 'vila-deploy[native]'"
-        )
+    require_triton()
     from vila_deploy.backends.native.session import NativeSession
 
     return NativeSession(folder, manifest)
+
+
+def require_triton() -> None:
+    """Raises VilaDeployError if it is missing; torch with CUDA brings it."""
+    if find_spec("triton") is None:
+        raise VilaDeployError("backend native needs triton", fix="pip install triton")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 from safetensors.torch import save_file
 
-from vila_deploy.backends.native import files
+from vila_deploy.backends.native import files, require_triton
 from vila_deploy.backends.native.compile import compile_engine
 from vila_deploy.backends.native.model_file import write_model
 from vila_deploy.backends.native.tower import tower_tensors
@@ -40,10 +39,6 @@ MOST_HEADS_IN_GROUP = 16
 def check(config: VilaConfig, request: BuildRequest) -> None:
     """Raises VilaDeployError if this backend can't build the model; before any work."""
     llm = config.llm
-    if find_spec("triton") is None:
-        raise VilaDeployError(
-            "backend native needs triton", fix="install it: pip install 'vila-deploy[native]'"
-        )
     if request.gpus > 1:
         raise VilaDeployError(
             "backend native runs on one GPU, --tp and --pp are for several",
@@ -63,6 +58,11 @@ def check(config: VilaConfig, request: BuildRequest) -> None:
             where="llm/config.json: num_key_value_heads",
             fix="use another backend",
         )
+
+
+def check_tools(request: BuildRequest) -> None:
+    """Raises VilaDeployError if triton is missing."""
+    require_triton()
 
 
 def build(

@@ -19,6 +19,7 @@ from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
 from vila_deploy.checkpoint.variants import LLM_FAMILIES
 from vila_deploy.engine.components import ALL_FP16, Components
 from vila_deploy.errors import VilaDeployError
+from vila_deploy.python import command
 
 if TYPE_CHECKING:
     from vila_deploy.backends.native.step import Cache, Sizes
@@ -59,7 +60,7 @@ def compile_engine(
     }
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", WORKER],
+        command(WORKER),
         input=json.dumps(request), capture_output=True, text=True, env=environment,
     )  # fmt: skip
     if done.returncode:

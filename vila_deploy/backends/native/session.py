@@ -30,6 +30,7 @@ from vila_deploy.backends.native.weights import (
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.plan import EMBEDDINGS, VISION
 from vila_deploy.engine.session import Floats
+from vila_deploy.engine.target import get_target
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.kernels.interpreter import INTERPRETED
 from vila_deploy.kernels.tiles import INTERPRETER, TOKENS
@@ -50,6 +51,7 @@ class NativeSession:
 
     def __init__(self, folder: Path, manifest: Manifest):
         self._device, sm = find_device()
+        _check_capability(manifest.target, sm)
         self.position, self.max_seq_len = 0, manifest.limits.max_seq_len
         config, units, in_host_memory = read_model(folder / files.MODEL)
         self._sizes = Sizes(config.llm, self.max_seq_len, sm, self._device)
@@ -244,13 +246,30 @@ def find_device() -> tuple[str, int]:
     """torch's name of the device and its compute capability · 10, or the interpreter's 0."""
     if INTERPRETED:
         return "cpu", INTERPRETER
+    if torch.version.cuda is None:
+        raise VilaDeployError(
+            f"backend native needs torch with CUDA, {torch.__version__} is built without",
+            fix="install it on the target, or set TRITON_INTERPRET=1 to try it slowly on the CPU",
+        )
     if not torch.cuda.is_available():
         raise VilaDeployError(
             "backend native needs a CUDA GPU, and torch finds none here",
-            fix="open it on the target, or set TRITON_INTERPRET=1 to try it slowly on the CPU",
+            fix="open it on the target (nvidia-smi says whether the driver works and how new it "
+            "is), or set TRITON_INTERPRET=1 to try it slowly on the CPU",
         )
     major, minor = torch.cuda.get_device_capability()
     return "cuda", 10 * major + minor
+
+
+def _check_capability(target: str, sm: int) -> None:
+    if sm == INTERPRETER:
+        return
+    asked, here = get_target(target).compute_capability, f"{sm // 10}.{sm % 10}"
+    if here != asked:
+        raise VilaDeployError(
+            f"was built for target {target} with compute capability {asked}, this GPU has {here}",
+            fix="build it with the --target of this GPU",
+        )
 
 
 def _load_llm(

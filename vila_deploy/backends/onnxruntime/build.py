@@ -46,6 +46,10 @@ def check(config: VilaConfig, request: BuildRequest) -> None:
         )
 
 
+def check_tools(request: BuildRequest) -> None:
+    """Nothing is needed that this package doesn't bring."""
+
+
 def build(
     folder: Path,
     config: VilaConfig,

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from vila_deploy.errors import VilaDeployError
+from vila_deploy.python import command
 
 FAILED = 1
 
@@ -20,9 +21,8 @@ class Aside:
     def __init__(self, folder: Path, part: str):
         self._part = part
         # Not a fork of this process: torch's threads would not survive it.
-        command = [sys.executable, "-P", "-m", __name__, str(folder), part]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+        pipe, child = subprocess.PIPE, command(__name__, str(folder), part)
+        self.process = subprocess.Popen(child, stdout=pipe, stderr=pipe, text=True)
 
     def __enter__(self) -> Aside:
         return self

@@ -38,7 +38,7 @@ def check(config: VilaConfig, request: BuildRequest) -> None:
             "backend tensorrt runs on one GPU, --tp and --pp are for several",
             fix="leave them out, or use --backend tensorrt-llm",
         )
-    compiler = compiler_of(request.target)
+    compiler_of(request.target)
     _check_jetpack(request)
     group_size = config.llm.quantization.group_size if config.llm.quantization else None
     if group_size is not None and group_size not in GROUP_SIZES:
@@ -49,6 +49,11 @@ def check(config: VilaConfig, request: BuildRequest) -> None:
         )
     if request.components.lm_head != FP16:
         head_group_size(config.llm.hidden_size)
+
+
+def check_tools(request: BuildRequest) -> None:
+    """Raises VilaDeployError if what compiles here is missing or too old."""
+    compiler = compiler_of(request.target)
     if compiler.ahead_of_time:
         compiler.check_dialect(dialect_of(request))
 

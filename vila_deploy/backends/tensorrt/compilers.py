@@ -76,7 +76,7 @@ COMPILERS = {
         package="tensorrt-rtx",
         module="tensorrt_rtx",
         ahead_of_time=("8.0", "8.6", "8.9", "12.0"),
-        install="pip install 'vila-deploy[tensorrt]'",
+        install="pip install tensorrt-rtx cuda-bindings",
         upgrade="pip install -U tensorrt-rtx",
         least={"standard": (1, 7), "primitive": (1, 0)},
     ),
