@@ -56,7 +56,9 @@ def prefetch_cache(
     token, kv_head, split, keys, values, position, slots, splits,
     DIM: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    start, end = part_of_cache(tl.load(position) + token, split, splits, SLOTS)
+    # Past the L1, which could give the kernel's own load this value again: a step too old.
+    newest = tl.load(position, cache_modifier=".cg") + token
+    start, end = part_of_cache(newest, split, splits, SLOTS)
     if start < end:
         first = (kv_head.to(tl.int64) * slots + start) * DIM
         prefetch(keys + first, (end - start) * DIM, CACHE_LINES)

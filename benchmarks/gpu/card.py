@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.gpu.environment import Run
 from benchmarks.gpu.inputs import MODELS, config, random_llm
-from benchmarks.gpu.steps import STEPS, step_seconds
+from benchmarks.gpu.steps import STEPS, timed_steps
 from vila_deploy.backends.native.prefill import prefill
 from vila_deploy.backends.native.step import Cache, DecodeStep, Sizes
 from vila_deploy.backends.native.streamed import stream_layers
@@ -67,7 +67,7 @@ def _measure(run: Run) -> dict[str, float]:
     embeds[: len(features)] = features[:prompt].float()
     prefill(sizes, llm, cache, embeds, 0)
     prefill_s, _ = _timed(run, lambda: prefill(sizes, llm, cache, embeds, 0))
-    step_s = step_seconds(run, step, cache, prompt)
+    step_s = timed_steps(run, step, cache, prompt).seconds
     weight_bytes = empty_llm(vila.llm, slots, lm_head=LM_HEAD).bytes_per_step
     return {
         "picture_ms": picture_s * 1e3,

@@ -8,6 +8,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,14 @@ class Run:
         shown = {k: _short(v) for k, v in values.items()}
         print(f"{kind:8} {name:34} {shown}", flush=True)
 
+    @contextmanager
+    def attempt(self, name: str) -> Iterator[None]:
+        """What fails inside is a row of kind `failed`, and the run goes on."""
+        try:
+            yield
+        except Exception as error:
+            self.add("failed", name, reason=reason_of(error))
+
     def __post_init__(self) -> None:
         import torch
         import triton
@@ -73,6 +83,11 @@ class Run:
             },
             "commit": commit(),
         }
+
+
+def reason_of(error: Exception) -> str:
+    """One line for a row."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def _short(value: Any) -> Any:

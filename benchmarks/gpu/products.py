@@ -12,7 +12,7 @@ from vila_deploy.kernels.layout import pack_float, pack_int4, pack_int8
 from vila_deploy.kernels.linear import linear as times
 
 from benchmarks.gpu import peers_tinychat, peers_triton, peers_vllm
-from benchmarks.gpu.environment import Run
+from benchmarks.gpu.environment import Run, reason_of
 from benchmarks.gpu.inputs import config, linears, random_packed
 from benchmarks.gpu.peers_base import (
     LIMIT,
@@ -67,7 +67,7 @@ def _measure_all(run: Run, peers: Sequence[Peer]) -> None:
             run.add("skipped", peer.name, reason=str(error)[:200])
             continue
         except Exception as error:  # a peer that doesn't run here is a result too
-            run.add("failed", peer.name, reason=_line(error))
+            run.add("failed", peer.name, reason=reason_of(error))
             continue
         for model in ("3B",) if run.rehearsed else ("3B", "8B", "13B", "40B"):
             if run.left_s < LEAST_S:
@@ -107,7 +107,7 @@ def _measure(run: Run, name: str, opened: Opened, rows: int, columns: int, token
         prepared = [first, *(opened.prepare(linear) for _ in range(copies - 1))]
         time_s = seconds([_bound(each, x) for each in prepared], run.device)
     except Exception as error:  # a peer that doesn't run here is a result too
-        run.add("failed", name, reason=_line(error))
+        run.add("failed", name, reason=reason_of(error))
         return False
     run.add(
         "product", name, version=opened.version, rows=rows, columns=columns, tokens=tokens,
@@ -135,7 +135,7 @@ def _measure_sum(run: Run, model: str, peer: Peer, opened: Opened, sizes: LlmCon
 
         step_s = seconds([step], run.device)
     except Exception as error:
-        run.add("failed", f"{model} step {peer.name}", reason=_line(error))
+        run.add("failed", f"{model} step {peer.name}", reason=reason_of(error))
         return
     total = read * sizes.num_layers + head_bytes
     run.add(
@@ -183,15 +183,14 @@ def _bound(prepared: Prepared, x: Tensor) -> Call:
     return lambda: prepared.call(given)
 
 
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
 def measure_prefill(run: Run) -> None:
     """The products of one layer over a prompt: 4-bit weights against cuBLAS on float16 ones."""
     for model in ("3B",) if run.rehearsed else ("3B", "8B", "13B", "40B"):
         sizes = config(model, "int4", small=run.rehearsed)
         for tokens in (20,) if run.rehearsed else PROMPTS:
+            if run.left_s < LEAST_S:
+                run.add("skipped", f"{model} × {tokens}, prefill", reason="no time left")
+                continue
             ours = _layer_s(run, sizes, tokens, 4)
             half = _layer_s(run, sizes, tokens, 16)
             run.add(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from vila_deploy.kernels.boundary import Boundaries
 from vila_deploy.kernels.joined import PHASES
 from vila_deploy.kernels.launch import Launch
 
-from benchmarks.gpu.environment import Run
+from benchmarks.gpu.environment import Run, reason_of
 from benchmarks.gpu.inputs import config, random_llm
 from benchmarks.gpu.timing import seconds
 from vila_deploy.backends.native.compile import engine_launches
@@ -51,13 +51,18 @@ def measure_steps(run: Run) -> None:
     """Every variant of each model; a model that doesn't fit is a row that says so."""
     for model in ("3B",) if run.rehearsed else ("3B", "8B", "13B", "40B"):
         for precision, components in VARIANTS:
-            _measure(run, model, precision, components)
-            if not run.rehearsed:
-                torch.cuda.empty_cache()
+            name = ", ".join(filter(None, (f"{model} {precision}", components.summary())))
+            if run.left_s < LEAST_S:
+                run.add("skipped", name, reason="no time left")
+                continue
+            with run.attempt(name):
+                _measure(run, name, model, precision, components)
 
 
-def _measure(run: Run, model: str, precision: str, components: Components) -> None:
-    name = ", ".join(filter(None, (f"{model} {precision}", components.summary())))
+def _measure(run: Run, name: str, model: str, precision: str, components: Components) -> None:
+    if not run.rehearsed:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     sizes = config(model, precision, small=run.rehearsed)
     slots = 32 if run.rehearsed else SLOTS
     weight_bytes = empty_llm(sizes, slots, lm_head=components.lm_head).bytes_per_step
@@ -69,7 +74,7 @@ def _measure(run: Run, model: str, precision: str, components: Components) -> No
     step = DecodeStep(Sizes(sizes, slots, run.sm, run.device), llm, cache)
     context = 3 if run.rehearsed else CONTEXT
     cache_bytes = cache.bytes_per_token * (context + STEPS // 2)
-    step_s = step_seconds(run, step, cache, context)
+    step_s = timed_steps(run, step, cache, context).seconds
     peak = 0 if run.rehearsed else torch.cuda.max_memory_allocated()
     total = weight_bytes + cache_bytes
     run.add(
@@ -85,16 +90,15 @@ def _measure(run: Run, model: str, precision: str, components: Components) -> No
 def measure_boundaries(run: Run) -> None:
     """The same step with its kernels following each other in every way that the device has.
 
-    `same_bits` compares the first step's logits with those of the first way, `error` is their
-    relative difference.
+    `same_bits` compares the logits of the first and of the last of STEPS replays with those of the
+    first way, `error` is the relative difference of the first's.
     """
     for model, precision in BOUNDED[:1] if run.rehearsed else BOUNDED:
         if run.left_s < LEAST_S:
             run.add("skipped", f"{model} {precision}, boundaries", reason="no time left")
             continue
-        _measure_boundaries(run, model, precision)
-        if not run.rehearsed:
-            torch.cuda.empty_cache()
+        with run.attempt(f"{model} {precision}, boundaries"):
+            _measure_boundaries(run, model, precision)
 
 
 def _measure_boundaries(run: Run, model: str, precision: str) -> None:
@@ -102,34 +106,33 @@ def _measure_boundaries(run: Run, model: str, precision: str) -> None:
     slots, context = (32, 3) if run.rehearsed else (SLOTS, CONTEXT)
     if run.rehearsed:
         sizes = replace(sizes, num_layers=2)  # one layer has nobody to be joined with
+    else:
+        torch.cuda.empty_cache()
     weight_bytes = empty_llm(sizes, slots).bytes_per_step
     if not run.rehearsed and weight_bytes + SPARE_BYTES > torch.cuda.mem_get_info()[0]:
         run.add("failed", f"{name}, boundaries", reason="weights don't fit")
         return
     llm = random_llm(sizes, slots, run.device)
     cache = random_cache(sizes, slots, run, ALL_FP16.kv_cache)
-    expected: torch.Tensor | None = None
+    expected: Timed | None = None
     for shown, boundaries in supported(run.sm).items():
         try:
             about = Sizes(sizes, slots, run.sm, run.device, boundaries)
             step = DecodeStep(about, llm, cache)
-            cache.position.fill_(context)
-            step.token.fill_(1)
-            step()
-            logits = step.logits.clone()
-            expected = logits if expected is None else expected
-            step_s = step_seconds(run, step, cache, context)
+            timed = timed_steps(run, step, cache, context)
         except Exception as error:  # the others are still wanted
-            reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            run.add("failed", f"{name}, {shown}", reason=reason)
+            run.add("failed", f"{name}, {shown}", reason=reason_of(error))
             continue
+        expected = expected or timed
         phases = [launch for launch in step.launches if launch.name == "joined_kernel"]
         run.add(
             "boundaries", f"{name}, {shown}", weights="random", context=context,
-            tokens_per_s=1 / step_s, milliseconds=step_s * 1e3, launches=len(step.launches),
+            tokens_per_s=1 / timed.seconds, milliseconds=timed.seconds * 1e3,
+            launches=len(step.launches),
             meetings=0 if run.rehearsed else len(phases) * (PHASES - 1),
-            same_bits=torch.equal(logits, expected),
-            error=float((logits - expected).norm() / expected.norm()),
+            same_bits=torch.equal(timed.first, expected.first)
+            and torch.equal(timed.last, expected.last),
+            error=float((timed.first - expected.first).norm() / expected.first.norm()),
         )  # fmt: skip
 
 
@@ -165,21 +168,37 @@ def random_cache(sizes: LlmConfig, slots: int, run: Run, kept_as: str) -> Cache:
     return cache
 
 
-def step_seconds(run: Run, step: DecodeStep, cache: Cache, context: int) -> float:
-    """Seconds of a step from `context` tokens on: the median over rounds of STEPS replays."""
-    if run.rehearsed:
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of a step, and the logits of the first and the last replay of a round."""
+
+    seconds: float
+    first: torch.Tensor
+    last: torch.Tensor
+
+
+def timed_steps(run: Run, step: DecodeStep, cache: Cache, context: int) -> Timed:
+    """A step from `context` tokens on: the median over rounds of STEPS replays of its graph."""
+
+    def begin() -> None:
         cache.position.fill_(context)
-        return seconds([step], run.device)
-    cache.position.fill_(context)
+        step.token.fill_(1)
+
+    begin()
+    if run.rehearsed:
+        step_s = seconds([step], run.device)
+        return Timed(step_s, step.logits.clone(), step.logits.clone())
     step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    found, outputs = [], []
+    # Of a replay: launched one by one, kernels hardly overlap.
+    begin()
+    graph.replay()
+    first, found, outputs = step.logits.clone(), [], []
     for _ in range(ROUNDS):
-        cache.position.fill_(context)
-        step.token.fill_(1)
+        begin()
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
         for _ in range(STEPS):
@@ -191,7 +210,7 @@ def step_seconds(run: Run, step: DecodeStep, cache: Cache, context: int) -> floa
     # The cache behind the context is rewritten with the same values: every round is the same.
     repeats = all(torch.equal(outputs[1], other) for other in outputs[1:])
     run.add("check", f"{ROUNDS - 1} rounds of {STEPS} tokens, equal bytes", agrees=repeats)
-    return statistics.median(found[1:])
+    return Timed(statistics.median(found[1:]), first, outputs[-1])
 
 
 def _kernels(run: Run, name: str, step: DecodeStep, cache: Cache, context: int) -> None:

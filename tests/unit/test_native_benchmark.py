@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,10 @@ ABSENT = {
     "humming int4",
     "llama.cpp",
 }
+STEPS = (
+    "3B int4", "3B int4, lm-head int4", "3B int4, kv-cache int8",
+    "3B int4, lm-head int4, kv-cache int8", "3B fp16",
+)  # fmt: skip
 WAYS = (
     "as it is", "attention merged", "pdl", "pdl, attention merged", "joined",
     "joined, attention merged",
@@ -66,7 +71,7 @@ def test_rehearsal_goes_through_every_stage(tmp_path: Path) -> None:
     (ratio,) = (row for row in rows if row["kind"] == "ratio")
     assert "tinygemm" in ratio["name"]
     steps = {row["name"]: row for row in rows if row["kind"] == "step"}
-    assert len(steps) == 5
+    assert steps.keys() == set(STEPS)
     small, whole = steps["3B int4, lm-head int4, kv-cache int8"], steps["3B int4"]
     assert small["weight_bytes"] < whole["weight_bytes"] < steps["3B fp16"]["weight_bytes"]
     assert small["cache_bytes"] < whole["cache_bytes"]
@@ -75,6 +80,32 @@ def test_rehearsal_goes_through_every_stage(tmp_path: Path) -> None:
     assert all(row["same_bits"] and row["error"] == 0 for row in ways.values())
     # Two layers: a launch less for each; the interpreter has one for each phase.
     assert [row["launches"] for row in ways.values()] == [15, 13, 15, 13, 15, 13]
+
+
+def test_what_fails_is_a_row_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY)
+    from benchmarks.gpu import checks, steps
+    from benchmarks.gpu.environment import Run
+
+    def refused(*arguments: Any) -> Any:
+        raise RuntimeError("out of resource: shared memory\nand more")
+
+    run = Run("cpu", 0, 600.0, tmp_path / "rows.jsonl")
+    good = torch.ones(2)
+    monkeypatch.setattr(checks, "CASES", {"bad": refused, "good": lambda *_: iter([(good, good)])})
+    assert not checks.check_all(run)
+    bad, fine = run.rows
+    assert (bad["agrees"], bad["reason"]) == (False, "RuntimeError: out of resource: shared memory")
+    assert fine["agrees"]
+    monkeypatch.setattr(steps, "random_llm", refused)
+    steps.measure_steps(run)
+    steps.measure_boundaries(run)
+    failed = [row["name"] for row in run.rows if row["kind"] == "failed"]
+    assert failed == [*STEPS, "3B int4, boundaries"]
+    written = (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()
+    assert list(map(json.loads, written)) == run.rows
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -7,7 +7,7 @@ the guesses were; good guesses only make them come sooner.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vila_deploy.backends.native.step import Cache, DecodeStep
 
@@ -41,12 +41,18 @@ def accepted(guessed: Sequence[int], following: Sequence[int]) -> list[int]:
 
 
 def run(
-    step: DecodeStep, cache: Cache, known: int, text: Sequence[int], position: int
+    step: DecodeStep,
+    cache: Cache,
+    known: int,
+    text: Sequence[int],
+    position: int,
+    run_step: Callable[[DecodeStep], None] = lambda step: step(),
 ) -> list[int]:
     """One step over `known` at `position` and guesses behind it → one to eight new greedy tokens.
 
     Args:
         text: everything before, `known` last; tokens of pictures may be left out.
+        run_step: runs `step`, as a graph say.
     """
     tokens = len(step.token)
     guessed = guess(text, tokens - 1)
@@ -54,7 +60,7 @@ def run(
     filled = [known, *guessed] + [known] * (tokens - 1 - len(guessed))
     step.token.copy_(step.token.new_tensor(filled))
     cache.position.fill_(position)
-    step()
+    run_step(step)
     found = accepted(guessed, step.token.tolist())
     cache.position.fill_(position + len(found))
     return found

@@ -67,8 +67,8 @@ class NativeSession:
         self._cache = Cache(config.llm, self.max_seq_len, self._device, kept_as)
         self._step = DecodeStep(self._sizes, self._llm, self._cache)
         self._wide: DecodeStep | None = None
-        # By whether the step draws its token; each is captured when it is first needed.
-        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        # By tokens and whether the step draws its own; each is captured when it is first needed.
+        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
 
     def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
         tiles = torch.from_numpy(pixels).to(self._device, self._vision_dtype)
@@ -92,7 +92,7 @@ class NativeSession:
     def decode(self, token: int) -> Floats:
         self._check_room(1)
         self._step.token.fill_(token)
-        self._run_step()
+        self._run_step(self._step)
         self.position += 1
         return self._logits()
 
@@ -103,7 +103,7 @@ class NativeSession:
         self._check_room(tokens)
         start = self.position
         for _ in range(tokens):
-            self._run_step()
+            self._run_step(self._step)
         self.position += tokens
         return self._cache.history[start + 1 : self.position + 1].tolist()
 
@@ -124,7 +124,7 @@ class NativeSession:
             while sampling.max_new_tokens:
                 # Nothing runs ahead of the first token, so that it is seen as soon as it is known.
                 while len(read) <= (self._ahead if taken else 0) and taken + len(read) <= steps:
-                    self._run_step(sampled=sampled)
+                    self._run_step(self._step, sampled=sampled)
                     read.append(self._read_token())
                 token = read.popleft()()
                 yield token
@@ -188,7 +188,8 @@ class NativeSession:
                 self._step.token.fill_(known)
                 new = self.decode_greedy(1)
             else:
-                new = lookup.run(self._wide, self._cache, known, seen, self.position)
+                now = self._cache, known, seen, self.position
+                new = lookup.run(self._wide, *now, self._run_step)
                 new = new[: tokens - len(found)]
                 self.position += len(new)
             found += new
@@ -207,25 +208,26 @@ class NativeSession:
         for name in ("_graphs", "_step", "_wide", "_cache", "_vision", "_llm"):
             self.__dict__.pop(name, None)
 
-    def _run_step(self, *, sampled: bool = False) -> None:
+    def _run_step(self, step: DecodeStep, *, sampled: bool = False) -> None:
         if self._device == "cpu":
-            self._step(sampled=sampled)
+            step(sampled=sampled)
             return
-        if sampled not in self._graphs:
-            self._graphs[sampled] = self._capture(sampled=sampled)
-        self._graphs[sampled].replay()
+        kind = len(step.token), sampled
+        if kind not in self._graphs:
+            self._graphs[kind] = self._capture(step, sampled=sampled)
+        self._graphs[kind].replay()
 
-    def _capture(self, *, sampled: bool) -> torch.cuda.CUDAGraph:
+    def _capture(self, step: DecodeStep, *, sampled: bool) -> torch.cuda.CUDAGraph:
         """The step as a graph; the run that compiles its kernels must leave no trace."""
-        token, position = self._step.token.clone(), self._cache.position.clone()
-        # The compiling run writes one slot of the cache, which the first replay writes again.
-        self._step(sampled=sampled)
+        token, position = step.token.clone(), self._cache.position.clone()
+        # The compiling run writes slots of the cache that the first replay writes again.
+        step(sampled=sampled)
         torch.cuda.synchronize()
-        self._step.token.copy_(token)
+        step.token.copy_(token)
         self._cache.position.copy_(position)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._step(sampled=sampled)
+            step(sampled=sampled)
         return graph
 
     def _logits(self) -> Floats:

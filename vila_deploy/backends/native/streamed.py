@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, nn
 
 from vila_deploy.model.vision import VisionEncoder
+
+# Of a weight in its layer's buffer, in bytes: what cuBLAS and vector loads like best.
+ALIGNMENT = 256
 
 
 def stream_layers(encoder: VisionEncoder, device: str) -> VisionEncoder:
@@ -18,29 +24,56 @@ def stream_layers(encoder: VisionEncoder, device: str) -> VisionEncoder:
     return encoder
 
 
+@dataclass(frozen=True)
+class _Place:
+    """A weight's parameter `name` in `parameters` of its module, and where its bytes lie."""
+
+    parameters: dict[str, nn.Parameter | None]
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    bytes: slice
+
+    def of(self, buffer: Tensor) -> Tensor:
+        return buffer[self.bytes].view(self.dtype).view(self.shape)
+
+    def put(self, buffer: Tensor) -> None:
+        self.parameters[self.name] = nn.Parameter(self.of(buffer), requires_grad=False)
+
+
 class _Visit:
-    """Hooks of a layer: its weights come before it computes and are dropped behind it."""
+    """Hooks of a layer: its weights come before it computes and are dropped behind it.
+
+    They lie in one buffer, which comes in one copy. torch rounds each piece of page-locked memory
+    up to a power of two, which in many pieces would take half as much again.
+    """
 
     def __init__(self, layer: nn.Module, device: str):
-        self._device = device
-        self._stored = [
-            (module._parameters, name, pinned(parameter.detach(), device))
-            for module in layer.modules()
-            for name, parameter in module.named_parameters(recurse=False)
-        ]
+        self._device, self._places = device, list[_Place]()
+        weights, end = [], 0
+        for module in layer.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                start = -(-end // ALIGNMENT) * ALIGNMENT
+                end = start + parameter.nbytes
+                kind = parameter.shape, parameter.dtype
+                self._places.append(_Place(module._parameters, name, *kind, slice(start, end)))
+                weights.append(parameter.detach())
+        self._stored = torch.empty(end, dtype=torch.uint8, pin_memory=device != "cpu")
+        for place, weight in zip(self._places, weights, strict=True):
+            place.of(self._stored).copy_(weight)
         self._leave()
         layer.register_forward_pre_hook(lambda module, inputs: self._come())
         layer.register_forward_hook(lambda module, inputs, output: self._leave())
 
     def _come(self) -> None:
         # Copies and kernels are on one stream, so a layer waits for its weights by itself.
-        for parameters, name, stored in self._stored:
-            moved = stored.to(self._device, non_blocking=True, copy=True)
-            parameters[name] = nn.Parameter(moved, requires_grad=False)
+        here = self._stored.to(self._device, non_blocking=True, copy=True)
+        for place in self._places:
+            place.put(here)
 
     def _leave(self) -> None:
-        for parameters, name, stored in self._stored:
-            parameters[name] = nn.Parameter(stored, requires_grad=False)
+        for place in self._places:
+            place.put(self._stored)
 
 
 def pinned(tensor: Tensor, device: str) -> Tensor:
