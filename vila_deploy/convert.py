@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def convert(root: Path, out: Path, formats: Sequence[str]) -> None:
     scheme = QuantScheme(quantization.group_size, symmetric=not quantization.zero_point)
     for name in formats:
         FORMATS[name].check(checkpoint.config, scheme)
+        if warning := FORMATS[name].warning(scheme):
+            print(f"warning: {warning}", file=sys.stderr)
     with new_folder(out) as folder:
         outputs = Outputs(checkpoint, folder, formats, scheme)
         for name, value in _contents(checkpoint):

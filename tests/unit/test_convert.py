@@ -16,10 +16,12 @@ from tiny import make_checkpoint
 
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.expected import decoder_linears
+from vila_deploy.checkpoint.tinychat import group_size
 from vila_deploy.cli.convert import main
 from vila_deploy.convert import convert
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.writers.tinychat import file_name
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "Llama": {},
@@ -80,6 +82,33 @@ def test_tinychat_file_is_what_llm_awq_loads(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "t/llm/config.json").read_text())
     sums = (tmp_path / "t" / "SHA256SUMS").read_text()
     assert f"llm/{file.name}" in sums
+
+
+def test_tinychat_gets_the_head_that_it_unties(tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "q", quantized=True, qwen2=True, tied=True)
+    convert(root, tmp_path / "t", ["tinychat"])
+    (file,) = (tmp_path / "t" / "llm").glob("*-v2.pt")
+    tensors = torch.load(file, weights_only=True)
+    assert torch.equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(
+    "model", ["run-g64-test", "a-g5-g7", "run_2024-11-26T00:07", "ファイル", "x" * 200, ""]
+)
+def test_no_name_of_a_model_hides_the_group_size(model: str, tmp_path: Path) -> None:
+    name = file_name(model, 128)
+    assert group_size(tmp_path / name) == 128
+    assert re.fullmatch(r"[\w.+-]{1,100}-w4-g128-awq-v2\.pt", name, re.ASCII)
+
+
+def test_what_tinychat_cannot_run_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for size in (64, 128):
+        root = make_checkpoint(tmp_path / f"{size}", quantized=True, group_size=size)
+        convert(root, tmp_path / f"{size}-t", ["tinychat"])
+        said = capsys.readouterr().err
+        assert ("warning: TinyChat's kernels compute groups of 128 only" in said) == (size == 64)
 
 
 def test_a_command_leaves_the_signals_of_its_caller(tmp_path: Path) -> None:

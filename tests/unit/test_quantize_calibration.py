@@ -101,6 +101,16 @@ def test_own_data_replaces_the_shipped_of_its_kind(tmp_path):
     assert (asked.text, asked.pictures[0].load().size) == ("what?", (4, 4))
 
 
+def test_what_other_systems_add_is_no_data(tmp_path):
+    (tmp_path / "w.txt").write_bytes(b"\xef\xbb\xbfone\r\n \t\r\ntwo\n\n\nthree")
+    (tmp_path / "w.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "four"}')
+    Image.new("RGB", (4, 4)).save(tmp_path / "p.png")
+    (tmp_path / "._p.png").write_bytes(b"\0\5\x16\7")
+    own = load_examples(tmp_path, tmp_path)
+    assert [e.text for e in own if not e.pictures] == ["four", "one", "two", "three"]
+    assert [p.name for e in own for p in e.pictures] == [str(tmp_path / "p.png")]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

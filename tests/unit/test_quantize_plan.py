@@ -30,6 +30,16 @@ CONFIG: VilaConfig = preset("VILA1.5-3b", "fp16")
 NEED = MemoryNeed(CONFIG, GROUP, 0)
 
 
+def test_activations_that_do_not_stay_in_memory_are_planned_on_the_disk() -> None:
+    config = preset("VILA1.5-13b", "fp16")
+    asked = Options(QuantScheme(128, False))
+    assert plan(config, asked, DataSize(1024)).scratch_bytes == 0
+    # 65,536 tokens: three of 5120 channels beside what enters down_proj, or four.
+    states, inner = 65536 * 5120 * 4, 65536 * 13824 * 4
+    assert plan(config, asked).scratch_bytes == 2 * states + max(2 * states, inner)
+    assert plan(config, Options(asked.scheme, "awq")).scratch_bytes == 0
+
+
 def allocated(work: Callable[[], object]) -> int:
     """The most bytes that torch has at a time more than before, by its own allocator's account."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

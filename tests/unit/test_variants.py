@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +267,22 @@ def test_every_row_of_the_tables_is_tested() -> None:
     modes = {row.root_config.get("image_aspect_ratio", "resize") for row in fields}
     assert modes == set(IMAGE_MODES)
     assert any(row.root_config.get("s2") for row in fields)
+
+
+def test_an_encoder_may_be_json_text(tmp_path: Path) -> None:
+    """As `save_pretrained` of VILA's own code leaves it."""
+    root = make_checkpoint(tmp_path / "c")
+    file = root / "config.json"
+    values = json.loads(file.read_text("utf-8"))
+    for text, message in (
+        ('{"_target_": "llava.model.encoders.BasicImageEncoder"}', None),
+        ('{"_target_": "llava.model.encoders.TSPVideoEncoder"}', "TSPVideoEncoder"),
+        ("{oops", "image_encoder: is no JSON object"),
+        ("3", "image_encoder: must be an object"),
+    ):
+        file.write_text(json.dumps({**values, "image_encoder": text}), "utf-8")
+        if message is None:
+            open_checkpoint(root)
+            continue
+        with pytest.raises(VilaDeployError, match=message):
+            open_checkpoint(root)

@@ -151,6 +151,16 @@ def test_a_full_disk_says_what_is_for_finished_layers(data, options, tmp_path, m
     assert "finished layers" not in line
 
 
+def test_a_disk_too_small_for_activations_says_so_before_the_layers(
+    data, options, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(job, "scratch_bytes", lambda config, options, tokens: tokens << 50)
+    monkeypatch.setattr(job, "_write_layers", lambda *args: pytest.fail("layers were begun"))
+    line = refused(data / "root", tmp_path / "out", options)
+    assert "MB for activations while it runs" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_nothing_to_go_on_from_is_said(data, options, tmp_path, capsys):
     job.quantize(data / "root", tmp_path / "out", options, resume=True)
     assert f"{PARTIAL}: no finished layers found" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -190,6 +191,17 @@ def _refuse_unsupported(fields: Fields) -> None:
         ("video_encoder", "BasicVideoEncoder"),
     ):
         if key in fields:
-            target = fields.child(key).text("_target_", basic)
+            target = _encoder(fields, key).text("_target_", basic)
             if target.rpartition(".")[2] != basic:
                 raise fields.error(key, f"{short(target)} is not supported", f"use {basic}")
+
+
+def _encoder(fields: Fields, key: str) -> Fields:
+    """An object; VILA's own code may save its JSON text instead."""
+    value = fields.values[key]
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise fields.error(key, "is no JSON object") from error
+    return Fields({key: value}, fields.source, fields.prefix).child(key)

@@ -53,10 +53,11 @@ def group_size(file: Path) -> int:
     Raises:
         VilaDeployError: the name's isn't one that TinyChat has, or the file can't be read.
     """
-    named = GROUP_IN_NAME.search(file.name)
-    if named is None:
+    named = GROUP_IN_NAME.findall(file.name)
+    if not named:
         return _stored_group_size(PickledFile(file).infos(), file)
-    size = int(named[1])
+    # Before it may stand anything, the model's name above all.
+    size = int(named[-1])
     if size not in (128, 64, 32):
         raise VilaDeployError(
             f"its name says groups of {size}, TinyChat has 128, 64 and 32",

@@ -207,6 +207,9 @@ def _show_plan(planned: QuantizePlan, fits: list[Fit]) -> None:
         click.echo(
             f"on the disk until it is whole, for --resume: {kept:,.1f} MB of finished layers"
         )
+    if planned.scratch_bytes:
+        scratch = planned.scratch_bytes / 1e6
+        click.echo(f"on the disk while it runs: {scratch:,.1f} MB of activations")
     verdict = "fits" if planned.fits else "does not fit"
     click.echo(
         f"needs about {planned.device_bytes / 1e9:.1f} GB, "

@@ -164,7 +164,6 @@ def square(image: Image.Image, config: ImageConfig) -> Image.Image:
         image = image.resize((width, height), resample)
         left, top = (image.width - size) // 2, (image.height - size) // 2
         return image.crop((left, top, left + size, top + size))
-        return image.resize((size, size), resample)
     # The original stretches by Pillow's own filter before its processor, which finds nothing to do.
     return image.resize((size, size))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,13 @@ from vila_deploy.model.prompts import IMAGE_MARKER
 from vila_deploy.quantize import held_out
 from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.pictures import SCENES, Scene
+from vila_deploy.writers.registry import FORMATS
 
 MAX_FILE_BYTES = 64 << 20
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+PICTURE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
+)  # fmt: skip
+EMPTY_LINES = re.compile(r"\r?\n[^\S\n]*\n")
 TEXT_SUFFIXES = (".txt", ".jsonl")
 PICTURE_QUESTIONS = (
     "Describe this image.",
@@ -98,8 +103,8 @@ def load_held_out(path: Path | None) -> list[Example]:
 def data_warnings(
     options: Options, calibration: Sequence[Example], held_out: Sequence[Example]
 ) -> list[str]:
-    """What the user should know of the data; printed on stderr too, a line each."""
-    warnings = []
+    """What the user should know of data and formats; printed on stderr too, a line each."""
+    warnings = list[str]()
     own_pictures = {p.name for e in calibration for p in e.pictures} - {s.name for s in SCENES}
     if options.text_only and calibration:
         warnings.append(
@@ -117,6 +122,7 @@ def data_warnings(
             f"{again} of {len(held_out)} evaluation examples were calibrated on: the figures are "
             "better than on new data"
         )
+    warnings += filter(None, (FORMATS[name].warning(options.scheme) for name in options.formats))
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return warnings
@@ -151,7 +157,9 @@ def _of_scenes(scenes: Sequence[Scene]) -> list[Example]:
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in suffixes)
+    """But those that other systems hide: macOS leaves ._photo.jpg beside photo.jpg."""
+    found = (file for file in folder.iterdir() if file.suffix.lower() in suffixes)
+    return sorted(file for file in found if not file.name.startswith("."))
 
 
 def _own_texts(path: Path) -> list[Example]:
@@ -179,7 +187,8 @@ def _read_file(path: Path) -> list[Example]:
             raise VilaDeployError(
                 f"is larger than {MAX_FILE_BYTES >> 20} MiB", where=path, fix="give a part of it"
             )
-        text = path.read_bytes().decode("utf-8")
+        # Windows' programs put a mark before the text.
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise VilaDeployError(f"cannot be read: {error.strerror}", where=path, fix=fix) from error
     except UnicodeDecodeError as error:
@@ -190,7 +199,7 @@ def _read_file(path: Path) -> list[Example]:
 
 
 def _paragraphs(text: str) -> Iterator[Example]:
-    for paragraph in text.replace("\r\n", "\n").split("\n\n"):
+    for paragraph in EMPTY_LINES.split(text):
         if paragraph.strip():
             yield Example(" ".join(paragraph.split()))
 

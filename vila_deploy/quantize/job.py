@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from vila_deploy.quantize.methods import Awq, AwqGptq, LayerEntry, Method, OnSte
 from vila_deploy.quantize.model_card import model_card
 from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.output import Outputs
-from vila_deploy.quantize.plan import QuantizePlan, plan
+from vila_deploy.quantize.plan import QuantizePlan, plan, scratch_bytes
 from vila_deploy.quantize.report import Cost, build_report, markdown
 from vila_deploy.quantize.round import to_float16
 from vila_deploy.quantize.work import (
@@ -72,11 +73,15 @@ def quantize(root: Path, out: Path, options: Options, *, resume: bool = False) -
         else:
             refuse_finished_layers(out)
         folder = stack.enter_context(new_folder(out, work.path if work else None))
-        _check_space(out, checkpoint, planned, work, len(options.formats))
+        space = _Space(out, checkpoint, planned, work, len(options.formats))
+        space.check()
         outputs = Outputs(checkpoint, folder, options.formats, options.scheme)
         checkpoint.digests((EMBEDDING,))
         _write_unquantized(checkpoint, outputs)
         calibration = calibrate(checkpoint, examples, options.seed, device) if examples else None
+        if calibration:
+            tokens = sum(map(len, calibration.embeds))
+            space.check(scratch_bytes(checkpoint.config, options, tokens), written=folder)
         if calibration and work:
             work.check_calibration(calibration.sha256)
         data = evaluation_data(checkpoint, held_out, options.eval is not None, device)
@@ -128,23 +133,42 @@ def _checkpoints(folder: Path, options: Options) -> list[Path]:
     return [folder / name for name in options.formats] if several else [folder]
 
 
-def _check_space(
-    out: Path, checkpoint: Checkpoint, planned: QuantizePlan, work: WorkFolder | None, formats: int
-) -> None:
-    copied = sum(
-        f.stat().st_size for f in (*checkpoint.vision.files(), *checkpoint.projector.files())
-    )
-    sizes = {part.name: part.bytes for part in planned.components if part.name.startswith("llm")}
-    needed = formats * (copied + sum(sizes.values()))
-    kept = max(0, sizes["llm decoder linears"] - work.layer_bytes) if work else 0
-    free = shutil.disk_usage(out.parent).free
-    if free < needed + kept:
-        layers = f" and {kept / 1e6:,.1f} MB for finished layers until it is done" if kept else ""
-        raise VilaDeployError(
-            f"needs {needed / 1e6:,.1f} MB{layers}, {free / 1e6:,.1f} MB are free",
-            where=out.parent,
-            fix="free some space or choose another -o",
-        )
+@dataclass(frozen=True)
+class _Space:
+    """What a run takes of the disk that `out` will be on."""
+
+    out: Path
+    checkpoint: Checkpoint
+    planned: QuantizePlan
+    work: WorkFolder | None
+    formats: int
+
+    def check(self, scratch: int = 0, written: Path | None = None) -> None:
+        """Raises VilaDeployError if there is too little.
+
+        Args:
+            scratch: bytes of activations in files.
+            written: folder of what is there of the output already.
+        """
+        parts = (*self.checkpoint.vision.files(), *self.checkpoint.projector.files())
+        sizes = {part.name: part.bytes for part in self.planned.components}
+        llm = sum(size for name, size in sizes.items() if name.startswith("llm"))
+        needed = self.formats * (sum(file.stat().st_size for file in parts) + llm)
+        if written is not None:
+            done = (file.stat().st_size for file in written.rglob("*") if file.is_file())
+            needed = max(0, needed - sum(done))
+        kept = 0
+        if self.work is not None:
+            kept = max(0, sizes["llm decoder linears"] - self.work.layer_bytes)
+        free = shutil.disk_usage(self.out.parent).free
+        if free < needed + kept + scratch:
+            also = {"finished layers until it is done": kept, "activations while it runs": scratch}
+            more = [f" and {size / 1e6:,.1f} MB for {what}" for what, size in also.items() if size]
+            raise VilaDeployError(
+                f"needs {needed / 1e6:,.1f} MB{''.join(more)}, {free / 1e6:,.1f} MB are free",
+                where=self.out.parent,
+                fix="free some space or choose another -o",
+            )
 
 
 def _write_unquantized(checkpoint: Checkpoint, outputs: Outputs) -> None:

@@ -157,6 +157,19 @@ def _square(columns: int) -> int:
     return columns * columns * FLOAT32
 
 
+def spilled(config: VilaConfig, tokens: int) -> int:
+    """Bytes of activations that the default algorithm has in files at a time."""
+    llm = config.llm
+    heads = llm.num_heads * llm.head_dim
+
+    def in_file(width: int) -> int:
+        return tokens * width * FLOAT32 - _held(tokens, width)
+
+    states = in_file(llm.hidden_size)
+    # Both streams; then that between the blocks and what enters o_proj, or what enters down_proj.
+    return 2 * states + max(states + in_file(heads), in_file(llm.intermediate_size))
+
+
 def _held(tokens: int, width: int) -> int:
     """An activation of all tokens in memory, unless it lies in a file."""
     size = tokens * width * FLOAT32

@@ -26,7 +26,7 @@ from vila_deploy.quantize.limits import (
     MAX_EVALUATION_SEQUENCES,
     MAX_TOKENS,
 )
-from vila_deploy.quantize.memory_need import MemoryNeed
+from vila_deploy.quantize.memory_need import MemoryNeed, spilled
 from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.scheme import QuantScheme, check_scheme
 from vila_deploy.sizes import Component, Stage, available_memory_bytes, parameters
@@ -44,6 +44,7 @@ class QuantizePlan:
         seconds: of all stages; None if this computer's speed was not asked for.
         output_bytes: weights of all formats.
         kept_bytes: finished layers, for --resume, until the output is whole.
+        scratch_bytes: activations in files while it runs.
     """
 
     fits: bool
@@ -52,6 +53,7 @@ class QuantizePlan:
     seconds: float | None
     output_bytes: int
     kept_bytes: int
+    scratch_bytes: int
     bits_per_weight: float
     components: tuple[Component, ...]
     stages: tuple[Stage, ...]
@@ -80,10 +82,11 @@ def plan(
     for name in options.formats:
         FORMATS[name].check(config, options.scheme)
     components = output_components(config, options.scheme)
+    calibration = calibration or DataSize(MAX_CALIBRATION_SEQUENCES * MAX_TOKENS)
     stages = _stages(
         config,
         options,
-        calibration or DataSize(MAX_CALIBRATION_SEQUENCES * MAX_TOKENS),
+        calibration,
         evaluation or DataSize(MAX_EVALUATION_SEQUENCES * MAX_TOKENS),
         speed,
     )
@@ -95,10 +98,16 @@ def plan(
         seconds=sum(stage.seconds or 0.0 for stage in stages) if speed else None,
         output_bytes=len(options.formats) * sum(component.bytes for component in components),
         kept_bytes=components[0].bytes if options.calibrates else 0,
+        scratch_bytes=scratch_bytes(config, options, calibration.tokens),
         bits_per_weight=options.scheme.bits_per_weight,
         components=components,
         stages=stages,
     )
+
+
+def scratch_bytes(config: VilaConfig, options: Options, tokens: int) -> int:
+    """Of activations in files, with so many tokens of calibration data."""
+    return spilled(config, tokens) if options.algorithm == "awq-gptq" else 0
 
 
 def work_path(out: Path) -> Path:

@@ -49,6 +49,9 @@ class ShardWriter:
         self._pending[name] = tensor.contiguous()
         self._pending_bytes += size
         self.total_bytes += size
+        # Nothing would come into this shard any more, and a head alone may be larger than it.
+        if self._pending_bytes >= self._shard_bytes:
+            self._flush()
 
     def finish(self) -> None:
         """Writes what is left, the final names and, for more than one shard, the index."""

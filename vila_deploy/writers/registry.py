@@ -39,7 +39,8 @@ class Format:
     """A row of FORMATS.
 
     `module` has `check(config, scheme)`, which raises before any work what the format can't hold,
-    and `Writer(checkpoint, folder, scheme)` for an empty folder. `title` is what people call it.
+    and `Writer(checkpoint, folder, scheme)` for an empty folder; it may have `warning(scheme)`.
+    `title` is what people call it.
     """
 
     title: str
@@ -48,6 +49,12 @@ class Format:
     def check(self, config: VilaConfig, scheme: QuantScheme) -> None:
         """Raises VilaDeployError if a model of this config does not fit the format."""
         import_module(self.module).check(config, scheme)
+
+    def warning(self, scheme: QuantScheme) -> str | None:
+        """What the format's own reader can't do with a model quantized by `scheme`, in a line."""
+        found = getattr(import_module(self.module), "warning", None)
+        line: str | None = found(scheme) if found else None
+        return line
 
     def writer(self, checkpoint: Checkpoint, folder: Path, scheme: QuantScheme) -> Writer:
         """What writes `checkpoint`, quantized by `scheme`, into the empty `folder`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.expected import decoder_linears
+from vila_deploy.checkpoint.expected import EMBEDDING, HEAD, decoder_linears
 from vila_deploy.checkpoint.layout import llm_config_values
+from vila_deploy.checkpoint.tinychat import SUFFIX
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import canonical_json
 from vila_deploy.formats.quantized_linear import QuantizedLinear
@@ -20,6 +22,10 @@ from vila_deploy.writers.torch_file import TorchFile
 
 if TYPE_CHECKING:
     from vila_deploy.quantize.scheme import QuantScheme
+
+KERNEL_GROUP_SIZE = 128
+# Of the model's name in the file's.
+MODEL_CHARACTERS = 64
 
 
 def check(config: VilaConfig, scheme: QuantScheme) -> None:
@@ -36,18 +42,37 @@ def check(config: VilaConfig, scheme: QuantScheme) -> None:
             raise VilaDeployError(error.what, where=where, fix=error.fix) from error
 
 
+def warning(scheme: QuantScheme) -> str | None:
+    """Of what TinyChat can't do with the files."""
+    if scheme.group_size == KERNEL_GROUP_SIZE:
+        return None
+    return (
+        f"TinyChat's kernels compute groups of {KERNEL_GROUP_SIZE} only: it lays out groups of "
+        f"{scheme.group_size} like this, but can't run them"
+    )
+
+
+def file_name(model: str, group_size: int) -> str:
+    """Of the file in llm/, whose name tells the group size; nothing else in it may seem to."""
+    plain = re.sub(r"-(?=g\d)|[^\w.+-]", "_", model, flags=re.ASCII)[:MODEL_CHARACTERS] or "model"
+    return f"{plain}-w4-g{group_size}-awq{SUFFIX}"
+
+
 class Writer:
     """One file of torch.save in llm/, as llm-awq's --dump_quant writes it."""
 
     def __init__(self, checkpoint: Checkpoint, folder: Path, scheme: QuantScheme):
         self._checkpoint, self._folder = checkpoint, folder
         copy_parts(checkpoint, folder)
-        name = f"{checkpoint.root.resolve().name}-w4-g{scheme.group_size}-awq-v2.pt"
+        name = file_name(checkpoint.root.resolve().name, scheme.group_size)
         self._file = TorchFile(folder / "llm" / name)
 
     def add(self, name: str, value: Tensor | QuantizedLinear) -> None:
         for full, tensor in packed(name, value, pack).items():
             self._file.add(full, tensor)
+            # TinyChat unties the two and takes the head from the file alone.
+            if full == EMBEDDING and self._checkpoint.config.llm.tie_word_embeddings:
+                self._file.add(HEAD, tensor)
 
     def finish(self) -> None:
         self._file.finish()
