@@ -26,10 +26,13 @@ TYPES = {
 }
 
 
+ON_PROFILE_CHANGE = "memory for a profile"
+
+
 class FakeCuda:
     """The calls of cuda.bindings.runtime that the project makes; everything happens at once."""
 
-    cudaError_t = SimpleNamespace(cudaSuccess=0)
+    cudaError_t = SimpleNamespace(cudaSuccess=0, cudaErrorInsufficientDriver=35)
     cudaMemcpyKind = SimpleNamespace(
         cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3
     )
@@ -43,9 +46,15 @@ class FakeCuda:
         self.memory: dict[int, NDArray[np.uint8]] = {}
         self.recorded: list[Callable[[], None]] | None = None
         self.launches = 0
+        self.graphs = 0
+        # Of cudaDeviceGetAttribute.
+        self.error = 0
 
     def cudaDeviceGetAttribute(self, which: int, device: int) -> tuple[int, int]:
-        return 0, int(self.capability.split(".")[which])
+        return self.error, int(self.capability.split(".")[which])
+
+    def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
+        return 0, b"CUDA driver version is insufficient for CUDA runtime version"
 
     def cudaMalloc(self, size: int) -> tuple[int, int]:
         memory = np.full(size, 0xFF, np.uint8)
@@ -90,11 +99,17 @@ class FakeCuda:
         return (0,)
 
     def cudaStreamEndCapture(self, stream: int) -> tuple[int, Any]:
+        assert self.recorded is not None
         recorded, self.recorded = self.recorded, None
         return 0, recorded
 
     def cudaGraphInstantiate(self, graph: Any, flags: int) -> tuple[int, Any]:
+        self.graphs += 1
         return 0, graph
+
+    def cudaGraphExecDestroy(self, graph: Any) -> tuple[int]:
+        self.graphs -= 1
+        return (0,)
 
     def cudaGraphDestroy(self, graph: Any) -> tuple[int]:
         return (0,)
@@ -162,7 +177,7 @@ class FakeEngine:
         # Otherwise onnxruntime would round activations to int8, which no GPU engine does.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         providers = ["CPUExecutionProvider"]
-        self.gpu = gpu
+        self.gpu, self.captures = gpu, list[int | None]()
         self.session = onnxruntime.InferenceSession(graph, options, providers=providers)
         self.tensors = [v.name for v in (*self.session.get_inputs(), *self.session.get_outputs())]
 
@@ -173,7 +188,9 @@ class FakeEngine:
     def get_tensor_name(self, index: int) -> str:
         return self.tensors[index]
 
-    def create_execution_context(self, config: Any = None) -> FakeContext:
+    def create_execution_context(self, how: Any) -> FakeContext:
+        assert (how == ON_PROFILE_CHANGE) == (type(self) is FakeEngine)
+        self.captures.append(getattr(how, "cuda_graph_strategy", None))
         return FakeContext(self.gpu, self.session, self.num_optimization_profiles)
 
 
@@ -183,7 +200,9 @@ class FakeRtxEngine(FakeEngine):
     def create_runtime_config(self) -> Any:
         cache = SimpleNamespace(deserialize=lambda data: True, serialize=lambda: b"kernels")
         return SimpleNamespace(
-            create_runtime_cache=lambda: cache, set_runtime_cache=lambda cache: None
+            create_runtime_cache=lambda: cache,
+            set_runtime_cache=lambda cache: None,
+            cuda_graph_strategy=0,
         )
 
 
@@ -210,6 +229,7 @@ def install(
         ILogger=FakeLogger,
         Runtime=Runtime,
         CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE=1),
+        ExecutionContextAllocationStrategy=SimpleNamespace(ON_PROFILE_CHANGE=ON_PROFILE_CHANGE),
     )
     monkeypatch.setattr(cuda, "runtime", lambda: gpu)
     monkeypatch.setattr(compilers.Compiler, "load", lambda self: trt)

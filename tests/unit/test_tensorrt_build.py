@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 from click.testing import CliRunner
 from tiny import make_checkpoint
@@ -19,6 +20,7 @@ from vila_deploy.backends.tensorrt import build as build_module
 from vila_deploy.backends.tensorrt.aside import Aside
 from vila_deploy.backends.tensorrt.compile import Job, compile_graph
 from vila_deploy.backends.tensorrt.compilers import COMPILERS
+from vila_deploy.backends.tensorrt.log import ErrorLog
 from vila_deploy.build import BuildOptions, build_engine, plan_build
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.cli.build_engine import main
@@ -165,6 +167,33 @@ def test_jetpack_chooses_the_dialect_and_what_can_read_it(tmp_path: Path, board:
         build_engine(root, tmp_path / "engine", BuildOptions("orin", jetpack="7"))
     described = json.loads((tmp_path / "engine" / files.DESCRIPTION).read_text("utf-8"))
     assert described["dialect"] == "standard"
+    graph = onnx.load(tmp_path / "engine" / "llm" / files.GRAPH, load_external_data=False).graph
+    attention = [node for node in graph.node if node.op_type == "Attention"]
+    assert attention
+    assert all("TRT_decomposable" in {each.name for each in node.attribute} for node in attention)
+
+
+def test_groups_that_the_devices_compiler_lacks_are_refused_before_quantizing(
+    tmp_path: Path,
+) -> None:
+    root = make_checkpoint(tmp_path / "c", quantized=True, group_size=32)
+    plan_build(root, BuildOptions("rtx4090"))
+    with pytest.raises(VilaDeployError, match="group size 32 is not one of 64, 128, which"):
+        plan_build(root, BuildOptions("orin"))
+
+
+def test_errors_reach_the_engine_that_they_are_about() -> None:
+    """TensorRT keeps the first logger that it is given."""
+    trt = SimpleNamespace(ILogger=type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 0}))
+    tower, llm = ErrorLog(trt), ErrorLog(trt)
+    assert tower.logger is llm.logger
+    tower.logger.log(2, "a warning")
+    assert llm.first("none") == llm.last("none") == "none"
+    tower.logger.log(1, "out of memory\nand more")
+    tower.logger.log(0, "its consequence")
+    later = ErrorLog(trt)
+    assert (llm.first("none"), llm.last("none")) == ("out of memory", "its consequence")
+    assert later.first("none") == "none"
 
 
 def test_an_interrupt_before_there_is_an_engine_says_that_nothing_is_left(
@@ -265,10 +294,15 @@ def test_what_does_not_fit_is_refused_with_what_would(
 def device_compiler(calls: dict[str, Any], build: Any = lambda network, config: b"plan") -> Any:
     """The calls that tensorrt 10.3 has and tensorrt-rtx has not, on a stand-in of it."""
     cache = SimpleNamespace(serialize=lambda: b"new times")
+
+    def create_timing_cache(known: bytes) -> Any:
+        calls.setdefault("known", []).append(known)
+        return None if known == b"torn" else cache
+
     config = SimpleNamespace(
         add_optimization_profile=lambda profile: None,
-        create_timing_cache=lambda known: calls.update(known=known) or cache,
-        set_timing_cache=lambda cache, ignore_mismatch: True,
+        create_timing_cache=create_timing_cache,
+        set_timing_cache=lambda used, ignore_mismatch: calls.update(used=used is cache),
         get_timing_cache=lambda: cache,
     )
     builder = SimpleNamespace(
@@ -302,9 +336,18 @@ def test_compiling_on_the_device_is_strongly_typed_and_remembers_timings(tmp_pat
     job = device_job(tmp_path)
     compile_graph(device_compiler(calls), job, lambda text="", steps=1: None)
     assert calls["flags"] == 1 << 1
-    assert calls["known"] == b"old times"
+    assert calls["known"] == [b"old times"]
     assert calls["shape"] == ("x", (1, 1), (1, 4), (1, 8))
     assert job.plan.read_bytes() == b"plan"
+    assert (tmp_path / "timing.cache").read_bytes() == b"new times"
+
+
+def test_timings_that_cannot_be_read_are_taken_anew(tmp_path: Path) -> None:
+    calls: dict[str, Any] = {}
+    (tmp_path / "timing.cache").write_bytes(b"torn")
+    compile_graph(device_compiler(calls), device_job(tmp_path), lambda text="", steps=1: None)
+    assert calls["known"] == [b"torn", b""]
+    assert calls["used"]
     assert (tmp_path / "timing.cache").read_bytes() == b"new times"
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import make_checkpoint
 
-from vila_deploy.backends.tensorrt import decoder, files, graphs, open_session
+from vila_deploy.backends.tensorrt import cuda, decoder, files, graphs, open_session
 from vila_deploy.backends.tensorrt.build import write_description
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.engine.components import ALL_FP16, Components
@@ -132,10 +132,60 @@ def test_logits_equal_the_reference(
         logits, expected = session.decode(token), reference.decode(token)
         assert deviation(logits, expected) < TOLERANCE
     assert session.position == reference.position
+    captures = session._decoder._engine.engine.captures
+    assert captures == ([1, 0] if dialect == "standard" else [None, None])
     # The package for the device leaves recording to the session, tensorrt-rtx does it itself.
     assert gpu.launches == (0 if dialect == "standard" else 8 - decoder.RUNS_BEFORE_CAPTURE)
     session.close()
     assert not gpu.memory
+    assert not gpu.graphs
+
+
+def test_too_little_memory_for_a_profile_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real method raises, whatever its return value promises."""
+
+    def refused(context: Any, profile: int, stream: int) -> bool:
+        raise RuntimeError("Error in set optimization profile async.")
+
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c"))
+    install(monkeypatch, "primitive")
+    manifest = write_engine(tmp_path / "engine", checkpoint, "primitive")
+    monkeypatch.setattr(fake_tensorrt.FakeContext, "set_optimization_profile_async", refused)
+    with pytest.raises(VilaDeployError, match="can't prepare it"):
+        open_session(tmp_path / "engine", manifest)
+
+
+def test_a_step_that_fails_while_it_is_recorded_leaves_the_stream_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c"))
+    gpu = install(monkeypatch, "primitive")
+    manifest = write_engine(tmp_path / "engine", checkpoint, "primitive")
+    session = open_session(tmp_path / "engine", manifest)
+    session.prefill(session.embed_tokens([1, 2]))
+    for _ in range(decoder.RUNS_BEFORE_CAPTURE):
+        session.decode(3)
+    with monkeypatch.context() as broken:
+        broken.setattr(fake_tensorrt.FakeContext, "execute_async_v3", lambda *_: False)
+        with pytest.raises(VilaDeployError, match="can't run it"):
+            session.decode(3)
+    assert gpu.recorded is None
+    session.decode(3)
+    assert (gpu.launches, gpu.graphs) == (1, 1)
+
+
+def test_a_driver_that_is_too_old_is_told_from_a_broken_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = install(monkeypatch, "primitive")
+    gpu.error = 35
+    with pytest.raises(VilaDeployError, match=r"driver version is insufficient.*JetPack 6: 12\.8"):
+        cuda.compute_capability()
+    gpu.error = 999
+    with pytest.raises(VilaDeployError, match="nvidia-smi"):
+        cuda.compute_capability()
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

@@ -25,10 +25,11 @@ from vila_deploy.engine.components import (
     is_tower_linear,
 )
 from vila_deploy.engine.manifest import Limits
-from vila_deploy.engine.target import Target
+from vila_deploy.engine.target import Target, TensorRt
 from vila_deploy.sizes import Component, Stage, available_memory_bytes, parameters
 
 DEFAULT_GROUP_SIZE = 128
+TENSORRT, PRIMITIVE = "tensorrt", "primitive"
 # Python with onnxruntime, and a CUDA context with its libraries.
 CPU_PROGRAM_BYTES, GPU_PROGRAM_BYTES = 200 << 20, 800 << 20
 # Tokens that go through the decoder at a time while the prompt is read.
@@ -102,12 +103,15 @@ def plan_engine(
     storage = CPU_STORAGE if on_cpu else GPU_STORAGE
     if backend == "native":
         storage = NATIVE_STORAGE
+    if backend == "native":
+        activations = _native_activations(config, limits, precision, kept_as.vision)
+    else:
+        tensorrt = target.tensorrt if backend == TENSORRT else None
+        activations = _activations(config, limits, storage, tensorrt)
     components = (
         *_weights(config, precision, storage, kept_as),
         _cache(config.llm, limits, storage, kept_as.kv_cache),
-        _activations(config, limits, storage)
-        if backend != "native"
-        else _native_activations(config, limits, precision, kept_as.vision),
+        activations,
     )
     program = CPU_PROGRAM_BYTES if on_cpu else GPU_PROGRAM_BYTES
     limit_bytes = target.usable_bytes or available_memory_bytes()
@@ -225,17 +229,26 @@ def _cache(llm: LlmConfig, limits: Limits, storage: Storage, kept_as: str) -> Co
     return Component.of(f"key/value cache of {limits.max_seq_len} tokens", count, bits)
 
 
-def _activations(config: VilaConfig, limits: Limits, storage: Storage) -> Component:
-    """The widest moment: the tower's attention, or one chunk of the prompt in the decoder."""
+def _activations(
+    config: VilaConfig, limits: Limits, storage: Storage, tensorrt: TensorRt | None = None
+) -> Component:
+    """The widest moment: the tower's attention, or one chunk of the prompt in the decoder.
+
+    Backend tensorrt has memory for both at a time; where attention is not one operator, also for
+    its scores, twice in float32, and for the cache's new rows.
+    """
     vision, llm = config.vision, config.llm
     patches = vision.positions
     tower = patches * (
         vision.num_heads * patches + 4 * vision.hidden_size + vision.intermediate_size
     )
-    decoder = min(PREFILL_TOKENS, limits.max_input_len) * (
-        6 * llm.hidden_size + 3 * llm.intermediate_size
-    )
-    count = max(tower, decoder) + llm.vocab_size
+    chunk = min(PREFILL_TOKENS, limits.max_input_len)
+    decoder = chunk * (6 * llm.hidden_size + 3 * llm.intermediate_size)
+    count = max(tower, decoder) if tensorrt is None else tower + decoder
+    if tensorrt is not None and tensorrt.dialect == PRIMITIVE:
+        count += 4 * llm.num_heads * chunk * (limits.max_seq_len + chunk)
+        count += 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim * chunk
+    count += llm.vocab_size
     return Component.of("activations (estimate)", count, storage.dense_bits)
 
 

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from vila_deploy.model.weights import WeightSource
 
 MAX_BATCH_SIZE = 64
-# Sizes of a group for which blocked INT4 weights have been compiled and compared.
-GROUP_SIZES = (16, 32, 64, 128)
 
 
 def check(config: VilaConfig, request: BuildRequest) -> None:
@@ -38,17 +36,24 @@ def check(config: VilaConfig, request: BuildRequest) -> None:
             "backend tensorrt runs on one GPU, --tp and --pp are for several",
             fix="leave them out, or use --backend tensorrt-llm",
         )
-    compiler_of(request.target)
+    compiler = compiler_of(request.target)
     _check_jetpack(request)
+    sizes = compiler.group_sizes
     group_size = config.llm.quantization.group_size if config.llm.quantization else None
-    if group_size is not None and group_size not in GROUP_SIZES:
+    if group_size is not None and group_size not in sizes:
         raise VilaDeployError(
-            f"group size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}",
+            f"group size {group_size} is not one of {', '.join(map(str, sizes))}, which "
+            f"{compiler.package} has",
             where="llm/config.json: quantization_config.group_size",
             fix="run vila-quantize with one of these as --group-size",
         )
-    if request.components.lm_head != FP16:
-        head_group_size(config.llm.hidden_size)
+    if request.components.lm_head != FP16 and head_group_size(config.llm.hidden_size) not in sizes:
+        raise VilaDeployError(
+            f"the model's hidden size {config.llm.hidden_size} has no groups of "
+            f"{' or '.join(map(str, sizes))}, which {compiler.package} has",
+            where="--lm-head",
+            fix="leave --lm-head out",
+        )
 
 
 def check_tools(request: BuildRequest) -> None:
@@ -111,7 +116,10 @@ def build(
         aside = [stack.enter_context(Aside(folder, part)) for part in here]
         max_seq_len = request.limits.max_seq_len
         head = request.components.lm_head
-        weight_bytes = graphs.write_llm(folder, config, llm, max_seq_len, dialect, advance, head)
+        weight_bytes = graphs.write_llm(
+            folder, config, llm, max_seq_len, dialect, advance, head,
+            decomposable=not compiler.ahead_of_time,
+        )  # fmt: skip
         # Before the LLM's, or the memory of two compilers would add up.
         for part, compiling in zip(here, aside, strict=True):
             advance(f"{part}: compiling", steps=0)

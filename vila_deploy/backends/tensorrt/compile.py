@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_deploy.backends.tensorrt.compilers import Compiler, compute_capability_member
+from vila_deploy.backends.tensorrt.log import ErrorLog
 from vila_deploy.errors import VilaDeployError
 from vila_deploy.progress import Advance
 
@@ -37,7 +38,6 @@ class Job:
     capability: str | None
     timing_cache: Path | None = None
     workspace_bytes: int | None = None
-    messages: list[str] = field(default_factory=list)
     interrupted: list[int] = field(default_factory=list)
     stopped_by: list[Exception] = field(default_factory=list)
 
@@ -60,18 +60,20 @@ def compile_graph(compiler: Compiler, job: Job, advance: Advance) -> None:
         VilaDeployError: the compiler refuses the graph; the message has its own first words.
     """
     trt = compiler.load()
-    logger = error_keeper(trt, job.messages)
-    builder = trt.Builder(logger)
+    log = ErrorLog(trt)
+    builder = trt.Builder(log.logger)
     builder.max_threads = len(os.sched_getaffinity(0))
     network = builder.create_network(_strongly_typed(trt))
-    parser = trt.OnnxParser(network, logger)
+    parser = trt.OnnxParser(network, log.logger)
     advance(f"{job.graph.parent.name}: reading the graph", steps=0)
     if not parser.parse_from_file(str(job.graph)):
         first = parser.get_error(0).desc() if parser.num_errors else "no reason given"
-        raise _refused(compiler, trt, job, first)
+        raise _refused(compiler, trt, job, log.first(first))
     config = _config(trt, builder, job, advance)
     with _interrupts_wait(job):
-        _write_plan(compiler, trt, builder, network, config, job)
+        done = _write_plan(trt, builder, network, config, job)
+    if not done:
+        raise _refused(compiler, trt, job, log.first("no reason given"))
     _save_timing_cache(config, job)
 
 
@@ -90,15 +92,19 @@ def _config(trt: Any, builder: Any, job: Job, advance: Advance) -> Any:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
     if job.timing_cache is not None:
         known = job.timing_cache.read_bytes() if job.timing_cache.exists() else b""
-        config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+        # One that it can't read is made anew.
+        cache = config.create_timing_cache(known) or config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
     config.progress_monitor = _monitor(trt, job, advance)
     return config
 
 
-def _write_plan(
-    compiler: Compiler, trt: Any, builder: Any, network: Any, config: Any, job: Job
-) -> None:
-    """Into a stream where the compiler can, so that the plan is never in memory as a whole."""
+def _write_plan(trt: Any, builder: Any, network: Any, config: Any, job: Job) -> bool:
+    """Into a stream where the compiler can, so that the plan is never in memory as a whole.
+
+    Returns:
+        False if the compiler refuses the graph.
+    """
     with job.plan.open("xb") as file:
         if hasattr(builder, "build_serialized_network_to_stream"):
             writer = _stream_writer(trt, file, job)
@@ -110,13 +116,14 @@ def _write_plan(
                 file.write(memoryview(plan))
     if job.stopped_by:
         raise job.stopped_by[0]
-    if not done and not job.interrupted:
-        raise _refused(compiler, trt, job, "no reason given")
+    return bool(done or job.interrupted)
 
 
 def _save_timing_cache(config: Any, job: Job) -> None:
     if job.timing_cache is not None:
-        job.timing_cache.write_bytes(memoryview(config.get_timing_cache().serialize()))
+        partial = job.timing_cache.with_name(f"{job.timing_cache.name}.partial")
+        partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
+        partial.replace(job.timing_cache)
 
 
 def _strongly_typed(trt: Any) -> int:
@@ -126,7 +133,6 @@ def _strongly_typed(trt: Any) -> int:
 
 
 def _refused(compiler: Compiler, trt: Any, job: Job, reason: str) -> VilaDeployError:
-    reason = next(iter(job.messages), reason)
     return VilaDeployError(
         f"{compiler.package} {trt.__version__} can't compile it ({reason})",
         where=job.graph,
@@ -153,20 +159,6 @@ def _interrupts_wait(job: Job) -> Iterator[None]:
             signal.signal(number, handler)
     for noted in job.interrupted[:1]:
         signal.raise_signal(noted)
-
-
-def error_keeper(trt: Any, messages: list[str]) -> Any:
-    """A logger that keeps errors for the exception that follows, and drops the rest."""
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            super().__init__()
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                messages.append(message.partition("\n")[0])
-
-    return Logger()
 
 
 def _stream_writer(trt: Any, file: Any, job: Job) -> Any:

@@ -25,6 +25,7 @@ class Compiler:
         install: what to do where it is missing.
         upgrade: what to do where it is too old.
         least: the oldest version that reads graphs of each dialect.
+        group_sizes: of blocked int4 weights.
     """
 
     package: str
@@ -33,6 +34,7 @@ class Compiler:
     install: str
     upgrade: str
     least: dict[str, tuple[int, int]]
+    group_sizes: tuple[int, ...]
 
     @property
     def present(self) -> bool:
@@ -79,6 +81,8 @@ COMPILERS = {
         install="pip install tensorrt-rtx cuda-bindings",
         upgrade="pip install -U tensorrt-rtx",
         least={"standard": (1, 7), "primitive": (1, 0)},
+        # Compiled and compared.
+        group_sizes=(16, 32, 64, 128),
     ),
     "tensorrt": Compiler(
         package="tensorrt",
@@ -87,6 +91,8 @@ COMPILERS = {
         install="on Jetson: sudo apt install nvidia-jetpack; elsewhere: pip install tensorrt",
         upgrade="install a newer TensorRT",
         least={"standard": (10, 15), "primitive": (10, 3)},
+        # NVIDIA's documentation of its quantized types.
+        group_sizes=(64, 128),
     ),
 }
 

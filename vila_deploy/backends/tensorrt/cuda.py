@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,8 @@ from numpy.typing import NDArray
 from vila_deploy.errors import VilaDeployError
 
 INSTALL = "pip install cuda-bindings, of the CUDA release that the driver supports"
+# From 12.9 on cuda-bindings hold a CUDA runtime of their own, which the driver must not be behind.
+OLDER = "update the driver, or pip install cuda-bindings of its release (JetPack 6: 12.8.0)"
 
 
 def runtime() -> ModuleType:
@@ -38,8 +41,10 @@ def call(function: str, *arguments: Any) -> Any:
     if error != cuda.cudaError_t.cudaSuccess:
         _, text = cuda.cudaGetErrorString(error)
         reason = text.decode() if isinstance(text, bytes) else str(error)
+        old = error == getattr(cuda.cudaError_t, "cudaErrorInsufficientDriver", None)
         raise VilaDeployError(
-            f"CUDA can't do {function} ({reason})", fix="check the driver with nvidia-smi"
+            f"CUDA can't do {function} ({reason})",
+            fix=OLDER if old else "check the driver with nvidia-smi",
         )
     return results[0] if len(results) == 1 else tuple(results) or None
 
@@ -98,8 +103,16 @@ class Stream:
         call("cudaGraphDestroy", graph)
         return executable
 
+    def abandon_capture(self) -> None:
+        """Ends a capture in which something failed: until then the stream takes nothing else."""
+        with suppress(VilaDeployError):
+            call("cudaGraphDestroy", call("cudaStreamEndCapture", self.handle))
+
     def launch(self, executable: Any) -> None:
         call("cudaGraphLaunch", executable, self.handle)
+
+    def destroy(self, executable: Any) -> None:
+        call("cudaGraphExecDestroy", executable)
 
     def close(self) -> None:
         call("cudaStreamDestroy", self.handle)

@@ -12,6 +12,7 @@ from vila_deploy.engine.description import ModelDescription
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.plan import PREFILL_TOKENS
 from vila_deploy.engine.session import Floats
+from vila_deploy.errors import VilaDeployError
 
 # Profiles of the engine; tensorrt-rtx has one for both.
 DECODE, PREFILL = 0, -1
@@ -87,6 +88,9 @@ class Decoder:
         return self._logits.array.copy()
 
     def close(self) -> None:
+        if self._graph is not None:
+            self._stream.destroy(self._graph)
+            self._graph = None
         self._contexts.clear()
         self._engine.close()
         for buffer in (*self._device.values(), self._cache):
@@ -96,7 +100,7 @@ class Decoder:
 
     def _prepared(self, profile: int) -> Any:
         """A context with everything bound; that of single tokens has its shapes for good."""
-        context = self._engine.context(profile, self._stream)
+        context = self._engine.context(profile, self._stream, captured=profile == DECODE)
         self._engine.bind(context, {name: b.address for name, b in self._device.items()})
         for layer in range(self._layers):
             for offset, kind in enumerate(("key", "value")):
@@ -124,7 +128,11 @@ class Decoder:
             self._decoded += 1
             return
         self._stream.begin_capture()
-        self._engine.run(context, self._stream)
+        try:
+            self._engine.run(context, self._stream)
+        except VilaDeployError:
+            self._stream.abandon_capture()
+            raise
         self._graph = self._stream.end_capture()
         self._stream.launch(self._graph)
 

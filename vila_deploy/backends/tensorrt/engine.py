@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vila_deploy.backends.tensorrt.compile import error_keeper
 from vila_deploy.backends.tensorrt.cuda import Stream
+from vila_deploy.backends.tensorrt.log import ErrorLog
 from vila_deploy.errors import VilaDeployError
 
 
@@ -23,19 +23,17 @@ class Engine:
 
     def __init__(self, trt: Any, plan: Path, cache: Path | None = None):
         self._trt, self._cache_file = trt, cache
-        messages: list[str] = []
-        # Messages come until the engine is freed, so the logger must live as long.
-        self._logger = error_keeper(trt, messages)
-        self._runtime = trt.Runtime(self._logger)
+        self._log = ErrorLog(trt)
+        self._runtime = trt.Runtime(self._log.logger)
         with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
             engine = self._runtime.deserialize_cuda_engine(whole)
         if engine is None:
             raise VilaDeployError(
-                f"TensorRT {trt.__version__} can't load it ({next(iter(messages), 'no reason')})",
+                f"TensorRT {trt.__version__} can't load it ({self._log.first('no reason')})",
                 where=plan,
                 fix="close other programs on this GPU, or build the engine again",
             )
-        self.engine, self._messages, self._plan = engine, messages, plan
+        self.engine, self._plan = engine, plan
         self._config = self._runtime_config()
 
     @property
@@ -48,19 +46,30 @@ class Engine:
         """Whether the package makes CUDA graphs by itself."""
         return self._config is not None
 
-    def context(self, profile: int, stream: Stream) -> Any:
+    def context(self, profile: int, stream: Stream, *, captured: bool = False) -> Any:
         """A new execution context for shapes of one profile; -1 is the last one.
+
+        Args:
+            captured: it runs with the same shapes and addresses each time, so as a CUDA graph if
+                the package makes them; others would be captured anew for each shape.
 
         Raises:
             VilaDeployError: mostly too little memory.
         """
-        made = (
-            self.engine.create_execution_context(self._config)
-            if self._config is not None
-            else self.engine.create_execution_context()
-        )
+        # Memory for the shapes of that profile; by default it would be that of the largest.
+        how = self._config
+        if how is None:
+            how = self._trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        else:
+            captures = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            how.cuda_graph_strategy = captures if captured else self._captures_nothing
         index = profile % self.engine.num_optimization_profiles
-        if made is None or not made.set_optimization_profile_async(index, int(stream)):
+        try:
+            made = self.engine.create_execution_context(how)
+            ready = made is not None and made.set_optimization_profile_async(index, int(stream))
+        except RuntimeError:
+            ready = False
+        if not ready:
             raise self._failed("can't prepare it")
         return made
 
@@ -97,7 +106,7 @@ class Engine:
             # One of another driver or version is refused, and then made anew.
             self._cache.deserialize(self._cache_file.read_bytes())
         config.set_runtime_cache(self._cache)
-        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        self._captures_nothing = config.cuda_graph_strategy
         return config
 
     def _save_cache(self) -> None:
@@ -115,9 +124,8 @@ class Engine:
             partial.unlink(missing_ok=True)
 
     def _failed(self, what: str) -> VilaDeployError:
-        reason = self._messages[-1] if self._messages else "no reason given"
         return VilaDeployError(
-            f"TensorRT {self._trt.__version__} {what} ({reason})",
+            f"TensorRT {self._trt.__version__} {what} ({self._log.last('no reason given')})",
             where=self._plan,
             fix="close other programs on this GPU, or build with a smaller --max-seq-len",
         )

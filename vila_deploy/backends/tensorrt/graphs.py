@@ -14,7 +14,7 @@ from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.plan import PREFILL_TOKENS
 from vila_deploy.graph.dialects.half import HalfDialect, cache_names
 from vila_deploy.graph.dialects.primitive import PrimitiveDialect
-from vila_deploy.graph.dialects.standard import StandardDialect
+from vila_deploy.graph.dialects.standard import DecomposableDialect, StandardDialect
 from vila_deploy.graph.llm import build_llm_graph, store_llm
 from vila_deploy.graph.tensors import float16
 from vila_deploy.graph.vision import Style, build_projector_graph, build_vision_graph
@@ -71,10 +71,18 @@ def write_llm(
     dialect: str,
     advance: Advance,
     head: str = FP16,
+    *,
+    decomposable: bool = False,
 ) -> int:
-    """llm/ and the embedding table; bytes of weights that a decoding step reads."""
+    """llm/ and the embedding table; bytes of weights that a decoding step reads.
+
+    Args:
+        decomposable: for a compiler that must be told that attention need not be one kernel; only
+            TensorRT reads such a graph.
+    """
     (folder / files.LLM).mkdir()
-    emitter = DIALECTS[dialect]()
+    kind = DIALECTS[dialect]
+    emitter = (DecomposableDialect if decomposable and kind is StandardDialect else kind)()
     with WeightFile(folder / files.LLM / files.WEIGHTS) as file:
         stored = store_llm(config.llm, llm, max_seq_len, file, emitter, advance, head)
     graph = build_llm_graph(config.llm, stored, emitter, tokens=None, logits=True)

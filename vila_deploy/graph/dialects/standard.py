@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,6 +27,8 @@ class StandardDialect(HalfDialect):
     """
 
     opset: ClassVar[int] = 24
+    # Of each Attention beside those of ONNX.
+    own_attributes: ClassVar[dict[str, Any]] = {}
 
     def norm(self, graph: GraphWriter, x: str, weight: str, epsilon: float) -> str:
         return to_half(graph, graph.node("RMSNormalization", x, weight, axis=-1, epsilon=epsilon))
@@ -60,8 +62,17 @@ class StandardDialect(HalfDialect):
             )
             for name, update in zip(cache_names(layer), (key, value), strict=True)
         ]  # fmt: skip
-        attended = graph.node("Attention", query, *present, MASK, scale=shape.head_dim**-0.5)
+        attended = graph.node(
+            "Attention", query, *present, MASK, scale=shape.head_dim**-0.5, **self.own_attributes
+        )
         return side_by_side(graph, attended, shape)
 
     def finish(self, graph: GraphWriter, num_layers: int) -> None:
         """Nothing: each layer has written its own part of the cache."""
+
+
+class DecomposableDialect(StandardDialect):
+    """For TensorRT, which fails where it has no single kernel for an Attention's shapes, unless
+    that may be put together from several (`IAttention::setDecomposable`, from 10.14 on)."""
+
+    own_attributes: ClassVar[dict[str, Any]] = {"TRT_decomposable": 1}
