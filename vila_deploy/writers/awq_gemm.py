@@ -26,7 +26,9 @@ class Writer(ShardedLlm):
             "quant_method": "awq",
             "bits": scheme.bits,
             "group_size": scheme.group_size,
-            "zero_point": not scheme.symmetric,
+            # vLLM's Marlin kernels take only this; zero points are stored either way.
+            "zero_point": True,
+            "symmetric": scheme.symmetric,
             "version": "gemm",
             "modules_to_not_convert": ["lm_head"],
         }
