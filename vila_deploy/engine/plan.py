@@ -103,7 +103,6 @@ def plan_engine(
     storage = CPU_STORAGE if on_cpu else GPU_STORAGE
     if backend == "native":
         storage = NATIVE_STORAGE
-    if backend == "native":
         activations = _native_activations(config, limits, precision, kept_as.vision)
     else:
         tensorrt = target.tensorrt if backend == TENSORRT else None

@@ -82,8 +82,8 @@ def quantize(root: Path, out: Path, options: Options, *, resume: bool = False) -
         if calibration:
             tokens = sum(map(len, calibration.embeds))
             space.check(scratch_bytes(checkpoint.config, options, tokens), written=folder)
-        if calibration and work:
-            work.check_calibration(calibration.sha256)
+            if work:
+                work.check_calibration(calibration.sha256)
         data = evaluation_data(checkpoint, held_out, options.eval is not None, device)
         method = _method(checkpoint, options, calibration, device, folder)
         layers, saved_seconds = _write_layers(checkpoint.config.llm, method, outputs, work)
@@ -93,10 +93,7 @@ def quantize(root: Path, out: Path, options: Options, *, resume: bool = False) -
         evaluation = None
         if data:
             evaluation = evaluate(checkpoint, open_checkpoint(evaluated[0]), data, device)
-        now = time.monotonic()
-        seconds = round(now - start + saved_seconds, 3)
-        taken = seconds, round(now - written, 3), memory.own_bytes, resident_bytes()
-        cost = Cost(*taken, device.type)
+        cost = _cost(start - saved_seconds, written, memory, device)
         report = build_report(
             checkpoint, folder, options, calibration, layers, evaluation, warnings, cost
         )
@@ -116,6 +113,13 @@ def _method(
     if options.algorithm == "awq":
         return Awq(checkpoint, options.scheme, calibration, device)
     return AwqGptq(checkpoint, options.scheme, calibration, device, scratch)
+
+
+def _cost(start: float, written: float, memory: PeakMemory, device: torch.device) -> Cost:
+    """What a run that began at `start` has taken until now, the evaluation since `written`."""
+    now = time.monotonic()
+    seconds = round(now - start, 3), round(now - written, 3)
+    return Cost(*seconds, memory.own_bytes, resident_bytes(), device.type)
 
 
 def _write_report(
