@@ -25,11 +25,13 @@ from vila_deploy.errors import VilaDeployError
 from vila_deploy.files import read_json_object
 
 
+def is_engine(folder: Path) -> bool:
+    return os.path.lexists(folder / MANIFEST)
+
+
 def is_unfinished(folder: Path) -> bool:
     """Whether `folder` is an engine with steps that are left for the device."""
-    if not os.path.lexists(folder / MANIFEST):
-        return False
-    return bool(read_json_object(folder / MANIFEST).get("needs"))
+    return is_engine(folder) and bool(read_json_object(folder / MANIFEST).get("needs"))
 
 
 def finish_engine(folder: Path, target: str, backend: str | None) -> Manifest:

@@ -205,6 +205,44 @@ def test_open_refuses(case: str, tmp_path: Path) -> None:
     assert re.search(message, refused(root))
 
 
+OTHER_FOLDERS = {
+    "engine": r"engine: is an engine, not a checkpoint; give the checkpoint's folder",
+    "root/llm": r"root/llm: is one part of a checkpoint; give the folder \S+/root$",
+    "cache": r"cache: holds no config\.json; give the folder \S+/cache/snapshots/0123$",
+    "formats": r"formats: holds no config\.json; give the folder \S+/formats/awq$",
+    "empty": r"empty: holds no config\.json; give the checkpoint's folder$",
+    "root/config.json": r"config\.json: is a file; give the checkpoint's folder",
+    "none": r"none: no such folder; give the checkpoint's folder$",
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, and folders of other kinds that people have around one."""
+    top = tmp_path_factory.mktemp("folders")
+    root = make_checkpoint(top / "root")
+    for made in ("engine/llm", "cache/snapshots", "formats", "empty"):
+        (top / made).mkdir(parents=True)
+    (top / "engine" / "manifest.json").touch()
+    (top / "cache" / "snapshots" / "0123").symlink_to(root)
+    (top / "formats" / "awq").symlink_to(root)
+    return top
+
+
+@pytest.mark.parametrize("name", OTHER_FOLDERS)
+def test_another_folder_says_which_to_give(name: str, folders: Path) -> None:
+    assert re.search(OTHER_FOLDERS[name], refused(folders / name))
+
+
+def test_a_hubs_name_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "Efficient-Large-Model/VILA1.5-3b"
+    assert refused(Path(name)).endswith(f"hf download {name} --local-dir VILA1.5-3b")
+    make_checkpoint(tmp_path / "root")
+    monkeypatch.chdir(tmp_path / "root" / "llm")
+    assert refused(Path()).endswith(f"give the folder {tmp_path / 'root'}")
+
+
 # (file, key, hostile value); the message must name both file and key
 HOSTILE_VALUES = [
     ("llm/config.json", "hidden_size", True),

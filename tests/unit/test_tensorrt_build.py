@@ -142,6 +142,9 @@ def test_the_same_command_finishes_on_the_board(
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["needs"] == []
     assert board == ["vision", "llm"]
+    again = CliRunner().invoke(main, [str(engine), "--target", "orin-nano"])
+    assert again.exit_code == 1
+    assert "nothing is left to do for this engine; run it with vila-chat" in again.stderr
     manifest = load_manifest(engine)
     assert manifest.versions["tensorrt"] == "10.3.0"
     left = sorted(p.relative_to(engine).as_posix() for p in engine.glob("*/model.*"))

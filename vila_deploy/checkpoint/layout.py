@@ -61,15 +61,14 @@ def find_layout(root: Path) -> Layout:
         VilaDeployError: a folder or file that is missing or no JSON, or a tower that only its
             publisher's files describe.
     """
-    if not os.path.isdir(root):  # noqa: PTH112  Path.is_dir raises on EACCES
-        raise VilaDeployError("no such folder", where=root, fix="give the checkpoint's folder")
+    _refuse_other_folders(root)
     fields = Fields.from_file(root / "config.json")
-    if "mm_vision_tower" in fields and not os.path.isdir(root / "llm"):  # noqa: PTH112
+    if "mm_vision_tower" in fields and not _is_folder(root / "llm"):
         return _flat(root, fields)
-    if "text_config" in fields and not os.path.isdir(root / "llm"):  # noqa: PTH112
+    if "text_config" in fields and not _is_folder(root / "llm"):
         return _one_folder(root, fields)
     for part in PARTS:
-        if not os.path.isdir(root / part):  # noqa: PTH112
+        if not _is_folder(root / part):
             raise VilaDeployError(
                 f"part {part}/ is missing", where=root, fix="download the whole checkpoint"
             )
@@ -84,6 +83,39 @@ def find_layout(root: Path) -> Layout:
         preprocessor=Fields.from_file(tower / "preprocessor_config.json"),
         projector=Fields.from_file(root / "mm_projector" / "config.json"),
     )
+
+
+def _is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112  Path.is_dir raises on EACCES
+
+
+def _refuse_other_folders(root: Path) -> None:
+    """Raises VilaDeployError where `root` is what people give in place of a checkpoint's folder."""
+    if not _is_folder(root):
+        fix = "give the checkpoint's folder"
+        if root.is_file():
+            raise VilaDeployError("is a file", where=root, fix=fix)
+        if len(root.parts) == 2 and not _is_folder(root.parent):
+            fix += f"; for a hub's name: hf download {root} --local-dir {root.name}"
+        raise VilaDeployError("no such folder", where=root, fix=fix)
+    config = root / "config.json"
+    if not os.path.lexists(config) and (root / "manifest.json").exists():
+        raise VilaDeployError(
+            "is an engine, not a checkpoint", where=root, fix="give the checkpoint's folder"
+        )
+    if any(_is_folder(root / part) for part in PARTS):
+        return
+    whole = Path(os.path.abspath(root))  # noqa: PTH100  links stay as they are
+    if whole.name in PARTS and (whole.parent / config.name).is_file():
+        raise VilaDeployError(
+            "is one part of a checkpoint", where=root, fix=f"give the folder {whole.parent}"
+        )
+    if os.path.lexists(config):
+        return
+    # A hub's cache keeps them below snapshots/, several formats of vila-quantize lie side by side.
+    inside = sorted(root.glob("*/config.json")) or sorted(root.glob("snapshots/*/config.json"))
+    fix = f"give the folder {inside[0].parent}" if inside else "give the checkpoint's folder"
+    raise VilaDeployError("holds no config.json", where=root, fix=fix)
 
 
 def _flat(root: Path, fields: Fields) -> Layout:

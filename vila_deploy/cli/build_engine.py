@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vila_deploy.cli.common import EXIT_INTERRUPTED, command_errors, echo_json
-from vila_deploy.errors import printable
+from vila_deploy.errors import VilaDeployError, printable
 
 if TYPE_CHECKING:
     from vila_deploy.build import BuildOptions
@@ -101,10 +101,16 @@ def main(
 
     An engine folder with steps left for the device is finished there by the same command.
     """
-    from vila_deploy.finish import is_unfinished
+    from vila_deploy.finish import is_engine, is_unfinished
 
     if out is None and not plan_only and is_unfinished(checkpoint):
         out = checkpoint
+    elif out is None and not plan_only and is_engine(checkpoint):
+        raise VilaDeployError(
+            "nothing is left to do for this engine",
+            where=checkpoint,
+            fix="run it with vila-chat or vila-bench",
+        )
     if out is None and not plan_only:
         raise click.UsageError("-o is missing: name the folder to write, or give --plan")
 
