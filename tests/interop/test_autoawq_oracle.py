@@ -1,7 +1,8 @@
 """AutoAWQ 0.2.9 loads our AutoAWQ GEMM with its own reader on a CPU: the same weights and tokens.
 
 Needs its own environment: autoawq 0.2.9 --no-deps, transformers 4.51.3, accelerate, datasets, and
-no triton, whose kernels it would want a GPU for.
+no triton, whose kernels it would want a GPU for. Its transformers can't make SmolLM2's checkpoint:
+SMOLLM2_VILA=FOLDER has one that tests/smollm2.py wrote in the ordinary environment.
 """
 
 from __future__ import annotations
