@@ -16,6 +16,8 @@ from test_tensorrt_session import write_engine
 from tiny import make_checkpoint
 
 from vila_deploy.backends.tensorrt import files, graphs
+from vila_deploy.backends.tensorrt.compile import Job, compile_graph
+from vila_deploy.backends.tensorrt.compilers import COMPILERS
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.formats.quantized_linear import QuantizedLinear
 from vila_deploy.graph.dialects.standard import StandardDialect
@@ -28,8 +30,10 @@ NAMES = {
     TensorProto.FLOAT: "FP32", TensorProto.FLOAT16: "FP16", TensorProto.INT64: "INT64",
     TensorProto.BOOL: "BOOL", TensorProto.INT4: "INT4",
 }  # fmt: skip
-# These take their shape or axes as constants only.
-CONSTANT_ARGUMENTS = {"ReduceMean": [1], "Unsqueeze": [1], "Slice": [1, 2, 3], "Pad": [1, 3]}
+# These take their shape or axes as constants only; Conv with computed factors loses its kernel's.
+CONSTANT_ARGUMENTS = {
+    "ReduceMean": [1], "Unsqueeze": [1], "Slice": [1, 2, 3], "Pad": [1, 3], "Conv": [1, 2],
+}  # fmt: skip
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "siglip, int4": {"quantized": True, "kv_heads": 2},
     "clip, fp16": {"tower": "clip"},
@@ -81,6 +85,20 @@ def test_primitive_graphs_hold_only_what_tensorrt_10_3_parses(tmp_path: Path, na
         file = tmp_path / "primitive" / part / files.GRAPH
         onnx.checker.check_model(file, full_check=True)
         assert refusals(onnx.load(file)) == []
+
+
+@pytest.mark.skipif(not COMPILERS["tensorrt-rtx"].present, reason="needs the package tensorrt-rtx")
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_real_compiler_takes_primitive_graphs(tmp_path: Path, name: str) -> None:
+    """TensorRT-RTX, newer than a board's TensorRT, in its place: it has the same kind of parser."""
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", **CHECKPOINTS[name]))
+    write_engine(tmp_path / "e", checkpoint, "primitive")
+    described = json.loads((tmp_path / "e" / files.DESCRIPTION).read_text("utf-8"))
+    for part in graphs.parts_of(checkpoint.config):
+        folder, profile = tmp_path / "e" / part, described["profiles"][part][:1]
+        job = Job(folder / files.GRAPH, folder / "compiled", profile, "8.9")
+        compile_graph(COMPILERS["tensorrt-rtx"], job, lambda text="", steps=1: None)
+        assert job.plan.stat().st_size > 100_000
 
 
 def test_the_check_finds_what_is_not_there(tmp_path: Path) -> None:

@@ -115,7 +115,9 @@ def _embeddings(part: Part, pixels: str, config: VisionConfig) -> str:
     prefix = f"{config.family.prefix}embeddings"
     inputs = [part.narrowed(pixels), part.factor(f"{prefix}.patch_embedding.weight")]
     if config.family.name != "clip":
-        inputs.append(part.narrowed(part.vector(f"{prefix}.patch_embedding.bias")))
+        # onnx-tensorrt 10.1 mistakes the kernel's size where a convolution's bias is computed.
+        bias = f"{prefix}.patch_embedding.bias"
+        inputs.append(part.stored(bias) if part.half else part.vector(bias))
     patches = part.product("Conv", *inputs, strides=[config.patch_size] * 2)
     flat = graph.node("Reshape", patches, graph.integers(0, width, -1))
     rows = graph.node("Transpose", flat, perm=[0, 2, 1])
