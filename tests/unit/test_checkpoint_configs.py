@@ -223,7 +223,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = make_checkpoint(top / "root")
     for made in ("engine/llm", "cache/snapshots", "formats", "empty"):
         (top / made).mkdir(parents=True)
-    (top / "engine" / "manifest.json").touch()
+    (top / "engine" / "manifest.json").write_text("{}")
     (top / "cache" / "snapshots" / "0123").symlink_to(root)
     (top / "formats" / "awq").symlink_to(root)
     return top

@@ -85,28 +85,33 @@ def find_layout(root: Path) -> Layout:
     )
 
 
+# Methods of Path raise where a name is too long or a folder may not be entered.
 def _is_folder(path: Path) -> bool:
-    return os.path.isdir(path)  # noqa: PTH112  Path.is_dir raises on EACCES
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def _is_file(path: Path) -> bool:
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 def _refuse_other_folders(root: Path) -> None:
     """Raises VilaDeployError where `root` is what people give in place of a checkpoint's folder."""
     if not _is_folder(root):
         fix = "give the checkpoint's folder"
-        if root.is_file():
+        if _is_file(root):
             raise VilaDeployError("is a file", where=root, fix=fix)
         if len(root.parts) == 2 and not _is_folder(root.parent):
             fix += f"; for a hub's name: hf download {root} --local-dir {root.name}"
         raise VilaDeployError("no such folder", where=root, fix=fix)
     config = root / "config.json"
-    if not os.path.lexists(config) and (root / "manifest.json").exists():
+    if not os.path.lexists(config) and _is_file(root / "manifest.json"):
         raise VilaDeployError(
             "is an engine, not a checkpoint", where=root, fix="give the checkpoint's folder"
         )
     if any(_is_folder(root / part) for part in PARTS):
         return
     whole = Path(os.path.abspath(root))  # noqa: PTH100  links stay as they are
-    if whole.name in PARTS and (whole.parent / config.name).is_file():
+    if whole.name in PARTS and _is_file(whole.parent / config.name):
         raise VilaDeployError(
             "is one part of a checkpoint", where=root, fix=f"give the folder {whole.parent}"
         )
