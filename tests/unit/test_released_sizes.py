@@ -22,6 +22,7 @@ from vila_deploy.checkpoint.expected import (
     expected_tower,
 )
 from vila_deploy.checkpoint.llm_config import QuantizationConfig
+from vila_deploy.errors import VilaDeployError
 from vila_deploy.model import llm as llm_module
 from vila_deploy.model import towers
 from vila_deploy.model.presets import PRESETS, preset
@@ -162,3 +163,14 @@ def test_every_part_on_the_meta_device(name: str) -> None:
     ):
         count = sum(parameter.numel() for parameter in module.parameters())
         assert count == sum(math.prod(tensor.shape) for tensor in expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("VILA1.5-8b", "Llama-3-VILA1.5-8B"), ("vila1.5-40B", "VILA1.5-40b"), ("8B", None)],
+)
+def test_a_name_that_is_nearly_right_is_recognised(name: str, meant: str | None) -> None:
+    with pytest.raises(VilaDeployError, match="choose from VILA") as raised:
+        preset(name, "int4")
+    assert ("did you mean" in str(raised.value)) == (meant is not None)
+    assert meant is None or f"did you mean {meant}? " in str(raised.value)

@@ -79,7 +79,10 @@ def preset(name: str, precision: str) -> VilaConfig:
         VilaDeployError: no such model; the message lists those there are.
     """
     if name not in _MODELS:
-        raise VilaDeployError(f"unknown model {name!r}", fix=f"choose from {', '.join(PRESETS)}")
+        near = [known for known in PRESETS if name.casefold() in known.casefold()]
+        meant = f"did you mean {near[0]}? " if len(near) == 1 else ""
+        fix = f"{meant}choose from {', '.join(PRESETS)}"
+        raise VilaDeployError(f"unknown model {name!r}", fix=fix)
     model = _MODELS[name]
     vision, (llm, model_max_length) = _vision(model.tower), _llm(model.llm, precision)
     size, family = vision.image_size, vision.family
