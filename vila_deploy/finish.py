@@ -26,6 +26,7 @@ from vila_deploy.files import read_json_object
 
 
 def is_engine(folder: Path) -> bool:
+    """Whether vila-build-engine made `folder`, finished or not."""
     return os.path.lexists(folder / MANIFEST)
 
 
