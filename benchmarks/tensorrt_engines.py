@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from vila_deploy.bench.measure import commit, device_name, versions
+from vila_deploy.builder.memory_plan import VISION, plan_engine
+from vila_deploy.checkpoint.presets import PRESETS, preset
 from vila_deploy.engine.manifest import Manifest, load_manifest
-from vila_deploy.engine.plan import VISION, plan_engine
 from vila_deploy.engine.target import get_target
-from vila_deploy.model.presets import PRESETS, preset
 
 OUTPUT = Path(__file__).parent / "results" / "tensorrt-engines.jsonl"
 BUILD = """\
 import sys
 from pathlib import Path
-from vila_deploy.build import build_random_engine
+from vila_deploy.builder.build import build_random_engine
 build_random_engine(*sys.argv[1:4], Path(sys.argv[4]))
 """
 SAMPLE_EVERY_S = 0.1

@@ -23,7 +23,8 @@ from PIL import Image
 
 from vila_deploy.bench.measure import commit, device_name, versions
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.expected import (
+from vila_deploy.checkpoint.presets import PRESETS, preset
+from vila_deploy.checkpoint.tensor_schema import (
     Expected,
     expected_llm,
     expected_projector,
@@ -34,7 +35,6 @@ from vila_deploy.checkpoint.variants import (
     PROJECTOR_TYPES,
     TOWER_FAMILIES,
 )
-from vila_deploy.model.presets import PRESETS, preset
 from vila_deploy.model.random_weights import RandomWeights
 from vila_deploy.writers.folder import ShardWriter
 

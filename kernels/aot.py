@@ -13,6 +13,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
 from vila_deploy.kernels.launch import Launch
 
 WARP = 32

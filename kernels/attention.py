@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vila_deploy.kernels.boundary import prefetch, wait
-from vila_deploy.kernels.cache8 import levels_of, scale_of, widened
+
+from vila_deploy.kernels.kv_int8 import levels_of, scale_of, widened
 from vila_deploy.kernels.launch import Launch, next_power_of_2
-from vila_deploy.kernels.tiles import attention_slots, device
+from vila_deploy.kernels.pdl import prefetch, wait
+from vila_deploy.kernels.tile_config import attention_slots, device
 
 QUERIES = 16  # rows of the narrowest tensor core product
 LOG2_E = 1.4426950408889634

@@ -5,9 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from vila_deploy.kernels.core import MANTISSA_UNIT, TILE, plane
+
 from vila_deploy.kernels.launch import Launch
-from vila_deploy.kernels.layout import ROWS, PackedLinear, unpack
+from vila_deploy.kernels.packed_dot import MANTISSA_UNIT, TILE, plane
+from vila_deploy.kernels.packed_linear import ROWS, PackedLinear, unpack
 
 
 @triton.jit

@@ -5,9 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from vila_deploy.kernels.boundary import wait
+
 from vila_deploy.kernels.launch import Launch, next_power_of_2
-from vila_deploy.kernels.tiles import TOKENS
+from vila_deploy.kernels.pdl import wait
+from vila_deploy.kernels.tile_config import TOKENS
 
 
 @triton.jit

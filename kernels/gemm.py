@@ -6,10 +6,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vila_deploy.kernels.core import MANTISSA_UNIT, TILE, plane
+
 from vila_deploy.kernels.launch import Launch
-from vila_deploy.kernels.layout import PackedLinear, unpack
-from vila_deploy.kernels.tiles import gemm_tile
+from vila_deploy.kernels.packed_dot import MANTISSA_UNIT, TILE, plane
+from vila_deploy.kernels.packed_linear import PackedLinear, unpack
+from vila_deploy.kernels.tile_config import gemm_tile
 
 
 @triton.jit

@@ -6,10 +6,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vila_deploy.kernels.core import times_rows
+
 from vila_deploy.kernels.launch import Launch
-from vila_deploy.kernels.layout import PackedLinear, unpack
-from vila_deploy.kernels.tiles import TOKENS, gemv_tile
+from vila_deploy.kernels.packed_dot import times_rows
+from vila_deploy.kernels.packed_linear import PackedLinear, unpack
+from vila_deploy.kernels.tile_config import TOKENS, gemv_tile
 
 
 @triton.jit

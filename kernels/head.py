@@ -6,13 +6,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vila_deploy.kernels.boundary import wait_with_rows
-from vila_deploy.kernels.core import inverse_rms, load_squares, times_rows
+
 from vila_deploy.kernels.gemv import weight_arguments, weight_constants
 from vila_deploy.kernels.launch import Launch, next_power_of_2
-from vila_deploy.kernels.layout import PackedLinear, unpack
 from vila_deploy.kernels.norm_qkv import normed
-from vila_deploy.kernels.tiles import gemv_tile
+from vila_deploy.kernels.packed_dot import inverse_rms, load_squares, times_rows
+from vila_deploy.kernels.packed_linear import PackedLinear, unpack
+from vila_deploy.kernels.pdl import wait_with_rows
+from vila_deploy.kernels.tile_config import gemv_tile
 
 
 @triton.jit

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
 from vila_deploy.kernels import interpreter  # also prepares it before the first launch
 
 Argument = Tensor | int | float | tuple[Any, ...]

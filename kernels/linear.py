@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
 from vila_deploy.kernels.dequantize import dequantize
 from vila_deploy.kernels.gemm import gemm
 from vila_deploy.kernels.gemv import gemv
-from vila_deploy.kernels.layout import PackedLinear
-from vila_deploy.kernels.tiles import TOKENS, widest_gemm
+from vila_deploy.kernels.packed_linear import PackedLinear
+from vila_deploy.kernels.tile_config import TOKENS, widest_gemm
 
 
 def linear(x: Tensor, weight: PackedLinear, bias: Tensor | None, sm: int) -> Tensor:

@@ -6,10 +6,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vila_deploy.kernels.boundary import wait
-from vila_deploy.kernels.cache8 import levels_of, scale_of
+
+from vila_deploy.kernels.kv_int8 import levels_of, scale_of
 from vila_deploy.kernels.launch import Launch, next_power_of_2
-from vila_deploy.kernels.tiles import TOKENS
+from vila_deploy.kernels.pdl import wait
+from vila_deploy.kernels.tile_config import TOKENS
 
 BLOCK_TOKENS = 32  # of a prompt, a program
 Scales = tuple[Tensor, Tensor]

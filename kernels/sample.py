@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vila_deploy.kernels.boundary import wait
+
 from vila_deploy.kernels.launch import Launch, next_power_of_2
+from vila_deploy.kernels.pdl import wait
 
 CHUNK = 8192  # of the vocabulary at a time
 ROUNDS = 40  # of bisection: 2⁻⁴⁰ of the range is below float32's spacing

@@ -25,7 +25,7 @@ def main() -> int:
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"), help="rows are appended")
     parser.add_argument("--limit-s", type=float, default=LIMIT_S)
-    parser.add_argument("--only", help="stages after the checks, e.g. steps,peers")
+    parser.add_argument("--only", help="stages after the checks, e.g. steps,baselines")
     parser.add_argument("--unchecked", action="store_true", help="time without the checks")
     arguments = parser.parse_args()
     if arguments.rehearse:
@@ -42,13 +42,13 @@ def benchmark(
     """All stages in turn; 1 if a kernel disagrees with its reference, then nothing is timed."""
     import torch
 
-    from benchmarks.gpu.card import measure_card
+    from benchmarks.gpu.baseline_llamacpp import measure_llamacpp
+    from benchmarks.gpu.baseline_tinychat import begin_compiling
     from benchmarks.gpu.checks import check_all
-    from benchmarks.gpu.peers_llamacpp import measure_llamacpp
-    from benchmarks.gpu.peers_tinychat import begin_compiling
+    from benchmarks.gpu.gpu_state import measure_card
     from benchmarks.gpu.plot import plot
     from benchmarks.gpu.products import (
-        measure_peers,
+        measure_baselines,
         measure_prefill,
         measure_products,
         measure_stream,
@@ -59,7 +59,7 @@ def benchmark(
         stage.__name__.removeprefix("measure_"): stage
         for stage in (
             measure_stream, measure_steps, measure_card, measure_products, measure_prefill,
-            measure_peers, measure_llamacpp, measure_boundaries,
+            measure_baselines, measure_llamacpp, measure_boundaries,
         )
     }  # fmt: skip
     if unknown := set(only or ()) - stages.keys():
@@ -74,7 +74,7 @@ def benchmark(
         device, sm = "cuda", 10 * major + minor
     run = Run(device, sm, limit_s, out)
     if not rehearse:
-        if not only or "peers" in only:
+        if not only or "baselines" in only:
             begin_compiling()
         if checked:
             _compile_ahead(sm)

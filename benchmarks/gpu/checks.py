@@ -6,28 +6,28 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+
+from benchmarks.gpu.environment import Run, reason_of
+from benchmarks.gpu.inputs import config, linears, random_packed
 from vila_deploy.kernels.add_residual import add_residual, add_residual_reference, parts
+from vila_deploy.kernels.argmax import pick, pick_reference
 from vila_deploy.kernels.attention import (
     Parts,
     attention,
     attention_reference,
     rope_attention,
 )
-from vila_deploy.kernels.cache8 import round_vectors, widen_vectors
 from vila_deploy.kernels.dequantize import dequantize, dequantize_reference
 from vila_deploy.kernels.embed import embed, embed_reference
 from vila_deploy.kernels.gate_up import gate_up, gate_up_reference
 from vila_deploy.kernels.gemm import gemm, gemm_reference
 from vila_deploy.kernels.gemv import gemv, gemv_reference
 from vila_deploy.kernels.head import head, head_reference
+from vila_deploy.kernels.kv_int8 import round_vectors, widen_vectors
 from vila_deploy.kernels.norm_qkv import norm_qkv, norm_qkv_reference
-from vila_deploy.kernels.pick import pick, pick_reference
 from vila_deploy.kernels.rope_kv import rope_kv, rope_kv_reference
 from vila_deploy.kernels.sample import sample, sample_reference
-from vila_deploy.kernels.tiles import TOKENS, attention_splits
-
-from benchmarks.gpu.environment import Run, reason_of
-from benchmarks.gpu.inputs import config, linears, random_packed
+from vila_deploy.kernels.tile_config import TOKENS, attention_splits
 
 EPSILON, SLOTS = 1e-5, 1024
 # ‖found − reference‖ / ‖reference‖ of float16 outputs: rounding alone is 2e-4 to 3e-4.

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from vila_deploy.kernels.layout import ZERO_UNIT, PackedLinear, empty_like_packed
 
-from vila_deploy.backends.native.streamed import pinned
+from vila_deploy.backends.native.offload import pinned
 from vila_deploy.backends.native.weights import PackedLlm, empty_llm, map_tensors
 from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.model.presets import preset
+from vila_deploy.checkpoint.presets import preset
+from vila_deploy.kernels.packed_linear import ZERO_UNIT, PackedLinear, empty_like_packed
 
 # The shapes: label → preset.
 MODELS = {

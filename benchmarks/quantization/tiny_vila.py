@@ -23,18 +23,18 @@ from PIL import Image
 
 from vila_deploy.bench.measure import commit, device_name
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.engine.description import describe
-from vila_deploy.generate import Conversation, Sampling
-from vila_deploy.model.prompts import IMAGE_MARKER
-from vila_deploy.model.tokenizer import load_tokenizer
+from vila_deploy.data.examples import Example, Picture
+from vila_deploy.engine.model_info import describe
+from vila_deploy.eval.fidelity import EvaluationData, evaluate
+from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.model.vila import ReferenceSession
-from vila_deploy.progress import progress
-from vila_deploy.quantize.evaluate import EvaluationData, evaluate
-from vila_deploy.quantize.examples import Example, Picture
-from vila_deploy.quantize.job import quantize
+from vila_deploy.processing.chat_template import IMAGE_MARKER
+from vila_deploy.processing.tokenizer import load_tokenizer
 from vila_deploy.quantize.options import ALGORITHMS, Options
+from vila_deploy.quantize.pipeline import quantize
 from vila_deploy.quantize.report import versions
-from vila_deploy.quantize.scheme import QuantScheme
+from vila_deploy.runtime.generate import Conversation, Sampling
+from vila_deploy.utils.progress import progress
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY_VILA, RESULTS = ROOT / "examples" / "tiny-vila", ROOT / "benchmarks" / "results"

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vila_deploy.progress import progress
+from vila_deploy.utils.progress import progress
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vila_deploy.engine.description import ModelDescription
+    from vila_deploy.engine.model_info import ModelDescription
     from vila_deploy.engine.session import Session
-    from vila_deploy.model.tokenizer import Tokenizer
+    from vila_deploy.processing.tokenizer import Tokenizer
 
     Answer = Callable[[Sequence[Image.Image], str], str]
 
@@ -106,9 +106,9 @@ def score() -> None:
 def reference() -> Iterator[Answer]:
     """The checkpoint as trained, in PyTorch."""
     from vila_deploy.checkpoint import open_checkpoint
-    from vila_deploy.engine.description import describe
-    from vila_deploy.model.tokenizer import load_tokenizer
+    from vila_deploy.engine.model_info import describe
     from vila_deploy.model.vila import ReferenceSession
+    from vila_deploy.processing.tokenizer import load_tokenizer
 
     checkpoint = open_checkpoint(CHECKPOINT)
     tokenizer = load_tokenizer(CHECKPOINT / "llm")
@@ -128,7 +128,7 @@ def engine(folder: Path) -> Iterator[Answer]:
 
 def answerer(session: Session, tokenizer: Tokenizer, model: ModelDescription) -> Answer:
     """(pictures, prompt) → greedy answer, each a conversation of its own."""
-    from vila_deploy.generate import Conversation, Sampling
+    from vila_deploy.runtime.generate import Conversation, Sampling
 
     def answer(images: Sequence[Image.Image], prompt: str) -> str:
         conversation = Conversation(session, tokenizer, model, session.max_seq_len)

@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
 from tiny_vila.model import load
 from tiny_vila.questions import Question, held_out
 from tiny_vila.scoring import score
-from torch import Tensor, nn
 
 
 def rounded(weight: Tensor, group_size: int = 128) -> Tensor:

@@ -21,15 +21,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from evaluate import rounded
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
 from tiny_vila.codes import STD, Codes, prepare_embeddings
 from tiny_vila.model import TEMPLATE, TinyVila, load, preprocess, save, train_tokenizer
 from tiny_vila.packing import Batch, collate, random_pack
 from tiny_vila.pictures import Scene, draw, random_scene
 from tiny_vila.questions import TRAINING, vocabulary_text
-from tokenizers import Tokenizer
-from torch import Tensor, nn
-
-from vila_deploy.model.prompts import render
+from vila_deploy.processing.chat_template import render
 
 SEED = 0
 CODE_NOISE = 0.15

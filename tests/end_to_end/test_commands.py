@@ -15,10 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import BIN, assert_one_line, invoke, run, succeed
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import make_checkpoint
+
+from tests.support.commands import BIN, assert_one_line, invoke, run, succeed
+from tests.support.tiny import make_checkpoint
 
 COMMANDS = ("vila-quantize", "vila-build-engine", "vila-chat", "vila-bench", "vila-convert")
 

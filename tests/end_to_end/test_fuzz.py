@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from conftest import assert_one_line, invoke, run
-from mutate import mutate
-from tiny import make_checkpoint
+
+from tests.support.commands import assert_one_line, invoke, run
+from tests.support.mutate import mutate
+from tests.support.tiny import make_checkpoint
 
 MUTATIONS = 300
 THROUGH_THE_SHELL = 2

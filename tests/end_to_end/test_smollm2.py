@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from comparison import NEW_TOKENS, greedy_tokens_of_both, noise
-from conftest import succeed
 from onnx import numpy_helper
 from safetensors.numpy import load_file
-from smollm2 import make_smollm2_vila
+
+from tests.support.commands import succeed
+from tests.support.comparison import NEW_TOKENS, greedy_tokens_of_both, noise
+from tests.support.smollm2 import make_smollm2_vila
 
 QUESTIONS = (
     "What do you see?", "Write a short poem about rain.", "Explain recursion to a child.",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from comparison import NEW_TOKENS
-from conftest import succeed
-from graph_comparison import GraphRunner, compare, embedded, write_graphs
 
+from tests.support.commands import succeed
+from tests.support.comparison import NEW_TOKENS
+from tests.support.graph_comparison import GraphRunner, compare, embedded, write_graphs
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.model.vila import ReferenceSession
 

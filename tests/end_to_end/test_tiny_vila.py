@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from comparison import NEW_TOKENS, greedy_tokens_of_both
-from conftest import succeed
+
+from tests.support.commands import succeed
+from tests.support.comparison import NEW_TOKENS, greedy_tokens_of_both
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import assert_one_line, invoke, run, succeed
 from PIL import Image
-from tiny import make_checkpoint
-from videos import make_video
+
+from tests.support.commands import assert_one_line, invoke, run, succeed
+from tests.support.tiny import make_checkpoint
+from tests.support.videos import make_video
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+
+from tests.support.paths import REPOSITORY
 
 
 @pytest.fixture(scope="module")

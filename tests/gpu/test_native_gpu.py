@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-TINY_VILA = REPOSITORY / "examples" / "tiny-vila" / "checkpoint"
+from tests.support.paths import TINY_VILA
+
 NEW_TOKENS, RUNS = 64, 10
 PRODUCTS = {"norm_qkv_kernel", "add_residual_kernel", "gate_up_kernel"}
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
@@ -42,7 +41,7 @@ def target() -> str:
 def pair(tmp_path_factory: pytest.TempPathFactory, target: str) -> Iterator[tuple[Any, Any]]:
     """tiny-vila as it was trained: the engine on this GPU, and the reference on the CPU."""
     from vila_deploy.backends import open_engine
-    from vila_deploy.build import BuildOptions, build_engine
+    from vila_deploy.builder.build import BuildOptions, build_engine
     from vila_deploy.checkpoint import open_checkpoint
     from vila_deploy.model.vila import ReferenceSession
 
@@ -57,7 +56,6 @@ def prompt(session: Any) -> np.ndarray:
 
 
 def test_every_kernel_equals_its_reference(tmp_path: Path) -> None:
-    sys.path.insert(0, str(REPOSITORY))
     from benchmarks.gpu.checks import check_all
     from benchmarks.gpu.environment import Run
 
@@ -94,8 +92,8 @@ def test_ten_runs_give_equal_bytes_and_guessing_the_same_tokens(pair: tuple[Any,
 def small(tmp_path_factory: pytest.TempPathFactory, target: str) -> Iterator[Any]:
     """Output head in int4, cache in int8."""
     from vila_deploy.backends import open_engine
-    from vila_deploy.build import BuildOptions, build_engine
-    from vila_deploy.engine.components import Components
+    from vila_deploy.builder.build import BuildOptions, build_engine
+    from vila_deploy.engine.precision import Components
 
     folder = tmp_path_factory.mktemp("small") / "engine"
     components = Components(lm_head="int4", kv_cache="int8")
@@ -110,7 +108,7 @@ def test_tokens_chosen_on_the_device_are_those_of_the_host(
     engine: str, request: pytest.FixtureRequest
 ) -> None:
     """With what runs ahead, and where a stop token cuts that off."""
-    from vila_deploy.generate import Sampling, generate
+    from vila_deploy.runtime.generate import Sampling, generate
 
     found = request.getfixturevalue(engine)
     session = found[0] if engine == "pair" else found
@@ -133,9 +131,8 @@ def after_a_step(session: Any, boundaries: Any, *, alike: bool = False) -> list[
     Args:
         alike: separate products have as many warps as those of a joined launch.
     """
-    from vila_deploy.kernels.joined import separate
-
-    from vila_deploy.backends.native.step import Cache, DecodeStep
+    from vila_deploy.backends.native.decode_step import Cache, DecodeStep
+    from vila_deploy.kernels.fused_layer import separate
 
     sizes = dataclasses.replace(session._sizes, boundaries=boundaries)
     cache = Cache(sizes.config, sizes.slots, sizes.device)
@@ -180,7 +177,7 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
 def test_kernels_that_follow_each_other_otherwise_give_the_same_bits(
     pair: tuple[Any, Any], overlap: bool, merge: bool
 ) -> None:
-    from vila_deploy.kernels.boundary import LEAST_SM, Boundaries
+    from vila_deploy.kernels.pdl import LEAST_SM, Boundaries
 
     session, _ = pair
     if overlap and session._sizes.sm < LEAST_SM:
@@ -190,7 +187,7 @@ def test_kernels_that_follow_each_other_otherwise_give_the_same_bits(
 
 
 def test_a_joined_launch_gives_the_bits_of_its_phases(pair: tuple[Any, Any]) -> None:
-    from vila_deploy.kernels.boundary import Boundaries
+    from vila_deploy.kernels.pdl import Boundaries
 
     session, _ = pair
     expected = after_a_step(session, Boundaries(), alike=True)
@@ -200,7 +197,7 @@ def test_a_joined_launch_gives_the_bits_of_its_phases(pair: tuple[Any, Any]) -> 
 
 
 def test_equal_seeds_draw_equal_tokens(pair: tuple[Any, Any]) -> None:
-    from vila_deploy.generate import Sampling, generate
+    from vila_deploy.runtime.generate import Sampling, generate
 
     session, _ = pair
     answers = [
@@ -216,8 +213,8 @@ def test_parts_in_host_memory_give_the_same_bits(
     """Triton reads the table in pinned memory, and the tower's layers come and go."""
     from vila_deploy.backends import open_engine
     from vila_deploy.backends.native import build as build_module
-    from vila_deploy.build import BuildOptions, build_engine
-    from vila_deploy.engine.plan import EMBEDDINGS, VISION
+    from vila_deploy.builder.build import BuildOptions, build_engine
+    from vila_deploy.builder.memory_plan import EMBEDDINGS, VISION
 
     monkeypatch.setattr(build_module, "host_parts", lambda *_: (EMBEDDINGS, VISION))
     folder = tmp_path / "engine"
@@ -238,9 +235,9 @@ def test_a_tower_in_int8_is_near_the_float16_one_and_may_be_streamed(
 ) -> None:
     from vila_deploy.backends import open_engine
     from vila_deploy.backends.native import build as build_module
-    from vila_deploy.build import BuildOptions, build_engine
-    from vila_deploy.engine.components import Components
-    from vila_deploy.engine.plan import VISION
+    from vila_deploy.builder.build import BuildOptions, build_engine
+    from vila_deploy.builder.memory_plan import VISION
+    from vila_deploy.engine.precision import Components
 
     pixels = np.random.default_rng(0).standard_normal((1, 3, 72, 72), np.float32)
     options = BuildOptions(

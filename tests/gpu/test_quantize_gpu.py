@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from vila_deploy.quantize.job import quantize
+from tests.support.paths import TINY_VILA
+from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.quantize.options import Options
-from vila_deploy.quantize.scheme import QuantScheme
+from vila_deploy.quantize.pipeline import quantize
 
-TINY_VILA = Path(__file__).resolve().parents[2] / "examples" / "tiny-vila" / "checkpoint"
 # Mean KL of two roundings of the same quality; they differ in single levels.
 RATIO = 1.3
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from tiny import make_checkpoint
-
+from tests.support.tiny import make_checkpoint
 from vila_deploy.backends import open_engine
 from vila_deploy.backends.tensorrt import cuda, files
 from vila_deploy.backends.tensorrt.compilers import COMPILERS, host_platform
-from vila_deploy.build import BuildOptions, build_engine
+from vila_deploy.builder.build import BuildOptions, build_engine
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.engine.target import Target, load_targets
-from vila_deploy.errors import VilaDeployError
 from vila_deploy.model.vila import ReferenceSession
+from vila_deploy.utils.errors import VilaDeployError
 
 # Of the logits' spread; on onnxruntime the same graphs stay below 5e-3.
 TOLERANCE = 2e-2

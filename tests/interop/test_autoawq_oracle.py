@@ -2,7 +2,7 @@
 
 Needs its own environment: autoawq 0.2.9 --no-deps, transformers 4.51.3, accelerate, datasets, and
 no triton, whose kernels it would want a GPU for. Its transformers can't make SmolLM2's checkpoint:
-SMOLLM2_VILA=FOLDER has one that tests/smollm2.py wrote in the ordinary environment.
+SMOLLM2_VILA=FOLDER has one that tests/support/smollm2.py wrote in the ordinary environment.
 """
 
 from __future__ import annotations
@@ -11,10 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from peers import MODELS, greedy, linears, make_model, prompt_ids, reference_model, round_checkpoint
 
+from tests.support.baseline_environment import (
+    MODELS,
+    greedy,
+    linears,
+    make_model,
+    prompt_ids,
+    reference_model,
+    round_checkpoint,
+)
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.quantize.scheme import QuantScheme
+from vila_deploy.formats.scheme import QuantScheme
 
 awq = pytest.importorskip("awq", reason="AutoAWQ is only in an environment of its own")
 

@@ -6,10 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from peers import MODELS, greedy, linears, make_model, prompt_ids, reference_model, round_checkpoint
 
+from tests.support.baseline_environment import (
+    MODELS,
+    greedy,
+    linears,
+    make_model,
+    prompt_ids,
+    reference_model,
+    round_checkpoint,
+)
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.quantize.scheme import QuantScheme
+from vila_deploy.formats.scheme import QuantScheme
 
 pytest.importorskip("gptqmodel", reason="pip install '.[interop]' to test against this tool")
 

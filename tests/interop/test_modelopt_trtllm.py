@@ -7,22 +7,18 @@ environment of its own: PYTHONPATH=. python -m pytest tests/interop/test_modelop
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 pytest.importorskip("modelopt", reason="nvidia-modelopt is not installed")
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
-from modelopt_trtllm import export, summary, tiny
-from test_trtllm_golden import GOLDEN, config_of
-
-from vila_deploy.checkpoint.trtllm import TrtllmCheckpoint
-from vila_deploy.formats.quantized_linear import QuantizedLinear
+from tests.support.modelopt_trtllm import export, summary, tiny
+from tests.support.paths import GOLDEN
+from tests.support.trtllm_cases import config_of
+from vila_deploy.checkpoint.trtllm_reader import TrtllmCheckpoint
+from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.formats.trtllm import LINEARS, QKV
 from vila_deploy.writers.trtllm_ranks import write_trtllm
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from vila_deploy.engine.description import ModelDescription
 from vila_deploy.engine.manifest import Manifest, load_manifest
+from vila_deploy.engine.model_info import ModelDescription
 from vila_deploy.engine.session import Session
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.model.tokenizer import Tokenizer, load_tokenizer
+from vila_deploy.processing.tokenizer import Tokenizer, load_tokenizer
+from vila_deploy.utils.errors import VilaDeployError
 
 # Each module offers open_session(folder, manifest) → Session.
 BACKENDS = {
@@ -61,7 +61,7 @@ def open_engine(folder: Path) -> Iterator[OpenedEngine]:
             fix=f"build it with --backend {' or '.join(BACKENDS)}",
         )
     if manifest.needs:
-        from vila_deploy.finish import place_of_rest
+        from vila_deploy.builder.finish import place_of_rest
 
         raise VilaDeployError(
             f"is not finished: {'; '.join(manifest.needs)}",

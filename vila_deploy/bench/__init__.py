@@ -1,0 +1,1 @@
+"""Measure engines: decode speed, time to first token, memory bandwidth."""

@@ -24,11 +24,11 @@ from vila_deploy.bench.bandwidth import read_bandwidth_bytes_per_s
 from vila_deploy.bench.gpu import gpu_name
 from vila_deploy.engine.session import Floats
 from vila_deploy.engine.target import get_target
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.generate import Sampling, continue_from, encode_images, place_images
-from vila_deploy.model.images import Pixels, preprocess
-from vila_deploy.model.prompts import PROMPT_TEMPLATES, render
-from vila_deploy.model.splice import prompt_length, prompt_pieces, splice
+from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
+from vila_deploy.processing.images import Pixels, preprocess
+from vila_deploy.processing.multimodal_prompt import prompt_length, prompt_pieces, splice
+from vila_deploy.runtime.generate import Sampling, continue_from, encode_images, place_images
+from vila_deploy.utils.errors import VilaDeployError
 
 DECODE_TOKENS = 256
 # Not timed: a GPU's first steps record its graph.

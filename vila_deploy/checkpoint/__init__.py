@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING
 
 from vila_deploy.checkpoint.checksums import ChecksumError, verify_checksums
 from vila_deploy.checkpoint.config import VilaConfig, config_of
-from vila_deploy.checkpoint.expected import (
+from vila_deploy.checkpoint.folder_layout import PARTS, Layout, find_layout, split_flat
+from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.checkpoint.quantization import TRTLLM
+from vila_deploy.checkpoint.reader import TensorReader, find_tensors
+from vila_deploy.checkpoint.safetensors_header import TensorInfo
+from vila_deploy.checkpoint.tensor_schema import (
     EMBEDDING,
     HEAD,
     check_llm,
     check_projector,
     check_tower,
 )
-from vila_deploy.checkpoint.header import TensorInfo
-from vila_deploy.checkpoint.layout import PARTS, Layout, find_layout, split_flat
-from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.checkpoint.quantization import TRTLLM
-from vila_deploy.checkpoint.tensors import TensorReader, find_tensors
-from vila_deploy.checkpoint.tinychat import VERSION as TINYCHAT
-from vila_deploy.checkpoint.tinychat import read_tinychat, tinychat_file
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.files import sha256_file
+from vila_deploy.checkpoint.tinychat_file import VERSION as TINYCHAT
+from vila_deploy.checkpoint.tinychat_file import read_tinychat, tinychat_file
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.files import sha256_file
 
 if TYPE_CHECKING:
-    from vila_deploy.checkpoint.trtllm import TrtllmCheckpoint
+    from vila_deploy.checkpoint.trtllm_reader import TrtllmCheckpoint
 
 IDENTIFYING_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 
@@ -160,7 +160,7 @@ def _llm_reader(
     """Reads the checked tensors of llm/, or of trtllm/ beside it."""
     if _is_trtllm(config):
         # Only here, since that module needs torch.
-        from vila_deploy.checkpoint.trtllm import FOLDER, TrtllmCheckpoint
+        from vila_deploy.checkpoint.trtllm_reader import FOLDER, TrtllmCheckpoint
 
         return TrtllmCheckpoint(layout.root / FOLDER, config)
     check_llm(config, found, layout.folder("llm"))

@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from vila_deploy.errors import VilaDeployError, short
-from vila_deploy.files import read_small_file, sha256_file
+from vila_deploy.utils.errors import VilaDeployError, short
+from vila_deploy.utils.files import read_small_file, sha256_file
 
 CHECKSUM_FILE = "SHA256SUMS"
 LIMIT_BYTES = 1 << 20

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from vila_deploy.errors import VilaDeployError, short
-from vila_deploy.files import read_json_object
+from vila_deploy.utils.errors import VilaDeployError, short
+from vila_deploy.utils.files import read_json_object
 
 _MISSING = object()
 _FLOAT_LIMIT = 1e12

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.checkpoint.quantization import QuantizationConfig, load_quantization
 from vila_deploy.checkpoint.variants import LLM_FAMILIES, LlmFamily
-from vila_deploy.errors import short
+from vila_deploy.utils.errors import short
 
 
 @dataclass(frozen=True)

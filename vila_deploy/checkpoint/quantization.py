@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vila_deploy.checkpoint.fields import Fields
-from vila_deploy.checkpoint.tinychat import VERSION as TINYCHAT
-from vila_deploy.checkpoint.tinychat import group_size, tinychat_file
-from vila_deploy.errors import short
+from vila_deploy.checkpoint.tinychat_file import VERSION as TINYCHAT
+from vila_deploy.checkpoint.tinychat_file import group_size, tinychat_file
+from vila_deploy.utils.errors import short
 
 TRTLLM = "trtllm"  # QuantizationConfig.version of TensorRT-LLM's checkpoint
 PACKED = "pack-quantized"  # QuantizationConfig.version of compressed-tensors

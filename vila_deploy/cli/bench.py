@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vila_deploy.cli.common import command_errors
-from vila_deploy.python import command
+from vila_deploy.utils.module_command import command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +67,7 @@ def main(
 
 def _measure_random(model: str, precisions: Sequence[str], target: str) -> list[dict[str, Any]]:
     from vila_deploy.bench import gpu
-    from vila_deploy.build import build_random_engine
+    from vila_deploy.builder.build import build_random_engine
     from vila_deploy.engine.target import get_target
 
     found, rows = get_target(target), []
@@ -85,7 +85,7 @@ def _measure_random(model: str, precisions: Sequence[str], target: str) -> list[
 def _measure(engine: Path) -> dict[str, Any]:
     """Runs the worker; what it says on stderr goes to the user as it is."""
     worker = subprocess.Popen(
-        command("vila_deploy.bench.worker", str(engine)), stdout=subprocess.PIPE, text=True
+        command("vila_deploy.cli.bench_worker", str(engine)), stdout=subprocess.PIPE, text=True
     )
     try:
         printed, _ = worker.communicate()

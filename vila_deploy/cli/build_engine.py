@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import click
 
 from vila_deploy.cli.common import EXIT_INTERRUPTED, command_errors, echo_json
-from vila_deploy.errors import VilaDeployError, printable
+from vila_deploy.utils.errors import VilaDeployError, printable
 
 if TYPE_CHECKING:
-    from vila_deploy.build import BuildOptions
-    from vila_deploy.engine.components import Components
-    from vila_deploy.engine.fit import Fit
+    from vila_deploy.builder.build import BuildOptions
+    from vila_deploy.builder.fit import Fit
+    from vila_deploy.builder.memory_plan import EnginePlan
     from vila_deploy.engine.manifest import Manifest
-    from vila_deploy.engine.plan import EnginePlan
+    from vila_deploy.engine.precision import Components
 
 
 class Precision(click.Choice[str]):
@@ -101,7 +101,7 @@ def main(
 
     An engine folder with steps left for the device is finished there by the same command.
     """
-    from vila_deploy.finish import is_engine, is_unfinished
+    from vila_deploy.builder.finish import is_engine, is_unfinished
 
     if out is None and not plan_only and is_unfinished(checkpoint):
         out = checkpoint
@@ -114,8 +114,8 @@ def main(
     if out is None and not plan_only:
         raise click.UsageError("-o is missing: name the folder to write, or give --plan")
 
-    from vila_deploy.build import BuildOptions, plan_build, plan_targets
-    from vila_deploy.engine.components import Components
+    from vila_deploy.builder.build import BuildOptions, plan_build, plan_targets
+    from vila_deploy.engine.precision import Components
 
     options = BuildOptions(
         target, backend, precision, max_batch_size, max_input_len, max_seq_len, prompt_template, tp,
@@ -132,8 +132,8 @@ def main(
 
 
 def _build(checkpoint: Path, out: Path, options: BuildOptions) -> Manifest:
-    from vila_deploy.build import build_engine
-    from vila_deploy.finish import is_unfinished
+    from vila_deploy.builder.build import build_engine
+    from vila_deploy.builder.finish import is_unfinished
 
     try:
         return build_engine(checkpoint, out, options)
@@ -172,7 +172,7 @@ def _show_engine(out: Path, manifest: Manifest, as_json: bool) -> None:
                 f"likely token for {effect['top1_agreement']:.2%} of {effect['tokens']} tokens"
             )
         if manifest.needs:
-            from vila_deploy.finish import place_of_rest
+            from vila_deploy.builder.finish import place_of_rest
 
             click.echo(
                 f"Left for {place_of_rest(manifest)}: {'; '.join(manifest.needs)}. "

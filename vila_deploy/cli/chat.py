@@ -15,7 +15,7 @@ from vila_deploy.cli.common import command_errors, echo_json, no_nan
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from vila_deploy.generate import Answer, Conversation, Sampling
+    from vila_deploy.runtime.generate import Answer, Conversation, Sampling
 
 HELP_INTERACTIVE = (
     "/image FILE and /video FILE add pictures to the next question, /reset begins anew, /quit ends"
@@ -75,10 +75,10 @@ def main(
         raise click.UsageError("--json needs -p")
 
     from vila_deploy.backends import open_engine
-    from vila_deploy.errors import VilaDeployError
-    from vila_deploy.generate import Conversation, Sampling
-    from vila_deploy.model.images import open_image
-    from vila_deploy.model.video import sample_frames
+    from vila_deploy.processing.images import open_image
+    from vila_deploy.processing.video import sample_frames
+    from vila_deploy.runtime.generate import Conversation, Sampling
+    from vila_deploy.utils.errors import VilaDeployError
 
     pictures = [open_image(path) for path in images]
     sampling = Sampling(max_new_tokens, temperature, top_p, seed)
@@ -121,8 +121,8 @@ def _interactive(
     sampling: Sampling,
     frames_of: Callable[[Path], list[Image]],
 ) -> None:
-    from vila_deploy.errors import VilaDeployError
-    from vila_deploy.model.images import open_image
+    from vila_deploy.processing.images import open_image
+    from vila_deploy.utils.errors import VilaDeployError
 
     click.echo(HELP_INTERACTIVE, err=True)
     while True:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import click
 
-from vila_deploy.errors import OUT_OF_MEMORY, VilaDeployError, out_of_memory, printable
+from vila_deploy.utils.errors import OUT_OF_MEMORY, VilaDeployError, out_of_memory, printable
 
 if TYPE_CHECKING:
-    from vila_deploy.engine.fit import Fit
-    from vila_deploy.sizes import Component, Stage
+    from vila_deploy.builder.fit import Fit
+    from vila_deploy.utils.estimates import Component, Stage
 
 P = ParamSpec("P")
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
@@ -78,7 +78,7 @@ def show_plan(components: Iterable[Component], stages: Iterable[Stage]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from vila_deploy.progress import clock
+    from vila_deploy.utils.progress import clock
 
     table = Table("part", "parameters", "bits", "MB", box=None)
     for column in table.columns[1:]:

@@ -33,7 +33,7 @@ def main(checkpoint: Path, formats: tuple[str, ...], out: Path) -> None:
     vila-convert VILA1.5-3b-AWQ --to awq -o VILA1.5-3b-autoawq
     vila-convert my-quantized --to tinychat -o my-tinychat
     """
-    from vila_deploy.convert import convert
+    from vila_deploy.writers.convert import convert
 
     convert(checkpoint, out, formats)
     click.echo(f"{out}: {', '.join(formats)}")

@@ -16,9 +16,9 @@ from vila_deploy.cli.formats import FormatNames
 from vila_deploy.writers.registry import FORMATS
 
 if TYPE_CHECKING:
-    from vila_deploy.engine.fit import Fit
+    from vila_deploy.builder.fit import Fit
+    from vila_deploy.quantize.estimate.plan import QuantizePlan
     from vila_deploy.quantize.options import Options
-    from vila_deploy.quantize.plan import QuantizePlan
 
 ALGORITHMS = ("awq-gptq", "awq", "rtn")
 DEVICES = ("auto", "cpu", "cuda")
@@ -114,8 +114,8 @@ def main(
     if no_eval and (eval_data or max_kl is not None):
         raise click.UsageError("--no-eval leaves nothing for --eval or --max-kl to do")
 
+    from vila_deploy.formats.scheme import QuantScheme
     from vila_deploy.quantize.options import Options
-    from vila_deploy.quantize.scheme import QuantScheme
 
     scheme = QuantScheme(group_size, symmetric)
     options = Options(scheme, algorithm, calib, calib_images, seed, prompt_template, formats)
@@ -131,10 +131,10 @@ def main(
 
 
 def _plan(checkpoint: Path, options: Options, as_json: bool) -> None:
-    from vila_deploy.build import default_limits
+    from vila_deploy.builder.build import default_limits
+    from vila_deploy.builder.fit import fit_everywhere
     from vila_deploy.checkpoint.config import load_config, with_template
-    from vila_deploy.engine.fit import fit_everywhere
-    from vila_deploy.quantize.plan import measured_plan
+    from vila_deploy.quantize.estimate.plan import measured_plan
 
     config = with_template(load_config(checkpoint), options.prompt_template)
     planned = measured_plan(config, options)
@@ -148,11 +148,11 @@ def _plan(checkpoint: Path, options: Options, as_json: bool) -> None:
 def _quantize(
     checkpoint: Path, out: Path, options: Options, resume: bool, as_json: bool
 ) -> dict[str, Any]:
-    from vila_deploy.quantize.plan import work_path
+    from vila_deploy.quantize.estimate.plan import work_path
 
     try:
         # Inside, since this takes seconds, in which Ctrl-C finds an earlier run's layers.
-        from vila_deploy.quantize.job import quantize
+        from vila_deploy.quantize.pipeline import quantize
 
         report = quantize(checkpoint, out, options, resume=resume)
     except KeyboardInterrupt:
@@ -198,7 +198,7 @@ def _check_kl(out: Path, report: dict[str, Any], most: float) -> None:
 
 def _show_plan(planned: QuantizePlan, fits: list[Fit]) -> None:
     from vila_deploy.cli.common import show_fits, show_plan
-    from vila_deploy.progress import clock
+    from vila_deploy.utils.progress import clock
 
     show_plan(planned.components, planned.stages)
     click.echo(f"output: {planned.output_bytes / 1e6:,.1f} MB of weights")

@@ -1,0 +1,1 @@
+"""Engine folders: target, precision, manifest, model info, session contract."""

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vila_deploy.checkpoint.fields import Fields
-from vila_deploy.engine.components import ALL_FP16, Components
-from vila_deploy.engine.description import ModelDescription
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.files import canonical_json, read_json_object, replace_file, sha256_file
+from vila_deploy.engine.model_info import ModelDescription
+from vila_deploy.engine.precision import ALL_FP16, Components
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.files import canonical_json, read_json_object, replace_file, sha256_file
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

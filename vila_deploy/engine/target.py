@@ -7,7 +7,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from vila_deploy.errors import VilaDeployError
+from vila_deploy.utils.errors import VilaDeployError
 
 try:
     import tomllib

@@ -18,13 +18,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.formats.quantized_linear import (
+from vila_deploy.formats.base import (
     BITS,
     MAX_LEVEL,
     SYMMETRIC_ZERO,
     QuantizedLinear,
 )
+from vila_deploy.utils.errors import VilaDeployError
 
 TENSORS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 PER_WORD = 32 // BITS

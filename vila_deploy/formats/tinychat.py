@@ -18,8 +18,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.formats.quantized_linear import MAX_LEVEL, QuantizedLinear
+from vila_deploy.formats.base import MAX_LEVEL, QuantizedLinear
+from vila_deploy.utils.errors import VilaDeployError
 
 TENSORS = ("qweight", "scales", "scaled_zeros")
 # Group size → what the number of blocks of 8 groups is a multiple of.

@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.formats.quantized_linear import BITS, SYMMETRIC_ZERO, QuantizedLinear
+from vila_deploy.formats.base import BITS, SYMMETRIC_ZERO, QuantizedLinear
+from vila_deploy.utils.errors import VilaDeployError
 
 GROUP_SIZES = (64, 128)
 PER_BYTE = 8 // BITS  # 2

@@ -1,0 +1,1 @@
+"""Reference VILA in PyTorch."""

@@ -12,10 +12,10 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from vila_deploy.checkpoint.expected import has_bias
 from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.formats.quantized_linear import QuantizedLinear
-from vila_deploy.model.weights import WeightSource
+from vila_deploy.checkpoint.tensor_schema import has_bias
+from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.formats.base import QuantizedLinear
 
 LINEARS = (
     "self_attn.q_proj",

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.expected import (
+from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.checkpoint.tensor_schema import (
     Expected,
     decoder_linears,
     expected_llm,
     expected_projector,
     expected_tower,
 )
-from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.formats.quantized_linear import MAX_LEVEL, QuantizedLinear
+from vila_deploy.formats.base import MAX_LEVEL, QuantizedLinear
 
 # A prime, so that the rows of a weight differ although the block repeats.
 BLOCK = 1_048_573

@@ -11,7 +11,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionE
 from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer, SiglipVisionEmbeddings
 
 from vila_deploy.checkpoint.vision_config import VisionConfig
-from vila_deploy.model.weights import WeightSource
+from vila_deploy.checkpoint.weight_source import WeightSource
 
 GELU = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.model.projector import Projector
 from vila_deploy.model.towers import VisionTower
-from vila_deploy.model.weights import WeightSource
 
 Grid = tuple[int, int]
 

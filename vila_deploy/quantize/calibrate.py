@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.quantize.device import CPU
-from vila_deploy.quantize.examples import Example
-from vila_deploy.quantize.limits import MAX_CALIBRATION_SEQUENCES as MAX_SEQUENCES
-from vila_deploy.quantize.tokens import PICTURE_ID, Examples, Splicer
+from vila_deploy.data.embed import PICTURE_ID, Examples, Splicer
+from vila_deploy.data.examples import Example
+from vila_deploy.utils.device import CPU
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.limits import MAX_CALIBRATION_SEQUENCES as MAX_SEQUENCES
 
 
 @dataclass(frozen=True)

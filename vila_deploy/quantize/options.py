@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vila_deploy.quantize.scheme import QuantScheme
+from vila_deploy.formats.scheme import QuantScheme
 
 ALGORITHMS = ("awq-gptq", "awq", "rtn")
 

@@ -12,14 +12,14 @@ from typing import Any
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.checksums import WEIGHT_SUFFIXES
-from vila_deploy.progress import clock
-from vila_deploy.quantize.awq import LayerResult, ratios
-from vila_deploy.quantize.awq_gptq import CompensatedLayer
+from vila_deploy.eval.fidelity import IMAGE, TEXT, Evaluation
+from vila_deploy.quantize.algorithms.awq import LayerResult, ratios
+from vila_deploy.quantize.algorithms.awq_gptq import CompensatedLayer
 from vila_deploy.quantize.calibrate import Calibration
-from vila_deploy.quantize.evaluate import IMAGE, TEXT, Evaluation
+from vila_deploy.quantize.estimate.plan import output_components
 from vila_deploy.quantize.options import Options
-from vila_deploy.quantize.plan import output_components
-from vila_deploy.sizes import Component
+from vila_deploy.utils.estimates import Component
+from vila_deploy.utils.progress import clock
 from vila_deploy.writers.registry import FORMATS
 
 LIBRARIES = ("vila-deploy", "torch", "transformers", "safetensors")

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.formats.base import BITS
 from vila_deploy.formats.compressed_tensors import pack
-from vila_deploy.formats.quantized_linear import BITS
 from vila_deploy.writers.folder import ShardedLlm
 
 if TYPE_CHECKING:
-    from vila_deploy.quantize.scheme import QuantScheme
+    from vila_deploy.formats.scheme import QuantScheme
 
 
 def quantization_config(group_size: int, symmetric: bool) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.checksums import WEIGHT_SUFFIXES
-from vila_deploy.checkpoint.layout import PARTS, llm_config_values, part_configs
-from vila_deploy.checkpoint.tensors import INDEX_FILE, SINGLE_FILE, TensorReader
-from vila_deploy.files import canonical_json, read_json_object, sha256_file
-from vila_deploy.formats.quantized_linear import QuantizedLinear
-from vila_deploy.model.tokenizer import TOKENIZER_FILES
+from vila_deploy.checkpoint.folder_layout import PARTS, llm_config_values, part_configs
+from vila_deploy.checkpoint.reader import INDEX_FILE, SINGLE_FILE, TensorReader
+from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.processing.tokenizer import TOKENIZER_FILES
+from vila_deploy.utils.files import canonical_json, read_json_object, sha256_file
 from vila_deploy.writers.registry import SHARD_BYTES
 
 LLM_FILES = (*TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")

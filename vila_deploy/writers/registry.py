@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from vila_deploy.checkpoint import Checkpoint
     from vila_deploy.checkpoint.config import VilaConfig
-    from vila_deploy.formats.quantized_linear import QuantizedLinear
-    from vila_deploy.quantize.scheme import QuantScheme
+    from vila_deploy.formats.base import QuantizedLinear
+    from vila_deploy.formats.scheme import QuantScheme
 
 # Tensors of a format that has shards wait in memory until one is full.
 SHARD_BYTES = 512 << 20
@@ -63,7 +63,7 @@ class Format:
 
 
 FORMATS = {
-    "awq": Format("AutoAWQ GEMM", "vila_deploy.writers.awq_gemm"),
+    "awq": Format("AutoAWQ GEMM", "vila_deploy.writers.awq"),
     "tinychat": Format("TinyChat v2", "vila_deploy.writers.tinychat"),
     "trtllm": Format("TensorRT-LLM W4A16_AWQ", "vila_deploy.writers.trtllm"),
     "compressed-tensors": Format("compressed-tensors", "vila_deploy.writers.compressed_tensors"),

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.layout import BY_PART, PARTS
+from vila_deploy.checkpoint.folder_layout import BY_PART, PARTS
 from vila_deploy.checkpoint.variants import ONE_FOLDERS, PROJECTOR_TYPES
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.files import canonical_json
-from vila_deploy.formats import awq_gemm
-from vila_deploy.formats.quantized_linear import QuantizedLinear
-from vila_deploy.model.tokenizer import load_tokenizer
+from vila_deploy.formats import awq
+from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.processing.tokenizer import load_tokenizer
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.files import canonical_json
 from vila_deploy.writers.folder import (
     ShardWriter,
     copy_llm_files,
@@ -34,7 +34,7 @@ from vila_deploy.writers.folder import (
 )
 
 if TYPE_CHECKING:
-    from vila_deploy.quantize.scheme import QuantScheme
+    from vila_deploy.formats.scheme import QuantScheme
 
 NOT_LOADED = re.compile(r"vision_model\.(head\.|embeddings\.position_ids)")
 # VILA's loader adds a sentinel to the tokenizer before these two.
@@ -99,7 +99,7 @@ class Writer:
                     self._shards.add(f"{part}.{name}", reader.tensor(name))
 
     def add(self, name: str, value: Tensor | QuantizedLinear) -> None:
-        for full, tensor in packed(f"llm.{name}", value, awq_gemm.pack).items():
+        for full, tensor in packed(f"llm.{name}", value, awq.pack).items():
             self._shards.add(full, tensor)
 
     def finish(self) -> None:

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.expected import EMBEDDING, HEAD, decoder_linears
-from vila_deploy.checkpoint.layout import llm_config_values
-from vila_deploy.checkpoint.tinychat import SUFFIX
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.files import canonical_json
-from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.checkpoint.folder_layout import llm_config_values
+from vila_deploy.checkpoint.tensor_schema import EMBEDDING, HEAD, decoder_linears
+from vila_deploy.checkpoint.tinychat_file import SUFFIX
+from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.formats.tinychat import check_sizes, pack
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.files import canonical_json
 from vila_deploy.writers.folder import copy_parts, packed, write_checksums
-from vila_deploy.writers.torch_file import TorchFile
+from vila_deploy.writers.torch_save import TorchFile
 
 if TYPE_CHECKING:
-    from vila_deploy.quantize.scheme import QuantScheme
+    from vila_deploy.formats.scheme import QuantScheme
 
 KERNEL_GROUP_SIZE = 128
 # Of the model's name in the file's.

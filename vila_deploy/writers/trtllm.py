@@ -9,16 +9,16 @@ from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.trtllm import FOLDER
-from vila_deploy.checkpoint.trtllm_layout import check_llm
-from vila_deploy.files import canonical_json
-from vila_deploy.formats.quantized_linear import QuantizedLinear
+from vila_deploy.checkpoint.trtllm_reader import FOLDER
+from vila_deploy.checkpoint.trtllm_sharding import check_llm
+from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.formats.trtllm import asymmetric
+from vila_deploy.utils.files import canonical_json
 from vila_deploy.writers.folder import copy_parts, quantized_config, write_checksums
 from vila_deploy.writers.trtllm_ranks import CheckpointWriter
 
 if TYPE_CHECKING:
-    from vila_deploy.quantize.scheme import QuantScheme
+    from vila_deploy.formats.scheme import QuantScheme
 
 
 def check(config: VilaConfig, scheme: QuantScheme) -> None:

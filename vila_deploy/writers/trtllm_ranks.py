@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vila_deploy.checkpoint.expected import decoder_linears, has_bias
 from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.checkpoint.trtllm_layout import (
+from vila_deploy.checkpoint.tensor_schema import decoder_linears, has_bias
+from vila_deploy.checkpoint.trtllm_sharding import (
     CONFIG,
     DTYPES,
     ONE_GPU,
@@ -29,11 +29,11 @@ from vila_deploy.checkpoint.trtllm_layout import (
     rank_tensors,
     whole,
 )
-from vila_deploy.files import canonical_json
+from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.formats import trtllm
 from vila_deploy.formats.trtllm import Dense, Linear
-from vila_deploy.model.weights import WeightSource
-from vila_deploy.progress import progress
+from vila_deploy.utils.files import canonical_json
+from vila_deploy.utils.progress import progress
 
 
 class RankFile:
@@ -212,7 +212,7 @@ def write_trtllm(
     Raises:
         VilaDeployError: zero points, sizes that don't fit, or a tensor that can't be read.
     """
-    from vila_deploy.quantize.round import to_float16
+    from vila_deploy.formats.rtn import to_float16
 
     group_size = config.quantization.group_size if config.quantization else None
 

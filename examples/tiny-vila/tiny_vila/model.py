@@ -15,9 +15,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from vila_deploy.files import sha256_file
 from vila_deploy.model.projector import Projector
-from vila_deploy.model.prompts import IMAGE_MARKER, PROMPT_TEMPLATES, render, with_markers
+from vila_deploy.processing.chat_template import (
+    IMAGE_MARKER,
+    PROMPT_TEMPLATES,
+    render,
+    with_markers,
+)
+from vila_deploy.utils.files import sha256_file
 
 IMAGE_SIZE = 72
 VOCABULARY = 576

@@ -18,7 +18,7 @@ from torch import Tensor
 from tiny_vila.model import EOS, PAD, TEMPLATE, tokenize
 from tiny_vila.pictures import KINDS, Scene, random_scene
 from tiny_vila.questions import MAKERS, PICTURES, Pair, ask_in_context
-from vila_deploy.model.prompts import render, with_markers
+from vila_deploy.processing.chat_template import render, with_markers
 
 IGNORED = -100
 SINGLE = [kind for kind, pictures in PICTURES.items() if pictures == 1 and kind != "description"]

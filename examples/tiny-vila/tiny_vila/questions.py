@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from tiny_vila.pictures import COLOURS, KINDS, Scene, draw, random_scene
-from vila_deploy.model.prompts import with_markers
+from vila_deploy.processing.chat_template import with_markers
 
 # The first word of each seed: the three sets can never share a picture's random numbers.
 TRAINING, CALIBRATION, HELD_OUT = 1, 2, 3

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vila_deploy.errors import VilaDeployError
+from vila_deploy.utils.errors import VilaDeployError
 
 if TYPE_CHECKING:
     from vila_deploy.backends.native.session import NativeSession

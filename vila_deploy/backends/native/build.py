@@ -22,13 +22,13 @@ from vila_deploy.backends.native.weights import (
     part_names,
     tensors,
 )
+from vila_deploy.builder.memory_plan import plan_engine
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.engine.plan import plan_engine
-from vila_deploy.engine.request import BuildRequest, Built
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.files import canonical_json
-from vila_deploy.model.weights import WeightSource
-from vila_deploy.progress import progress
+from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.engine.build_request import BuildRequest, Built
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.files import canonical_json
+from vila_deploy.utils.progress import progress
 
 MAX_BATCH_SIZE = 1
 GROUP_SIZES = (16, 32, 64, 128, 256)

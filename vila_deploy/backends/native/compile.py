@@ -17,15 +17,15 @@ import torch
 
 from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
 from vila_deploy.checkpoint.variants import LLM_FAMILIES
-from vila_deploy.engine.components import ALL_FP16, Components
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.python import command
+from vila_deploy.engine.precision import ALL_FP16, Components
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.module_command import command
 
 if TYPE_CHECKING:
-    from vila_deploy.backends.native.step import Cache, Sizes
+    from vila_deploy.backends.native.decode_step import Cache, Sizes
     from vila_deploy.backends.native.weights import PackedLlm
-    from vila_deploy.kernels.boundary import Boundaries
     from vila_deploy.kernels.launch import Launch
+    from vila_deploy.kernels.pdl import Boundaries
 
 WORKER = "vila_deploy.backends.native.compile"
 
@@ -76,7 +76,7 @@ def compile_engine(
 def main() -> None:
     """Reads a request from stdin, prints the report."""
     from vila_deploy.kernels.aot import compile_all
-    from vila_deploy.kernels.boundary import Boundaries
+    from vila_deploy.kernels.pdl import Boundaries
 
     request = json.load(sys.stdin)
     values = request["config"]
@@ -104,12 +104,12 @@ def engine_launches(
     boundaries: Boundaries | None = None,
 ) -> list[Launch]:
     """What a Session of this model launches, over tensors without values."""
-    from vila_deploy.backends.native.step import Cache, DecodeStep, Sizes
+    from vila_deploy.backends.native.decode_step import Cache, DecodeStep, Sizes
     from vila_deploy.backends.native.weights import empty_llm
-    from vila_deploy.kernels.boundary import Boundaries
     from vila_deploy.kernels.dequantize import dequantize
     from vila_deploy.kernels.gemm import gemm
-    from vila_deploy.kernels.tiles import widest_gemm
+    from vila_deploy.kernels.pdl import Boundaries
+    from vila_deploy.kernels.tile_config import widest_gemm
 
     # Layers are alike: the first differs from the others only in what stands before it.
     config = replace(config, num_layers=min(config.num_layers, 2))
@@ -136,7 +136,7 @@ def _prompt(sizes: Sizes, llm: PackedLlm, cache: Cache, tokens: int) -> list[Lau
     """The rotation of a whole prompt, and attention of a few tokens at once."""
     from vila_deploy.kernels.attention import Parts, attention
     from vila_deploy.kernels.rope_kv import rope_kv
-    from vila_deploy.kernels.tiles import TOKENS, attention_splits
+    from vila_deploy.kernels.tile_config import TOKENS, attention_splits
 
     config = sizes.config
     heads, dim = config.num_heads, config.head_dim

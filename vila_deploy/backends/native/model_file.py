@@ -11,7 +11,7 @@ from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
 from vila_deploy.checkpoint.variants import LLM_FAMILIES, PROJECTOR_TYPES, TOWER_FAMILIES
 from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig, VisionConfig
-from vila_deploy.files import canonical_json, read_json_object
+from vila_deploy.utils.files import canonical_json, read_json_object
 
 Row = TypeVar("Row")
 # Part of the decoder → norm → its unit.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vila_deploy.backends.native.step import Cache, Sizes
+from vila_deploy.backends.native.decode_step import Cache, Sizes
 from vila_deploy.backends.native.weights import Layer, Norm, PackedLlm
-from vila_deploy.kernels.layout import ROWS
 from vila_deploy.kernels.linear import linear
+from vila_deploy.kernels.packed_linear import ROWS
 from vila_deploy.kernels.rope_kv import rope_kv
 
 CHUNK = 1024  # tokens that go through the decoder at a time

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vila_deploy.backends.native import files, lookup
+from vila_deploy.backends.native import files, prompt_lookup
+from vila_deploy.backends.native.decode_step import Cache, DecodeStep, Sizes
 from vila_deploy.backends.native.model_file import Units, read_model
+from vila_deploy.backends.native.offload import pinned, stream_layers
 from vila_deploy.backends.native.prefill import prefill
-from vila_deploy.backends.native.step import Cache, DecodeStep, Sizes
-from vila_deploy.backends.native.streamed import pinned, stream_layers
 from vila_deploy.backends.native.tower import load_encoder
 from vila_deploy.backends.native.weights import (
     PackedLlm,
@@ -27,17 +27,17 @@ from vila_deploy.backends.native.weights import (
     part_names,
     with_units,
 )
+from vila_deploy.builder.memory_plan import EMBEDDINGS, VISION
 from vila_deploy.engine.manifest import Manifest
-from vila_deploy.engine.plan import EMBEDDINGS, VISION
 from vila_deploy.engine.session import Floats
 from vila_deploy.engine.target import get_target
-from vila_deploy.errors import VilaDeployError
 from vila_deploy.kernels.interpreter import INTERPRETED
-from vila_deploy.kernels.tiles import INTERPRETER, TOKENS
+from vila_deploy.kernels.tile_config import INTERPRETER, TOKENS
 from vila_deploy.model.vision import VisionEncoder
+from vila_deploy.utils.errors import VilaDeployError
 
 if TYPE_CHECKING:
-    from vila_deploy.generate import Sampling
+    from vila_deploy.runtime.generate import Sampling
 
 HOST = "host"
 
@@ -189,7 +189,7 @@ class NativeSession:
                 new = self.decode_greedy(1)
             else:
                 now = self._cache, known, seen, self.position
-                new = lookup.run(self._wide, *now, self._run_step)
+                new = prompt_lookup.run(self._wide, *now, self._run_step)
                 new = new[: tokens - len(found)]
                 self.position += len(new)
             found += new

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.expected import expected_projector, expected_tower
-from vila_deploy.engine.components import FP16, is_tower_linear
-from vila_deploy.graph.rounding import round_int8
+from vila_deploy.checkpoint.tensor_schema import expected_projector, expected_tower
+from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.engine.precision import FP16, is_tower_linear
 from vila_deploy.model.vision import VisionEncoder
-from vila_deploy.model.weights import WeightSource
+from vila_deploy.onnx_export.rounding import round_int8
 
 # Behind the name of a matrix in int8.
 SCALE = ".scale"

@@ -10,13 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vila_deploy.checkpoint.expected import has_bias
 from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.engine.components import FP16, INT8, head_group_size
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.formats.quantized_linear import QuantizedLinear
-from vila_deploy.graph.rounding import round_int4
-from vila_deploy.kernels.layout import (
+from vila_deploy.checkpoint.tensor_schema import has_bias
+from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.engine.precision import FP16, INT8, head_group_size
+from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.kernels.packed_linear import (
     FLOAT_BLOCK,
     INT8_GROUP,
     PackedLinear,
@@ -27,8 +26,9 @@ from vila_deploy.kernels.layout import (
     pack_int4,
     pack_int8,
 )
-from vila_deploy.model.weights import WeightSource
-from vila_deploy.progress import Advance
+from vila_deploy.onnx_export.rounding import round_int4
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.progress import Advance
 
 # Rows of lm_head that are packed at a time, so that memory stays bounded.
 HEAD_ROWS = 4096
@@ -165,7 +165,7 @@ def pack_parts(
 ) -> Iterator[Layer | PackedLlm]:
     """Each layer in turn, then everything else as a decoder without layers."""
     # Only here, since that module needs onnx, which a device may lack.
-    from vila_deploy.graph.llm import rotary_tables
+    from vila_deploy.onnx_export.llm import rotary_tables
 
     for index in range(config.num_layers):
         yield pack_layer(config, weights, index)

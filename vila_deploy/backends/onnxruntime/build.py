@@ -10,16 +10,20 @@ import numpy as np
 from vila_deploy.backends.onnxruntime import files
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.engine.components import FP16, head_group_size
-from vila_deploy.engine.request import BuildRequest, Built
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.graph.dialects.onnxruntime import INT8_TERMS, OnnxRuntimeDialect, check_group_size
-from vila_deploy.graph.llm import StoredLlm, build_llm_graph, store_llm
-from vila_deploy.graph.tensors import float16
-from vila_deploy.graph.vision import build_projector_graph, build_vision_graph
-from vila_deploy.graph.writer import WeightFile
-from vila_deploy.model.weights import WeightSource
-from vila_deploy.progress import Advance, progress
+from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.engine.build_request import BuildRequest, Built
+from vila_deploy.engine.precision import FP16, head_group_size
+from vila_deploy.onnx_export.arrays import float16
+from vila_deploy.onnx_export.dialects.onnxruntime import (
+    INT8_TERMS,
+    OnnxRuntimeDialect,
+    check_group_size,
+)
+from vila_deploy.onnx_export.graph_writer import WeightFile
+from vila_deploy.onnx_export.llm import StoredLlm, build_llm_graph, store_llm
+from vila_deploy.onnx_export.vision import build_projector_graph, build_vision_graph
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.progress import Advance, progress
 
 MAX_BATCH_SIZE = 1
 HEAD_DIM_MULTIPLE = 8

@@ -11,11 +11,11 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from vila_deploy.backends.onnxruntime import files
-from vila_deploy.engine.components import FP16
 from vila_deploy.engine.manifest import Manifest
+from vila_deploy.engine.precision import FP16
 from vila_deploy.engine.session import Floats
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.model.scales import join_blocks, join_scales
+from vila_deploy.processing.s2 import join_blocks, join_scales
+from vila_deploy.utils.errors import VilaDeployError
 
 # Tokens that go through the LLM at a time: enough to keep the cores busy, little scratch memory.
 PREFILL_TOKENS = 256

@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vila_deploy.backends.tensorrt import files
-from vila_deploy.backends.tensorrt.aside import Aside
 from vila_deploy.backends.tensorrt.compile import Job, compile_graph
+from vila_deploy.backends.tensorrt.compile_worker import Aside
 from vila_deploy.backends.tensorrt.compilers import COMPILERS, Compiler, host_platform
-from vila_deploy.engine.components import FP16, head_group_size
+from vila_deploy.builder.memory_plan import compiler_memory_bytes
+from vila_deploy.engine.build_request import BuildRequest, Built
 from vila_deploy.engine.manifest import Manifest
-from vila_deploy.engine.plan import compiler_memory_bytes
-from vila_deploy.engine.request import BuildRequest, Built
+from vila_deploy.engine.precision import FP16, head_group_size
 from vila_deploy.engine.target import Target, get_target
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.files import canonical_json, read_json_object
-from vila_deploy.progress import Advance, progress
-from vila_deploy.sizes import available_memory_bytes
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.estimates import available_memory_bytes
+from vila_deploy.utils.files import canonical_json, read_json_object
+from vila_deploy.utils.progress import Advance, progress
 
 if TYPE_CHECKING:
     from vila_deploy.checkpoint.config import VilaConfig
-    from vila_deploy.model.weights import WeightSource
+    from vila_deploy.checkpoint.weight_source import WeightSource
 
 MAX_BATCH_SIZE = 64
 

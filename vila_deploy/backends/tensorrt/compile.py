@@ -13,8 +13,8 @@ from typing import Any
 
 from vila_deploy.backends.tensorrt.compilers import Compiler, compute_capability_member
 from vila_deploy.backends.tensorrt.log import ErrorLog
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.progress import Advance
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.progress import Advance
 
 # inputs by name: least, usual and largest shape
 Profile = dict[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from vila_deploy.errors import VilaDeployError
+from vila_deploy.utils.errors import VilaDeployError
 
 JETSON = "linux-aarch64"
 

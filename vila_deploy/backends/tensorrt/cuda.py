@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vila_deploy.errors import VilaDeployError
+from vila_deploy.utils.errors import VilaDeployError
 
 INSTALL = "pip install cuda-bindings, of the CUDA release that the driver supports"
 # From 12.9 on cuda-bindings hold a CUDA runtime of their own, which the driver must not be behind.

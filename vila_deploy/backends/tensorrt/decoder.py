@@ -8,11 +8,11 @@ import numpy as np
 
 from vila_deploy.backends.tensorrt.cuda import Buffer, Pinned, Stream
 from vila_deploy.backends.tensorrt.engine import Engine
-from vila_deploy.engine.description import ModelDescription
+from vila_deploy.builder.memory_plan import PREFILL_TOKENS
 from vila_deploy.engine.manifest import Limits
-from vila_deploy.engine.plan import PREFILL_TOKENS
+from vila_deploy.engine.model_info import ModelDescription
 from vila_deploy.engine.session import Floats
-from vila_deploy.errors import VilaDeployError
+from vila_deploy.utils.errors import VilaDeployError
 
 # Profiles of the engine; tensorrt-rtx has one for both.
 DECODE, PREFILL = 0, -1

@@ -9,7 +9,7 @@ from typing import Any
 
 from vila_deploy.backends.tensorrt.cuda import Stream
 from vila_deploy.backends.tensorrt.log import ErrorLog
-from vila_deploy.errors import VilaDeployError
+from vila_deploy.utils.errors import VilaDeployError
 
 
 class Engine:

@@ -8,19 +8,19 @@ import numpy as np
 
 from vila_deploy.backends.tensorrt import files
 from vila_deploy.backends.tensorrt.compile import Profile
+from vila_deploy.builder.memory_plan import PREFILL_TOKENS
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.engine.components import FP16
+from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.manifest import Limits
-from vila_deploy.engine.plan import PREFILL_TOKENS
-from vila_deploy.graph.dialects.half import HalfDialect, cache_names
-from vila_deploy.graph.dialects.primitive import PrimitiveDialect
-from vila_deploy.graph.dialects.standard import DecomposableDialect, StandardDialect
-from vila_deploy.graph.llm import build_llm_graph, store_llm
-from vila_deploy.graph.tensors import float16
-from vila_deploy.graph.vision import Style, build_projector_graph, build_vision_graph
-from vila_deploy.graph.writer import WeightFile
-from vila_deploy.model.weights import WeightSource
-from vila_deploy.progress import Advance
+from vila_deploy.engine.precision import FP16
+from vila_deploy.onnx_export.arrays import float16
+from vila_deploy.onnx_export.dialects.tensorrt import HalfDialect, cache_names
+from vila_deploy.onnx_export.dialects.tensorrt_10_3 import PrimitiveDialect
+from vila_deploy.onnx_export.dialects.tensorrt_10_15 import DecomposableDialect, StandardDialect
+from vila_deploy.onnx_export.graph_writer import WeightFile
+from vila_deploy.onnx_export.llm import build_llm_graph, store_llm
+from vila_deploy.onnx_export.vision import Style, build_projector_graph, build_vision_graph
+from vila_deploy.utils.progress import Advance
 
 DIALECTS: dict[str, type[HalfDialect]] = {
     "standard": StandardDialect,

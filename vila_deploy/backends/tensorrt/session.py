@@ -14,9 +14,9 @@ from vila_deploy.backends.tensorrt.decoder import Decoder
 from vila_deploy.backends.tensorrt.engine import Engine
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.session import Floats
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.files import read_json_object
-from vila_deploy.model.scales import join_blocks, join_scales
+from vila_deploy.processing.s2 import join_blocks, join_scales
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.files import read_json_object
 
 
 class TensorRtSession:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from vila_deploy.backends.tensorrt_llm import files
+from vila_deploy.backends.tensorrt_llm.build_md import instructions
 from vila_deploy.backends.tensorrt_llm.device import (
     check_capability,
     find_builder,
     run_builder,
 )
-from vila_deploy.backends.tensorrt_llm.instructions import instructions
 from vila_deploy.backends.tensorrt_llm.releases import (
     DESKTOP,
     JETSON,
@@ -28,15 +28,15 @@ from vila_deploy.backends.tensorrt_llm.releases import (
 from vila_deploy.backends.tensorrt_llm.vision import compile_vision, write_vision
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.fields import Fields
-from vila_deploy.checkpoint.trtllm_layout import Parallel, check_llm, rank_tensors
+from vila_deploy.checkpoint.trtllm_sharding import Parallel, check_llm, rank_tensors
+from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.engine.build_request import BuildRequest, Built
 from vila_deploy.engine.manifest import Manifest
-from vila_deploy.engine.request import BuildRequest, Built
 from vila_deploy.engine.target import get_target
-from vila_deploy.errors import VilaDeployError
 from vila_deploy.formats import trtllm
-from vila_deploy.graph.tensors import float16
-from vila_deploy.model.weights import WeightSource
-from vila_deploy.progress import progress
+from vila_deploy.onnx_export.arrays import float16
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.progress import progress
 from vila_deploy.writers.trtllm_ranks import write_trtllm
 
 MAX_BATCH_SIZE = 256

@@ -12,8 +12,8 @@ from collections import deque
 from pathlib import Path
 
 from vila_deploy.backends.tensorrt_llm.releases import Release
-from vila_deploy.errors import VilaDeployError
-from vila_deploy.progress import progress
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.progress import progress
 
 BUILDER = "trtllm-build"
 TROUBLE = re.compile(r"error|\[E\]|exception|out of memory|required but not provided", re.I)

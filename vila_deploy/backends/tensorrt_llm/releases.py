@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vila_deploy.backends.tensorrt_llm import files
-from vila_deploy.engine.request import BuildRequest
-from vila_deploy.errors import VilaDeployError
+from vila_deploy.engine.build_request import BuildRequest
+from vila_deploy.utils.errors import VilaDeployError
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from onnx import TensorProto, helper
 from vila_deploy.backends.tensorrt_llm import files
 from vila_deploy.backends.tensorrt_llm.releases import Release
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.files import canonical_json
-from vila_deploy.graph.vision import Style, build_vision_graph
-from vila_deploy.graph.writer import WeightFile
-from vila_deploy.model.weights import WeightSource
-from vila_deploy.progress import Advance, progress
+from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.onnx_export.graph_writer import WeightFile
+from vila_deploy.onnx_export.vision import Style, build_vision_graph
+from vila_deploy.utils.files import canonical_json
+from vila_deploy.utils.progress import Advance, progress
 
 # Opset 21 is the newest that the TensorRT 10.3 of 0.12 reads.
 STYLE = Style(opset=21, half=True)

@@ -1,0 +1,34 @@
+"""`python -m benchmarks.gpu.build_baselines NAME`: compile what get_baselines.py brought."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+
+from benchmarks.gpu.environment import make_importable
+
+NAMES = ("tinychat", "llamacpp")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.build_baselines", description=__doc__
+    )
+    parser.add_argument("name", choices=NAMES)
+    name = parser.parse_args().name
+    make_importable()
+    # Only now: a bare checkout finds the package's parts no earlier.
+    from benchmarks.gpu import baseline_llamacpp, baseline_tinychat
+    from benchmarks.gpu.baseline import Missing
+
+    try:
+        print({"tinychat": baseline_tinychat, "llamacpp": baseline_llamacpp}[name].build())
+    except (Missing, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,132 @@
+"""What Triton makes of launches, printed as JSON: a process of its own, because not interpreted.
+
+bound: whether each launch of a step says of its arguments what Triton's just-in-time compiler
+says of them, given the same call on a GPU.
+joined: kernels that follow each other in other ways than by default, compiled.
+small: kernels of an engine with head and cache in 8 bits, compiled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver
+from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from vila_deploy.backends.native.compile import engine_launches
+from vila_deploy.checkpoint.presets import preset
+from vila_deploy.engine.precision import ALL_FP16, Components
+from vila_deploy.kernels.aot import compile_all, compile_launch, source
+from vila_deploy.kernels.launch import Launch
+from vila_deploy.kernels.pdl import Boundaries
+
+SM, SMS = 90, (80, 87, 89, 90)
+STEP = {"norm_qkv_kernel", "attention_kernel", "add_residual_kernel", "gate_up_kernel"}
+SMALL = {"head_kernel", "rope_kv_kernel", "attention_part_kernel"}
+CONFIG = replace(preset("VILA1.5-3b", "int4").llm, num_layers=2)
+
+
+class NoDevice(CudaDriver):
+    """Says which GPU there would be."""
+
+    def __init__(self) -> None:
+        pass
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", SM, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def bound() -> list[dict[str, Any]]:
+    """Runs launches as on a GPU, up to where Triton would compile."""
+    seen: list[tuple[Any, ...]] = []
+    JITFunction._do_compile = lambda self, key, *found: seen.append(found)
+    driver.set_active(NoDevice())
+    rows = []
+    for boundaries in (Boundaries(), Boundaries(overlap=True, merge=True), Boundaries(join=True)):
+        for components in (ALL_FP16, Components(lm_head="int8", kv_cache="int8")):
+            for launch in engine_launches(CONFIG, 64, SM, components, boundaries):
+                launch()
+                rows.append(_compared(launch, *seen.pop()))
+    return rows
+
+
+def _compared(
+    launch: Launch,
+    signature: Any,
+    device: int,
+    constants: Any,
+    options: Any,
+    attributes: Any,
+    *_: Any,
+) -> dict[str, Any]:
+    names = launch.kernel.arg_names
+    paths = {(names.index(n),) if isinstance(n, str) else n: v for n, v in constants.items()}
+    theirs = ASTSource(launch.kernel, signature, constants, attributes)
+    ours = source(launch)
+
+    def plain(values: dict[Any, Any]) -> dict[Any, Any]:
+        return {path: getattr(value, "value", value) for path, value in values.items()}
+
+    return {
+        "kernel": launch.name,
+        "signature": signature == launch.signature(),
+        "constants": plain(paths) == plain(launch.compiled_constants()),
+        "attributes": attributes == launch.attributes(),
+        # By its hash the device finds what was compiled ahead.
+        "hash": theirs.hash() == ours.hash(),
+        "warps": options.num_warps == launch.warps,
+        "options": [n for n in ("launch_pdl", "launch_cooperative_grid") if getattr(options, n)],
+    }
+
+
+def joined() -> list[dict[str, Any]]:
+    rows = []
+    for boundaries in (Boundaries(merge=True), Boundaries(overlap=True, merge=True)):
+        names = STEP if boundaries.overlap else {"attention_kernel"}
+        launches = engine_launches(CONFIG, 1024, SM, ALL_FP16, boundaries)
+        wanted = {launch.name: launch for launch in launches if launch.name in names}
+        rows += [_row(launch, SM, boundaries) for launch in wanted.values()]
+    boundaries = Boundaries(merge=True, join=True)
+    for sm in SMS:
+        launches = engine_launches(CONFIG, 1024, sm, ALL_FP16, boundaries)
+        (found,) = (launch for launch in launches if launch.name == "joined_kernel")
+        rows.append(_row(found, sm, boundaries))
+    return rows
+
+
+def _row(launch: Launch, sm: int, boundaries: Boundaries) -> dict[str, Any]:
+    found, stages = compile_launch(launch, sm)
+    words = ("griddepcontrol.launch_dependents", "griddepcontrol.wait", "ld.acquire.gpu",
+             "atom.global.gpu.acq_rel", "prefetch.global.L2")  # fmt: skip
+    ptx = stages["ptx"]
+    places = {word: ptx.find(word) for word in ("griddepcontrol.wait", "ld.global", "cp.async")}
+    return {
+        **found.to_json(), "constants": None, "overlap": boundaries.overlap,
+        "counts": Counter({word: ptx.count(word) for word in words}), "places": places,
+        "last_prefetch": ptx.rfind("prefetch.global.L2"), "programs": launch.grid[0],
+    }  # fmt: skip
+
+
+def small() -> list[dict[str, Any]]:
+    components, rows = Components(lm_head="int8", kv_cache="int8"), []
+    for sm in SMS:
+        launches = engine_launches(replace(CONFIG, num_layers=1), 1024, sm, components)
+        rows += compile_all([launch for launch in launches if launch.name in SMALL], sm)
+    return [row.to_json() for row in rows]
+
+
+if __name__ == "__main__":
+    # `bound` comes last: behind it nothing compiles any more.
+    print(json.dumps({"joined": joined(), "small": small(), "bound": bound()}))

@@ -1,0 +1,51 @@
+"""Checkpoints whose head or tower is rounded as an engine rounds it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Doubles = NDArray[np.float64]
+
+
+def rounded(weight: torch.Tensor, kept_as: str, largest: int) -> Doubles:
+    """What a head should be: a scale for each row in int8, for each group of 64 in int4."""
+    wide = weight.double().numpy()
+    if kept_as == "int8":
+        groups, most = wide[:, None], largest
+    else:
+        groups, most = wide.reshape(len(wide), -1, 64), 7
+    scale = (np.abs(groups).max(-1, keepdims=True) / most).astype(np.float16).astype(np.float64)
+    levels = np.clip(np.rint(groups / np.where(scale == 0, 1, scale)), -most, most)
+    return (levels * scale).reshape(wide.shape)
+
+
+class Replaced:
+    """A WeightSource with other values for some tensors."""
+
+    def __init__(self, source: Any, tensors: dict[str, torch.Tensor]):
+        self._source, self._tensors = source, tensors
+
+    def tensor(self, name: str) -> torch.Tensor:
+        found = self._tensors.get(name)
+        return self._source.tensor(name) if found is None else found
+
+    def linear(self, prefix: str) -> Any:
+        found = self._tensors.get(f"{prefix}.weight")
+        return self._source.linear(prefix) if found is None else found
+
+
+def with_head(checkpoint: Any, kept_as: str, largest: int) -> Any:
+    weight = checkpoint.llm.tensor("lm_head.weight")
+    head = torch.from_numpy(rounded(weight, kept_as, largest)).float()
+    return SimpleNamespace(
+        config=replace(checkpoint.config, llm=replace(checkpoint.config.llm)),
+        llm=Replaced(checkpoint.llm, {"lm_head.weight": head}),
+        vision=checkpoint.vision,
+        projector=checkpoint.projector,
+    )

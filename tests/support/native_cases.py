@@ -1,0 +1,77 @@
+"""Engines of the native backend for tests, in Triton's interpreter; import this before kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vila_deploy.backends.native import build as build_module
+from vila_deploy.checkpoint.llm_config import QuantizationConfig
+from vila_deploy.engine.build_request import BuildRequest, Components
+from vila_deploy.engine.manifest import Limits, Manifest
+from vila_deploy.engine.model_info import describe
+from vila_deploy.engine.precision import ALL_FP16
+from vila_deploy.engine.target import Target, get_target
+from vila_deploy.formats.rtn import round_to_nearest
+from vila_deploy.formats.scheme import QuantScheme
+
+SLOTS, GROUP = 160, 128
+# Of the logits' spread; float16 activations differ by 2e-3 to 7e-3 here.
+TOLERANCE = 2e-2
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A float WeightSource whose decoder linears are rounded to 4 bits."""
+
+    source: Any
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.source.tensor(name)
+
+    def linear(self, prefix: str) -> Any:
+        return round_to_nearest(self.source.linear(prefix).float(), QuantScheme(GROUP))
+
+
+def rounded(checkpoint: Any) -> Any:
+    quantization = QuantizationConfig("awq", 4, GROUP, True, "gemm")
+    config = checkpoint.config
+    return SimpleNamespace(
+        config=replace(config, llm=replace(config.llm, quantization=quantization)),
+        llm=Rounded(checkpoint.llm), vision=checkpoint.vision, projector=checkpoint.projector,
+    )  # fmt: skip
+
+
+def built(
+    folder: Path,
+    checkpoint: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    slots: int = SLOTS,
+    components: Components = ALL_FP16,
+    target: Target | None = None,
+) -> Manifest:
+    """Builds without compiling, which test_kernel_aot.py does."""
+    asked: list[Any] = []
+    monkeypatch.setattr(build_module, "compile_engine", lambda *args: asked.append(args) or [])
+    folder.mkdir()
+    limits = Limits(1, slots, slots)
+    request = BuildRequest(target or get_target("h100"), limits, components=components)
+    parts = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
+    found = build_module.build(folder, checkpoint.config, *parts, request)
+    assert asked == [(checkpoint.config.llm, slots, ["9.0"], components)]
+    return Manifest(
+        name="tiny", target="h100", backend="native", precision="int4", weights="trained",
+        weight_bytes_per_token=found.weight_bytes_per_token, checkpoint_fingerprint=None,
+        limits=request.limits, model=describe(checkpoint.config, None), versions=found.versions,
+        components=components,
+    )  # fmt: skip
+
+
+def deviation(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / expected.std())

@@ -1,0 +1,293 @@
+"""The CPU engine against the PyTorch reference that holds the same weights."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.tiny import make_checkpoint
+from vila_deploy.backends.onnxruntime import build as build_module
+from vila_deploy.backends.onnxruntime import open_session
+from vila_deploy.backends.onnxruntime import session as session_module
+from vila_deploy.backends.onnxruntime.session import OnnxRuntimeSession
+from vila_deploy.checkpoint import Checkpoint, open_checkpoint
+from vila_deploy.checkpoint.presets import preset
+from vila_deploy.engine.build_request import BuildRequest
+from vila_deploy.engine.manifest import Limits, Manifest
+from vila_deploy.engine.model_info import describe
+from vila_deploy.engine.target import get_target
+from vila_deploy.formats.base import SYMMETRIC_ZERO
+from vila_deploy.model.random_weights import random_parts
+from vila_deploy.model.vila import ReferenceSession
+from vila_deploy.utils.errors import VilaDeployError
+
+MAX_SEQ_LEN = 160
+# Of the logits' spread. float32 sums in another order differ by about 4e-6 here; two int8 terms of
+# the activations by up to 4e-4, where float16 arithmetic differs by 4e-3 to 7e-3.
+TOLERANCE, INT4_TOLERANCE = 5e-5, 1e-3
+
+
+@dataclass(frozen=True)
+class Symmetric:
+    """A 4-bit WeightSource whose zero points are all 8."""
+
+    source: Any
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.source.tensor(name)
+
+    def linear(self, prefix: str) -> Any:
+        linear = self.source.linear(prefix)
+        return replace(linear, zero=torch.full_like(linear.zero, SYMMETRIC_ZERO))
+
+
+def request(max_seq_len: int = MAX_SEQ_LEN) -> BuildRequest:
+    return BuildRequest(get_target("cpu"), Limits(1, max_seq_len, max_seq_len))
+
+
+def build(folder: Path, checkpoint: Any, max_seq_len: int = MAX_SEQ_LEN) -> tuple[Path, Manifest]:
+    config = checkpoint.config
+    folder.mkdir()
+    parts = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
+    built = build_module.build(folder, config, *parts, request(max_seq_len))
+    return folder, Manifest(
+        name="tiny",
+        target="cpu",
+        backend="onnxruntime",
+        precision="int4" if config.llm.quantization else "fp16",
+        weights="trained",
+        weight_bytes_per_token=built.weight_bytes_per_token,
+        checkpoint_fingerprint=None,
+        limits=Limits(1, max_seq_len, max_seq_len),
+        model=describe(config, None),
+        versions=built.versions,
+    )
+
+
+def opened(folder: Path, checkpoint: Any, max_seq_len: int = MAX_SEQ_LEN) -> OnnxRuntimeSession:
+    return open_session(*build(folder, checkpoint, max_seq_len))
+
+
+def prompt(session: Any, size: int) -> np.ndarray:
+    """Text, a picture, text: the embeddings [tokens, hidden]."""
+    pixels = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
+    features = session.encode_images(pixels)[0]
+    return np.concatenate(
+        [session.embed_tokens([1, 5, 9]), features, session.embed_tokens(range(20, 50))]
+    )
+
+
+def deviation(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / expected.std())
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp16": {},
+    "fp16, grouped queries, tied": {"kv_heads": 2, "tied": True},
+    "int4": {"quantized": True},
+    "int4, grouped queries, group 128": {"quantized": True, "group_size": 128, "kv_heads": 1},
+    "int4, group 32": {"quantized": True, "group_size": 32},
+    "int4, symmetric": {"quantized": True},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_and_greedy_tokens_equal_the_reference(tmp_path: Path, variant: str) -> None:
+    checkpoint: Any = open_checkpoint(make_checkpoint(tmp_path / "c", **VARIANTS[variant]))
+    if "symmetric" in variant:
+        checkpoint = SimpleNamespace(
+            config=checkpoint.config,
+            llm=Symmetric(checkpoint.llm),
+            vision=checkpoint.vision,
+            projector=checkpoint.projector,
+        )
+    reference = ReferenceSession(checkpoint)
+    session = opened(tmp_path / "engine", checkpoint)
+    embeds = prompt(reference, checkpoint.config.vision.image_size)
+    logits, expected = session.prefill(embeds), reference.prefill(embeds)
+    tolerance = INT4_TOLERANCE if VARIANTS[variant].get("quantized") else TOLERANCE
+    assert deviation(logits, expected) < tolerance
+    for _ in range(64):
+        token = int(expected.argmax())
+        assert int(logits.argmax()) == token
+        logits, expected = session.decode(token), reference.decode(token)
+        assert deviation(logits, expected) < tolerance
+    assert session.position == reference.position
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_prompt_in_parts_equals_prompt_at_once(
+    tmp_path: Path, quantized: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=quantized))
+    session = opened(tmp_path / "engine", checkpoint)
+    embeds = prompt(session, checkpoint.config.vision.image_size)
+    expected = session.prefill(embeds)
+    session.reset()
+    tolerance = INT4_TOLERANCE if quantized else TOLERANCE
+    monkeypatch.setattr(session_module, "PREFILL_TOKENS", 5)
+    assert deviation(session.prefill(embeds), expected) < tolerance
+    session.reset()
+    for part in (embeds[:1], embeds[1:20], embeds[20:21], embeds[21:]):
+        logits = session.prefill(part)
+    assert deviation(logits, expected) < tolerance
+    assert session.position == len(embeds)
+
+
+@pytest.mark.parametrize("order", ["row", "column"])
+@pytest.mark.parametrize("image", [42, 56], ids=["odd grid", "even grid"])
+@pytest.mark.parametrize("act", ["gelu_pytorch_tanh", "gelu"])
+def test_vision_features_equal_the_reference(
+    tmp_path: Path, order: str, image: int, act: str
+) -> None:
+    root = make_checkpoint(
+        tmp_path / "c", image=image,
+        root_config={"mm_projector_token_order": order}, vision_config={"hidden_act": act},
+    )  # fmt: skip
+    checkpoint = open_checkpoint(root)
+    pixels = np.random.default_rng(1).standard_normal((3, 3, image, image), np.float32)
+    features = opened(tmp_path / "engine", checkpoint).encode_images(pixels)
+    expected = ReferenceSession(checkpoint).encode_images(pixels)
+    assert features.shape == (3, checkpoint.config.tokens_per_block, 128)
+    assert deviation(features, expected) < TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def int4(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return open_checkpoint(make_checkpoint(tmp_path_factory.mktemp("int4") / "c", quantized=True))
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_cache_is_written_in_place(tmp_path: Path, quantized: bool) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=quantized))
+    session = opened(tmp_path / "engine", checkpoint)
+    session.prefill(session.embed_tokens(range(3, 20)))
+    addresses = {buffer.ctypes.data for buffer in session.cache}
+    assert len(addresses) == 2 * checkpoint.config.llm.num_layers
+    for bound in (session._prefill, session._decoder):
+        outputs = [value.data_ptr() for value in bound._io.get_outputs()]
+        assert addresses <= set(outputs)
+    for buffer in session.cache:
+        assert np.abs(buffer[0, :, :17]).min() > 0
+        assert not buffer[0, :, 17:].any()
+    before = [buffer.copy() for buffer in session.cache]
+    session.decode(7)
+    for buffer, old in zip(session.cache, before, strict=True):
+        changed = np.flatnonzero((buffer != old).any(axis=(0, 1, 3)))
+        assert changed.tolist() == [17]
+
+
+def test_memory_of_a_step_does_not_grow_with_the_cache(tmp_path: Path, int4: Checkpoint) -> None:
+    llm, long = int4.config.llm, 1 << 17
+    cache_bytes = 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim * long * 4
+    session = opened(tmp_path / "engine", int4, max_seq_len=long)
+    session.prefill(session.embed_tokens(range(3, 20)))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for token in range(20, 30):
+        session.decode(token)
+    grown_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert grown_bytes < cache_bytes / 16
+
+
+def test_too_many_tokens_are_refused(tmp_path: Path, int4: Checkpoint) -> None:
+    session = opened(tmp_path / "engine", int4, max_seq_len=8)
+    session.prefill(session.embed_tokens(range(3, 10)))
+    session.decode(4)
+    with pytest.raises(VilaDeployError, match="9 tokens don't fit into the 8 positions"):
+        session.decode(5)
+    with pytest.raises(VilaDeployError, match="--max-seq-len"):
+        session.prefill(session.embed_tokens([3]))
+    session.reset()
+    with pytest.raises(VilaDeployError, match="empty"):
+        session.prefill(session.embed_tokens([]))
+    session.prefill(session.embed_tokens(range(3, 11)))
+    session.close()
+
+
+def test_models_that_have_no_kernel_are_refused(int4: Checkpoint) -> None:
+    llm = int4.config.llm
+    assert llm.quantization is not None
+    config = replace(llm, quantization=replace(llm.quantization, group_size=96))
+    with pytest.raises(VilaDeployError, match=r"group size 96.*16, 32, 64, 128, 256.*--group-size"):
+        build_module.check(replace(int4.config, llm=config), request())
+    with pytest.raises(VilaDeployError, match="head_dim"):
+        build_module.check(replace(int4.config, llm=replace(llm, head_dim=36)), request())
+
+
+def test_file_that_onnxruntime_refuses_is_named(tmp_path: Path, int4: Checkpoint) -> None:
+    folder, manifest = build(tmp_path / "engine", int4)
+    (folder / "llm" / "model.onnx").write_bytes(b"\x08\x0a")
+    with pytest.raises(VilaDeployError, match=r"llm/model\.onnx: onnxruntime .* can't load"):
+        open_session(folder, manifest)
+
+
+def test_equal_checkpoints_give_equal_files(tmp_path: Path, int4: Checkpoint) -> None:
+    first, _ = build(tmp_path / "first", int4)
+    second, _ = build(tmp_path / "second", int4)
+    names = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
+    assert Path("llm/prefill.onnx") in names
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_random_weights_run_with_logits_that_differ(tmp_path: Path, precision: str) -> None:
+    config = preset("VILA1.5-3b", precision)
+    llm = replace(
+        config.llm, hidden_size=256, num_layers=6, num_heads=2, num_kv_heads=2,
+        intermediate_size=512, vocab_size=1000,
+    )  # fmt: skip
+    vision = replace(
+        config.vision, hidden_size=64, num_layers=3, num_heads=4, intermediate_size=96,
+        image_size=42,
+    )  # fmt: skip
+    config = replace(config, llm=llm, vision=vision)
+    sources = dict(zip(("llm", "vision", "projector"), random_parts(config), strict=True))
+    checkpoint = SimpleNamespace(config=config, **sources)
+    session, reference = opened(tmp_path / "engine", checkpoint), ReferenceSession(checkpoint)
+    embeds = prompt(session, 42)
+    logits = session.prefill(embeds)
+    assert 0.1 < logits.std() < 10
+    assert deviation(logits, reference.prefill(embeds)) < (
+        INT4_TOLERANCE if precision == "int4" else TOLERANCE
+    )
+
+
+def test_random_layers_differ() -> None:
+    """Equal layers would be kept once and be measured faster than trained ones."""
+    config = preset("VILA1.5-3b", "int4")
+    llm = random_parts(config)[0]
+    first, second = (llm.linear(f"model.layers.{i}.self_attn.k_proj") for i in (0, 1))
+    assert (first.q == second.q).float().mean() < 0.1
+    assert not torch.equal(first.zero, second.zero)
+    assert torch.equal(first.q, random_parts(config)[0].linear("model.layers.0.self_attn.k_proj").q)
+    dense = random_parts(preset("VILA1.5-3b", "fp16"))[0]
+    names = [f"model.layers.{i}.self_attn.k_proj" for i in (0, 1)]
+    assert not torch.equal(dense.linear(names[0]), dense.linear(names[1]))
+
+
+def test_weight_bytes_of_a_token(tmp_path: Path, int4: Checkpoint) -> None:
+    """What a step reads, counted from the shapes: 4.5 + 2 bits per level and float32 the rest."""
+    _, manifest = build(tmp_path / "engine", int4)
+    llm, group = int4.config.llm, 64
+    linears = llm.num_layers * llm.hidden_size * (4 * llm.hidden_size + 3 * llm.intermediate_size)
+    groups = linears // group
+    norms = (2 * llm.num_layers + 1) * llm.hidden_size
+    expected = linears // 2 + groups // 2 + 4 * (groups + norms + llm.vocab_size * llm.hidden_size)
+    assert manifest.weight_bytes_per_token == expected
+
+
+@pytest.mark.parametrize(("asked", "threads"), [("", 6), ("2", 2), ("64", 6), ("0", 6), ("a,b", 6)])
+def test_omp_num_threads_bounds_the_threads(
+    monkeypatch: pytest.MonkeyPatch, asked: str, threads: int
+) -> None:
+    monkeypatch.setattr(session_module, "physical_cores", lambda: 6)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert session_module.threads_to_use() == threads

@@ -1,0 +1,192 @@
+"""The graphs for TensorRT on onnxruntime, through the real Session, against the reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support import fake_tensorrt
+from tests.support.tensorrt_cases import DIALECTS, write_engine
+from tests.support.tiny import make_checkpoint
+from vila_deploy.backends.tensorrt import cuda, decoder, files, open_session
+from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.engine.target import get_target
+from vila_deploy.formats.base import SYMMETRIC_ZERO
+from vila_deploy.model.vila import ReferenceSession
+from vila_deploy.utils.errors import VilaDeployError
+
+# Of the logits' spread; float16 arithmetic of these sizes differs by 1e-3 to 5e-3.
+TOLERANCE = 1e-2
+
+
+class Symmetric:
+    """A 4-bit WeightSource whose zero points are all 8."""
+
+    def __init__(self, source: Any):
+        self.tensor, self._linear = source.tensor, source.linear
+
+    def linear(self, prefix: str) -> Any:
+        linear = self._linear(prefix)
+        return replace(linear, zero=torch.full_like(linear.zero, SYMMETRIC_ZERO))
+
+
+def install(monkeypatch: pytest.MonkeyPatch, dialect: str, **other: str) -> fake_tensorrt.FakeCuda:
+    name, _, package, version = DIALECTS[dialect]
+    facts = {"version": version, "capability": str(get_target(name).compute_capability)}
+    return fake_tensorrt.install(monkeypatch, package, **{**facts, **other})
+
+
+def prompt(session: Any, size: int) -> np.ndarray:
+    """Text, a picture, text: the embeddings [tokens, hidden]."""
+    pixels = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
+    features = session.encode_images(pixels)[0]
+    return np.concatenate(
+        [session.embed_tokens([1, 5, 9]), features, session.embed_tokens(range(20, 50))]
+    )
+
+
+def deviation(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / expected.std())
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fp16, grouped queries, tied": {"kv_heads": 2, "tied": True},
+    "int4, grouped queries": {"quantized": True, "kv_heads": 1},
+    "int4, symmetric": {"quantized": True},
+    "Qwen2's biases, int4": {"quantized": True, "qwen2": True},
+}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_equal_the_reference(
+    tmp_path: Path, variant: str, dialect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint: Any = open_checkpoint(make_checkpoint(tmp_path / "c", **VARIANTS[variant]))
+    if "symmetric" in variant:
+        parts = {"vision": checkpoint.vision, "projector": checkpoint.projector}
+        checkpoint = SimpleNamespace(
+            config=checkpoint.config, llm=Symmetric(checkpoint.llm), **parts
+        )
+    gpu = install(monkeypatch, dialect)
+    manifest = write_engine(tmp_path / "engine", checkpoint, dialect)
+    reference, session = ReferenceSession(checkpoint), open_session(tmp_path / "engine", manifest)
+    embeds = prompt(session, checkpoint.config.vision.image_size)
+    assert deviation(embeds, prompt(reference, checkpoint.config.vision.image_size)) < TOLERANCE
+    logits, expected = session.prefill(embeds), reference.prefill(embeds)
+    assert deviation(logits, expected) < TOLERANCE
+    for _ in range(8):
+        token = int(expected.argmax())
+        logits, expected = session.decode(token), reference.decode(token)
+        assert deviation(logits, expected) < TOLERANCE
+    assert session.position == reference.position
+    captures = session._decoder._engine.engine.captures
+    assert captures == ([1, 0] if dialect == "standard" else [None, None])
+    # The package for the device leaves recording to the session, tensorrt-rtx does it itself.
+    assert gpu.launches == (0 if dialect == "standard" else 8 - decoder.RUNS_BEFORE_CAPTURE)
+    session.close()
+    assert not gpu.memory
+    assert not gpu.graphs
+
+
+def test_too_little_memory_for_a_profile_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real method raises, whatever its return value promises."""
+
+    def refused(context: Any, profile: int, stream: int) -> bool:
+        raise RuntimeError("Error in set optimization profile async.")
+
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c"))
+    install(monkeypatch, "primitive")
+    manifest = write_engine(tmp_path / "engine", checkpoint, "primitive")
+    monkeypatch.setattr(fake_tensorrt.FakeContext, "set_optimization_profile_async", refused)
+    with pytest.raises(VilaDeployError, match="can't prepare it"):
+        open_session(tmp_path / "engine", manifest)
+
+
+def test_a_step_that_fails_while_it_is_recorded_leaves_the_stream_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c"))
+    gpu = install(monkeypatch, "primitive")
+    manifest = write_engine(tmp_path / "engine", checkpoint, "primitive")
+    session = open_session(tmp_path / "engine", manifest)
+    session.prefill(session.embed_tokens([1, 2]))
+    for _ in range(decoder.RUNS_BEFORE_CAPTURE):
+        session.decode(3)
+    with monkeypatch.context() as broken:
+        broken.setattr(fake_tensorrt.FakeContext, "execute_async_v3", lambda *_: False)
+        with pytest.raises(VilaDeployError, match="can't run it"):
+            session.decode(3)
+    assert gpu.recorded is None
+    session.decode(3)
+    assert (gpu.launches, gpu.graphs) == (1, 1)
+
+
+def test_a_driver_that_is_too_old_is_told_from_a_broken_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = install(monkeypatch, "primitive")
+    gpu.error = 35
+    with pytest.raises(VilaDeployError, match=r"driver version is insufficient.*JetPack 6: 12\.8"):
+        cuda.compute_capability()
+    gpu.error = 999
+    with pytest.raises(VilaDeployError, match="nvidia-smi"):
+        cuda.compute_capability()
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_prompt_in_chunks_equals_prompt_at_once(
+    tmp_path: Path, dialect: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=True, kv_heads=2))
+    install(monkeypatch, dialect)
+    manifest = write_engine(tmp_path / "engine", checkpoint, dialect)
+    session = open_session(tmp_path / "engine", manifest)
+    embeds = session.embed_tokens(np.random.default_rng(0).integers(0, 60, 100))
+    expected = session.prefill(embeds)
+    # What an earlier conversation left in the cache must not be seen.
+    session.reset()
+    session._decoder.chunk = chunk
+    assert deviation(session.prefill(embeds), expected) < TOLERANCE
+    assert session.position == 100
+    with pytest.raises(VilaDeployError, match="161 tokens don't fit into the 160 positions"):
+        session.prefill(embeds[:61])
+
+
+def test_kernels_are_kept_beside_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c"))
+    install(monkeypatch, "standard")
+    manifest = write_engine(tmp_path / "engine", checkpoint, "standard")
+    session = open_session(tmp_path / "engine", manifest)
+    session.prefill(session.embed_tokens([1, 2]))
+    session.close()
+    cache = tmp_path / "engine" / files.LLM / files.RUNTIME_CACHE
+    assert cache.read_bytes() == b"kernels"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"version": "1.8.0"}, r"was built with tensorrt-rtx 1\.7\.1, here is 1\.8\.0; install"),
+        ({"capability": "9.0"}, r"compute capability 8\.9 \(rtx4090\), this GPU has 9\.0; build"),
+    ],
+)
+def test_other_version_or_gpu_is_refused(
+    tmp_path: Path, other: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c"))
+    install(monkeypatch, "standard", **other)
+    manifest = write_engine(tmp_path / "engine", checkpoint, "standard")
+    with pytest.raises(VilaDeployError, match=message):
+        open_session(tmp_path / "engine", manifest)

@@ -1,0 +1,128 @@
+"""What quantized components change in the logits, against the same measured with PyTorch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from tests.support.module_precision_cases import Replaced, rounded, with_head
+from tests.support.tiny import make_checkpoint
+from vila_deploy.builder.component_effect import Effect, measure_effect
+from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.cli.build_engine import main
+from vila_deploy.data.examples import load_held_out
+from vila_deploy.engine.manifest import load_manifest
+from vila_deploy.engine.precision import Components
+from vila_deploy.eval.fidelity import EvaluationData
+from vila_deploy.model.vila import ReferenceSession
+
+TEXT = "The ferry leaves at nine.\n\nNobody had seen the letter that lay under the old clock."
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    (tmp_path / "texts.txt").write_text(TEXT, "utf-8")
+    return tmp_path / "texts.txt"
+
+
+def by_torch(plain: Any, other: Any, checkpoint: Any, texts: Path) -> tuple[float, float]:
+    """Mean KL and share of equal argmax over the same predicted places."""
+    data = EvaluationData(checkpoint, load_held_out(texts), own=True)
+    kl, same = [], []
+    for index, embeds in enumerate(data.embeds(checkpoint)):
+        chosen = data.predicted(index)
+        p, q = (ReferenceSession(each).llm(embeds)[chosen].double() for each in (plain, other))
+        log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+        kl.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        same.append(p.argmax(-1) == q.argmax(-1))
+    return float(torch.cat(kl).mean()), float(torch.cat(same).double().mean())
+
+
+@pytest.mark.parametrize("dialect", ["onnxruntime", "standard", "primitive"])
+def test_head_s_effect_is_what_pytorch_finds(tmp_path: Path, texts: Path, dialect: str) -> None:
+    root = make_checkpoint(tmp_path / "c", quantized=True, hidden=192, heads=6, kv_heads=2)
+    checkpoint = open_checkpoint(root)
+    found = measure_effect(checkpoint, Components(lm_head="int4"), dialect, texts, tmp_path)
+    kl, same = by_torch(checkpoint, with_head(checkpoint, "int4", 0), checkpoint, texts)
+    assert kl > 1e-4
+    assert found.kl_mean == pytest.approx(kl, rel=0.02)
+    assert found.top1_agreement == pytest.approx(same, abs=0.02)
+    assert (found.own_data, found.images) == (True, 0)
+    finer = measure_effect(checkpoint, Components(lm_head="int8"), dialect, texts, tmp_path)
+    assert 0 < finer.kl_mean < found.kl_mean / 20
+    assert [path.name for path in tmp_path.glob(".effect-*")] == []
+
+
+def test_tower_s_effect_goes_through_the_llm(tmp_path: Path) -> None:
+    """Of the shipped pictures; texts don't change."""
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c"))
+    (tmp_path / "one.jsonl").write_text(
+        json.dumps({"text": "What is this?", "answer": "A red circle.", "image": "red.png"}),
+        "utf-8",
+    )
+    from PIL import Image
+
+    Image.radial_gradient("L").convert("RGB").save(tmp_path / "red.png")
+    data = tmp_path / "one.jsonl"
+    found = measure_effect(checkpoint, Components(vision="int8"), "standard", data, tmp_path)
+    vision: Any = checkpoint.vision
+    names = [name for name in vision.names() if ".layers." in name and name.endswith("weight")]
+    matrices = {name: vision.tensor(name) for name in names if vision.tensor(name).ndim == 2}
+    exact = {n: torch.from_numpy(rounded(m, "int8", 127)).float() for n, m in matrices.items()}
+    other = SimpleNamespace(
+        config=checkpoint.config,
+        llm=checkpoint.llm,
+        vision=Replaced(vision, exact),
+        projector=checkpoint.projector,
+        layout=checkpoint.layout,
+    )
+    logits = []
+    for each in (checkpoint, other):
+        held_out: Any = EvaluationData(each, load_held_out(data), own=True)  # type: ignore[arg-type]
+        (embeds,) = held_out.embeds(each)
+        rows = ReferenceSession(each).llm(embeds)[held_out.predicted(0)]  # type: ignore[arg-type]
+        logits.append(rows.double().log_softmax(-1))
+    expected = float((logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean())
+    assert (found.images, found.tokens) == (1, len(logits[0]))
+    # float16 arithmetic of the tower is part of both sides and not of the reference's.
+    assert 0.3 * expected < found.kl_mean < 3 * expected
+
+
+def test_command_writes_it_into_the_manifest(tmp_path: Path, texts: Path) -> None:
+    root, out = make_checkpoint(tmp_path / "c", quantized=True), tmp_path / "engine"
+    arguments = [str(root), "--target", "cpu", "-o", str(out), "--eval", str(texts)]
+    done = CliRunner().invoke(main, [*arguments, "--lm-head", "int4"])
+    assert done.exit_code == 0, done.output
+    assert "Against fp16 components: mean KL" in done.stdout
+    effect = Effect(**dict(load_manifest(out).effect or {}))
+    assert effect.tokens > 10
+    assert 0 < effect.kl_mean <= effect.kl_p99
+    assert np.isfinite(effect.kl_p99)
+    assert {path.name for path in out.iterdir()} >= {"manifest.json", "llm", "vision"}
+    assert not list(out.glob(".effect*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--target", "cpu"], "nothing to measure"),
+        (["--target", "a100", "--backend", "tensorrt-llm"], "nothing to measure"),
+    ],
+)
+def test_what_can_t_be_measured_is_refused_before_any_work(
+    tmp_path: Path, flags: list[str], words: str
+) -> None:
+    root = make_checkpoint(tmp_path / "c")
+    done = CliRunner().invoke(
+        main, [str(root), "-o", str(tmp_path / "e"), "--eval", "shipped", *flags]
+    )
+    assert done.exit_code == 1
+    assert words in done.output
+    assert done.output.count("\n") == 1

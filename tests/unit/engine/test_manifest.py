@@ -1,0 +1,102 @@
+"""Manifests and targets: what is written is read back, and nothing altered is accepted."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.support.tiny import make_checkpoint
+from vila_deploy.backends import open_engine
+from vila_deploy.checkpoint.config import load_config
+from vila_deploy.engine.manifest import Limits, Manifest, load_manifest, write_manifest
+from vila_deploy.engine.model_info import describe
+from vila_deploy.engine.target import get_target, load_targets
+from vila_deploy.processing.tokenizer import load_tokenizer
+from vila_deploy.utils.errors import VilaDeployError
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    return Manifest(
+        name="tiny",
+        target="cpu",
+        backend="onnxruntime",
+        precision="int4",
+        weights="trained",
+        weight_bytes_per_token=1 << 40,
+        checkpoint_fingerprint="ab" * 32,
+        limits=Limits(1, 128, 256),
+        model=describe(load_config(checkpoint), load_tokenizer(checkpoint / "llm")),
+        versions={"onnxruntime": "1.0"},
+    )
+
+
+@pytest.fixture
+def engine(tmp_path: Path, manifest: Manifest) -> Path:
+    folder = tmp_path / "engine"
+    (folder / "llm").mkdir(parents=True)
+    (folder / "llm" / "model.onnx").write_bytes(bytes(range(256)))
+    (folder / "empty").touch()
+    write_manifest(folder, manifest)
+    return folder
+
+
+def test_round_trip(engine: Path, manifest: Manifest) -> None:
+    assert load_manifest(engine) == manifest
+    assert manifest.model.stop_token_ids == (2,)
+
+
+def test_every_byte_of_the_manifest_is_guarded(engine: Path) -> None:
+    path = engine / "manifest.json"
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 7):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(VilaDeployError, match=r"manifest\.json"):
+            load_manifest(engine)
+    path.write_bytes(whole + b"\n")
+    with pytest.raises(VilaDeployError, match="was altered"):
+        load_manifest(engine)
+
+
+def test_altered_missing_and_foreign_files_are_named(engine: Path, tmp_path: Path) -> None:
+    model = engine / "llm" / "model.onnx"
+    data = model.read_bytes()
+    for altered in (data[:-1] + b"x", data[:-1], data + b"x"):
+        model.write_bytes(altered)
+        with pytest.raises(VilaDeployError, match=r"llm/model\.onnx"):
+            load_manifest(engine)
+    model.unlink()
+    with pytest.raises(VilaDeployError, match=r"llm/model\.onnx: is missing"):
+        load_manifest(engine)
+    model.write_bytes(data)
+    (engine / "llm" / "more.onnx").touch()
+    with pytest.raises(VilaDeployError, match=r"more\.onnx: is not part"):
+        load_manifest(engine)
+
+
+def test_other_format_version_and_unfinished_engines_are_refused(
+    engine: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(engine / "llm")
+    (engine / "manifest.json").unlink()
+    write_manifest(engine, replace(manifest, needs=("compile llm.onnx",)))
+    with (
+        pytest.raises(VilaDeployError, match=r"compile llm\.onnx.*on the device"),
+        open_engine(engine),
+    ):
+        pass
+    monkeypatch.setattr("vila_deploy.engine.manifest.FORMAT_VERSION", 7)
+    with pytest.raises(VilaDeployError, match="version 1, this vila-deploy reads 7"):
+        load_manifest(engine)
+
+
+def test_targets_are_complete() -> None:
+    assert {"a100", "rtx4090", "orin", "orin-nano", "h100", "h200", "cpu"} <= load_targets().keys()
+    assert get_target("orin").compute_capability == "8.7"
+    assert get_target("cpu").memory_bytes is None
+    with pytest.raises(VilaDeployError, match="choose from a100"):
+        get_target("toaster")

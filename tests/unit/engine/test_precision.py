@@ -1,0 +1,161 @@
+"""Precision of each component: from the command's options to manifest and plan, or refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from tests.support.tiny import make_checkpoint
+from vila_deploy.backends import BACKENDS
+from vila_deploy.builder.fit import fit_everywhere
+from vila_deploy.builder.memory_plan import EnginePlan, plan_engine
+from vila_deploy.checkpoint.fields import Fields
+from vila_deploy.checkpoint.presets import preset
+from vila_deploy.checkpoint.tensor_schema import expected_tower
+from vila_deploy.cli.build_engine import main
+from vila_deploy.engine import precision as components_module
+from vila_deploy.engine.manifest import Limits
+from vila_deploy.engine.precision import (
+    CHOICES,
+    RTX,
+    SUPPORTED,
+    Components,
+    _row,
+    check_components,
+    head_group_size,
+    supported_part,
+    supports,
+)
+from vila_deploy.engine.target import get_target
+from vila_deploy.utils.errors import VilaDeployError
+
+EVERY = [(name, value) for name, values in CHOICES.items() for value in values[1:]]
+LIMITS = Limits(1, 4096, 4096)
+
+
+def test_every_backend_says_what_it_has() -> None:
+    assert SUPPORTED.keys() == {*BACKENDS, RTX}
+    for can in SUPPORTED.values():
+        assert all(set(values) <= set(CHOICES[name][1:]) for name, values in can.items())
+
+
+@pytest.mark.parametrize(("name", "value"), EVERY)
+@pytest.mark.parametrize(
+    ("target", "backend", "row"),
+    [
+        ("cpu", "onnxruntime", "onnxruntime"),
+        ("h100", "native", "native"),
+        ("a100", "tensorrt", RTX),
+        ("orin", "tensorrt", "tensorrt"),
+        ("a100", "tensorrt-llm", "tensorrt-llm"),
+    ],
+)
+def test_what_a_backend_lacks_is_refused_with_those_that_have_it(
+    target: str, backend: str, row: str, name: str, value: str
+) -> None:
+    asked, device = Components(**{name: value}), get_target(target)
+    if value in SUPPORTED[row].get(name, ()):
+        check_components(device, backend, asked)
+        assert supported_part(device, backend, asked) == asked
+        return
+    assert supported_part(device, backend, asked) == Components()
+    with pytest.raises(VilaDeployError) as raised:
+        check_components(device, backend, asked)
+    line = str(raised.value)
+    assert "\n" not in line
+    assert f"--{name.replace('_', '-')}" in line
+    able = [each for each in device.backends if supports(_row(device, each), name, value)]
+    assert all(other in raised.value.fix for other in able)
+    assert ("--backend" in raised.value.fix) == bool(able)
+
+
+def test_files_of_older_versions_have_fp16(tmp_path: Path) -> None:
+    asked = Components("int8", "int4", "int8")
+    assert Components.from_fields(Fields({"components": asked.to_json()}, tmp_path)) == asked
+    assert Components.from_fields(Fields({}, tmp_path)) == Components()
+    with pytest.raises(VilaDeployError, match="lm_head"):
+        Components.from_fields(
+            Fields({"components": {**asked.to_json(), "lm_head": "int2"}}, tmp_path)
+        )
+
+
+def plan(components: Components, target: str = "a100", model: str = "VILA1.5-3b") -> EnginePlan:
+    row = get_target(target)
+    config = preset(model, "int4")
+    return plan_engine(config, row, row.default_backend, "int4", LIMITS, components)
+
+
+def part(planned: EnginePlan, begins: str) -> Any:
+    return next(part for part in planned.components if part.name.startswith(begins))
+
+
+def test_plan_counts_them() -> None:
+    llm, plain = preset("VILA1.5-3b", "int4").llm, plan(Components())
+    table = llm.vocab_size * llm.hidden_size
+    int8, int4 = (plan(Components(lm_head=value)) for value in ("int8", "int4"))
+    assert part(plain, "llm head").bytes == 2 * table
+    assert part(int8, "llm head").bytes == table + 4 * table // 128
+    assert part(int4, "llm head").bytes == table // 2 + 2 * table // 128
+    assert int4.device_bytes < int8.device_bytes < plain.device_bytes
+    cache = plan(Components(kv_cache="int8"))
+    vectors = 2 * llm.num_layers * llm.num_kv_heads * LIMITS.max_seq_len
+    assert part(cache, "key").bytes == vectors * (llm.head_dim + 2)
+    assert part(cache, "key").parameters == part(plain, "key").parameters
+
+
+@pytest.mark.parametrize("model", ["VILA1.5-3b", "VILA1.5-40b"])
+def test_plan_counts_the_tower_s_matrices(model: str) -> None:
+    plain, int8 = (plan(value, model=model) for value in (Components(), Components(vision="int8")))
+    tensors = list(expected_tower(preset(model, "int4")))
+    layers = [t for t in tensors if ".layers." in t.name and t.name.endswith(".weight")]
+    matrices = [t.shape for t in layers if len(t.shape) == 2]
+    saved = sum(map(math.prod, matrices)) - 2 * sum(rows for rows, _ in matrices)
+    assert part(plain, "vision").bytes - part(int8, "vision").bytes == pytest.approx(saved, abs=1)
+    assert saved > 0.45 * part(plain, "vision").bytes
+
+
+def test_groups_of_a_head() -> None:
+    assert [head_group_size(n) for n in (2560, 576, 96, 48)] == [128, 64, 32, 16]
+    with pytest.raises(VilaDeployError, match="leave --lm-head out"):
+        head_group_size(40)
+
+
+def test_other_targets_are_planned_with_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        components_module, "SUPPORTED", {**SUPPORTED, "onnxruntime": {}, RTX: CHOICES}
+    )
+    config = preset("VILA1.5-3b", "int4")
+    plain, small = (
+        {fit.target: fit.device_bytes for fit in fit_everywhere(config, "int4", LIMITS, value)}
+        for value in (Components(), Components("int8", "int4", "int8"))
+    )
+    assert small["cpu"] == plain["cpu"]
+    assert small["a100"] < plain["a100"]
+
+
+def build(*arguments: str | Path) -> tuple[int, str]:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+def test_command_refuses_in_one_line_before_any_work(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint")
+    for extra in (["-o", tmp_path / "engine"], ["--plan"]):
+        code, output = build(checkpoint, "--target", "cpu", "--kv-cache", "int8", *extra)
+        assert code == 1
+        assert output.count("\n") == 1
+        assert "--kv-cache fp16, not int8" in output
+    assert not (tmp_path / "engine").exists()
+
+
+def test_plan_says_what_is_kept_in_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(components_module, "SUPPORTED", {**SUPPORTED, "onnxruntime": CHOICES})
+    arguments = [make_checkpoint(tmp_path / "c"), "--target", "cpu", "--plan", "--lm-head", "int8"]
+    assert "lm-head int8: needs" in build(*arguments)[1]
+    shown = json.loads(build(*arguments, "--json")[1])
+    assert shown["kept_as"] == {"vision": "fp16", "lm_head": "int8", "kv_cache": "fp16"}

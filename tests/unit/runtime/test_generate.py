@@ -1,0 +1,182 @@
+"""The generation loop and the conversation, on a session whose answers are known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.tiny import make_checkpoint
+from vila_deploy.checkpoint.config import load_config
+from vila_deploy.engine.model_info import describe
+from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render, with_markers
+from vila_deploy.processing.multimodal_prompt import prompt_pieces, splice
+from vila_deploy.processing.tokenizer import TextStream, load_tokenizer
+from vila_deploy.runtime.generate import Conversation, Sampling, choose, generate
+from vila_deploy.utils.errors import VilaDeployError
+
+
+class ScriptedSession:
+    """Answers with the given tokens, whatever it is asked; its features are all ones."""
+
+    def __init__(self, script: Sequence[int], vocab: int = 384, max_seq_len: int = 400):
+        self.script, self.vocab, self.max_seq_len = list(script), vocab, max_seq_len
+        self.reset()
+
+    def reset(self) -> None:
+        self.position, self.prompt, self.step = 0, None, 0
+
+    def encode_images(self, pixels: np.ndarray, grid: object = None) -> np.ndarray:
+        return np.ones((len(pixels), 4, 128), np.float32)
+
+    def embed_tokens(self, tokens: Sequence[int]) -> np.ndarray:
+        return np.repeat(np.array(tokens, np.float32)[:, None], 128, 1)
+
+    def prefill(self, embeds: np.ndarray) -> np.ndarray:
+        self.position += len(embeds)
+        self.prompt = embeds[:, 0]
+        return self._next()
+
+    def decode(self, token: int) -> np.ndarray:
+        assert token == self.script[self.step - 1]
+        self.position += 1
+        return self._next()
+
+    def close(self) -> None:
+        pass
+
+    def _next(self) -> np.ndarray:
+        logits = np.zeros(self.vocab, np.float32)
+        logits[self.script[self.step]] = 1.0
+        self.step += 1
+        return logits
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("generate") / "c")
+
+
+def conversation(checkpoint: Path, answer: str, max_seq_len: int = 2000) -> Conversation:
+    tokenizer = load_tokenizer(checkpoint / "llm")
+    script = [*tokenizer.encode(answer), 2] * 3
+    session = ScriptedSession(script, max_seq_len=max_seq_len)
+    model = describe(load_config(checkpoint), tokenizer)
+    return Conversation(session, tokenizer, model, max_input_len=1000)
+
+
+def test_answer_streams_and_stops(checkpoint: Path) -> None:
+    shown: list[str] = []
+    chat = conversation(checkpoint, " the rain is on the sun, été 🎉")
+    answer = chat.ask("Why?", [], Sampling(), shown.append)
+    assert answer.text == "the rain is on the sun, été 🎉" == "".join(shown).strip()
+    assert "\ufffd" not in "".join(shown)
+    assert answer.finish_reason == "stop"
+    assert answer.tokens[-1] == 2
+
+
+def test_max_new_tokens_and_context_end_an_answer(checkpoint: Path) -> None:
+    chat = conversation(checkpoint, " the rain is on the sun")
+    assert len(chat.ask("Why?", [], Sampling(max_new_tokens=3)).tokens) == 3
+    full = conversation(checkpoint, " the rain is on the sun")
+    length = conversation(checkpoint, "x").ask("Why?", [], Sampling()).prompt_tokens
+    full.session.max_seq_len = length + 1
+    answer = full.ask("Why?", [], Sampling())
+    assert (len(answer.tokens), answer.finish_reason) == (2, "context")
+
+
+def test_pictures_lie_where_their_markers_are(checkpoint: Path) -> None:
+    chat = conversation(checkpoint, " a")
+    question = "first <image> second <image> end"
+    answer = chat.ask(question, [Image.new("RGB", (9, 9))] * 2, Sampling())
+    text = render(PROMPT_TEMPLATES["vicuna_v1"], [], question)
+    left, middle, right = (chat.tokenizer.encode(piece) for piece in text.split("<image>"))
+    expected = [1, *left, 1, 1, 1, 1, *middle, 1, 1, 1, 1, *right]
+    assert chat.session.prompt.tolist() == expected
+    assert answer.prompt_tokens == len(expected)
+
+
+def test_second_turn_holds_the_first(checkpoint: Path) -> None:
+    chat = conversation(checkpoint, " a")
+    first = chat.ask("one", [Image.new("RGB", (9, 9))], Sampling())
+    second = chat.ask("two", [], Sampling())
+    assert chat.turns == [("<image>\none", "a"), ("two", "a")]
+    assert second.prompt_tokens > first.prompt_tokens
+    text = render(PROMPT_TEMPLATES["vicuna_v1"], chat.turns[:1], "two")
+    assert "ASSISTANT: a</s>USER: two ASSISTANT:" in text
+    assert 2 in prompt_pieces(chat.tokenizer, text)[1]
+    chat.reset()
+    assert chat.ask("one", [], Sampling()).prompt_tokens < first.prompt_tokens
+
+
+def test_a_marker_in_an_answer_asks_for_no_picture(checkpoint: Path) -> None:
+    chat = conversation(checkpoint, " see <image> here")
+    assert chat.ask("What?", [], Sampling()).text == "see <image> here"
+    assert chat.ask("And?", [], Sampling()).text == "see <image> here"
+
+
+def test_a_question_that_is_no_utf8_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(VilaDeployError, match="not valid UTF-8"):
+        conversation(checkpoint, " a").ask("\udcff", [], Sampling())
+
+
+def test_too_long_a_prompt_and_wrong_markers_are_refused(checkpoint: Path) -> None:
+    chat = conversation(checkpoint, " a")
+    with pytest.raises(VilaDeployError, match=r"2 <image> markers for 1 image"):
+        chat.ask("<image> <image>", [Image.new("RGB", (9, 9))], Sampling())
+    with pytest.raises(VilaDeployError, match="--max-input-len"):
+        chat.ask("long " * 1000, [], Sampling())
+    assert chat.turns == []
+    assert with_markers("hi", 2) == "<image>\n<image>\nhi"
+
+
+def test_choose_follows_temperature_and_top_p() -> None:
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
+    random = np.random.default_rng(0)
+
+    def frequencies(sampling: Sampling) -> np.ndarray:
+        draws = [choose(logits, sampling, random) for _ in range(4000)]
+        return np.bincount(draws, minlength=4) / 4000
+
+    assert choose(logits, Sampling(), random) == 0
+    np.testing.assert_allclose(
+        frequencies(Sampling(temperature=1.0)), [0.5, 0.3, 0.15, 0.05], atol=0.03
+    )
+    # 0.7 of the mass: the first two tokens, renormalised.
+    np.testing.assert_allclose(
+        frequencies(Sampling(temperature=1.0, top_p=0.7)), [0.625, 0.375, 0, 0], atol=0.03
+    )
+    assert frequencies(Sampling(temperature=0.01))[0] == 1
+    assert frequencies(Sampling(temperature=1.0, top_p=1e-6))[0] == 1
+
+
+def test_seed_repeats_draws() -> None:
+    session = ScriptedSession([5] * 30, vocab=50)
+
+    def draw(seed: int) -> list[int]:
+        sampling = Sampling(max_new_tokens=1, temperature=5.0, seed=seed)
+        return list(generate(session, np.zeros((1, 4), np.float32), (), sampling))
+
+    assert draw(1) == draw(1)
+    assert len({draw(seed)[0] for seed in range(20)}) > 5
+
+
+def test_splice_puts_features_between_pieces() -> None:
+    embeds = splice(
+        [[1, 2], [3]],
+        [np.full((2, 4), 9.0, np.float32)],
+        lambda ids: np.repeat(np.array(ids, np.float32)[:, None], 4, 1),
+    )
+    assert embeds[:, 0].tolist() == [1, 2, 9, 9, 3]
+
+
+def test_text_stream_holds_back_half_a_character(checkpoint: Path) -> None:
+    tokenizer = load_tokenizer(checkpoint / "llm")
+    stream = TextStream(tokenizer)
+    ids = tokenizer.encode("a é🎉b")
+    pushed = [stream.push(i) for i in ids]
+    assert "".join(pushed) + stream.finish() == tokenizer.decode(ids)
+    assert not any("\ufffd" in text for text in pushed)

@@ -1,0 +1,1 @@
+"""From a checkpoint to an engine folder: resolve the options, plan the memory, build, finish."""

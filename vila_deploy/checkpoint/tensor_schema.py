@@ -1,0 +1,248 @@
+"""The tensors that a checkpoint must have according to its configs, and the check against them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.checkpoint.quantization import PACKED, QuantizationConfig
+from vila_deploy.checkpoint.safetensors_header import TensorInfo
+from vila_deploy.checkpoint.tinychat_file import VERSION as TINYCHAT
+from vila_deploy.checkpoint.vision_config import VisionConfig
+from vila_deploy.utils.errors import VilaDeployError
+
+FLOATS = ("F16", "BF16", "F32")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LEVELS_PER_WORD = 8  # 4-bit levels in an int32
+
+# What released checkpoints carry although nothing uses it; any other extra tensor is an error.
+UNUSED_LLM = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+UNUSED_TOWER = re.compile(
+    r"vision_model\.(post_layernorm\.(weight|bias)|head\..+|embeddings\.position_ids)"
+)
+TOWER_LAYER = re.compile(r"(?:vision_model\.)?encoder\.layers\.(\d{1,4})\..+")
+
+
+class Expected(NamedTuple):
+    """One tensor that must be there: torch shape, dtypes as safetensors spells them."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = FLOATS
+
+
+def check_llm(config: LlmConfig, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
+    """Compares llm/ with its config.
+
+    Raises:
+        VilaDeployError: names the first tensor that is missing, wrong or unknown.
+    """
+    known = _check_expected(expected_llm(config), tensors, folder)
+    for name in tensors:
+        tied = name == HEAD and config.tie_word_embeddings
+        if name not in known and not tied and not UNUSED_LLM.fullmatch(name):
+            raise _unknown(tensors[name], folder)
+
+
+def check_tower(config: VilaConfig, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
+    """Compares vision_tower/ with its config; layers behind the selected one may be absent."""
+    known = _check_expected(expected_tower(config), tensors, folder)
+    for name in tensors:
+        layer = TOWER_LAYER.fullmatch(name)
+        unused_layer = (
+            layer and config.vision_layers_used <= int(layer[1]) < config.vision.num_layers
+        )
+        if name not in known and not unused_layer and not UNUSED_TOWER.fullmatch(name):
+            raise _unknown(tensors[name], folder)
+
+
+def check_projector(config: VilaConfig, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
+    """Compares mm_projector/ with its config."""
+    known = _check_expected(expected_projector(config), tensors, folder)
+    for name in tensors:
+        if name not in known:
+            raise _unknown(tensors[name], folder)
+
+
+def expected_llm(config: LlmConfig) -> Iterator[Expected]:
+    """Every tensor of llm/, decoder linears in fp or in the 4-bit form that its config names."""
+    yield Expected(EMBEDDING, (config.vocab_size, config.hidden_size))
+    if not config.tie_word_embeddings:
+        yield Expected(HEAD, (config.vocab_size, config.hidden_size))
+    yield Expected("model.norm.weight", (config.hidden_size,))
+    linears = decoder_linears(config)
+    for index in range(config.num_layers):
+        prefix = f"model.layers.{index}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield Expected(f"{prefix}.{norm}.weight", (config.hidden_size,))
+        for name, (rows, columns) in linears.items():
+            if config.quantization is None:
+                yield Expected(f"{prefix}.{name}.weight", (rows, columns))
+            else:
+                yield from _expected_4bit(f"{prefix}.{name}", rows, columns, config.quantization)
+            if has_bias(config, name):
+                yield Expected(f"{prefix}.{name}.bias", (rows,))
+
+
+def _expected_4bit(
+    prefix: str, rows: int, columns: int, quantization: QuantizationConfig
+) -> Iterator[Expected]:
+    """A quantized linear of `rows` output and `columns` input channels, but for its bias."""
+    for part, shape, dtypes in _PARTS[quantization.version](rows, columns, quantization):
+        yield Expected(f"{prefix}.{part}", shape, dtypes)
+
+
+def _gemm(rows: int, columns: int, quantization: QuantizationConfig) -> Iterator[Expected]:
+    groups, words = columns // quantization.group_size, rows // LEVELS_PER_WORD
+    yield Expected("qweight", (columns, words), ("I32",))
+    yield Expected("qzeros", (groups, words), ("I32",))
+    yield Expected("scales", (groups, rows), ("F16",))
+
+
+def _tinychat(rows: int, columns: int, quantization: QuantizationConfig) -> Iterator[Expected]:
+    # Only here, since this module needs torch.
+    from vila_deploy.formats.tinychat import NIBBLES, scale_rows
+
+    table = (scale_rows(columns, quantization.group_size), rows)
+    yield Expected("qweight", (rows // NIBBLES, columns), ("I16",))
+    yield Expected("scales", table, ("F16",))
+    yield Expected("scaled_zeros", table, ("F16",))
+
+
+def _packed(rows: int, columns: int, quantization: QuantizationConfig) -> Iterator[Expected]:
+    groups = columns // quantization.group_size
+    yield Expected("weight_packed", (rows, columns // LEVELS_PER_WORD), ("I32",))
+    yield Expected("weight_scale", (rows, groups), ("F16", "BF16"))
+    yield Expected("weight_shape", (2,), ("I64",))
+    if quantization.zero_point:
+        yield Expected("weight_zero_point", (rows // LEVELS_PER_WORD, groups), ("I32",))
+
+
+# QuantizationConfig.version → the tensors of a linear, by what follows its name.
+_PARTS = {"gemm": _gemm, TINYCHAT: _tinychat, PACKED: _packed}
+
+
+def has_bias(config: LlmConfig, name: str) -> bool:
+    """Whether a linear of `decoder_linears` has a bias."""
+    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    return config.family.qkv_bias and name in qkv
+
+
+def decoder_linears(config: LlmConfig) -> dict[str, tuple[int, int]]:
+    """Name within a decoder layer → (out_features, in_features)."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+
+
+def expected_tower(config: VilaConfig) -> Iterator[Expected]:
+    """The tensors of vision_tower/ up to the selected hidden state."""
+    vision = config.vision
+    prefix, width = vision.family.prefix, vision.hidden_size
+    internvit = vision.family.name == "internvit"
+    embeddings = f"{prefix}embeddings"
+    patch = (width, 3, vision.patch_size, vision.patch_size)
+    yield Expected(f"{embeddings}.patch_embedding.weight", patch)
+    if vision.family.name != "clip":
+        yield Expected(f"{embeddings}.patch_embedding.bias", (width,))
+    if internvit:
+        yield Expected(f"{embeddings}.class_embedding", (1, 1, width))
+        yield Expected(f"{embeddings}.position_embedding", (1, vision.positions, width))
+    else:
+        yield Expected(f"{embeddings}.position_embedding.weight", (vision.positions, width))
+    if vision.family.name == "clip":
+        yield Expected(f"{embeddings}.class_embedding", (width,))
+        # transformers' own spelling.
+        yield from _with_bias(f"{prefix}pre_layrnorm", (width,))
+    layer = _internvit_layer if internvit else _tower_layer
+    for index in range(config.vision_layers_used):
+        yield from layer(vision, f"{prefix}encoder.layers.{index}")
+
+
+def _tower_layer(vision: VisionConfig, prefix: str) -> Iterator[Expected]:
+    """A layer of SigLIP or CLIP."""
+    width, inner = vision.hidden_size, vision.intermediate_size
+    for norm in ("layer_norm1", "layer_norm2"):
+        yield from _with_bias(f"{prefix}.{norm}", (width,))
+    for name in ("q", "k", "v", "out"):
+        yield from _with_bias(f"{prefix}.self_attn.{name}_proj", (width, width))
+    yield from _with_bias(f"{prefix}.mlp.fc1", (inner, width))
+    yield from _with_bias(f"{prefix}.mlp.fc2", (width, inner))
+
+
+def _internvit_layer(vision: VisionConfig, prefix: str) -> Iterator[Expected]:
+    """A layer of InternViT: RMS norms, one matrix for q, k and v, a scale on each branch."""
+    width, inner = vision.hidden_size, vision.intermediate_size
+    for name in ("norm1.weight", "norm2.weight", "ls1", "ls2"):
+        yield Expected(f"{prefix}.{name}", (width,))
+    yield Expected(f"{prefix}.attn.qkv.weight", (3 * width, width))
+    if vision.qkv_bias:
+        yield Expected(f"{prefix}.attn.qkv.bias", (3 * width,))
+    if vision.qk_norm:
+        yield Expected(f"{prefix}.attn.q_norm.weight", (width,))
+        yield Expected(f"{prefix}.attn.k_norm.weight", (width,))
+    yield from _with_bias(f"{prefix}.attn.proj", (width, width))
+    yield from _with_bias(f"{prefix}.mlp.fc1", (inner, width))
+    yield from _with_bias(f"{prefix}.mlp.fc2", (width, inner))
+
+
+def _with_bias(prefix: str, shape: tuple[int, ...]) -> Iterator[Expected]:
+    yield Expected(f"{prefix}.weight", shape)
+    yield Expected(f"{prefix}.bias", shape[:1])
+
+
+def expected_projector(config: VilaConfig) -> Iterator[Expected]:
+    """The tensors of mm_projector/, as its row in PROJECTOR_TYPES lays them out."""
+    kind = config.projector
+    for index, shape in kind.shapes(config.feature_channels, config.llm.hidden_size).items():
+        yield Expected(f"{kind.prefix(index)}.weight", shape)
+        yield Expected(f"{kind.prefix(index)}.bias", shape[:1])
+
+
+def _check_expected(
+    expected: Iterator[Expected], tensors: Mapping[str, TensorInfo], folder: Path
+) -> set[str]:
+    """The names that were expected; the first that is missing or wrong raises."""
+    known: set[str] = set()
+    for name, shape, dtypes in expected:
+        known.add(name)
+        info = tensors.get(name)
+        if info is None:
+            raise VilaDeployError(
+                f"tensor {name} is missing",
+                where=folder,
+                fix="download the whole checkpoint, or correct config.json there",
+            )
+        if info.shape != shape:
+            raise VilaDeployError(
+                f"tensor {name} is {list(info.shape)}, config.json asks for {list(shape)}",
+                where=info.file,
+                fix=f"correct {folder.name}/config.json or download this file again",
+            )
+        if info.dtype not in dtypes:
+            raise VilaDeployError(
+                f"tensor {name} is {info.dtype}, must be {' or '.join(dtypes)}",
+                where=info.file,
+                fix="convert it or download this file again",
+            )
+    return known
+
+
+def _unknown(info: TensorInfo, folder: Path) -> VilaDeployError:
+    return VilaDeployError(
+        f"tensor {info.name[:120]} is not part of the model that config.json describes",
+        where=info.file,
+        fix=f"correct {folder.name}/config.json or use a checkpoint of a supported family",
+    )

@@ -1,0 +1,115 @@
+"""llm/ as the AWQ releases of VILA hold it: one TinyChat `*-v2.pt` in place of the shards.
+
+llm-awq ends the name of every quantized model that it writes in -v2.pt. Nothing in the file says
+what it is: bits are always 4, and the group size stands in its name or follows from its shapes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from vila_deploy.checkpoint.safetensors_header import TensorInfo
+from vila_deploy.checkpoint.torch_load import PickledFile
+from vila_deploy.utils.errors import VilaDeployError, short
+
+SUFFIX = "-v2.pt"
+VERSION = "tinychat-v2"  # QuantizationConfig.version of such an llm/
+GROUP_IN_NAME = re.compile(r"-g(\d{1,6})(?=[-.])")
+
+
+def tinychat_file(folder: Path) -> Path | None:
+    """The *-v2.pt that holds the weights of `folder`; None where there is none.
+
+    Safetensors win: where there is any, even an incomplete set, the .pt is not looked at.
+
+    Raises:
+        VilaDeployError: several such files.
+    """
+    try:
+        names = sorted(os.listdir(folder))  # noqa: PTH208  names only: links may lead nowhere
+    except OSError as error:
+        raise VilaDeployError(
+            f"cannot be read ({error.strerror})", where=folder, fix="check its permissions"
+        ) from error
+    found = [name for name in names if name.endswith(SUFFIX)]
+    if not found or any(name.endswith(".safetensors") for name in names):
+        return None
+    if len(found) > 1:
+        raise VilaDeployError(
+            f"holds {len(found)} quantized models: {short(found[0])}, {short(found[1])}"
+            + (", …" if len(found) > 2 else ""),
+            where=folder,
+            fix="remove all but the one to use",
+        )
+    return folder / found[0]
+
+
+def group_size(file: Path) -> int:
+    """Input channels that share a scale, from the file's name or else from its tensors.
+
+    Raises:
+        VilaDeployError: the name's isn't one that TinyChat has, or the file can't be read.
+    """
+    named = GROUP_IN_NAME.findall(file.name)
+    if not named:
+        return _stored_group_size(PickledFile(file).infos(), file)
+    # Before it may stand anything, the model's name above all.
+    size = int(named[-1])
+    if size not in (128, 64, 32):
+        raise VilaDeployError(
+            f"its name says groups of {size}, TinyChat has 128, 64 and 32",
+            where=file,
+            fix="correct the name",
+        )
+    return size
+
+
+def read_tinychat(file: Path, expected_group_size: int) -> dict[str, TensorInfo]:
+    """Every tensor of `file`.
+
+    Raises:
+        VilaDeployError: it can't be read, or its groups are not of `expected_group_size`.
+    """
+    tensors = PickledFile(file).infos()
+    found = _stored_group_size(tensors, file)
+    if found != expected_group_size:
+        raise VilaDeployError(
+            f"its name says groups of {expected_group_size}, its scales are for {found}",
+            where=file,
+            fix=f"rename it: -g{found}- in place of -g{expected_group_size}-",
+        )
+    return tensors
+
+
+def _stored_group_size(tensors: Mapping[str, TensorInfo], file: Path) -> int:
+    """From the first quantized linear: its rows of scales and its input channels."""
+    from vila_deploy.formats.tinychat import group_size_of
+
+    for name, info in tensors.items():
+        prefix, _, kind = name.rpartition(".")
+        scales = tensors.get(f"{prefix}.scales")
+        if kind == "qweight" and f"{prefix}.qzeros" in tensors:
+            raise VilaDeployError(
+                f"tensor {prefix[:120]}.qzeros belongs to TinyChat's first layout",
+                where=file,
+                fix="convert the file with llm-awq's tinychat/offline-weight-repacker.py",
+            )
+        if kind != "qweight" or scales is None or len(info.shape) != 2 or not scales.shape:
+            continue
+        size = group_size_of(info.shape[1], scales.shape[0])
+        if size is None:
+            raise VilaDeployError(
+                f"tensor {prefix[:120]}.scales has {scales.shape[0]} rows, which no group size of "
+                f"128, 64 or 32 gives for {info.shape[1]} input channels",
+                where=file,
+                fix="download this file again",
+            )
+        return size
+    raise VilaDeployError(
+        "holds no quantized linear (no .qweight with .scales)",
+        where=file,
+        fix="use the file that llm-awq's --dump_quant wrote",
+    )

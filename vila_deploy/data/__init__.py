@@ -1,0 +1,1 @@
+"""Calibration and evaluation data: read it, tokenize it, embed it."""

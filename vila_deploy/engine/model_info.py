@@ -1,0 +1,112 @@
+"""What a conversation needs to know of a model, whichever backend runs it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.fields import Fields
+from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig
+from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, choose_template, stop_token_ids
+from vila_deploy.processing.images import Pixels
+from vila_deploy.processing.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """Sizes, image processing, prompt template (a key of PROMPT_TEMPLATES) and stop tokens.
+
+    `tokens_per_block` embeddings come from each map or block of features that the projector takes;
+    `image_end` is text whose embeddings follow each picture in the prompt; empty for none.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    tokens_per_block: int
+    model_max_length: int
+    image: ImageConfig
+    tiling: TilingConfig
+    image_end: str
+    prompt: str
+    stop_token_ids: tuple[int, ...]
+    num_video_frames: int
+
+    @property
+    def max_tokens_per_image(self) -> int:
+        """Embeddings that one picture takes in the prompt, at most."""
+        return self.tokens_per_block * self.tiling.max_blocks_per_image
+
+    def tokens_of(self, pixels: Pixels) -> list[int]:
+        """Embeddings of each place in the prompt that a picture takes."""
+        if pixels.grid is None:
+            return [self.tokens_per_block] * len(pixels.tiles)
+        if self.tiling.mode == "s2":
+            return [self.tokens_per_block]
+        rows, columns = self.tiling.blocks(pixels.grid)
+        return [rows * columns * self.tokens_per_block]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> ModelDescription:
+        """Reads what `to_json` wrote; a wrong type names its key."""
+        image, tiling = fields.child("image"), fields.child("tiling")
+        return cls(
+            hidden_size=fields.integer("hidden_size"),
+            vocab_size=fields.integer("vocab_size"),
+            num_layers=fields.integer("num_layers"),
+            num_kv_heads=fields.integer("num_kv_heads"),
+            head_dim=fields.integer("head_dim"),
+            tokens_per_block=fields.integer("tokens_per_block"),
+            model_max_length=fields.integer("model_max_length"),
+            image=ImageConfig(
+                mode=image.text("mode"),
+                size=image.integer("size"),
+                resample=image.integer("resample", low=0),
+                rescale=image.number("rescale"),
+                mean=image.numbers("mean", count=3),
+                std=image.numbers("std", count=3),
+            ),
+            tiling=TilingConfig(
+                mode=tiling.text("mode"),
+                tile=tiling.integer("tile"),
+                scales=tuple(tiling.integers("scales", low=1)),
+                output_scale=tiling.integer("output_scale", low=0),
+                min_tiles=tiling.integer("min_tiles"),
+                max_tiles=tiling.integer("max_tiles"),
+            ),
+            image_end=fields.text("image_end"),
+            prompt=fields.choice("prompt", PROMPT_TEMPLATES, what="prompt template"),
+            stop_token_ids=tuple(fields.integers("stop_token_ids")),
+            num_video_frames=fields.integer("num_video_frames"),
+        )
+
+
+def describe(config: VilaConfig, tokenizer: Tokenizer | None) -> ModelDescription:
+    """The description of a checkpoint; `tokenizer` None means random weights without text."""
+    llm = config.llm
+    prompt = choose_template(config, tokenizer)
+    stops = set(llm.eos_token_ids)
+    if tokenizer is not None:
+        # The configs of some releases forget the template's own end marker.
+        stops |= stop_token_ids(PROMPT_TEMPLATES[prompt], tokenizer)
+    return ModelDescription(
+        hidden_size=llm.hidden_size,
+        vocab_size=llm.vocab_size,
+        num_layers=llm.num_layers,
+        num_kv_heads=llm.num_kv_heads,
+        head_dim=llm.head_dim,
+        tokens_per_block=config.tokens_per_block,
+        model_max_length=config.model_max_length,
+        image=config.image,
+        tiling=config.tiling,
+        image_end=config.image_end,
+        prompt=prompt,
+        stop_token_ids=tuple(sorted(stops)),
+        num_video_frames=config.num_video_frames,
+    )

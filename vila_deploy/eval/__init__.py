@@ -1,0 +1,1 @@
+"""Compare a quantized model with its original."""

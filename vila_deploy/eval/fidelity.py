@@ -1,0 +1,331 @@
+"""What quantization lost: the quantized checkpoint beside the original on held-out data."""
+
+from __future__ import annotations
+
+import gc
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.data.embed import PICTURE_ID, Examples, Splicer, TokenSequence
+from vila_deploy.data.examples import Example
+from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.model.hidden_states import Sequences
+from vila_deploy.model.llm import load_decoder_layer
+from vila_deploy.utils.device import CPU
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.limits import CHUNK_TOKENS as LAYER_TOKENS
+from vila_deploy.utils.limits import HEAD_ROWS, LOGIT_ROWS
+from vila_deploy.utils.limits import MAX_EVALUATION_SEQUENCES as MAX_SEQUENCES
+from vila_deploy.utils.progress import progress
+
+TEXT, IMAGE = "text", "image"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How near the quantized model's next-token distributions are to the original's.
+
+    KL is KL(original ‖ quantized) in nats, per token; `kl_p99` its 99th percentile. Top-1 agreement
+    is the share of tokens for which both models find the same one most likely.
+    """
+
+    tokens: int
+    perplexity_original: float
+    perplexity: float
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class LayerDrift:
+    """How far the hidden states behind a decoder layer are from the original's, per modality.
+
+    Mean over tokens of the square of the difference over the square of the original. None: there
+    are no such tokens.
+    """
+
+    layer: int
+    text_error: float | None
+    image_error: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Quality by what is predicted: text, answers about pictures (`image`), and both (`all`)."""
+
+    own_data: bool
+    sequences: int
+    image_sequences: int
+    images: int
+    positions: int
+    image_positions: int
+    sha256: str
+    quality: dict[str, Quality | None]
+    layers: tuple[LayerDrift, ...]
+
+    @property
+    def worst_kl(self) -> tuple[str, float]:
+        """The larger mean KL of text and image, and which of them it is."""
+        found = {k: q.kl_mean for k, q in self.quality.items() if q is not None and k != "all"}
+        return max(found.items(), key=lambda pair: (math.isnan(pair[1]), pair[1]))
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class EvaluationData:
+    """Held-out examples as token sequences; pictures are encoded when this is made.
+
+    Plain texts are joined and cut into blocks of at most 512 tokens, of which every token but BOS
+    is predicted. A conversation is a sequence of its own, of which the answer is predicted; if it
+    has none, all that follows its pictures.
+
+    Args:
+        own: the user's examples, not the shipped ones.
+        max_sequences: the first so many are taken, at most half of them about pictures as long as
+            there are others.
+
+    Raises:
+        VilaDeployError: a picture can't be read, or there is nothing to predict.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        examples: Sequence[Example],
+        own: bool = False,
+        max_sequences: int = MAX_SEQUENCES,
+        device: torch.device = CPU,
+    ):
+        self.own = own
+        made = Examples(checkpoint)
+        self._bos = made.tokenizer.bos_ids
+        about_pictures = [made.conversation(e) for e in examples if e.pictures]
+        others = [made.conversation(e) for e in examples if not (e.pictures or e.is_plain)]
+        others += made.blocks((e for e in examples if e.is_plain), max_sequences)
+        half = max(max_sequences // 2, max_sequences - len(others))
+        about_pictures = about_pictures[:half]
+        self.image_sequences = len(about_pictures)
+        self.sequences = about_pictures + others[: max_sequences - len(about_pictures)]
+        self._splicer = Splicer(checkpoint, self.sequences, device)
+        self.images, self.sha256 = self._splicer.num_pictures, self._splicer.sha256
+        self.ids = [self._splicer.ids(sequence) for sequence in self.sequences]
+        if not any(bool(self.predicted(index).any()) for index in range(len(self.ids))):
+            raise VilaDeployError(
+                "evaluation data gives no tokens to predict", fix="give more text"
+            )
+
+    def embeds(self, checkpoint: Checkpoint) -> list[Tensor]:
+        """float32 [positions, hidden] of each sequence, with this checkpoint's embeddings."""
+        return [self._splicer.embeds(sequence, checkpoint) for sequence in self.sequences]
+
+    def predicted(self, index: int) -> Tensor:
+        """bool [positions] of a sequence: where the next token's distribution is compared."""
+        ids, sequence = self.ids[index], self.sequences[index]
+        chosen = torch.zeros(len(ids), dtype=torch.bool)
+        chosen[:-1] = ids[1:] != PICTURE_ID
+        for token in self._bos:
+            chosen[:-1] &= ids[1:] != token
+        chosen[: self._first_predicted(sequence, len(ids)) - 1] = False
+        return chosen
+
+    def _first_predicted(self, sequence: TokenSequence, length: int) -> int:
+        whole = sum(map(len, sequence.pieces)) + self._picture_positions(sequence)
+        if sequence.answer_tokens:
+            return min(whole - sequence.answer_tokens, length)
+        return min(whole - len(sequence.pieces[-1]), length) if sequence.pictures else 1
+
+    def _picture_positions(self, sequence: TokenSequence) -> int:
+        return sum(self._splicer.picture_tokens(picture) for picture in sequence.pictures)
+
+
+def evaluation_data(
+    checkpoint: Checkpoint, examples: Sequence[Example], own: bool, device: torch.device
+) -> EvaluationData | None:
+    """The data of `examples`; None if there are none."""
+    return EvaluationData(checkpoint, examples, own, device=device) if examples else None
+
+
+class _Model:
+    """One of the two models: its hidden states, one decoder layer further at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, embeds: Iterable[Tensor], device: torch.device):
+        self._checkpoint, self._config = checkpoint, checkpoint.config.llm
+        self._device = device
+        self.parts = [Sequences.of(self._config, part, device) for part in _batches(embeds)]
+
+    def advance(self, index: int) -> None:
+        layer = load_decoder_layer(self._config, self._checkpoint.llm, index).to(self._device)
+        for part in self.parts:
+            part.pass_through(layer)
+        # Two layers at a time would be twice the memory; looking for garbage always takes long.
+        alive = weakref.ref(layer)
+        del layer
+        if alive() is not None:
+            gc.collect()
+
+    def rows(self, chosen: Tensor) -> Tensor:
+        """Final hidden states [chosen positions, hidden], normed."""
+        norm = LlamaRMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
+        weight = self._checkpoint.llm.tensor("model.norm.weight").float().to(self._device)
+        norm.weight = nn.Parameter(weight, requires_grad=False)
+        masks = chosen.to(self._device).split([len(part.hidden) for part in self.parts])
+        return torch.cat([norm(p.hidden[mask]) for p, mask in zip(self.parts, masks, strict=True)])
+
+    def head(self) -> Tensor:
+        """[vocabulary, hidden] as stored, mapped from the file unless it is quantized."""
+        name = "model.embed_tokens" if self._config.tie_word_embeddings else "lm_head"
+        head = self._checkpoint.llm.linear(name)
+        return head.dequantize() if isinstance(head, QuantizedLinear) else head
+
+
+def _batches(embeds: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Whole sequences, of LAYER_TOKENS together where that is possible."""
+    batch: list[Tensor] = []
+    for sequence in embeds:
+        if batch and sum(map(len, batch)) + len(sequence) > LAYER_TOKENS:
+            yield batch
+            batch = []
+        batch.append(sequence)
+    yield batch
+
+
+@torch.inference_mode()
+def evaluate(
+    original: Checkpoint,
+    quantized: Checkpoint,
+    data: EvaluationData,
+    device: torch.device = CPU,
+) -> Evaluation:
+    """Runs both models on `data`, one decoder layer in memory at a time. Deterministic.
+
+    Raises:
+        VilaDeployError: the two are not the same model.
+    """
+    _check_same_model(original, quantized)
+    models = [_Model(each, data.embeds(each), device) for each in (original, quantized)]
+    ids = torch.cat(data.ids)
+    predicted = torch.cat([data.predicted(index) for index in range(len(data.ids))])
+    targets = torch.cat([ids[1:], ids[:1]])[predicted]
+    kinds = [i < data.image_sequences for i, own in enumerate(data.ids) for _ in range(len(own))]
+    about_pictures = torch.tensor(kinds)[predicted]
+    layers = []
+    num_layers, chunks = original.config.llm.num_layers, math.ceil(len(targets) / LOGIT_ROWS)
+    with progress(num_layers + chunks, "evaluating") as advance:
+        for index in range(num_layers):
+            advance(f"layer {index + 1}/{num_layers}", min(index, 1))
+            for model in models:
+                model.advance(index)
+            layers.append(_drift(index, models, ids == PICTURE_ID))
+        advance("logits")
+        measured = _Measured(len(targets), original.config.llm.vocab_size, device)
+        rows = [model.rows(predicted).split(LOGIT_ROWS) for model in models]
+        heads = [model.head() for model in models]
+        for own, other, wanted in zip(*rows, targets.to(device).split(LOGIT_ROWS), strict=True):
+            measured.add((own, other), heads, wanted)
+            advance("logits")
+    everything = torch.ones_like(about_pictures)
+    classes = {"all": everything, TEXT: ~about_pictures, IMAGE: about_pictures}
+    return Evaluation(
+        own_data=data.own,
+        sequences=len(data.sequences),
+        image_sequences=data.image_sequences,
+        images=data.images,
+        positions=len(ids),
+        image_positions=int((ids == PICTURE_ID).sum()),
+        sha256=data.sha256,
+        quality={name: measured.quality(chosen) for name, chosen in classes.items()},
+        layers=tuple(layers),
+    )
+
+
+def _check_same_model(original: Checkpoint, quantized: Checkpoint) -> None:
+    first, second = original.config.llm, quantized.config.llm
+    for name in ("num_layers", "hidden_size", "vocab_size"):
+        if getattr(first, name) != getattr(second, name):
+            raise VilaDeployError(
+                f"{name} is {getattr(second, name)}, in {original.root} it is "
+                f"{getattr(first, name)}",
+                where=quantized.root,
+                fix="compare a checkpoint with the one that it was quantized from",
+            )
+
+
+def _drift(index: int, models: Sequence[_Model], is_image: Tensor) -> LayerDrift:
+    exact, other = (model.parts for model in models)
+    errors = [_relative_errors(a.hidden, b.hidden) for a, b in zip(exact, other, strict=True)]
+    error = torch.cat(errors).cpu()
+    return LayerDrift(index, _mean(error[~is_image]), _mean(error[is_image]))
+
+
+def _relative_errors(exact: Tensor, other: Tensor) -> Tensor:
+    """Of each row. By token, since a few tokens' states are a thousand times those of others."""
+    power = exact.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (other - exact).square().sum(1) / power
+
+
+def _mean(values: Tensor) -> float | None:
+    return float(values.mean(dtype=torch.float64)) if len(values) else None
+
+
+def _logits(rows: Tensor, head: Tensor, out: Tensor) -> Tensor:
+    """float32 [rows, vocabulary]; the head is widened bit by bit, not as a whole."""
+    for part, columns in zip(head.split(HEAD_ROWS), out.split(HEAD_ROWS, 1), strict=True):
+        torch.mm(rows, part.to(rows.device).float().T, out=columns)
+    return out
+
+
+class _Measured:
+    """What is known of each predicted token, filled in chunk by chunk.
+
+    All of it is allocated at once: with small results in between, logits that are freed leave holes
+    which the next ones just don't fit into, and the memory grows with every chunk.
+    """
+
+    def __init__(self, count: int, vocabulary: int, device: torch.device):
+        self._kl, self._loss_original, self._loss = torch.zeros(3, count, dtype=torch.float64)
+        self._same = torch.zeros(count, dtype=torch.bool)
+        rows = min(LOGIT_ROWS, count)
+        self._buffers = [torch.empty(rows, vocabulary, device=device) for _ in range(3)]
+        self._done = 0
+
+    def add(self, rows: Sequence[Tensor], heads: Sequence[Tensor], targets: Tensor) -> None:
+        """Takes final states [rows, hidden] and heads of both models, and what follows."""
+        here = slice(self._done, self._done + len(targets))
+        logits, exact, other = (buffer[: len(targets)] for buffer in self._buffers)
+        likeliest = []
+        for state, head, result in zip(rows, heads, (exact, other), strict=True):
+            likeliest.append(_logits(state, head, logits).argmax(1))
+            torch.log_softmax(logits, 1, out=result)
+        self._same[here] = likeliest[0] == likeliest[1]
+        self._loss_original[here] = -exact.gather(1, targets[:, None])[:, 0]
+        self._loss[here] = -other.gather(1, targets[:, None])[:, 0]
+        difference = torch.sub(exact, other, out=logits)
+        self._kl[here] = torch.linalg.vecdot(exact.exp_(), difference)
+        self._done += len(targets)
+
+    def quality(self, chosen: Tensor) -> Quality | None:
+        if not bool(chosen.any()):
+            return None
+        kl = self._kl[chosen]
+        return Quality(
+            tokens=len(kl),
+            perplexity_original=_exp(self._loss_original[chosen]),
+            perplexity=_exp(self._loss[chosen]),
+            kl_mean=float(kl.mean()),
+            kl_p99=float(kl.quantile(0.99)),
+            top1_agreement=float(self._same[chosen].double().mean()),
+        )
+
+
+def _exp(losses: Tensor) -> float:
+    return float(losses.mean().exp())

@@ -1,0 +1,1 @@
+"""Write ONNX graphs of the language model and the vision encoder."""

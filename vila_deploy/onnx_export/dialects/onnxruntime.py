@@ -1,0 +1,267 @@
+"""The dialect of onnxruntime's CPU provider: fused com.microsoft operators, all in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from onnx import TensorProto
+from torch import Tensor
+
+from vila_deploy.engine.precision import head_group_size
+from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.onnx_export.arrays import float16, float32
+from vila_deploy.onnx_export.dialects.base import AttentionShape, StoredLinear, gated, pack_nibbles
+from vila_deploy.onnx_export.graph_writer import MICROSOFT, OPSET, GraphWriter, WeightFile
+from vila_deploy.onnx_export.rounding import Int8Linear, round_head
+from vila_deploy.utils.errors import VilaDeployError
+
+GROUP_SIZES = (16, 32, 64, 128, 256)
+ACCURACY_FLOAT32, ACCURACY_INT8 = 1, 4
+# Two int8 terms of an activation hold 15 bits of it, 4 more than float16 does; a third costs a
+# third of the speed (188 against 138 ms a token at VILA1.5-3b's shapes) and changes no token.
+INT8_TERMS = 2
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeDialect:
+    """com.microsoft GroupQueryAttention and MatMulNBits.
+
+    Args:
+        int8_terms: 0 multiplies 4-bit weights with float32 activations, which is limited by
+            arithmetic and suits many tokens at once. n > 0, for graphs that take one token, splits
+            the activations into n int8 terms (x ≈ x₁ + … + xₙ, each the rounding error of the
+            ones before): the kernel that reads int8 activations is limited by memory, reads every
+            weight once for all terms, and two terms keep 15 bits, three 22 bits of each group.
+    """
+
+    int8_terms: int = 0
+    opset: ClassVar[int] = OPSET
+    batch: ClassVar[int] = 1
+
+    def rows(self, graph: GraphWriter, embeds: str, hidden: int) -> str:
+        return graph.node("Reshape", embeds, graph.integers(-1, hidden))
+
+    def last(self, graph: GraphWriter, x: str) -> str:
+        return graph.node("Gather", x, graph.integers(-1), axis=0)
+
+    def gated(self, graph: GraphWriter, both: str) -> str:
+        return gated(graph, both)
+
+    def narrowed(self, graph: GraphWriter, x: str) -> str:
+        return x
+
+    def store_linear(
+        self,
+        file: WeightFile,
+        name: str,
+        parts: Sequence[Tensor | QuantizedLinear],
+        bias: Tensor | None = None,
+    ) -> StoredLinear:
+        quantized = [part for part in parts if isinstance(part, QuantizedLinear)]
+        if quantized and len(quantized) == len(parts):
+            return _store_quantized(file, name, quantized)
+        dense = [part for part in parts if isinstance(part, Tensor)]
+        assert len(dense) == len(parts)
+        weight = float16(torch.cat(dense) if len(dense) > 1 else dense[0], name)
+        out_features, in_features = weight.shape
+        # Stored in float16, widened once when the session is made: that is what a step reads.
+        bytes_per_step = weight.size * np.dtype(np.float32).itemsize
+        tensors = {"weight": file.append(weight)}
+        if bias is not None:
+            tensors["bias"] = file.append(float32(bias))
+            bytes_per_step += tensors["bias"].size_bytes
+        return StoredLinear(name, out_features, in_features, None, tensors, bytes_per_step)
+
+    def store_head(self, file: WeightFile, weight: Tensor, kept_as: str) -> StoredLinear:
+        head = round_head(weight, kept_as, HEAD)
+        if isinstance(head, Int8Linear):
+            return _store_int8(file, HEAD, head)
+        return self.store_linear(file, HEAD, [head])
+
+    def linear(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
+        if linear.group_size is None:
+            bias = [_bias(graph, linear)] if "bias" in linear.tensors else []
+            return graph.node("Gemm", x, _widened(graph, linear), *bias, transB=1)
+        tensors = linear.tensors.items()
+        weight = [graph.weight(f"{linear.name}.{k}", t) for k, t in tensors if k in _QUANTIZED]
+        bits = 8 if "q8" in linear.tensors else 4
+        shape = (linear.out_features, linear.in_features, linear.group_size)
+        if self.int8_terms:
+            terms = self._int8_terms(graph, x, linear.in_features, linear.group_size)
+            y = _matmul_nbits(graph, terms, weight, shape, ACCURACY_INT8, bits)
+        else:
+            y = _matmul_nbits(graph, x, weight, shape, ACCURACY_FLOAT32, bits)
+        if self.int8_terms > 1:
+            y = graph.node("MatMul", graph.constant(np.ones((1, self.int8_terms), np.float32)), y)
+        if "bias" in linear.tensors:
+            y = graph.node("Add", y, _bias(graph, linear))
+        return y
+
+    def _int8_terms(self, graph: GraphWriter, x: str, width: int, group: int) -> str:
+        """[1, width] → [terms, width], whose sum is x but for the last term's rounding to int8.
+
+        A product with the identity matrix tells what the kernel's own rounding makes of x.
+        """
+        if self.int8_terms == 1:
+            return x
+        identity = _identity(graph, group)
+        rest = graph.node("Reshape", x, graph.integers(-1, group))
+        terms = [rest]
+        for _ in range(self.int8_terms - 1):
+            shape = (group, group, group)
+            rounded = _matmul_nbits(graph, rest, identity, shape, ACCURACY_INT8)
+            rest = graph.node("Sub", rest, rounded)
+            terms.append(rest)
+        stacked = graph.node("Concat", *terms, axis=0)
+        return graph.node("Reshape", stacked, graph.integers(self.int8_terms, width))
+
+    def head(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
+        shape = graph.integers(1, linear.out_features)
+        if linear.group_size is not None:
+            # Of one token only, whatever the rest of the graph takes.
+            terms = replace(self, int8_terms=self.int8_terms or INT8_TERMS)
+            return graph.node("Reshape", terms.linear(graph, x, linear), shape, output="logits")
+        # The weight comes first: onnxruntime would repack a second operand, which is slower here.
+        column = graph.node("Reshape", x, graph.integers(linear.in_features, 1))
+        logits = graph.node("MatMul", _widened(graph, linear), column)
+        return graph.node("Reshape", logits, shape, output="logits")
+
+    def norm(self, graph: GraphWriter, x: str, weight: str, epsilon: float) -> str:
+        return graph.node("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon)
+
+    def add_norm(
+        self, graph: GraphWriter, x: str, delta: str, weight: str, epsilon: float
+    ) -> tuple[str, str]:
+        names = [graph.new_name("normed"), "", "", graph.new_name("sum")]
+        normed, _, _, total = graph.nodes(
+            "SkipSimplifiedLayerNormalization", x, delta, weight,
+            outputs=names, domain=MICROSOFT, epsilon=epsilon,
+        )  # fmt: skip
+        return normed, total
+
+    def attention(self, graph: GraphWriter, qkv: str, shape: AttentionShape, layer: int) -> str:
+        heads, kv_heads = shape.num_heads, shape.num_kv_heads
+        width = (heads + 2 * kv_heads) * shape.head_dim
+        packed = graph.node("Reshape", qkv, graph.integers(1, -1, width))
+        key, value = _cache_names(layer)
+        attended, _, _ = graph.nodes(
+            "GroupQueryAttention", packed, "", "", f"past_{key}", f"past_{value}",
+            "seqlens_k", "total_sequence_length", shape.cos, shape.sin,
+            outputs=[graph.new_name("attended"), f"present_{key}", f"present_{value}"],
+            domain=MICROSOFT, num_heads=heads, kv_num_heads=kv_heads, do_rotary=1,
+        )  # fmt: skip
+        return graph.node("Reshape", attended, graph.integers(-1, heads * shape.head_dim))
+
+    def cache(
+        self, graph: GraphWriter, shape: AttentionShape, num_layers: int, tokens: int | str
+    ) -> None:
+        graph.input("seqlens_k", np.int32, [1])
+        graph.input("total_sequence_length", np.int32, [])
+        dims: list[int | str] = [1, shape.num_kv_heads, "max_seq_len", shape.head_dim]
+        for layer in range(num_layers):
+            for name in _cache_names(layer):
+                graph.input(f"past_{name}", np.float32, dims)
+                graph.output(f"present_{name}", np.float32, dims)
+
+    def finish(self, graph: GraphWriter, num_layers: int) -> None:
+        """Each layer has written its own part of the cache."""
+
+
+# Inputs of MatMulNBits in their order; without zero points those are the middle of the range.
+_QUANTIZED = ("q", "q8", "scale", "zero")
+
+
+def _cache_names(layer: int) -> tuple[str, str]:
+    return f"key_{layer}", f"value_{layer}"
+
+
+def _matmul_nbits(
+    graph: GraphWriter,
+    x: str,
+    weight: list[str],
+    shape: tuple[int, int, int],
+    accuracy: int,
+    bits: int = 4,
+) -> str:
+    """x [rows, in] times quantized weights of `shape` (out, in, group) → [rows, out]."""
+    out_features, in_features, group = shape
+    return graph.node(
+        "MatMulNBits", x, *weight, domain=MICROSOFT, N=out_features, K=in_features,
+        bits=bits, block_size=group, accuracy_level=accuracy,
+    )  # fmt: skip
+
+
+def _widened(graph: GraphWriter, linear: StoredLinear) -> str:
+    weight = graph.weight(linear.name, linear.tensors["weight"])
+    return graph.node("Cast", weight, to=TensorProto.FLOAT)
+
+
+def _bias(graph: GraphWriter, linear: StoredLinear) -> str:
+    return graph.weight(f"{linear.name}.bias", linear.tensors["bias"])
+
+
+def _store_quantized(file: WeightFile, name: str, parts: Sequence[QuantizedLinear]) -> StoredLinear:
+    check_group_size(parts[0].group_size, name)
+    if any(part.prequant_scale is not None for part in parts):
+        raise VilaDeployError(
+            "has a pre-quantization scale, which backend onnxruntime does not take",
+            where=name,
+            fix="fold it into the layer before",
+        )
+    assert len({part.group_size for part in parts}) == 1
+    q = torch.cat([part.q for part in parts])
+    out_features, in_features = q.shape
+    packed = pack_nibbles(q).reshape(out_features, -1, parts[0].group_size // 2)
+    scale = float32(torch.cat([part.scale for part in parts])).reshape(-1)
+    zero = pack_nibbles(torch.cat([part.zero for part in parts])).reshape(-1)
+    tensors = {"q": file.append(packed), "scale": file.append(scale), "zero": file.append(zero)}
+    biases = [part.bias for part in parts]
+    if any(bias is not None for bias in biases):
+        filled = [
+            torch.zeros(part.out_features) if part.bias is None else part.bias.float()
+            for part in parts
+        ]
+        tensors["bias"] = file.append(float32(torch.cat(filled)))
+    bytes_per_step = sum(tensor.size_bytes for tensor in tensors.values())
+    return StoredLinear(
+        name, out_features, in_features, parts[0].group_size, tensors, bytes_per_step
+    )
+
+
+def _store_int8(file: WeightFile, name: str, linear: Int8Linear) -> StoredLinear:
+    """The kernel has no rows without groups: all groups of a row get its scale."""
+    out_features, in_features = linear.q.shape
+    group_size = head_group_size(in_features)
+    levels = (linear.q.view(torch.uint8) ^ 128).reshape(out_features, -1, group_size)
+    scale = linear.scale[:, None].expand(-1, in_features // group_size)
+    tensors = {
+        "q8": file.append(levels.numpy()),
+        "scale": file.append(float32(scale.contiguous()).reshape(-1)),
+    }
+    size = sum(tensor.size_bytes for tensor in tensors.values())
+    return StoredLinear(name, out_features, in_features, group_size, tensors, size)
+
+
+def check_group_size(group_size: int, where: str) -> None:
+    """Raises VilaDeployError if onnxruntime has no kernel for it."""
+    if group_size not in GROUP_SIZES:
+        raise VilaDeployError(
+            f"group size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}",
+            where=where,
+            fix="run vila-quantize with one of these as --group-size",
+        )
+
+
+def _identity(graph: GraphWriter, size: int) -> list[str]:
+    """The identity matrix as 4-bit weights with scale 1 and zero point 0."""
+    q = pack_nibbles(torch.eye(size, dtype=torch.uint8)).reshape(size, 1, size // 2)
+    return [
+        graph.constant(q, f"identity_{size}.q"),
+        graph.constant(np.ones(size, np.float32), f"identity_{size}.scale"),
+        graph.constant(np.zeros(size, np.uint8), f"identity_{size}.zero"),
+    ]

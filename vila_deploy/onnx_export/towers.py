@@ -1,0 +1,188 @@
+"""Vision towers up to the selected layer, in standard operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from onnx import TensorProto
+
+from vila_deploy.checkpoint.vision_config import VisionConfig
+from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.engine.precision import is_tower_linear
+from vila_deploy.onnx_export.arrays import float16, float32
+from vila_deploy.onnx_export.graph_writer import GraphWriter, WeightFile
+from vila_deploy.onnx_export.rounding import round_int8
+from vila_deploy.utils.progress import Advance
+
+GELU = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}
+QUICK_GELU_SLOPE = 1.702
+
+
+class Part:
+    """Emits the layers of one part of the checkpoint; matrices are stored in float16.
+
+    Args:
+        half: multiply in float16, as GPUs do; what runs from layer to layer stays float32.
+        int8: store the matrices of a tower's layers in int8, which are multiplied as float16.
+    """
+
+    def __init__(
+        self,
+        graph: GraphWriter,
+        weights: WeightSource,
+        file: WeightFile,
+        half: bool = False,
+        int8: bool = False,
+    ):
+        self.graph, self.weights, self.file, self.half = graph, weights, file, half
+        assert half or not int8
+        self.int8 = int8
+
+    def vector(self, name: str) -> str:
+        return self.graph.weight(name, self.file.append(float32(self.weights.tensor(name))))
+
+    def stored(self, name: str, transpose: bool = False) -> str:
+        array = float16(self.weights.tensor(name), name)
+        return self.graph.weight(name, self.file.append(array.T if transpose else array))
+
+    def widened(self, name: str, transpose: bool = False) -> str:
+        """A matrix kept in float16 and widened once, when the session is made."""
+        return self.graph.node("Cast", self.stored(name, transpose), to=TensorProto.FLOAT)
+
+    def narrowed(self, x: str) -> str:
+        """A factor of a product: float16 where products are."""
+        return self.graph.node("Cast", x, to=TensorProto.FLOAT16) if self.half else x
+
+    def product(self, op: str, *factors: str, **attributes: Any) -> str:
+        """`op` of factors that `narrowed` or `factor` gave; float32."""
+        y = self.graph.node(op, *factors, **attributes)
+        return self.graph.node("Cast", y, to=TensorProto.FLOAT) if self.half else y
+
+    def factor(self, name: str, transpose: bool = False) -> str:
+        """A matrix of weights in the type of products."""
+        return self.stored(name, transpose) if self.half else self.widened(name, transpose)
+
+    def matrix(self, name: str) -> str:
+        """A linear's weight [in, out] in the type of products."""
+        weight = self.weights.tensor(name)
+        if not (self.int8 and is_tower_linear(name, tuple(weight.shape))):
+            return self.factor(name, transpose=True)
+        rounded = round_int8(weight, name)
+        q = self.graph.weight(name, self.file.append(rounded.q.T.numpy()))
+        scale = self.graph.weight(f"{name}.scale", self.file.append(rounded.scale.numpy()))
+        return self.graph.node("DequantizeLinear", q, scale, axis=1)
+
+    def linear(self, x: str, prefix: str, bias: bool = True) -> str:
+        weight = self.matrix(f"{prefix}.weight")
+        y = self.product("MatMul", self.narrowed(x), weight)
+        return self.graph.node("Add", y, self.vector(f"{prefix}.bias")) if bias else y
+
+    def norm(self, x: str, prefix: str, epsilon: float) -> str:
+        scale, bias = self.vector(f"{prefix}.weight"), self.vector(f"{prefix}.bias")
+        return self.graph.node("LayerNormalization", x, scale, bias, axis=-1, epsilon=epsilon)
+
+    def rms_norm(self, x: str, prefix: str, epsilon: float) -> str:
+        """x / sqrt(mean(x²) + ε) · weight; this opset has no operator for it."""
+        graph = self.graph
+        square = graph.node("Mul", x, x)
+        mean = graph.node("ReduceMean", square, graph.integers(-1), keepdims=1)
+        raised = graph.node("Add", mean, graph.constant(np.array(epsilon, np.float32)))
+        root = graph.node("Sqrt", raised)
+        return graph.node("Mul", graph.node("Div", x, root), self.vector(f"{prefix}.weight"))
+
+
+def tower(part: Part, pixels: str, config: VisionConfig, layers: int, advance: Advance) -> str:
+    """Pixels [tiles, 3, size, size] → features [tiles, patches, channels], class token dropped."""
+    graph, prefix = part.graph, config.family.prefix
+    x = _embeddings(part, pixels, config)
+    if config.family.name == "clip":
+        x = part.norm(x, f"{prefix}pre_layrnorm", config.layer_norm_eps)
+    layer = _internvit_layer if config.family.name == "internvit" else _layer
+    for index in range(layers):
+        graph.scope(f"layer_{index}")
+        x = layer(part, x, config, f"{prefix}encoder.layers.{index}")
+        advance(f"vision layer {index}")
+    if not config.family.has_class_token:
+        return x
+    end = np.iinfo(np.int64).max
+    return graph.node("Slice", x, graph.integers(1), graph.integers(end), graph.integers(1))
+
+
+def _embeddings(part: Part, pixels: str, config: VisionConfig) -> str:
+    """Patches, behind a class token if there is one, with their learned positions added."""
+    graph, width = part.graph, config.hidden_size
+    prefix = f"{config.family.prefix}embeddings"
+    inputs = [part.narrowed(pixels), part.factor(f"{prefix}.patch_embedding.weight")]
+    if config.family.name != "clip":
+        # onnx-tensorrt 10.1 mistakes the kernel's size where a convolution's bias is computed.
+        bias = f"{prefix}.patch_embedding.bias"
+        inputs.append(part.stored(bias) if part.half else part.vector(bias))
+    patches = part.product("Conv", *inputs, strides=[config.patch_size] * 2)
+    flat = graph.node("Reshape", patches, graph.integers(0, width, -1))
+    rows = graph.node("Transpose", flat, perm=[0, 2, 1])
+    if config.family.has_class_token:
+        tiles = graph.node("Shape", pixels, start=0, end=1)
+        shape = graph.node("Concat", tiles, graph.integers(1, width), axis=0)
+        first = graph.node("Expand", part.vector(f"{prefix}.class_embedding"), shape)
+        rows = graph.node("Concat", first, rows, axis=1)
+    suffix = "" if config.family.name == "internvit" else ".weight"
+    return graph.node("Add", rows, part.widened(f"{prefix}.position_embedding{suffix}"))
+
+
+def _layer(part: Part, x: str, config: VisionConfig, prefix: str) -> str:
+    """SigLIP and CLIP: x + attention(norm(x)), then + mlp(norm(·))."""
+    graph = part.graph
+    normed = part.norm(x, f"{prefix}.layer_norm1", config.layer_norm_eps)
+    query, key, value = (part.linear(normed, f"{prefix}.self_attn.{n}_proj") for n in "qkv")
+    mixed = part.linear(_attention(part, query, key, value, config), f"{prefix}.self_attn.out_proj")
+    x = graph.node("Add", x, mixed)
+    normed = part.norm(x, f"{prefix}.layer_norm2", config.layer_norm_eps)
+    return graph.node("Add", x, _mlp(part, normed, config, f"{prefix}.mlp"))
+
+
+def _internvit_layer(part: Part, x: str, config: VisionConfig, prefix: str) -> str:
+    """Likewise, with RMS norms, normed queries and keys, and a scale on each branch."""
+    graph, epsilon = part.graph, config.layer_norm_eps
+    normed = part.rms_norm(x, f"{prefix}.norm1", epsilon)
+    joined = part.linear(normed, f"{prefix}.attn.qkv", bias=config.qkv_bias)
+    names = [graph.new_name(name) for name in ("query", "key", "value")]
+    query, key, value = graph.nodes("Split", joined, outputs=names, axis=-1, num_outputs=3)
+    if config.qk_norm:
+        query = part.rms_norm(query, f"{prefix}.attn.q_norm", epsilon)
+        key = part.rms_norm(key, f"{prefix}.attn.k_norm", epsilon)
+    mixed = part.linear(_attention(part, query, key, value, config), f"{prefix}.attn.proj")
+    x = graph.node("Add", x, graph.node("Mul", mixed, part.vector(f"{prefix}.ls1")))
+    normed = part.rms_norm(x, f"{prefix}.norm2", epsilon)
+    inner = _mlp(part, normed, config, f"{prefix}.mlp")
+    return graph.node("Add", x, graph.node("Mul", inner, part.vector(f"{prefix}.ls2")))
+
+
+def _attention(part: Part, query: str, key: str, value: str, config: VisionConfig) -> str:
+    """Full attention of [tiles, tokens, channels], by heads."""
+    graph = part.graph
+    heads, head_dim = config.num_heads, config.hidden_size // config.num_heads
+    split = graph.integers(0, 0, heads, head_dim)
+
+    def by_head(rows: str, order: list[int]) -> str:
+        halves = graph.node("Reshape", part.narrowed(rows), split)
+        return graph.node("Transpose", halves, perm=order)
+
+    # Scaled first, so that float16 products stay in range.
+    scaled = graph.node("Mul", query, graph.constant(np.array(head_dim**-0.5, np.float32)))
+    scores = part.product("MatMul", by_head(scaled, [0, 2, 1, 3]), by_head(key, [0, 2, 3, 1]))
+    shares = part.narrowed(graph.node("Softmax", scores, axis=-1))
+    mixed = part.product("MatMul", shares, by_head(value, [0, 2, 1, 3]))
+    rows = graph.node("Transpose", mixed, perm=[0, 2, 1, 3])
+    return graph.node("Reshape", rows, graph.integers(0, 0, heads * head_dim))
+
+
+def _mlp(part: Part, x: str, config: VisionConfig, prefix: str) -> str:
+    graph, inner = part.graph, part.linear(x, f"{prefix}.fc1")
+    if config.hidden_act == "quick_gelu":
+        slope = graph.constant(np.array(QUICK_GELU_SLOPE, np.float32))
+        gate = graph.node("Sigmoid", graph.node("Mul", inner, slope))
+        active = graph.node("Mul", inner, gate)
+    else:
+        active = graph.node("Gelu", inner, approximate=GELU[config.hidden_act])
+    return part.linear(active, f"{prefix}.fc2")

@@ -1,0 +1,1 @@
+"""Text, images and video as the model takes them; numpy only, torch is never imported."""

@@ -1,0 +1,157 @@
+"""Conversation templates, one row each, and which of them a model was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.variants import PROMPT_CHOICES
+from vila_deploy.processing.tokenizer import Tokenizer
+from vila_deploy.utils.errors import VilaDeployError
+
+IMAGE_MARKER = "<image>"
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """`system`, then for each turn `user`, question, `assistant`, answer, `end_of_answer`.
+
+    Args:
+        stops: tokens that end an answer.
+        before_answer: what goes between `assistant` and an answer that is known already.
+        end_of_conversation: replaces `end_of_answer` where nothing follows; empty: the same.
+    """
+
+    system: str
+    user: str
+    assistant: str
+    end_of_answer: str
+    stops: tuple[str, ...]
+    before_answer: str = ""
+    end_of_conversation: str = ""
+
+
+_LLAMA_3_SYSTEM = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+_LLAMA_3_STOPS = ("<|eot_id|>", "<|end_of_text|>")
+
+# Keyed by PROMPT_NAMES.
+PROMPT_TEMPLATES = {
+    "vicuna_v1": PromptTemplate(
+        system=(
+            "A chat between a curious user and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+        ),
+        user="USER: ",
+        assistant=" ASSISTANT:",
+        before_answer=" ",
+        end_of_answer="</s>",
+        stops=("</s>",),
+    ),
+    # Since August 2024, so most likely of Llama-3-VILA1.5-8B-Fix.
+    "llama_3": PromptTemplate(
+        system=f"{_LLAMA_3_SYSTEM}<|eot_id|>",
+        user="<|start_header_id|>user<|end_header_id|>\n\n",
+        assistant="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        end_of_answer="<|eot_id|>",
+        end_of_conversation="<|end_of_text|>",
+        stops=_LLAMA_3_STOPS,
+    ),
+    # As VILA1.5 was released: every block ends the text, and answers stand under "system" too.
+    "llama_3_original": PromptTemplate(
+        system=f"{_LLAMA_3_SYSTEM}<|end_of_text|>",
+        user="<|start_header_id|>user<|end_header_id|>\n\n",
+        assistant="<|end_of_text|><|start_header_id|>system<|end_header_id|>\n\n",
+        end_of_answer="<|end_of_text|>",
+        stops=_LLAMA_3_STOPS,
+    ),
+    # ChatML, but with no newline after <|im_end|>.
+    "hermes-2": PromptTemplate(
+        system="<|im_start|>system\nAnswer the questions.<|im_end|>",
+        user="<|im_start|>user\n",
+        assistant="<|im_end|><|im_start|>assistant\n",
+        end_of_answer="<|im_end|>",
+        stops=("<|im_end|>",),
+    ),
+    "qwen2": PromptTemplate(
+        system="<|im_start|>system\nYou are a helpful assistant<|im_end|>\n",
+        user="<|im_start|>user\n",
+        assistant="<|im_end|>\n<|im_start|>assistant\n",
+        end_of_answer="<|im_end|>\n",
+        stops=("<|im_end|>", "<|endoftext|>"),
+    ),
+}
+
+
+def choose_template(config: VilaConfig, tokenizer: Tokenizer | None) -> str:
+    """Name of the template of this model: what its root config says, or the first choice that fits.
+
+    Args:
+        tokenizer: None for a model without one, which has its family's most general template.
+    """
+    if config.prompt_template is not None:
+        return config.prompt_template
+    return next(
+        choice.template
+        for choice in PROMPT_CHOICES
+        if choice.family == config.llm.family.name
+        and (
+            choice.token is None
+            or (tokenizer is not None and tokenizer.token_id(choice.token) is not None)
+        )
+    )
+
+
+def stop_token_ids(template: PromptTemplate, tokenizer: Tokenizer) -> set[int]:
+    """The template's stops as far as this tokenizer has them."""
+    found = (tokenizer.token_id(token) for token in template.stops)
+    return {token for token in found if token is not None}
+
+
+def with_markers(question: str, num_images: int, image_end: str = "") -> str:
+    """`question` with one image marker for each picture: in front, unless it places them itself.
+
+    Args:
+        image_end: see ModelDescription; with one, no newline is needed after the markers.
+
+    Raises:
+        VilaDeployError: the question has markers, but not as many as there are pictures.
+    """
+    markers = question.count(IMAGE_MARKER)
+    if markers == num_images:
+        return question
+    if markers:
+        raise VilaDeployError(
+            f"the prompt has {markers} {IMAGE_MARKER} markers for {num_images} images",
+            fix="give one --image for each marker, or no marker at all",
+        )
+    return (IMAGE_MARKER if image_end else f"{IMAGE_MARKER}\n") * num_images + question
+
+
+def with_tile_markers(question: str, tiles: int) -> str:
+    """`question` about one picture, with a marker and a newline for each tile of it."""
+    return question.replace(IMAGE_MARKER, f"{IMAGE_MARKER}\n" * tiles)
+
+
+def render(template: PromptTemplate, turns: Sequence[tuple[str, str]], question: str) -> str:
+    """The text up to where the assistant's next answer begins.
+
+    Args:
+        turns: earlier (question, answer) pairs of this conversation.
+    """
+    text = template.system
+    for asked, answered in turns:
+        text += f"{template.user}{asked}{template.assistant}{template.before_answer}{answered}"
+        text += template.end_of_answer
+    return f"{text}{template.user}{question}{template.assistant}"
+
+
+def render_answered(template: PromptTemplate, question: str, answer: str) -> str:
+    """A whole conversation of one turn, as in training."""
+    end = template.end_of_conversation or template.end_of_answer
+    return f"{render(template, [], question)}{template.before_answer}{answer}{end}"

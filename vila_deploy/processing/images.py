@@ -1,0 +1,184 @@
+"""Pictures to the pixels that a tower takes, in every image mode; numpy and Pillow only."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig
+from vila_deploy.processing.s2 import resize_bicubic
+from vila_deploy.utils.errors import VilaDeployError
+
+MAX_IMAGE_PIXELS = 100_000_000
+
+
+def open_image(path: Path) -> Image.Image:
+    """Reads a picture as RGB, upright by its EXIF orientation.
+
+    Raises:
+        VilaDeployError: not there, not a picture, cut short, or more than MAX_IMAGE_PIXELS.
+    """
+    fix = "give a PNG, JPEG, WebP, BMP or GIF picture"
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own limit only warns; ours is an error, checked before any decoding.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                if image.width * image.height > MAX_IMAGE_PIXELS:
+                    raise VilaDeployError(
+                        f"picture of {image.width}x{image.height} is larger than "
+                        f"{MAX_IMAGE_PIXELS // 1_000_000} megapixels",
+                        where=path,
+                        fix="scale it down first",
+                    )
+                if image.mode.startswith(("I", "F")):
+                    # Pillow would clip such values to 255: a white or a black picture.
+                    raise VilaDeployError(
+                        f"has {image.mode} pixels, 8 bits a channel are needed",
+                        where=path,
+                        fix="convert it to 8 bits first",
+                    )
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except VilaDeployError:
+        raise
+    except FileNotFoundError as error:
+        raise VilaDeployError("no such picture", where=path, fix="check the path") from error
+    except (UnidentifiedImageError, IsADirectoryError) as error:
+        raise VilaDeployError("is not a picture", where=path, fix=fix) from error
+    except Image.DecompressionBombError as error:
+        raise VilaDeployError("picture is too large", where=path, fix="scale it down") from error
+    # Pillow's decoders raise whatever their format parser stumbles on.
+    except Exception as error:
+        raise VilaDeployError(f"picture cannot be read ({error})", where=path, fix=fix) from error
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What a picture is to a vision encoder.
+
+    Args:
+        tiles: [tiles, 3, size, size].
+        grid: None: every tile takes a place of its own in the prompt. (rows, columns): the tiles
+            are one picture at all its scales, and this is how those of the largest lie.
+    """
+
+    tiles: NDArray[np.float32]
+    grid: tuple[int, int] | None = None
+
+
+def preprocess(
+    images: Sequence[Image.Image], config: ImageConfig, tiling: TilingConfig, alone: bool = True
+) -> list[Pixels]:
+    """RGB pictures → pixels, each cut into tiles as the model was trained.
+
+    Args:
+        alone: whether a single picture is the only one of its prompt. Models with dynamic tiles cut
+            only that up; of several each is one tile.
+    """
+    cut = alone and len(images) == 1
+    return [_pixels(image.convert("RGB"), config, tiling, cut) for image in images]
+
+
+def _pixels(image: Image.Image, config: ImageConfig, tiling: TilingConfig, cut: bool) -> Pixels:
+    if tiling.mode == "s2":
+        return _static_scales(image, config, tiling)
+    if not cut or tiling.mode == "single":
+        return Pixels(normalized(square(image, config), config)[None])
+    tile = tiling.tile
+    rows, columns = closest_grid(image.size, tiling.min_tiles, tiling.max_tiles, tile)
+    # Every scale is cut out of a resize of the whole picture, by Pillow's default filter.
+    if tiling.mode == "dynamic":
+        parts = _cut(image, tile, rows, columns)
+        if len(parts) > 1:
+            parts.append(image.resize((tile, tile)))
+        return Pixels(np.stack([normalized(part, config) for part in parts]))
+    parts = []
+    for index in range(len(tiling.scales) - 1):
+        parts += _cut(image, tile, tiling.side(index), tiling.side(index))
+    parts += _cut(image, tile, rows, columns)
+    return Pixels(np.stack([normalized(part, config) for part in parts]), (rows, columns))
+
+
+def _static_scales(image: Image.Image, config: ImageConfig, tiling: TilingConfig) -> Pixels:
+    """Pixels at the largest scale, resized to each of the others."""
+    whole = normalized(square(image, config), config)
+    tiles = []
+    for index, size in enumerate(tiling.scales):
+        side = tiling.side(index)
+        scaled = resize_bicubic(whole, size).reshape(3, side, tiling.tile, side, tiling.tile)
+        tiles.append(scaled.transpose(1, 3, 0, 2, 4).reshape(-1, 3, tiling.tile, tiling.tile))
+    return Pixels(np.concatenate(tiles), (tiling.side(-1), tiling.side(-1)))
+
+
+def _cut(image: Image.Image, tile: int, rows: int, columns: int) -> list[Image.Image]:
+    """The picture stretched to rows × columns tiles, row by row."""
+    whole = image.resize((columns * tile, rows * tile))
+    corners = [(column * tile, row * tile) for row in range(rows) for column in range(columns)]
+    return [whole.crop((x, y, x + tile, y + tile)) for x, y in corners]
+
+
+def closest_grid(size: tuple[int, int], least: int, most: int, tile: int) -> tuple[int, int]:
+    """Rows and columns of `least` to `most` tiles, nearest to the shape of a picture.
+
+    Of grids equally far from it a larger one wins if its area is less than twice the picture's.
+
+    Args:
+        size: width and height in pixels.
+    """
+    width, height = size
+    grids = [
+        (columns, rows)
+        for columns in range(1, most + 1)
+        for rows in range(1, most // columns + 1)
+        if columns * rows >= least
+    ]
+    best, best_difference = (1, 1), float("inf")
+    for columns, rows in sorted(grids, key=lambda grid: grid[0] * grid[1]):
+        difference = abs(width / height - columns / rows)
+        large_enough = width * height > 0.5 * tile * tile * columns * rows
+        if difference < best_difference or (difference == best_difference and large_enough):
+            best, best_difference = (columns, rows), difference
+    return best[1], best[0]
+
+
+def square(image: Image.Image, config: ImageConfig) -> Image.Image:
+    """The picture as a square of config.size, by its mode."""
+    size, resample = config.size, Image.Resampling(config.resample)
+    if config.mode == "pad":
+        longer = max(image.size)
+        _check_area(image, longer, longer)
+        background = tuple(int(value * 255) for value in config.mean)
+        padded = Image.new("RGB", (longer, longer), background)
+        padded.paste(image, ((longer - image.width) // 2, (longer - image.height) // 2))
+        return padded.resize((size, size), resample)
+    if config.mode == "crop":
+        shorter = min(image.size)
+        width, height = (int(size * side / shorter) for side in image.size)
+        _check_area(image, width, height)
+        image = image.resize((width, height), resample)
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        return image.crop((left, top, left + size, top + size))
+    # The original stretches by Pillow's own filter before its processor, which finds nothing to do.
+    return image.resize((size, size))
+
+
+def _check_area(image: Image.Image, width: int, height: int) -> None:
+    """A very long picture would take all memory once it is padded or scaled."""
+    if width * height > MAX_IMAGE_PIXELS:
+        raise VilaDeployError(
+            f"a picture of {image.width}x{image.height} is too long and narrow for this model",
+            fix="cut it to a ratio of sides below 50",
+        )
+
+
+def normalized(image: Image.Image, config: ImageConfig) -> NDArray[np.float32]:
+    """RGB picture → [3, height, width]."""
+    mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
+    values = np.asarray(image, np.float32) * np.float32(config.rescale)
+    return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1))

@@ -1,0 +1,233 @@
+"""Text to token ids and back, from the tokenizer files of any release; no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from vila_deploy.checkpoint.fields import Fields
+from vila_deploy.utils.errors import VilaDeployError, short
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Library
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+MAX_TOKENIZER_BYTES = 128 << 20
+MAX_TOKENS = 1 << 24
+QWEN2_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+# How Qwen2 cuts text before byte-level BPE: contractions, words, single digits, signs, spaces.
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Appended to a sentencepiece model this sets its normalizer_spec.add_dummy_prefix to false.
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+REPLACEMENT = "\ufffd"
+
+
+class Tokenizer(Protocol):
+    """`bos_ids` is what goes once before a prompt: [bos] or nothing."""
+
+    bos_ids: list[int]
+    vocab_size: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` without BOS; special tokens written out in it are recognised."""
+        ...
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token of the vocabulary; None if it has no such token."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`, special tokens left out."""
+        ...
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Opens the tokenizer that lies in `folder`.
+
+    Raises:
+        VilaDeployError: there is none, or it is damaged.
+    """
+    kinds: dict[str, Callable[[Path], Tokenizer]] = {
+        "tokenizer.json": JsonTokenizer,
+        "tokenizer.model": SentencePieceTokenizer,
+        "vocab.json": Qwen2Tokenizer,
+    }
+    for name, kind in kinds.items():
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            if path.stat().st_size > MAX_TOKENIZER_BYTES:
+                raise VilaDeployError(f"larger than {MAX_TOKENIZER_BYTES} bytes", where=path)
+            return kind(path)
+        except VilaDeployError:
+            raise
+        # Both libraries raise plain Exception or RuntimeError for whatever is wrong in the file.
+        except Exception as error:
+            raise VilaDeployError(
+                f"is not a valid tokenizer ({error})", where=path, fix="download it again"
+            ) from error
+    raise VilaDeployError(
+        f"holds none of {', '.join(kinds)}", where=folder, fix="download the whole checkpoint"
+    )
+
+
+class JsonTokenizer:
+    """A Hugging Face `tokenizers` file."""
+
+    def __init__(self, path: Path):
+        self._library = self._load(path)
+        self._library.no_truncation()
+        self._library.no_padding()
+        self.bos_ids = self._library.encode("", add_special_tokens=True).ids[:1]
+        self.vocab_size = self._library.get_vocab_size()
+
+    def _load(self, path: Path) -> Library:
+        from tokenizers import Tokenizer as Library
+
+        return Library.from_file(str(path))
+
+    def encode(self, text: str) -> list[int]:
+        return self._library.encode(text, add_special_tokens=False).ids
+
+    def token_id(self, token: str) -> int | None:
+        return self._library.token_to_id(token)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._library.decode(list(ids), skip_special_tokens=True)
+
+
+class Qwen2Tokenizer(JsonTokenizer):
+    """vocab.json with merges.txt beside it: byte-level BPE with the patterns of Qwen2."""
+
+    def _load(self, path: Path) -> Library:
+        from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+        from tokenizers import Tokenizer as Library
+
+        kind = _settings(path).text("tokenizer_class", "")
+        if kind not in QWEN2_CLASSES:
+            raise VilaDeployError(
+                f"unknown tokenizer class {short(kind)} for it",
+                where=path,
+                fix=f"this version supports {', '.join(QWEN2_CLASSES)}, or give a tokenizer.json",
+            )
+        library = Library(models.BPE.from_file(str(path), str(path.with_name("merges.txt"))))
+        library.normalizer = normalizers.NFC()
+        library.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        library.decoder = decoders.ByteLevel()
+        for token, number in sorted(_added_tokens(path).items(), key=lambda item: item[1]):
+            library.add_special_tokens([AddedToken(token, special=True, normalized=False)])
+            if library.token_to_id(token) != number:
+                raise VilaDeployError(
+                    f"token {short(token)} has id {number}, vocab.json leaves it "
+                    f"{library.token_to_id(token)}",
+                    where=path.with_name("added_tokens.json"),
+                    fix="download the tokenizer files again",
+                )
+        return library
+
+
+class SentencePieceTokenizer:
+    """A Llama `tokenizer.model`; a space goes before the text, but not after special tokens.
+
+    That is transformers' `legacy=False`, with which VILA loads every tokenizer of this kind.
+    """
+
+    def __init__(self, path: Path):
+        from sentencepiece import SentencePieceProcessor
+
+        self._library = SentencePieceProcessor()
+        self._library.LoadFromSerializedProto(path.read_bytes() + NO_DUMMY_PREFIX)
+        adds_bos = _settings(path).boolean("add_bos_token", True) and self._library.bos_id() >= 0
+        self.bos_ids = [self._library.bos_id()] if adds_bos else []
+        special = (self._library.bos_id(), self._library.eos_id(), self._library.unk_id())
+        self._special = {self._library.id_to_piece(i): i for i in special if i >= 0}
+        self._special |= _added_tokens(path)
+        self.vocab_size = max(self._library.vocab_size(), *(i + 1 for i in self._special.values()))
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for index, stretch in enumerate(self._split.split(text.replace("\u2581", " "))):
+            if stretch in self._special:
+                ids.append(self._special[stretch])
+            elif stretch:
+                ids += self._library.encode(stretch if index else f" {stretch}")
+        return ids
+
+    def token_id(self, token: str) -> int | None:
+        if token in self._special:
+            return self._special[token]
+        number = self._library.piece_to_id(token)
+        return None if number == self._library.unk_id() else number
+
+    def decode(self, ids: Sequence[int]) -> str:
+        special = set(self._special.values())
+        return self._library.decode([i for i in ids if i not in special])
+
+
+def _settings(path: Path) -> Fields:
+    """tokenizer_config.json beside a tokenizer file, or nothing."""
+    config = path.with_name("tokenizer_config.json")
+    return Fields.from_file(config) if config.exists() else Fields({}, config)
+
+
+def _added_tokens(path: Path) -> dict[str, int]:
+    """Tokens that were added to a vocabulary: added_tokens.json and, newer, the settings' own."""
+    fields, tokens = _settings(path), {}
+    if "added_tokens_decoder" in fields:
+        decoder = fields.child("added_tokens_decoder")
+        for number in decoder.values:
+            if not number.isdecimal() or int(number) >= MAX_TOKENS:
+                raise decoder.error(short(number), "must be a token's id")
+            tokens[decoder.child(number).text("content")] = int(number)
+    added = path.with_name("added_tokens.json")
+    if added.exists():
+        more = Fields.from_file(added)
+        tokens |= {token: more.integer(token, low=0, high=MAX_TOKENS) for token in more.values}
+    return {token: number for token, number in tokens.items() if token}
+
+
+class TextStream:
+    """Turns ids that arrive one by one into text; a character that is not whole yet waits."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = self._shown = 0
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes, possibly none."""
+        self._ids.append(token)
+        # Decoding begins one shown token early: whether a space goes before depends on it.
+        before = self._tokenizer.decode(self._ids[self._start : self._shown])
+        after = self._tokenizer.decode(self._ids[self._start :])
+        if after.endswith(REPLACEMENT):
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return after[len(before) :]
+
+    def finish(self) -> str:
+        """What is still held back when the answer ends."""
+        before = self._tokenizer.decode(self._ids[self._start : self._shown])
+        after = self._tokenizer.decode(self._ids[self._start :])
+        return after[len(before) :]

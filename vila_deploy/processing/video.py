@@ -1,0 +1,200 @@
+"""Videos to pictures: frames at even distances, which then go in as pictures do.
+
+Which frames: as `_load_video` in llava/utils/media.py of NVlabs/VILA takes them, frame
+`round(linspace(0, total - 1, count))`, so the first and the last are among them and a video of
+fewer frames than asked for repeats some. (The `vila1.5` branch takes
+`int(linspace(0, total - 2, count))`, at most two frames away, but pads short videos with black
+pictures and fails when `total` equals `count`.)
+
+Where `total` comes from: the container's header, or its packets where the header is silent. Both
+may be wrong, so every frame is decoded and counted, in order and with only the chosen ones held;
+if the count differs, a second pass takes the frames that the true count asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from vila_deploy.processing.images import MAX_IMAGE_PIXELS
+from vila_deploy.utils.errors import VilaDeployError
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+MAX_VIDEO_FRAMES = 4096
+# All chosen frames of one video together; as RGB they take three bytes a pixel.
+MAX_VIDEO_PIXELS = 500_000_000
+
+# Only formats that are one file: a playlist names others, or addresses, that FFmpeg would open. Nor
+# still pictures and text, which FFmpeg would show as videos too.
+_FORMATS = (
+    "apng,asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,mxf,nut,"
+    "obu,ogg,rm,yuv4mpegpipe"
+)
+_FIX = "give a video such as MP4, WebM, MKV, AVI or GIF; a still picture is for --image"
+
+
+def frame_indices(total: int, count: int) -> list[int]:
+    """`count` frame numbers at even distances over 0..total-1; some repeat if `count` > `total`."""
+    return [int(index) for index in np.round(np.linspace(0, total - 1, count))]
+
+
+def sample_frames(path: Path, count: int) -> list[Image.Image]:
+    """Reads `count` frames of a video as RGB, in order, upright by its display matrix.
+
+    A stream that ends early without an error counts as that short; damage is an error.
+
+    Raises:
+        VilaDeployError: `count` not in 1..MAX_VIDEO_FRAMES, no such file, not a video, without a
+            video stream or frames, damaged or cut short, frames over MAX_IMAGE_PIXELS, all of them
+            together over MAX_VIDEO_PIXELS, or PyAV is not installed.
+    """
+    if not 1 <= count <= MAX_VIDEO_FRAMES:
+        raise VilaDeployError(
+            f"cannot take {count} frames", where=path, fix=f"ask for 1 to {MAX_VIDEO_FRAMES}"
+        )
+    try:
+        # The first frame is taken however many there are: no need to count them for it.
+        total = 1 if count == 1 else _stated_frames(path)
+        indices = frame_indices(total, count)
+        chosen, seen = _take(path, set(indices), to_end=count > 1)
+        if seen != total:
+            indices = frame_indices(seen, count)
+            chosen, _ = _take(path, set(indices), to_end=False)
+        return [chosen[index] for index in indices]
+    except (VilaDeployError, MemoryError):
+        raise
+    # FFmpeg's parsers and converters raise whatever they stumble on.
+    except Exception as error:
+        raise VilaDeployError(f"video cannot be read ({error})", where=path, fix=_FIX) from error
+
+
+def _stated_frames(path: Path) -> int:
+    """Frames by the header, else by counting packets without decoding them; may be wrong."""
+    with _opened(path) as (container, stream):
+        if stream.frames > 0:
+            return stream.frames
+        packets = 0
+        # Decoding will come upon the same damage and say where.
+        with suppress(_import_av().FFmpegError):
+            for packet in container.demux(stream):
+                # The last one is empty: it only says that the file ends.
+                packets += packet.size > 0
+        return max(packets, 1)
+
+
+def _take(path: Path, wanted: set[int], *, to_end: bool) -> tuple[dict[int, Image.Image], int]:
+    """Decodes in order: (the wanted frames that are there, how many frames were seen).
+
+    Args:
+        to_end: read and count to the end, else only as far as the last wanted frame.
+    """
+    chosen: dict[int, Image.Image] = {}
+    seen = pixels = 0
+    with closing(_frames(path)) as frames:
+        for frame in frames:
+            if seen in wanted:
+                pixels += frame.width * frame.height
+                if pixels > MAX_VIDEO_PIXELS:
+                    raise VilaDeployError(
+                        f"{len(wanted)} frames of {frame.width}x{frame.height} are more than "
+                        f"{MAX_VIDEO_PIXELS // 1_000_000} megapixels",
+                        where=path,
+                        fix="take fewer frames or scale it down first",
+                    )
+                chosen[seen] = _upright(frame)
+            seen += 1
+            if not to_end and len(chosen) == len(wanted):
+                break
+    return chosen, seen
+
+
+def _upright(frame: VideoFrame) -> Image.Image:
+    """RGB, turned as the display matrix says, by whole quarters; mirroring is left out."""
+    return frame.to_image().rotate(round(frame.rotation / 90) * 90, expand=True)
+
+
+def _frames(path: Path) -> Generator[VideoFrame, None, None]:
+    """Every frame in the order of display; at least one, else VilaDeployError."""
+    av = _import_av()
+    seen, cut_short = 0, False
+    problem: Exception | None = None
+    with _opened(path) as (container, stream):
+        try:
+            for packet in container.demux(stream):
+                # FFmpeg hands out a packet that the file ends in, marked like this; one in the
+                # middle may be a disturbed broadcast, which decoders get over.
+                cut_short = packet.is_corrupt if packet.size else cut_short
+                for frame in packet.decode():
+                    yield frame
+                    seen += 1
+        except av.FFmpegError as error:
+            problem, cut_short = error, True
+    if not seen:
+        raise VilaDeployError("has no frame that can be read", where=path, fix=_FIX) from problem
+    if cut_short:
+        raise VilaDeployError(
+            f"is damaged or cut short: only its first {seen} frames can be read",
+            where=path,
+            fix="copy or convert it again",
+        ) from problem
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The video and its first stream of moving pictures, ready to be demuxed and decoded."""
+    av = _import_av()
+    # Opening a pipe would wait for a writer, and a second pass could not read it again.
+    if not path.is_file():
+        what = "is no regular file" if path.exists() else "no such video"
+        raise VilaDeployError(what, where=path, fix="check the path")
+    with path.open("rb") as file:
+        try:
+            container = av.open(file, mode="r", container_options={"format_whitelist": _FORMATS})
+        except (av.FFmpegError, OSError) as error:
+            raise VilaDeployError(
+                "is not a video, or is cut short", where=path, fix=_FIX
+            ) from error
+        with container:
+            yield container, _moving_pictures(container, path)
+
+
+def _moving_pictures(container: InputContainer, path: Path) -> VideoStream:
+    attached = _import_av().stream.Disposition.attached_pic
+    # The cover of a piece of music is a video stream too.
+    streams = [s for s in container.streams.video if not s.disposition & attached]
+    if not streams:
+        raise VilaDeployError("has no video stream", where=path, fix=_FIX)
+    stream = streams[0]
+    if stream.codec_context is None:
+        raise VilaDeployError("has a codec that PyAV cannot decode", where=path, fix=_FIX)
+    if stream.width * stream.height > MAX_IMAGE_PIXELS:
+        raise VilaDeployError(
+            f"video of {stream.width}x{stream.height} is larger than "
+            f"{MAX_IMAGE_PIXELS // 1_000_000} megapixels",
+            where=path,
+            fix="scale it down first",
+        )
+    # The size may change on the way; the decoder then refuses before it takes memory for it. Twice,
+    # since it counts the margins that it puts around a picture too.
+    stream.codec_context.options = {"max_pixels": str(2 * MAX_IMAGE_PIXELS)}
+    stream.thread_type = "AUTO"
+    return stream
+
+
+def _import_av() -> ModuleType:
+    """PyAV, imported on first use: most conversations have no video."""
+    try:
+        import av
+    except ImportError as error:
+        raise VilaDeployError("reading videos needs PyAV", fix="pip install av") from error
+    return av

@@ -1,0 +1,1 @@
+"""One file an algorithm or idea: RTN, AWQ, GPTQ, learned scales."""

@@ -1,0 +1,1 @@
+"""Predict memory and time of a quantization from the configs."""

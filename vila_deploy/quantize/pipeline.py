@@ -1,0 +1,247 @@
+"""Quantizing a checkpoint from beginning to end: check, calibrate, layer by layer, report."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vila_deploy.checkpoint import Checkpoint, open_checkpoint
+from vila_deploy.checkpoint.config import with_template
+from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.checkpoint.tensor_schema import EMBEDDING
+from vila_deploy.data.examples import data_warnings, load_examples, load_held_out
+from vila_deploy.eval.fidelity import evaluate, evaluation_data
+from vila_deploy.formats.rtn import to_float16
+from vila_deploy.quantize.algorithms.base import (
+    Awq,
+    AwqGptq,
+    LayerEntry,
+    Method,
+    OnStep,
+    Rtn,
+    layer_name,
+)
+from vila_deploy.quantize.calibrate import Calibration, calibrate
+from vila_deploy.quantize.estimate.plan import QuantizePlan, plan, scratch_bytes
+from vila_deploy.quantize.model_card import model_card
+from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.report import Cost, build_report, markdown
+from vila_deploy.quantize.resume import (
+    FinishedLayer,
+    WorkFolder,
+    refuse_finished_layers,
+    work_folder,
+)
+from vila_deploy.utils.device import choose_device
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.files import canonical_json, new_folder
+from vila_deploy.utils.host_memory import PeakMemory, give_back, resident_bytes
+from vila_deploy.utils.progress import progress
+from vila_deploy.writers.outputs import Outputs
+
+
+def quantize(root: Path, out: Path, options: Options, *, resume: bool = False) -> dict[str, Any]:
+    """Writes the 4-bit checkpoint `out`, which appears whole or not at all.
+
+    Args:
+        resume: go on from the finished layers that a run which ended early has left in the work
+            folder beside `out`. On one computer the bytes are those of a run without interruption,
+            save for the time and memory in report.json and report.md. Rounding to nearest, a
+            matter of minutes, leaves them only if it is given too.
+
+    Returns:
+        the report, as in `out`/report.json.
+
+    Raises:
+        VilaDeployError: anything that is wrong with the checkpoint, the options, the disk or the
+            work folder.
+    """
+    start = time.monotonic()
+    checkpoint = open_checkpoint(root)
+    checkpoint.config = with_template(checkpoint.config, options.prompt_template)
+    planned = plan(checkpoint.config, options)
+    device = choose_device(options.device, planned.device_bytes)
+    own = (options.calib, options.calib_images)
+    examples = load_examples(*own, text_only=options.text_only) if options.calibrates else []
+    held_out = load_held_out(options.eval) if options.evaluates else []
+    warnings = data_warnings(options, examples, held_out)
+    with ExitStack() as stack:
+        memory = stack.enter_context(PeakMemory())
+        work = None
+        if resume or options.calibrates:
+            kept = work_folder(out, checkpoint, options, device, resume=resume)
+            work = stack.enter_context(kept)
+        else:
+            refuse_finished_layers(out)
+        folder = stack.enter_context(new_folder(out, work.path if work else None))
+        space = _Space(out, checkpoint, planned, work, len(options.formats))
+        space.check()
+        outputs = Outputs(checkpoint, folder, options.formats, options.scheme)
+        checkpoint.digests((EMBEDDING,))
+        _write_unquantized(checkpoint, outputs)
+        calibration = calibrate(checkpoint, examples, options.seed, device) if examples else None
+        if calibration:
+            tokens = sum(map(len, calibration.embeds))
+            space.check(scratch_bytes(checkpoint.config, options, tokens), written=folder)
+            if work:
+                work.check_calibration(calibration.sha256)
+        data = evaluation_data(checkpoint, held_out, options.eval is not None, device)
+        method = _method(checkpoint, options, calibration, device, folder)
+        layers, saved_seconds = _write_layers(checkpoint.config.llm, method, outputs, work)
+        outputs.finish()
+        del method
+        written, evaluated = time.monotonic(), _checkpoints(folder, options)
+        evaluation = None
+        if data:
+            evaluation = evaluate(checkpoint, open_checkpoint(evaluated[0]), data, device)
+        cost = _cost(start - saved_seconds, written, memory, device)
+        report = build_report(
+            checkpoint, folder, options, calibration, layers, evaluation, warnings, cost
+        )
+        _write_report(checkpoint, report, folder, evaluated)
+    return report
+
+
+def _method(
+    checkpoint: Checkpoint,
+    options: Options,
+    calibration: Calibration | None,
+    device: torch.device,
+    scratch: Path,
+) -> Method:
+    if calibration is None:
+        return Rtn(checkpoint, options.scheme, device)
+    if options.algorithm == "awq":
+        return Awq(checkpoint, options.scheme, calibration, device)
+    return AwqGptq(checkpoint, options.scheme, calibration, device, scratch)
+
+
+def _cost(start: float, written: float, memory: PeakMemory, device: torch.device) -> Cost:
+    """What a run that began at `start` has taken until now, the evaluation since `written`."""
+    now = time.monotonic()
+    seconds = round(now - start, 3), round(now - written, 3)
+    return Cost(*seconds, memory.own_bytes, resident_bytes(), device.type)
+
+
+def _write_report(
+    checkpoint: Checkpoint, report: dict[str, Any], folder: Path, checkpoints: list[Path]
+) -> None:
+    (folder / "report.json").write_text(canonical_json(report), "utf-8")
+    (folder / "report.md").write_text(markdown(report), "utf-8")
+    for each in checkpoints:
+        (each / "README.md").write_text(model_card(checkpoint, report), "utf-8")
+
+
+def _checkpoints(folder: Path, options: Options) -> list[Path]:
+    """The folders of the checkpoints that have been written, one a format."""
+    several = len(options.formats) > 1
+    return [folder / name for name in options.formats] if several else [folder]
+
+
+@dataclass(frozen=True)
+class _Space:
+    """What a run takes of the disk that `out` will be on."""
+
+    out: Path
+    checkpoint: Checkpoint
+    planned: QuantizePlan
+    work: WorkFolder | None
+    formats: int
+
+    def check(self, scratch: int = 0, written: Path | None = None) -> None:
+        """Raises VilaDeployError if there is too little.
+
+        Args:
+            scratch: bytes of activations in files.
+            written: folder of what is there of the output already.
+        """
+        parts = (*self.checkpoint.vision.files(), *self.checkpoint.projector.files())
+        sizes = {part.name: part.bytes for part in self.planned.components}
+        llm = sum(size for name, size in sizes.items() if name.startswith("llm"))
+        needed = self.formats * (sum(file.stat().st_size for file in parts) + llm)
+        if written is not None:
+            done = (file.stat().st_size for file in written.rglob("*") if file.is_file())
+            needed = max(0, needed - sum(done))
+        kept = 0
+        if self.work is not None:
+            kept = max(0, sizes["llm decoder linears"] - self.work.layer_bytes)
+        free = shutil.disk_usage(self.out.parent).free
+        if free < needed + kept + scratch:
+            also = {"finished layers until it is done": kept, "activations while it runs": scratch}
+            more = [f" and {size / 1e6:,.1f} MB for {what}" for what, size in also.items() if size]
+            raise VilaDeployError(
+                f"needs {needed / 1e6:,.1f} MB{''.join(more)}, {free / 1e6:,.1f} MB are free",
+                where=self.out.parent,
+                fix="free some space or choose another -o",
+            )
+
+
+def _write_unquantized(checkpoint: Checkpoint, outputs: Outputs) -> None:
+    names = ["model.embed_tokens.weight", "model.norm.weight"]
+    if not checkpoint.config.llm.tie_word_embeddings:
+        names.append("lm_head.weight")
+    for name in names:
+        outputs.add(name, to_float16(checkpoint.llm.tensor(name), name))
+
+
+def _write_layers(
+    config: LlmConfig, method: Method, outputs: Outputs, work: WorkFolder | None
+) -> tuple[list[LayerEntry], float]:
+    """Writes all layers, finished ones out of `work`.
+
+    Returns:
+        the report's entries, and how many seconds the finished ones took when they were computed.
+    """
+    finished = work.finished if work else frozenset()
+    missing = [index for index in range(config.num_layers) if index not in finished]
+    entries, saved_seconds = [], 0.0
+    with _steps(config.num_layers, len(missing) * method.steps_per_layer) as step:
+        for index in range(config.num_layers):
+            if work and index in finished:
+                layer = work.load(index)
+                saved_seconds += layer.seconds
+                if missing and index < missing[-1]:
+                    step(index, 0)("finished before; its outputs")
+                    method.skip(index, layer.tensors)
+            else:
+                start = time.monotonic()
+                method.checkpoint.digests((f"{layer_name(index)}.",))
+                result = method.quantize(index, step(index, 1))
+                layer = FinishedLayer(*result, time.monotonic() - start)
+                del result
+                if work:
+                    work.save(index, layer)
+            for name, value in layer.tensors.items():
+                outputs.add(name, value)
+            entries.append(layer.entry)
+            del layer
+            give_back()
+    return entries, saved_seconds
+
+
+@contextmanager
+def _steps(num_layers: int, total: int) -> Iterator[Callable[[int, int], OnStep]]:
+    """Yields (layer, steps) → on_step: a call says what begins now, and so ends what was before it.
+
+    What is begun counts as `steps` when it ends.
+    """
+    with progress(total, "quantizing") as advance:
+        begun = 0
+
+        def of_layer(index: int, steps: int) -> OnStep:
+            def on_step(text: str) -> None:
+                nonlocal begun
+                advance(f"layer {index + 1}/{num_layers}: {text}", begun)
+                begun = steps
+
+            return on_step
+
+        yield of_layer
+        advance("done", begun)

@@ -1,0 +1,339 @@
+"""The work folder of `vila-quantize`: finished layers outlive the program, for `--resume`.
+
+`OUT.partial` holds state.json, which says what the quantization was begun with, and one safetensors
+file per finished decoder layer, whose name ends in the SHA-256 of its bytes. Each says which files
+of weights it was made from, so these need not all be hashed before the first layer.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.checkpoint.tensor_schema import EMBEDDING
+from vila_deploy.formats import awq
+from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.quantize.algorithms.base import layer_name
+from vila_deploy.quantize.estimate.plan import work_path
+from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.report import versions
+from vila_deploy.utils.errors import OUT_OF_MEMORY, VilaDeployError, out_of_memory, short
+from vila_deploy.utils.files import (
+    canonical_json,
+    check_new,
+    new_folder,
+    read_json_object,
+    replace_file,
+    sha256_file,
+)
+from vila_deploy.writers.folder import packed, save_tensors
+
+STATE_FILE, LOCK_FILE = "state.json", "lock"
+LAYER_FILE = re.compile(r"layer-(\d{5,})-([0-9a-f]{64})\.safetensors")
+TEMPORARY_SUFFIX = ".tmp"
+CHECKPOINT, CALIBRATION = "the checkpoint", "the calibration data"
+BEGIN_AGAIN = "remove this folder to begin again, or choose another -o"
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FinishedLayer:
+    """What the output needs of a decoder layer.
+
+    Args:
+        tensors: norms and linears in the order in which they are written, by their names.
+        entry: what the report says of it.
+        seconds: that it took.
+    """
+
+    tensors: dict[str, Tensor | QuantizedLinear]
+    entry: dict[str, Any]
+    seconds: float
+
+
+class _ChangedError(VilaDeployError):
+    """The finished layers are of no use to what is to be done now."""
+
+
+class WorkFolder:
+    """Finished layers and what they depend on; made by `work_folder`.
+
+    Args:
+        state: by the name that a message gives it, everything but weights that they depend on.
+        files: of the finished layers.
+        checkpoint: what is quantized; layers name the files of weights that they were made from.
+    """
+
+    def __init__(self, path: Path, state: State, files: dict[int, Path], checkpoint: Checkpoint):
+        self.path, self._state, self._files = path, state, files
+        self._checkpoint = checkpoint
+
+    @property
+    def finished(self) -> frozenset[int]:
+        """The indices of the layers that need not be done again."""
+        return frozenset(self._files)
+
+    @property
+    def layer_bytes(self) -> int:
+        """What the files of the finished layers take on the disk."""
+        return sum(file.stat().st_size for file in self._files.values())
+
+    def check_calibration(self, sha256: str) -> None:
+        """Remembers the calibration data.
+
+        Raises:
+            VilaDeployError: it is not that of the finished layers.
+        """
+        now = {**self._state, CALIBRATION: sha256}
+        if self._files:
+            _refuse_change(self.path, self._state, now)
+        else:
+            _write_state(self.path, now)
+        self._state = now
+
+    def save(self, index: int, layer: FinishedLayer) -> None:
+        """Keeps a layer; it counts as finished once its file has its name."""
+        temporary = self.path / f"layer-{index:05d}{TEMPORARY_SUFFIX}"
+        # Neither safetensors nor canonical JSON keeps an order, which shards and tables depend on.
+        order = {
+            "tensors": {n: _group_size(value) for n, value in layer.tensors.items()},
+            "entry": layer.entry,
+            "seconds": layer.seconds,
+            "sources": self._checkpoint.digests(_made_from(index)),
+        }
+        stored: dict[str, Tensor] = {}
+        for name, value in layer.tensors.items():
+            stored |= packed(name, value, awq.pack)
+        save_tensors(stored, temporary, {"layer": json.dumps(order)})
+        file = self.path / f"layer-{index:05d}-{sha256_file(temporary)}.safetensors"
+        replace_file(temporary, file)
+        self._files[index] = file
+
+    def load(self, index: int) -> FinishedLayer:
+        """A finished layer, as it was saved."""
+        return _read_layer(self._files[index])[0]
+
+
+@contextmanager
+def work_folder(
+    out: Path, checkpoint: Checkpoint, options: Options, device: torch.device, *, resume: bool
+) -> Iterator[WorkFolder]:
+    """Yields the work folder beside `out`, made if it isn't there, locked against other programs.
+
+    It stays when something goes wrong, unless no layer is finished by then.
+
+    Args:
+        resume: finished layers are welcome.
+
+    Raises:
+        VilaDeployError: `out` exists, the folder is in use or none of ours, or its layers are those
+            of another checkpoint, other options or other versions, or not welcome.
+    """
+    if not out.name:
+        check_new(out)
+    path, now = work_path(out), _state_of(checkpoint, options, device)
+    found = os.path.lexists(path)
+    if found and os.path.lexists(out):
+        raise VilaDeployError(
+            f"exists, and so does {path.name}",
+            where=out,
+            fix="remove the latter if the output is what you wanted, otherwise the former",
+        )
+    check_new(out)
+    if not found:
+        with new_folder(path) as folder:
+            _write_state(folder, now)
+    # A folder that is none of ours stays as it is.
+    _read_state(path)
+    with _locked(path):
+        if not resume:
+            refuse_finished_layers(out)
+        work = _open(path, now, checkpoint)
+        if resume:
+            print(f"{path}: {len(work.finished) or 'no'} finished layers found", file=sys.stderr)
+        try:
+            yield work
+        except Exception as error:
+            told = isinstance(error, VilaDeployError) and not isinstance(error, _ChangedError)
+            if not work.finished or not (told or out_of_memory(error)):
+                raise
+            raise _with_hint(error) from error
+        finally:
+            if not work.finished:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _with_hint(error: Exception) -> VilaDeployError:
+    kept = "finished layers are kept: --resume goes on from there, unless their weights change"
+    if not isinstance(error, VilaDeployError):
+        return VilaDeployError(OUT_OF_MEMORY, fix=kept)
+    return VilaDeployError(
+        error.what, where=error.where, fix=f"{error.fix}; {kept}" if error.fix else kept
+    )
+
+
+def refuse_finished_layers(out: Path) -> None:
+    """Raises if a run that ended early has left layers, which this one would pass by."""
+    path = work_path(out)
+    count = len(_layer_files(path))
+    if count:
+        raise VilaDeployError(
+            f"holds {count} finished layers of a run that ended early",
+            where=path,
+            fix=f"--resume goes on from there; or {BEGIN_AGAIN}",
+        )
+
+
+def _layer_files(path: Path) -> list[Path]:
+    found = sorted(path.iterdir()) if path.is_dir() else []
+    return [file for file in found if LAYER_FILE.fullmatch(file.name)]
+
+
+def _made_from(index: int) -> tuple[str, ...]:
+    """How the names of the tensors begin that a layer depends on."""
+    return (EMBEDDING, *(f"{layer_name(layer)}." for layer in range(index + 1)))
+
+
+def _state_of(checkpoint: Checkpoint, options: Options, device: torch.device) -> State:
+    """Everything but the weights that the layers depend on, by the name that a message gives it."""
+    return {
+        CHECKPOINT: checkpoint.outline(),
+        CALIBRATION: None,
+        "--algorithm": options.algorithm,
+        "--group-size": options.scheme.group_size,
+        "--symmetric": options.scheme.symmetric,
+        "--seed": options.seed,
+        "--prompt-template": options.prompt_template,
+        "--device": device.type,
+        # Sums come out differently when they are split among another number of threads.
+        "OMP_NUM_THREADS": torch.get_num_threads(),
+        **versions(),
+    }
+
+
+def _open(path: Path, now: State, checkpoint: Checkpoint) -> WorkFolder:
+    before, found = _read_state(path), _layer_files(path)
+    for file in path.glob(f"*{TEMPORARY_SUFFIX}"):
+        file.unlink()
+    if not found:
+        _write_state(path, now)
+        return WorkFolder(path, now, {}, checkpoint)
+    _refuse_change(path, before, {**now, CALIBRATION: before.get(CALIBRATION)})
+    files: dict[int, Path] = {}
+    for file in found:
+        if (whole := _if_whole(file)) is None:
+            print(f"{file}: damaged, is computed again", file=sys.stderr)
+            file.unlink()
+            continue
+        index, sources = whole
+        if checkpoint.digests(_made_from(index)) != sources:
+            raise _changed(path, f"{CHECKPOINT} has changed")
+        files[index] = file
+    return WorkFolder(path, before, files, checkpoint)
+
+
+def _if_whole(file: Path) -> tuple[int, dict[str, str]] | None:
+    """The number of a layer, and what it was made from; None if its file is damaged."""
+    match = LAYER_FILE.fullmatch(file.name)
+    if not match or sha256_file(file) != match[2]:
+        return None
+    layer, sources = _read_layer(file)
+    # The entry names the layer too, so that a renamed file is not taken for another's.
+    return (int(match[1]), sources) if layer.entry["layer"] == int(match[1]) else None
+
+
+def _group_size(value: Tensor | QuantizedLinear) -> int | None:
+    return value.group_size if isinstance(value, QuantizedLinear) else None
+
+
+def _read_layer(file: Path) -> tuple[FinishedLayer, dict[str, str]]:
+    """A layer, and the files of weights that it was made from."""
+    with safe_open(file, "pt") as opened:
+        order = json.loads(opened.metadata()["layer"])
+        stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    tensors: dict[str, Tensor | QuantizedLinear] = {}
+    for name, group_size in order["tensors"].items():
+        if group_size is None:
+            tensors[name] = stored[name]
+        else:
+            prefix = f"{name}."
+            parts = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
+            tensors[name] = awq.unpack(parts, group_size)
+    return FinishedLayer(tensors, order["entry"], order["seconds"]), order["sources"]
+
+
+def _refuse_change(path: Path, before: State, now: State) -> None:
+    for name in {**now, **before}:
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        values = f"was {short(old)} and is {short(new)} now"
+        raise _changed(path, f"{name} {'has changed' if name.startswith('the ') else values}")
+
+
+def _changed(path: Path, what: str) -> _ChangedError:
+    fix = f"go back to what it was; or {BEGIN_AGAIN}"
+    return _ChangedError(f"{what} since this was begun", where=path, fix=fix)
+
+
+def _write_state(path: Path, state: State) -> None:
+    temporary = path / f"{STATE_FILE}{TEMPORARY_SUFFIX}"
+    temporary.write_text(canonical_json({**state, "sha256": _digest(state)}), "utf-8")
+    replace_file(temporary, path / STATE_FILE)
+
+
+def _read_state(path: Path) -> State:
+    try:
+        state = read_json_object(path / STATE_FILE)
+    except VilaDeployError as error:
+        raise VilaDeployError(error.what, where=error.where, fix=BEGIN_AGAIN) from error
+    if state.pop("sha256", None) != _digest(state):
+        raise VilaDeployError("is damaged", where=path / STATE_FILE, fix=BEGIN_AGAIN)
+    return state
+
+
+def _digest(state: State) -> str:
+    return hashlib.sha256(canonical_json(state).encode()).hexdigest()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Two programs would write into each other's output; the lock ends with the program."""
+    # A file, open for writing: that is what network file systems can lock, if anything.
+    descriptor = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        # Some have no locks at all; then it is up to the user.
+        with suppress(OSError):
+            _lock(descriptor, path)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    busy = VilaDeployError(
+        "another program is at work in it", where=path, fix="wait for it or choose another -o"
+    )
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise busy from error
+    # Just finished, it has taken the folder away.
+    if not (path / LOCK_FILE).exists():
+        raise busy

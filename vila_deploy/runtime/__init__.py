@@ -1,0 +1,1 @@
+"""Run a built engine: open it, generate tokens, keep a conversation."""

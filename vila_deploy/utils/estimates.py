@@ -1,0 +1,53 @@
+"""Parts of a plan: parameters, bits and bytes of what is stored, memory of what is done."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vila_deploy.checkpoint.tensor_schema import Expected
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of a model: how many parameters, in how many bits each, in how many bytes."""
+
+    name: str
+    parameters: int
+    bits: float
+    bytes: int
+
+    @classmethod
+    def of(cls, name: str, parameters: int, bits: float) -> Component:
+        return cls(name, parameters, bits, int(parameters * bits / 8))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of a job, the memory that it needs at its peak, and its time if that is known."""
+
+    name: str
+    memory_bytes: int
+    seconds: float | None = None
+
+
+def parameters(tensors: Iterable[Expected]) -> int:
+    """How many there are in all."""
+    return sum(math.prod(tensor.shape) for tensor in tensors)
+
+
+def available_memory_bytes() -> int:
+    """Memory that a new program can use: what the system says, within the container's limit."""
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        found.append(max(0, int(limit.read_text()) - int(used.read_text())))
+    return min(found)

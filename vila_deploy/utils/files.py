@@ -1,0 +1,250 @@
+"""Files and folders that appear whole or not at all, and their checksums."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import stat
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vila_deploy.utils.errors import VilaDeployError
+
+CHUNK_BYTES = 8 << 20
+FULL_BELOW_BYTES = 1 << 20
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_APPEARED = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
+_ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def new_folder(destination: Path, work: Path | None = None) -> Iterator[Path]:
+    """Yields an empty folder beside `destination`, renamed there on success, removed on failure.
+
+    Ctrl-C, SIGTERM and SIGHUP leave nothing behind either, and then end the program as usual.
+
+    Args:
+        work: an existing folder beside `destination` to make the new one in; on success it goes
+            too, and what a killed program left of an earlier new one goes at the start.
+
+    Raises:
+        VilaDeployError: `destination` exists or appears meanwhile, its parent does not exist, or
+            something can't be written, as on a full disk.
+    """
+    check_new(destination)
+    # The name is cut, so that the longest legal destination still leaves room for the suffix.
+    partial = destination.parent / f".{destination.name[:32]}.partial-{secrets.token_hex(4)}"
+    if work is not None:
+        partial = work / "output"
+    no_longer_needed = partial
+    with _interrupted_once() as ignore_signals:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            _sync(partial)
+            ignore_signals()
+            _publish(partial, destination)
+            no_longer_needed = work or partial
+        except Exception as error:
+            problem = _write_problem(error, work or partial, destination)
+            if problem is None:
+                raise
+            raise problem from error
+        finally:
+            ignore_signals()
+            shutil.rmtree(no_longer_needed, ignore_errors=True)
+
+
+def check_new(destination: Path) -> None:
+    """Raises if something can't appear at `destination`: it exists, or its parent does not."""
+    if os.path.lexists(destination):
+        raise VilaDeployError(
+            "output folder exists", where=destination, fix="remove it or choose another -o"
+        )
+    if not os.path.isdir(destination.parent):  # noqa: PTH112  Path.is_dir raises on EACCES
+        raise VilaDeployError(
+            "folder does not exist", where=destination.parent, fix="create it or choose another -o"
+        )
+
+
+def _publish(partial: Path, destination: Path) -> None:
+    """Renames without replacing: rename(2) alone would take the place of an empty folder."""
+    check_new(destination)
+    try:
+        partial.rename(destination)
+    except OSError as error:
+        if error.errno in _APPEARED:
+            check_new(destination)
+        raise
+
+
+def _sync(folder: Path) -> None:
+    """Brings every file to the disk, so that not even a power cut shows a folder half filled."""
+    for parent, _, names in os.walk(folder):
+        for path in (*(Path(parent, name) for name in names), Path(parent)):
+            if not path.is_symlink():
+                _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(temporary: Path, destination: Path) -> None:
+    """Renames a file within its folder so that a power cut shows all of the old or of the new."""
+    _sync_one(temporary)
+    temporary.replace(destination)
+    _sync_one(destination.parent)
+
+
+def _write_problem(error: Exception, partial: Path, destination: Path) -> VilaDeployError | None:
+    """What to tell the user if `error` came from writing, otherwise None."""
+    if isinstance(error, VilaDeployError):
+        return None
+    # Rust libraries raise their own types, with the errno in the text only.
+    in_text = re.search(r"\(os error (\d+)\)", str(error))
+    code = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
+    # Others lose the errno altogether; then the disk itself has to tell.
+    if code in _FULL or (code is None and _disk_is_full(destination.parent)):
+        return VilaDeployError(
+            f"cannot write: {os.strerror(code or errno.ENOSPC)}",
+            where=destination,
+            fix="free some space or choose another -o",
+        )
+    if not isinstance(error, OSError):
+        return None
+    named = error.filename is not None
+    if named and Path(os.fsdecode(error.filename)).is_relative_to(partial):
+        what = f"cannot write: {error.strerror}"
+    elif not named and error.errno in (errno.EIO, errno.EROFS):
+        what = f"reading or writing failed: {error.strerror}"
+    elif not named and re.search(r"requested and \d+ written", str(error)):  # numpy's tofile
+        what = f"cannot write: {error}"
+    else:
+        return None
+    fix = "check the folder's permissions and its disk, or choose another -o"
+    return VilaDeployError(what, where=destination, fix=fix)
+
+
+def _disk_is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < FULL_BELOW_BYTES
+    except OSError:
+        return False
+
+
+@contextmanager
+def _interrupted_once() -> Iterator[Callable[[], None]]:
+    """The first signal that ends a program does so as an exception, later ones are ignored.
+
+    Otherwise a second Ctrl-C would interrupt the cleaning up that the first one began. Yields a
+    function from whose call on every one is ignored. Python runs handlers in the main thread only.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    found = {number: signal.getsignal(number) for number in _ENDING_SIGNALS}
+    # None is a handler from outside Python, which could not be put back.
+    previous = {n: old for n, old in found.items() if old not in (signal.SIG_IGN, None)}
+
+    def set_all(handler: Callable[[int, Any], Any] | signal.Handlers) -> None:
+        for number in previous:
+            signal.signal(number, handler)
+
+    def end_program(signum: int, frame: Any) -> None:
+        set_all(signal.SIG_IGN)
+        handler = previous[signal.Signals(signum)]
+        if not callable(handler):
+            raise SystemExit(128 + signum)
+        handler(signum, frame)
+        set_all(end_program)
+
+    try:
+        set_all(end_program)
+        yield lambda: set_all(signal.SIG_IGN)
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(chunk):
+            digest.update(chunk[:size])
+    return digest.hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """The one way in which this project writes JSON: equal content is equal bytes."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def read_small_file(path: Path, *, limit_bytes: int) -> bytes:
+    """The bytes of a regular file; anything else that may stand under the name could block.
+
+    Raises:
+        VilaDeployError: missing, no regular file, unreadable, or larger than `limit_bytes`.
+    """
+    fix = "download this file again"
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise VilaDeployError("is no regular file", where=path, fix=fix)
+        with path.open("rb") as file:
+            content = file.read(limit_bytes + 1)
+    except FileNotFoundError as error:
+        raise VilaDeployError("is missing", where=path, fix=fix) from error
+    except OSError as error:
+        raise VilaDeployError(f"cannot be read ({error.strerror})", where=path, fix=fix) from error
+    if len(content) > limit_bytes:
+        raise VilaDeployError(f"larger than {limit_bytes} bytes", where=path, fix=fix)
+    return content
+
+
+def read_json_object(path: Path, *, limit_bytes: int = 16 << 20) -> dict[str, Any]:
+    """Reads a JSON file that must hold an object.
+
+    Raises:
+        VilaDeployError: not readable, larger than `limit_bytes`, or what `parse_json_object` says.
+    """
+    return parse_json_object(read_small_file(path, limit_bytes=limit_bytes), path)
+
+
+def parse_json_object(content: bytes, source: str | Path) -> dict[str, Any]:
+    """The JSON object that `content` is; `source` names it in messages.
+
+    Raises:
+        VilaDeployError: not UTF-8, not JSON, a key that occurs twice, or not an object.
+    """
+    fix = "download this file again"
+    try:
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise VilaDeployError(f"is not valid JSON ({error})", where=source, fix=fix) from error
+    if not isinstance(value, dict):
+        raise VilaDeployError("holds no JSON object", where=source, fix=fix)
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {twice[:60]!r} occurs twice")
+    return values

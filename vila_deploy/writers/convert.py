@@ -1,0 +1,69 @@
+"""A quantized checkpoint in other on-disk formats: the same 4-bit levels, scales and zeros."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from vila_deploy.checkpoint import Checkpoint, open_checkpoint
+from vila_deploy.checkpoint.tensor_schema import EMBEDDING, HEAD, decoder_linears
+from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.formats.rtn import to_float16
+from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.model.llm import NORMS
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.files import new_folder
+from vila_deploy.utils.progress import progress
+from vila_deploy.writers.outputs import Outputs
+from vila_deploy.writers.registry import FORMATS
+
+
+def convert(root: Path, out: Path, formats: Sequence[str]) -> None:
+    """Writes the quantized checkpoint `root` as `out`, which appears whole or not at all.
+
+    Args:
+        formats: keys of FORMATS; several come into folders of `out` that have their names.
+
+    Raises:
+        VilaDeployError: not quantized, sizes that a format can't hold, anything wrong with
+            `root` or the disk.
+    """
+    checkpoint = open_checkpoint(root)
+    quantization = checkpoint.config.llm.quantization
+    if quantization is None:
+        raise VilaDeployError(
+            "is not quantized", where=root, fix="run vila-quantize first and convert its output"
+        )
+    scheme = QuantScheme(quantization.group_size, symmetric=not quantization.zero_point)
+    for name in formats:
+        FORMATS[name].check(checkpoint.config, scheme)
+        if warning := FORMATS[name].warning(scheme):
+            print(f"warning: {warning}", file=sys.stderr)
+    with new_folder(out) as folder:
+        outputs = Outputs(checkpoint, folder, formats, scheme)
+        for name, value in _contents(checkpoint):
+            outputs.add(name, value)
+        outputs.finish()
+
+
+def _contents(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
+    """Everything in llm/ under its name, one linear in memory at a time; floats as float16."""
+    llm, reader = checkpoint.config.llm, checkpoint.llm
+    names = [EMBEDDING, "model.norm.weight"] + ([] if llm.tie_word_embeddings else [HEAD])
+    with progress(llm.num_layers + 1, "converting") as advance:
+        for name in names:
+            yield name, to_float16(reader.tensor(name), name)
+        advance("embeddings")
+        for index in range(llm.num_layers):
+            prefix = f"model.layers.{index}"
+            for norm in NORMS:
+                name = f"{prefix}.{norm}.weight"
+                yield name, to_float16(reader.tensor(name), name)
+            for linear_name in decoder_linears(llm):
+                linear = reader.linear(f"{prefix}.{linear_name}")
+                assert isinstance(linear, QuantizedLinear)
+                yield f"{prefix}.{linear_name}", linear
+            advance(f"layer {index + 1}/{llm.num_layers}")
