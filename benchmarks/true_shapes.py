@@ -25,10 +25,10 @@ from vila_deploy.bench.measure import commit, device_name, versions
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.presets import PRESETS, preset
 from vila_deploy.checkpoint.tensor_schema import (
-    Expected,
-    expected_llm,
-    expected_projector,
-    expected_tower,
+    TensorSpec,
+    llm_tensor_specs,
+    projector_tensor_specs,
+    tower_tensor_specs,
 )
 from vila_deploy.checkpoint.variants import (
     LLM_FAMILIES,
@@ -45,10 +45,10 @@ TEXT = "A fox walks along the river and looks at the water before it goes back i
 
 def write_checkpoint(root: Path, config: VilaConfig) -> None:
     """Shard by shard, so that it takes no more memory than one shard."""
-    parts: dict[str, Iterator[Expected]] = {
-        "llm": expected_llm(config.llm),
-        "vision_tower": expected_tower(config),
-        "mm_projector": expected_projector(config),
+    parts: dict[str, Iterator[TensorSpec]] = {
+        "llm": llm_tensor_specs(config.llm),
+        "vision_tower": tower_tensor_specs(config),
+        "mm_projector": projector_tensor_specs(config),
     }
     for part, expected in parts.items():
         (root / part).mkdir(parents=True)

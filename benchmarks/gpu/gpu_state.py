@@ -19,7 +19,7 @@ from vila_deploy.backends.native.tower import SCALE, load_encoder
 from vila_deploy.backends.native.weights import empty_llm
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.presets import preset
-from vila_deploy.checkpoint.tensor_schema import expected_projector, expected_tower
+from vila_deploy.checkpoint.tensor_schema import projector_tensor_specs, tower_tensor_specs
 from vila_deploy.engine.precision import FP16, INT8, is_tower_linear
 
 MODEL, LM_HEAD, SLOTS = "40B", "int4", 2048
@@ -118,7 +118,7 @@ def _vision(vila: VilaConfig, kept_as: str) -> dict[str, Tensor]:
     """Random tensors of tower and projector; those of one shape are the same numbers."""
     known: dict[tuple[bool, tuple[int, ...]], Tensor] = {}
     found: dict[str, Tensor] = {}
-    for tensor in (*expected_tower(vila), *expected_projector(vila)):
+    for tensor in (*tower_tensor_specs(vila), *projector_tensor_specs(vila)):
         name, shape = tensor.name, tensor.shape
         scale = 1 / math.sqrt(math.prod(shape[1:]) or 1)
         small = kept_as == INT8 and is_tower_linear(name, shape)

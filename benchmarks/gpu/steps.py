@@ -15,7 +15,7 @@ from vila_deploy.backends.native.compile import engine_launches
 from vila_deploy.backends.native.decode_step import Cache, DecodeStep, Sizes
 from vila_deploy.backends.native.weights import empty_llm
 from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.engine.precision import ALL_FP16, Components
+from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.kernels.fused_layer import PHASES
 from vila_deploy.kernels.launch import Launch
 from vila_deploy.kernels.pdl import Boundaries
@@ -29,9 +29,9 @@ SPARE_BYTES = 3 << 30
 # What is asked of each model: precision of the layers, then of head and cache.
 VARIANTS = (
     ("int4", ALL_FP16),
-    ("int4", Components(lm_head="int4")),
-    ("int4", Components(kv_cache="int8")),
-    ("int4", Components(lm_head="int4", kv_cache="int8")),
+    ("int4", ModulePrecision(lm_head="int4")),
+    ("int4", ModulePrecision(kv_cache="int8")),
+    ("int4", ModulePrecision(lm_head="int4", kv_cache="int8")),
     ("fp16", ALL_FP16),
 )
 # How kernels may follow each other, beside the way in which a Session's do; one that may hang last.
@@ -59,7 +59,7 @@ def measure_steps(run: Run) -> None:
                 _measure(run, name, model, precision, components)
 
 
-def _measure(run: Run, name: str, model: str, precision: str, components: Components) -> None:
+def _measure(run: Run, name: str, model: str, precision: str, components: ModulePrecision) -> None:
     if not run.rehearsed:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

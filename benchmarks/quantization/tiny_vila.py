@@ -33,7 +33,7 @@ from vila_deploy.processing.tokenizer import load_tokenizer
 from vila_deploy.quantize.options import ALGORITHMS, Options
 from vila_deploy.quantize.pipeline import quantize
 from vila_deploy.quantize.report import versions
-from vila_deploy.runtime.generate import Conversation, Sampling
+from vila_deploy.runtime.generate import Conversation, SamplingParams
 from vila_deploy.utils.progress import progress
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +84,7 @@ def exact_answers(root: Path, questions: Sequence[Question]) -> dict[str, Any]:
 
     def answer(images: Sequence[Image.Image], prompt: str) -> str:
         conversation = Conversation(session, tokenizer, model, session.max_seq_len)
-        return conversation.ask(prompt, list(images), Sampling(max_new_tokens=96)).text
+        return conversation.ask(prompt, list(images), SamplingParams(max_new_tokens=96)).text
 
     with progress(len(questions), "asking") as advance:
         result = score(answer, questions, on_answer=advance)

@@ -17,7 +17,7 @@ from vila_deploy.utils.progress import progress
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vila_deploy.engine.model_info import ModelDescription
+    from vila_deploy.engine.model_info import ModelInfo
     from vila_deploy.engine.session import Session
     from vila_deploy.processing.tokenizer import Tokenizer
 
@@ -126,13 +126,13 @@ def engine(folder: Path) -> Iterator[Answer]:
         yield answerer(opened.session, opened.tokenizer, opened.model)
 
 
-def answerer(session: Session, tokenizer: Tokenizer, model: ModelDescription) -> Answer:
+def answerer(session: Session, tokenizer: Tokenizer, model: ModelInfo) -> Answer:
     """(pictures, prompt) → greedy answer, each a conversation of its own."""
-    from vila_deploy.runtime.generate import Conversation, Sampling
+    from vila_deploy.runtime.generate import Conversation, SamplingParams
 
     def answer(images: Sequence[Image.Image], prompt: str) -> str:
         conversation = Conversation(session, tokenizer, model, session.max_seq_len)
-        return conversation.ask(prompt, list(images), Sampling(max_new_tokens=96)).text
+        return conversation.ask(prompt, list(images), SamplingParams(max_new_tokens=96)).text
 
     return answer
 

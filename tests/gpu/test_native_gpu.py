@@ -93,10 +93,10 @@ def small(tmp_path_factory: pytest.TempPathFactory, target: str) -> Iterator[Any
     """Output head in int4, cache in int8."""
     from vila_deploy.backends import open_engine
     from vila_deploy.builder.build import BuildOptions, build_engine
-    from vila_deploy.engine.precision import Components
+    from vila_deploy.engine.precision import ModulePrecision
 
     folder = tmp_path_factory.mktemp("small") / "engine"
-    components = Components(lm_head="int4", kv_cache="int8")
+    components = ModulePrecision(lm_head="int4", kv_cache="int8")
     options = BuildOptions(target, backend="native", max_seq_len=256, components=components)
     build_engine(TINY_VILA, folder, options)
     with open_engine(folder) as engine:
@@ -108,7 +108,7 @@ def test_tokens_chosen_on_the_device_are_those_of_the_host(
     engine: str, request: pytest.FixtureRequest
 ) -> None:
     """With what runs ahead, and where a stop token cuts that off."""
-    from vila_deploy.runtime.generate import Sampling, generate
+    from vila_deploy.runtime.generate import SamplingParams, generate
 
     found = request.getfixturevalue(engine)
     session = found[0] if engine == "pair" else found
@@ -117,7 +117,7 @@ def test_tokens_chosen_on_the_device_are_those_of_the_host(
     for _ in range(NEW_TOKENS):
         expected.append(int(logits.argmax()))
         logits = session.decode(expected[-1])
-    sampling = Sampling(NEW_TOKENS)
+    sampling = SamplingParams(NEW_TOKENS)
     assert list(generate(session, prompt(session), (), sampling)) == expected
     stop = expected[5]
     cut = list(generate(session, prompt(session), (stop,), sampling))
@@ -197,11 +197,11 @@ def test_a_joined_launch_gives_the_bits_of_its_phases(pair: tuple[Any, Any]) -> 
 
 
 def test_equal_seeds_draw_equal_tokens(pair: tuple[Any, Any]) -> None:
-    from vila_deploy.runtime.generate import Sampling, generate
+    from vila_deploy.runtime.generate import SamplingParams, generate
 
     session, _ = pair
     answers = [
-        tuple(generate(session, prompt(session), (), Sampling(NEW_TOKENS, 1.0, 0.9, seed)))
+        tuple(generate(session, prompt(session), (), SamplingParams(NEW_TOKENS, 1.0, 0.9, seed)))
         for seed in (1, 1, 2)
     ]
     assert answers[0] == answers[1] != answers[2]
@@ -237,11 +237,11 @@ def test_a_tower_in_int8_is_near_the_float16_one_and_may_be_streamed(
     from vila_deploy.backends.native import build as build_module
     from vila_deploy.builder.build import BuildOptions, build_engine
     from vila_deploy.builder.memory_plan import VISION
-    from vila_deploy.engine.precision import Components
+    from vila_deploy.engine.precision import ModulePrecision
 
     pixels = np.random.default_rng(0).standard_normal((1, 3, 72, 72), np.float32)
     options = BuildOptions(
-        target, backend="native", max_seq_len=256, components=Components(vision="int8")
+        target, backend="native", max_seq_len=256, components=ModulePrecision(vision="int8")
     )
     found = []
     for name, outside in (("all", ()), ("few", (VISION,))):

@@ -14,12 +14,12 @@ from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.engine.session import Floats, Session
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
-from vila_deploy.processing.multimodal_prompt import prompt_pieces, splice
-from vila_deploy.runtime.generate import Sampling, encode_images, generate, place_images
+from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
+from vila_deploy.runtime.generate import SamplingParams, encode_images, generate, place_images
 
 Prompt = tuple[list[Image.Image], str]
 NEW_TOKENS = 64
-SAMPLING = Sampling(NEW_TOKENS)
+SAMPLING = SamplingParams(NEW_TOKENS)
 # Of the spread of the logits at a place. Seen so far: logits 0.0005 apart, at one of 1280 places
 # on processors with AVX-512.
 TIE = 1e-3
@@ -44,10 +44,11 @@ def greedy_tokens_of_both(
         for images, question in prompts:
             placed, pixels = place_images(question, images, opened.model)
             text = render(template, [], placed)
-            pieces = prompt_pieces(opened.tokenizer, text, opened.model.image_end)
+            pieces = text_chunks(opened.tokenizer, text, opened.model.image_end)
 
             def embed(session: Session) -> Floats:
-                return splice(pieces, encode_images(session, pixels), session.embed_tokens)  # noqa: B023
+                features = encode_images(session, pixels)  # noqa: B023
+                return merge_embeddings(pieces, features, session.embed_tokens)  # noqa: B023
 
             tokens = list(generate(opened.session, embed(opened.session), (), SAMPLING))
             prompt = embed(reference)

@@ -21,7 +21,7 @@ from vila_deploy.engine.model_info import describe
 from vila_deploy.engine.session import Floats
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
-from vila_deploy.processing.multimodal_prompt import prompt_pieces, splice
+from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
 from vila_deploy.processing.tokenizer import load_tokenizer
 from vila_deploy.runtime.generate import encode_images, place_images
 
@@ -114,7 +114,7 @@ def embedded(root: Path, prompts: Sequence[Prompt]) -> list[Floats]:
     reference = ReferenceSession(checkpoint)
     texts, pixels = _rendered(checkpoint, prompts)
     return [
-        splice(text, encode_images(reference, each), reference.embed_tokens)
+        merge_embeddings(text, encode_images(reference, each), reference.embed_tokens)
         for text, each in zip(texts, pixels, strict=True)
     ]
 
@@ -135,17 +135,18 @@ def compare(root: Path, folder: Path, prompts: Sequence[Prompt]) -> Comparison:
         return [vision.run(None, {"pixels": tile})[0][0] for tile in tiles]
 
     embed = reference.embed_tokens
-    asked = [splice(t, features(p), embed) for t, p in zip(texts, pixels, strict=True)]
+    asked = [merge_embeddings(t, features(p), embed) for t, p in zip(texts, pixels, strict=True)]
     runner = GraphRunner(folder, checkpoint, len(prompts))
     tokens, logits = runner.generate(asked, embed)
     exact = [
-        splice(t, encode_images(reference, p), embed) for t, p in zip(texts, pixels, strict=True)
+        merge_embeddings(t, encode_images(reference, p), embed)
+        for t, p in zip(texts, pixels, strict=True)
     ]
     wanted = [_read(reference, prompt, row) for prompt, row in zip(exact, tokens, strict=True)]
     del reference
     half = ReferenceSession(checkpoint, torch.float16)
     rough = [
-        splice(t, encode_images(half, p), half.embed_tokens)
+        merge_embeddings(t, encode_images(half, p), half.embed_tokens)
         for t, p in zip(texts, pixels, strict=True)
     ]
     halves = [_read(half, prompt, row) for prompt, row in zip(rough, tokens, strict=True)]
@@ -188,7 +189,7 @@ def _rendered(checkpoint: Checkpoint, prompts: Sequence[Prompt]) -> tuple[list, 
     for images, question in prompts:
         placed, prepared = place_images(question, images, model)
         text = render(PROMPT_TEMPLATES[model.prompt], [], placed)
-        texts.append(prompt_pieces(tokenizer, text, model.image_end))
+        texts.append(text_chunks(tokenizer, text, model.image_end))
         pixels.append(prepared)
     return texts, pixels
 

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from vila_deploy.backends.native.compile import engine_launches
 from vila_deploy.checkpoint.presets import preset
-from vila_deploy.engine.precision import ALL_FP16, Components
+from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.kernels.aot import compile_all, compile_launch, source
 from vila_deploy.kernels.launch import Launch
 from vila_deploy.kernels.pdl import Boundaries
@@ -55,7 +55,7 @@ def bound() -> list[dict[str, Any]]:
     driver.set_active(NoDevice())
     rows = []
     for boundaries in (Boundaries(), Boundaries(overlap=True, merge=True), Boundaries(join=True)):
-        for components in (ALL_FP16, Components(lm_head="int8", kv_cache="int8")):
+        for components in (ALL_FP16, ModulePrecision(lm_head="int8", kv_cache="int8")):
             for launch in engine_launches(CONFIG, 64, SM, components, boundaries):
                 launch()
                 rows.append(_compared(launch, *seen.pop()))
@@ -120,7 +120,7 @@ def _row(launch: Launch, sm: int, boundaries: Boundaries) -> dict[str, Any]:
 
 
 def small() -> list[dict[str, Any]]:
-    components, rows = Components(lm_head="int8", kv_cache="int8"), []
+    components, rows = ModulePrecision(lm_head="int8", kv_cache="int8"), []
     for sm in SMS:
         launches = engine_launches(replace(CONFIG, num_layers=1), 1024, sm, components)
         rows += compile_all([launch for launch in launches if launch.name in SMALL], sm)

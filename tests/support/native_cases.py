@@ -13,7 +13,7 @@ import torch
 
 from vila_deploy.backends.native import build as build_module
 from vila_deploy.checkpoint.llm_config import QuantizationConfig
-from vila_deploy.engine.build_request import BuildRequest, Components
+from vila_deploy.engine.build_request import BuildRequest, ModulePrecision
 from vila_deploy.engine.manifest import Limits, Manifest
 from vila_deploy.engine.model_info import describe
 from vila_deploy.engine.precision import ALL_FP16
@@ -53,7 +53,7 @@ def built(
     checkpoint: Any,
     monkeypatch: pytest.MonkeyPatch,
     slots: int = SLOTS,
-    components: Components = ALL_FP16,
+    components: ModulePrecision = ALL_FP16,
     target: Target | None = None,
 ) -> Manifest:
     """Builds without compiling, which test_kernel_aot.py does."""

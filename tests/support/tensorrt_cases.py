@@ -17,7 +17,7 @@ from vila_deploy.backends.tensorrt.compilers import COMPILERS
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.manifest import Limits, Manifest
 from vila_deploy.engine.model_info import describe
-from vila_deploy.engine.precision import ALL_FP16, Components
+from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.engine.target import get_target
 
 needs_rtx = pytest.mark.skipif(
@@ -40,7 +40,7 @@ def write_engine(
     checkpoint: Any,
     dialect: str,
     max_batch_size: int = 1,
-    components: Components = ALL_FP16,
+    components: ModulePrecision = ALL_FP16,
 ) -> Manifest:
     """An engine folder whose plans are the graphs themselves."""
     folder.mkdir()

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from vila_deploy.engine.manifest import Manifest, load_manifest
-from vila_deploy.engine.model_info import ModelDescription
+from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.session import Session
 from vila_deploy.processing.tokenizer import Tokenizer, load_tokenizer
 from vila_deploy.utils.errors import VilaDeployError
@@ -34,7 +34,7 @@ class OpenedEngine:
     manifest: Manifest
 
     @property
-    def model(self) -> ModelDescription:
+    def model(self) -> ModelInfo:
         return self.manifest.model
 
     @property
@@ -61,12 +61,12 @@ def open_engine(folder: Path) -> Iterator[OpenedEngine]:
             fix=f"build it with --backend {' or '.join(BACKENDS)}",
         )
     if manifest.needs:
-        from vila_deploy.builder.finish import place_of_rest
+        from vila_deploy.builder.finish import finish_location
 
         raise VilaDeployError(
             f"is not finished: {'; '.join(manifest.needs)}",
             where=folder,
-            fix=f"run on {place_of_rest(manifest)}: vila-build-engine {folder} "
+            fix=f"run on {finish_location(manifest)}: vila-build-engine {folder} "
             f"--target {manifest.target} --backend {manifest.backend} -o {folder}",
         )
     tokenizer_folder = folder / TOKENIZER_FOLDER

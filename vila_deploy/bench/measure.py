@@ -26,8 +26,12 @@ from vila_deploy.engine.session import Floats
 from vila_deploy.engine.target import get_target
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
 from vila_deploy.processing.images import Pixels, preprocess
-from vila_deploy.processing.multimodal_prompt import prompt_length, prompt_pieces, splice
-from vila_deploy.runtime.generate import Sampling, continue_from, encode_images, place_images
+from vila_deploy.processing.multimodal_prompt import (
+    merge_embeddings,
+    prompt_length,
+    text_chunks,
+)
+from vila_deploy.runtime.generate import SamplingParams, continue_from, encode_images, place_images
 from vila_deploy.utils.errors import VilaDeployError
 
 DECODE_TOKENS = 256
@@ -109,7 +113,7 @@ def _prompt(engine: OpenedEngine, image: Image.Image) -> tuple[list[list[int]], 
     template, end = PROMPT_TEMPLATES[engine.model.prompt], engine.model.image_end
     question, pixels = place_images(QUESTION, [image], engine.model)
     if engine.tokenizer is not None:
-        return prompt_pieces(engine.tokenizer, render(template, [], question), end), pixels
+        return text_chunks(engine.tokenizer, render(template, [], question), end), pixels
     first, last = UNTOKENIZED_PIECES
     between: list[list[int]] = [[] for _ in engine.model.tokens_of(pixels[0])[1:]]
     return [list(first), *between, list(last)], pixels
@@ -135,7 +139,7 @@ def _answer_begun(engine: OpenedEngine, image: Image.Image) -> tuple[dict[str, f
     )
     vision_ms, features = _timed_ms(lambda: encode_images(session, pixels))
     prefill_ms, logits = _timed_ms(
-        lambda: session.prefill(splice(pieces, features, session.embed_tokens))
+        lambda: session.prefill(merge_embeddings(pieces, features, session.embed_tokens))
     )
     return {"preprocess": preprocess_ms, "vision": vision_ms, "prefill": prefill_ms}, logits
 
@@ -148,7 +152,7 @@ def _timed_ms(call: Callable[[], Result]) -> tuple[float, Result]:
 
 def _decode(engine: OpenedEngine, logits: Floats) -> list[float]:
     """Seconds between greedy tokens as they come, as vila-chat gets them; none stops it."""
-    greedy = Sampling(max_new_tokens=DECODE_TOKENS + 1)
+    greedy = SamplingParams(max_new_tokens=DECODE_TOKENS + 1)
     tokens = continue_from(engine.session, logits, (), greedy)
     times = [time.perf_counter() for _ in tokens]
     return [later - earlier for earlier, later in pairwise(times)][WARM_UP_TOKENS:]

@@ -28,7 +28,7 @@ from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.manifest import Limits, Manifest, write_manifest
 from vila_deploy.engine.model_info import describe
-from vila_deploy.engine.precision import ALL_FP16, RTX, Components, check_components
+from vila_deploy.engine.precision import ALL_FP16, RTX, ModulePrecision, check_precision
 from vila_deploy.engine.target import Target, get_target
 from vila_deploy.processing.tokenizer import TOKENIZER_FILES, load_tokenizer
 from vila_deploy.utils.errors import VilaDeployError
@@ -62,7 +62,7 @@ class BuildOptions:
     tp: int = 1
     pp: int = 1
     jetpack: str | None = None
-    components: Components = ALL_FP16
+    components: ModulePrecision = ALL_FP16
     eval_data: Path | None = None
 
 
@@ -208,7 +208,7 @@ def build_random_engine(
     precision: str,
     target_name: str,
     out: Path,
-    components: Components = ALL_FP16,
+    components: ModulePrecision = ALL_FP16,
 ) -> Manifest:
     """An engine of a released model's true shapes with random weights, finished, for measuring.
 
@@ -336,7 +336,7 @@ def _request(target: Target, limits: Limits, options: BuildOptions) -> BuildRequ
 
 def _check(module: ModuleType, config: VilaConfig, request: BuildRequest, backend: str) -> None:
     """Raises for what can't be built, whatever is installed here."""
-    check_components(request.target, backend, request.components)
+    check_precision(request.target, backend, request.components)
     if request.jetpack is not None and backend != "tensorrt":
         raise VilaDeployError(
             f"--jetpack is for backend tensorrt, not for {backend}", fix="leave it out"

@@ -23,7 +23,7 @@ from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.data.embed import TokenSequence, length_limit
 from vila_deploy.data.examples import load_held_out
 from vila_deploy.engine.build_request import BuildRequest
-from vila_deploy.engine.precision import FP16, INT8, Components
+from vila_deploy.engine.precision import FP16, INT8, ModulePrecision
 from vila_deploy.engine.session import Floats
 from vila_deploy.eval.fidelity import EvaluationData
 from vila_deploy.onnx_export.dialects.base import Dialect
@@ -31,7 +31,7 @@ from vila_deploy.onnx_export.dialects.onnxruntime import OnnxRuntimeDialect
 from vila_deploy.onnx_export.graph_writer import WeightFile
 from vila_deploy.onnx_export.llm import build_head_graph, build_llm_graph, store_llm
 from vila_deploy.processing.images import preprocess
-from vila_deploy.processing.multimodal_prompt import splice
+from vila_deploy.processing.multimodal_prompt import merge_embeddings
 from vila_deploy.processing.s2 import join_blocks, join_scales
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.progress import Advance, progress
@@ -66,7 +66,11 @@ class Effect:
 
 
 def measure_effect(
-    checkpoint: Checkpoint, components: Components, dialect: str, data: Path | None, scratch: Path
+    checkpoint: Checkpoint,
+    components: ModulePrecision,
+    dialect: str,
+    data: Path | None,
+    scratch: Path,
 ) -> Effect:
     """Runs the checkpoint's graphs with `components` and with fp16 instead.
 
@@ -112,7 +116,7 @@ class _Measured:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        components: Components,
+        components: ModulePrecision,
         dialect: str,
         folder: Path,
         max_seq_len: int,
@@ -192,7 +196,7 @@ class _Measured:
 
         own = [features[picture.name] for picture in sequence.pictures]
         limit = length_limit(self._checkpoint.config, len(sequence.pictures))
-        return splice(sequence.pieces, own, embed_tokens)[:limit]
+        return merge_embeddings(sequence.pieces, own, embed_tokens)[:limit]
 
     def _features(
         self, sequences: Sequence[TokenSequence], name: str, kept_as: str
@@ -272,7 +276,7 @@ def dialect_to_measure(request: BuildRequest, backend: str) -> str:
     )
 
 
-def _only_native(components: Components) -> str:
+def _only_native(components: ModulePrecision) -> str:
     """What no graph has as backend native has it; its int8 heads have a scale for each group."""
     found = [f"--kv-cache {components.kv_cache}"] * (components.kv_cache != FP16)
     found += [f"--lm-head {INT8}"] * (components.lm_head == INT8)

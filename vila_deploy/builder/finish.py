@@ -102,7 +102,7 @@ def finished_elsewhere(manifest: Manifest, reason: str) -> VilaDeployError:
     return VilaDeployError(
         f"the engine for {manifest.target} can't be finished here ({reason})",
         fix="build one from a checkpoint with vila-build-engine, finish it on "
-        f"{place_of_rest(manifest)} and give its folder to vila-bench there",
+        f"{finish_location(manifest)} and give its folder to vila-bench there",
     )
 
 
@@ -115,7 +115,7 @@ def _hindrance(folder: Path, manifest: Manifest) -> VilaDeployError | None:
     return None
 
 
-def place_of_rest(manifest: Manifest) -> str:
+def finish_location(manifest: Manifest) -> str:
     """Where the steps that are left can be done, in words."""
     place = getattr(_module(manifest.backend), "place", None)
     return place(manifest) if place else "the device"

@@ -8,7 +8,7 @@ from typing import Any
 from vila_deploy.builder.memory_plan import plan_engine
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.engine.manifest import Limits
-from vila_deploy.engine.precision import ALL_FP16, Components, supported_part
+from vila_deploy.engine.precision import ALL_FP16, ModulePrecision, supported_part
 from vila_deploy.engine.target import Target, load_targets
 
 SEQUENCE_STEP = 256
@@ -35,7 +35,7 @@ def fit_everywhere(
     config: VilaConfig,
     precision: str,
     limits: Limits,
-    components: Components = ALL_FP16,
+    components: ModulePrecision = ALL_FP16,
     backend: str | None = None,
 ) -> list[Fit]:
     """The model on every target; no weights are read.
@@ -55,7 +55,7 @@ def _fit(
     precision: str,
     limits: Limits,
     target: Target,
-    components: Components,
+    components: ModulePrecision,
     backend: str | None,
 ) -> Fit:
     backend = backend if backend in target.backends else target.default_backend
@@ -72,7 +72,7 @@ def advise(
     limits: Limits,
     target: Target,
     backend: str,
-    components: Components = ALL_FP16,
+    components: ModulePrecision = ALL_FP16,
 ) -> str:
     """The smallest change that makes a model fit that doesn't."""
 

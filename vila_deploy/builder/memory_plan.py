@@ -10,10 +10,10 @@ from typing import Any
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.tensor_schema import (
-    Expected,
+    TensorSpec,
     decoder_linears,
-    expected_projector,
-    expected_tower,
+    projector_tensor_specs,
+    tower_tensor_specs,
 )
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.precision import (
@@ -21,12 +21,12 @@ from vila_deploy.engine.precision import (
     BITS,
     FP16,
     INT8,
-    Components,
+    ModulePrecision,
     head_group_size,
     is_tower_linear,
 )
 from vila_deploy.engine.target import Target, TensorRt
-from vila_deploy.utils.estimates import Component, Stage, available_memory_bytes, parameters
+from vila_deploy.utils.estimates import MemoryItem, PlanStep, available_memory_bytes, parameters
 
 DEFAULT_GROUP_SIZE = 128
 TENSORRT, PRIMITIVE = "tensorrt", "primitive"
@@ -81,9 +81,9 @@ class EnginePlan:
     fits: bool
     device_bytes: int
     limit_bytes: int
-    components: tuple[Component, ...]
-    stages: tuple[Stage, ...]
-    kept_as: Components = ALL_FP16
+    components: tuple[MemoryItem, ...]
+    stages: tuple[PlanStep, ...]
+    kept_as: ModulePrecision = ALL_FP16
     in_host_memory: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def plan_engine(
     backend: str,
     precision: str,
     limits: Limits,
-    kept_as: Components = ALL_FP16,
+    kept_as: ModulePrecision = ALL_FP16,
 ) -> EnginePlan:
     """Bytes of weights, cache and activations on `target`; no weights are read."""
     on_cpu = target.compute_capability is None
@@ -124,7 +124,7 @@ def plan_engine(
         said = f"in the host's memory: {' and '.join(moved)}"
         if VISION in moved:
             said += f"; {moved[VISION] / 1e9:.1f} GB come to the card for each picture"
-        stages = (*stages, Stage(said, sum(moved.values())))
+        stages = (*stages, PlanStep(said, sum(moved.values())))
     return EnginePlan(
         target=target.name,
         backend=backend,
@@ -143,24 +143,24 @@ def _stages(
     config: VilaConfig,
     target: Target,
     backend: str,
-    components: tuple[Component, ...],
+    components: tuple[MemoryItem, ...],
     limit_bytes: int,
     device_bytes: int,
-) -> tuple[Stage, ...]:
+) -> tuple[PlanStep, ...]:
     """What is done where, and the memory that it takes there; estimates."""
     layer = sum(map(math.prod, decoder_linears(config.llm).values())) * 4
     head = config.llm.vocab_size * config.llm.hidden_size * 6
-    graphs = Stage("build graphs on this computer", (600 << 20) + max(2 * layer, head))
-    run = Stage(f"run on {target.title}", device_bytes)
+    graphs = PlanStep("build graphs on this computer", (600 << 20) + max(2 * layer, head))
+    run = PlanStep(f"run on {target.title}", device_bytes)
     if backend != "tensorrt" or target.tensorrt is None:
         return graphs, run
     weights = sum(part.bytes for part in components if part.name in COMPILED_AS_ONE)
     needed = compiler_memory_bytes(target.tensorrt.package, weights)
     if target.tensorrt.package == "tensorrt-rtx":
         here = "this computer" if needed <= available_memory_bytes() else "one with more memory"
-        return graphs, Stage(f"compile on {here}", needed), run
+        return graphs, PlanStep(f"compile on {here}", needed), run
     swap = "" if needed <= limit_bytes else f": {(needed - limit_bytes) / 1e9:.0f} GB of swap"
-    return graphs, Stage(f"compile on {target.title}{swap}", needed), run
+    return graphs, PlanStep(f"compile on {target.title}{swap}", needed), run
 
 
 def compiler_memory_bytes(package: str, weight_bytes: int) -> int:
@@ -169,8 +169,8 @@ def compiler_memory_bytes(package: str, weight_bytes: int) -> int:
 
 
 def _weights(
-    config: VilaConfig, precision: str, storage: Storage, kept_as: Components
-) -> Iterable[Component]:
+    config: VilaConfig, precision: str, storage: Storage, kept_as: ModulePrecision
+) -> Iterable[MemoryItem]:
     llm = config.llm
     linears = llm.num_layers * sum(map(math.prod, decoder_linears(llm).values()))
     group = llm.quantization.group_size if llm.quantization else DEFAULT_GROUP_SIZE
@@ -180,13 +180,13 @@ def _weights(
         else 4 + (storage.scale_bits + storage.zero_bits) / group
     )
     table = llm.vocab_size * llm.hidden_size
-    yield Component.of("llm decoder linears", linears, bits)
+    yield MemoryItem.of("llm decoder linears", linears, bits)
     # Looked up row by row, so it stays in float16 everywhere.
-    yield Component.of("llm embeddings", table, 16)
-    yield Component.of("llm head", table, _head_bits(llm, kept_as.lm_head, storage))
-    yield Component.of("llm norms", llm.hidden_size * (2 * llm.num_layers + 1), storage.dense_bits)
+    yield MemoryItem.of("llm embeddings", table, 16)
+    yield MemoryItem.of("llm head", table, _head_bits(llm, kept_as.lm_head, storage))
+    yield MemoryItem.of("llm norms", llm.hidden_size * (2 * llm.num_layers + 1), storage.dense_bits)
     yield _tower(config, kept_as.vision, storage)
-    yield Component.of("projector", parameters(expected_projector(config)), storage.dense_bits)
+    yield MemoryItem.of("projector", parameters(projector_tensor_specs(config)), storage.dense_bits)
 
 
 def _head_bits(llm: LlmConfig, kept_as: str, storage: Storage) -> float:
@@ -200,13 +200,13 @@ def _head_bits(llm: LlmConfig, kept_as: str, storage: Storage) -> float:
     return BITS[kept_as] + scales / head_group_size(llm.hidden_size)
 
 
-def _tower(config: VilaConfig, kept_as: str, storage: Storage) -> Component:
-    tensors = list(expected_tower(config))
+def _tower(config: VilaConfig, kept_as: str, storage: Storage) -> MemoryItem:
+    tensors = list(tower_tensor_specs(config))
     count = parameters(tensors)
-    return Component.of("vision tower", count, _tower_bits(tensors, kept_as, storage) / count)
+    return MemoryItem.of("vision tower", count, _tower_bits(tensors, kept_as, storage) / count)
 
 
-def _tower_bits(tensors: Iterable[Expected], kept_as: str, storage: Storage) -> int:
+def _tower_bits(tensors: Iterable[TensorSpec], kept_as: str, storage: Storage) -> int:
     """In int8 are only the matrices of its layers, with a scale for each of their outputs."""
     bits = 0
     for tensor in tensors:
@@ -218,19 +218,19 @@ def _tower_bits(tensors: Iterable[Expected], kept_as: str, storage: Storage) -> 
     return bits
 
 
-def _cache(llm: LlmConfig, limits: Limits, storage: Storage, kept_as: str) -> Component:
+def _cache(llm: LlmConfig, limits: Limits, storage: Storage, kept_as: str) -> MemoryItem:
     """In int8 with a scale for each key and each value of a head."""
     per_token = 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim
     count = limits.max_batch_size * limits.max_seq_len * per_token
     bits: float = storage.cache_bits
     if kept_as != FP16:
         bits = BITS[kept_as] + storage.scale_bits / llm.head_dim
-    return Component.of(f"key/value cache of {limits.max_seq_len} tokens", count, bits)
+    return MemoryItem.of(f"key/value cache of {limits.max_seq_len} tokens", count, bits)
 
 
 def _activations(
     config: VilaConfig, limits: Limits, storage: Storage, tensorrt: TensorRt | None = None
-) -> Component:
+) -> MemoryItem:
     """The widest moment: the tower's attention, or one chunk of the prompt in the decoder.
 
     Backend tensorrt has memory for both at a time; where attention is not one operator, also for
@@ -248,12 +248,12 @@ def _activations(
         count += 4 * llm.num_heads * chunk * (limits.max_seq_len + chunk)
         count += 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim * chunk
     count += llm.vocab_size
-    return Component.of("activations (estimate)", count, storage.dense_bits)
+    return MemoryItem.of("activations (estimate)", count, storage.dense_bits)
 
 
 def _native_activations(
     config: VilaConfig, limits: Limits, precision: str, vision: str
-) -> Component:
+) -> MemoryItem:
     """Buffers of a chunk of the prompt and, for long ones, the widest weight in float16.
 
     Or what the tower takes, with its widest matrix in float16 if it is kept in int8.
@@ -269,18 +269,18 @@ def _native_activations(
     if vision != FP16:
         tower += max(
             math.prod(tensor.shape)
-            for tensor in expected_tower(config)
+            for tensor in tower_tensor_specs(config)
             if is_tower_linear(tensor.name, tensor.shape)
         )
-    return Component.of("activations (estimate)", max(count, tower), 16)
+    return MemoryItem.of("activations (estimate)", max(count, tower), 16)
 
 
 def _into_host_memory(
-    config: VilaConfig, components: tuple[Component, ...], room_bytes: int, vision: str
-) -> tuple[tuple[Component, ...], dict[str, int]]:
+    config: VilaConfig, components: tuple[MemoryItem, ...], room_bytes: int, vision: str
+) -> tuple[tuple[MemoryItem, ...], dict[str, int]]:
     """Components after what doesn't fit into `room_bytes` was left outside, and bytes of that."""
-    layers, others = list[Expected](), list[Expected]()
-    for tensor in expected_tower(config):
+    layers, others = list[TensorSpec](), list[TensorSpec]()
+    for tensor in tower_tensor_specs(config):
         (layers if "encoder.layers." in tensor.name else others).append(tensor)
     rest, inside = (_tower_bits(part, vision, NATIVE_STORAGE) // 8 for part in (others, layers))
     visiting = VISITING_LAYERS * inside // max(1, config.vision_layers_used)

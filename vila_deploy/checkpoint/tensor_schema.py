@@ -27,7 +27,7 @@ UNUSED_TOWER = re.compile(
 TOWER_LAYER = re.compile(r"(?:vision_model\.)?encoder\.layers\.(\d{1,4})\..+")
 
 
-class Expected(NamedTuple):
+class TensorSpec(NamedTuple):
     """One tensor that must be there: torch shape, dtypes as safetensors spells them."""
 
     name: str
@@ -41,7 +41,7 @@ def check_llm(config: LlmConfig, tensors: Mapping[str, TensorInfo], folder: Path
     Raises:
         VilaDeployError: names the first tensor that is missing, wrong or unknown.
     """
-    known = _check_expected(expected_llm(config), tensors, folder)
+    known = _check_specs(llm_tensor_specs(config), tensors, folder)
     for name in tensors:
         tied = name == HEAD and config.tie_word_embeddings
         if name not in known and not tied and not UNUSED_LLM.fullmatch(name):
@@ -50,7 +50,7 @@ def check_llm(config: LlmConfig, tensors: Mapping[str, TensorInfo], folder: Path
 
 def check_tower(config: VilaConfig, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
     """Compares vision_tower/ with its config; layers behind the selected one may be absent."""
-    known = _check_expected(expected_tower(config), tensors, folder)
+    known = _check_specs(tower_tensor_specs(config), tensors, folder)
     for name in tensors:
         layer = TOWER_LAYER.fullmatch(name)
         unused_layer = (
@@ -62,64 +62,64 @@ def check_tower(config: VilaConfig, tensors: Mapping[str, TensorInfo], folder: P
 
 def check_projector(config: VilaConfig, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
     """Compares mm_projector/ with its config."""
-    known = _check_expected(expected_projector(config), tensors, folder)
+    known = _check_specs(projector_tensor_specs(config), tensors, folder)
     for name in tensors:
         if name not in known:
             raise _unknown(tensors[name], folder)
 
 
-def expected_llm(config: LlmConfig) -> Iterator[Expected]:
+def llm_tensor_specs(config: LlmConfig) -> Iterator[TensorSpec]:
     """Every tensor of llm/, decoder linears in fp or in the 4-bit form that its config names."""
-    yield Expected(EMBEDDING, (config.vocab_size, config.hidden_size))
+    yield TensorSpec(EMBEDDING, (config.vocab_size, config.hidden_size))
     if not config.tie_word_embeddings:
-        yield Expected(HEAD, (config.vocab_size, config.hidden_size))
-    yield Expected("model.norm.weight", (config.hidden_size,))
+        yield TensorSpec(HEAD, (config.vocab_size, config.hidden_size))
+    yield TensorSpec("model.norm.weight", (config.hidden_size,))
     linears = decoder_linears(config)
     for index in range(config.num_layers):
         prefix = f"model.layers.{index}"
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield Expected(f"{prefix}.{norm}.weight", (config.hidden_size,))
+            yield TensorSpec(f"{prefix}.{norm}.weight", (config.hidden_size,))
         for name, (rows, columns) in linears.items():
             if config.quantization is None:
-                yield Expected(f"{prefix}.{name}.weight", (rows, columns))
+                yield TensorSpec(f"{prefix}.{name}.weight", (rows, columns))
             else:
                 yield from _expected_4bit(f"{prefix}.{name}", rows, columns, config.quantization)
             if has_bias(config, name):
-                yield Expected(f"{prefix}.{name}.bias", (rows,))
+                yield TensorSpec(f"{prefix}.{name}.bias", (rows,))
 
 
 def _expected_4bit(
     prefix: str, rows: int, columns: int, quantization: QuantizationConfig
-) -> Iterator[Expected]:
+) -> Iterator[TensorSpec]:
     """A quantized linear of `rows` output and `columns` input channels, but for its bias."""
     for part, shape, dtypes in _PARTS[quantization.version](rows, columns, quantization):
-        yield Expected(f"{prefix}.{part}", shape, dtypes)
+        yield TensorSpec(f"{prefix}.{part}", shape, dtypes)
 
 
-def _gemm(rows: int, columns: int, quantization: QuantizationConfig) -> Iterator[Expected]:
+def _gemm(rows: int, columns: int, quantization: QuantizationConfig) -> Iterator[TensorSpec]:
     groups, words = columns // quantization.group_size, rows // LEVELS_PER_WORD
-    yield Expected("qweight", (columns, words), ("I32",))
-    yield Expected("qzeros", (groups, words), ("I32",))
-    yield Expected("scales", (groups, rows), ("F16",))
+    yield TensorSpec("qweight", (columns, words), ("I32",))
+    yield TensorSpec("qzeros", (groups, words), ("I32",))
+    yield TensorSpec("scales", (groups, rows), ("F16",))
 
 
-def _tinychat(rows: int, columns: int, quantization: QuantizationConfig) -> Iterator[Expected]:
+def _tinychat(rows: int, columns: int, quantization: QuantizationConfig) -> Iterator[TensorSpec]:
     # Only here, since this module needs torch.
     from vila_deploy.formats.tinychat import NIBBLES, scale_rows
 
     table = (scale_rows(columns, quantization.group_size), rows)
-    yield Expected("qweight", (rows // NIBBLES, columns), ("I16",))
-    yield Expected("scales", table, ("F16",))
-    yield Expected("scaled_zeros", table, ("F16",))
+    yield TensorSpec("qweight", (rows // NIBBLES, columns), ("I16",))
+    yield TensorSpec("scales", table, ("F16",))
+    yield TensorSpec("scaled_zeros", table, ("F16",))
 
 
-def _packed(rows: int, columns: int, quantization: QuantizationConfig) -> Iterator[Expected]:
+def _packed(rows: int, columns: int, quantization: QuantizationConfig) -> Iterator[TensorSpec]:
     groups = columns // quantization.group_size
-    yield Expected("weight_packed", (rows, columns // LEVELS_PER_WORD), ("I32",))
-    yield Expected("weight_scale", (rows, groups), ("F16", "BF16"))
-    yield Expected("weight_shape", (2,), ("I64",))
+    yield TensorSpec("weight_packed", (rows, columns // LEVELS_PER_WORD), ("I32",))
+    yield TensorSpec("weight_scale", (rows, groups), ("F16", "BF16"))
+    yield TensorSpec("weight_shape", (2,), ("I64",))
     if quantization.zero_point:
-        yield Expected("weight_zero_point", (rows // LEVELS_PER_WORD, groups), ("I32",))
+        yield TensorSpec("weight_zero_point", (rows // LEVELS_PER_WORD, groups), ("I32",))
 
 
 # QuantizationConfig.version → the tensors of a linear, by what follows its name.
@@ -147,23 +147,23 @@ def decoder_linears(config: LlmConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def expected_tower(config: VilaConfig) -> Iterator[Expected]:
+def tower_tensor_specs(config: VilaConfig) -> Iterator[TensorSpec]:
     """The tensors of vision_tower/ up to the selected hidden state."""
     vision = config.vision
     prefix, width = vision.family.prefix, vision.hidden_size
     internvit = vision.family.name == "internvit"
     embeddings = f"{prefix}embeddings"
     patch = (width, 3, vision.patch_size, vision.patch_size)
-    yield Expected(f"{embeddings}.patch_embedding.weight", patch)
+    yield TensorSpec(f"{embeddings}.patch_embedding.weight", patch)
     if vision.family.name != "clip":
-        yield Expected(f"{embeddings}.patch_embedding.bias", (width,))
+        yield TensorSpec(f"{embeddings}.patch_embedding.bias", (width,))
     if internvit:
-        yield Expected(f"{embeddings}.class_embedding", (1, 1, width))
-        yield Expected(f"{embeddings}.position_embedding", (1, vision.positions, width))
+        yield TensorSpec(f"{embeddings}.class_embedding", (1, 1, width))
+        yield TensorSpec(f"{embeddings}.position_embedding", (1, vision.positions, width))
     else:
-        yield Expected(f"{embeddings}.position_embedding.weight", (vision.positions, width))
+        yield TensorSpec(f"{embeddings}.position_embedding.weight", (vision.positions, width))
     if vision.family.name == "clip":
-        yield Expected(f"{embeddings}.class_embedding", (width,))
+        yield TensorSpec(f"{embeddings}.class_embedding", (width,))
         # transformers' own spelling.
         yield from _with_bias(f"{prefix}pre_layrnorm", (width,))
     layer = _internvit_layer if internvit else _tower_layer
@@ -171,7 +171,7 @@ def expected_tower(config: VilaConfig) -> Iterator[Expected]:
         yield from layer(vision, f"{prefix}encoder.layers.{index}")
 
 
-def _tower_layer(vision: VisionConfig, prefix: str) -> Iterator[Expected]:
+def _tower_layer(vision: VisionConfig, prefix: str) -> Iterator[TensorSpec]:
     """A layer of SigLIP or CLIP."""
     width, inner = vision.hidden_size, vision.intermediate_size
     for norm in ("layer_norm1", "layer_norm2"):
@@ -182,37 +182,37 @@ def _tower_layer(vision: VisionConfig, prefix: str) -> Iterator[Expected]:
     yield from _with_bias(f"{prefix}.mlp.fc2", (width, inner))
 
 
-def _internvit_layer(vision: VisionConfig, prefix: str) -> Iterator[Expected]:
+def _internvit_layer(vision: VisionConfig, prefix: str) -> Iterator[TensorSpec]:
     """A layer of InternViT: RMS norms, one matrix for q, k and v, a scale on each branch."""
     width, inner = vision.hidden_size, vision.intermediate_size
     for name in ("norm1.weight", "norm2.weight", "ls1", "ls2"):
-        yield Expected(f"{prefix}.{name}", (width,))
-    yield Expected(f"{prefix}.attn.qkv.weight", (3 * width, width))
+        yield TensorSpec(f"{prefix}.{name}", (width,))
+    yield TensorSpec(f"{prefix}.attn.qkv.weight", (3 * width, width))
     if vision.qkv_bias:
-        yield Expected(f"{prefix}.attn.qkv.bias", (3 * width,))
+        yield TensorSpec(f"{prefix}.attn.qkv.bias", (3 * width,))
     if vision.qk_norm:
-        yield Expected(f"{prefix}.attn.q_norm.weight", (width,))
-        yield Expected(f"{prefix}.attn.k_norm.weight", (width,))
+        yield TensorSpec(f"{prefix}.attn.q_norm.weight", (width,))
+        yield TensorSpec(f"{prefix}.attn.k_norm.weight", (width,))
     yield from _with_bias(f"{prefix}.attn.proj", (width, width))
     yield from _with_bias(f"{prefix}.mlp.fc1", (inner, width))
     yield from _with_bias(f"{prefix}.mlp.fc2", (width, inner))
 
 
-def _with_bias(prefix: str, shape: tuple[int, ...]) -> Iterator[Expected]:
-    yield Expected(f"{prefix}.weight", shape)
-    yield Expected(f"{prefix}.bias", shape[:1])
+def _with_bias(prefix: str, shape: tuple[int, ...]) -> Iterator[TensorSpec]:
+    yield TensorSpec(f"{prefix}.weight", shape)
+    yield TensorSpec(f"{prefix}.bias", shape[:1])
 
 
-def expected_projector(config: VilaConfig) -> Iterator[Expected]:
+def projector_tensor_specs(config: VilaConfig) -> Iterator[TensorSpec]:
     """The tensors of mm_projector/, as its row in PROJECTOR_TYPES lays them out."""
     kind = config.projector
     for index, shape in kind.shapes(config.feature_channels, config.llm.hidden_size).items():
-        yield Expected(f"{kind.prefix(index)}.weight", shape)
-        yield Expected(f"{kind.prefix(index)}.bias", shape[:1])
+        yield TensorSpec(f"{kind.prefix(index)}.weight", shape)
+        yield TensorSpec(f"{kind.prefix(index)}.bias", shape[:1])
 
 
-def _check_expected(
-    expected: Iterator[Expected], tensors: Mapping[str, TensorInfo], folder: Path
+def _check_specs(
+    expected: Iterator[TensorSpec], tensors: Mapping[str, TensorInfo], folder: Path
 ) -> set[str]:
     """The names that were expected; the first that is missing or wrong raises."""
     known: set[str] = set()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vila_deploy.builder.fit import Fit
     from vila_deploy.builder.memory_plan import EnginePlan
     from vila_deploy.engine.manifest import Manifest
-    from vila_deploy.engine.precision import Components
+    from vila_deploy.engine.precision import ModulePrecision
 
 
 class Precision(click.Choice[str]):
@@ -115,11 +115,11 @@ def main(
         raise click.UsageError("-o is missing: name the folder to write, or give --plan")
 
     from vila_deploy.builder.build import BuildOptions, plan_build, plan_targets
-    from vila_deploy.engine.precision import Components
+    from vila_deploy.engine.precision import ModulePrecision
 
     options = BuildOptions(
         target, backend, precision, max_batch_size, max_input_len, max_seq_len, prompt_template, tp,
-        pp, jetpack, Components(vision, lm_head, kv_cache), eval_data,
+        pp, jetpack, ModulePrecision(vision, lm_head, kv_cache), eval_data,
     )  # fmt: skip
     if plan_only or out is None:
         planned, fits = plan_build(checkpoint, options), plan_targets(checkpoint, options)
@@ -172,17 +172,17 @@ def _show_engine(out: Path, manifest: Manifest, as_json: bool) -> None:
                 f"likely token for {effect['top1_agreement']:.2%} of {effect['tokens']} tokens"
             )
         if manifest.needs:
-            from vila_deploy.builder.finish import place_of_rest
+            from vila_deploy.builder.finish import finish_location
 
             click.echo(
-                f"Left for {place_of_rest(manifest)}: {'; '.join(manifest.needs)}. "
+                f"Left for {finish_location(manifest)}: {'; '.join(manifest.needs)}. "
                 f"Copy {out.name} there and run: "
                 f"vila-build-engine {out.name} --target {manifest.target} "
                 f"--backend {manifest.backend} -o {out.name}"
             )
 
 
-def _precisions(precision: str, components: Components) -> str:
+def _precisions(precision: str, components: ModulePrecision) -> str:
     return ", ".join(filter(None, (precision, components.summary())))
 
 

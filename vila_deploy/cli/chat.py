@@ -15,7 +15,7 @@ from vila_deploy.cli.common import command_errors, echo_json, no_nan
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from vila_deploy.runtime.generate import Answer, Conversation, Sampling
+    from vila_deploy.runtime.generate import Answer, Conversation, SamplingParams
 
 HELP_INTERACTIVE = (
     "/image FILE and /video FILE add pictures to the next question, /reset begins anew, /quit ends"
@@ -77,11 +77,11 @@ def main(
     from vila_deploy.backends import open_engine
     from vila_deploy.processing.images import open_image
     from vila_deploy.processing.video import sample_frames
-    from vila_deploy.runtime.generate import Conversation, Sampling
+    from vila_deploy.runtime.generate import Conversation, SamplingParams
     from vila_deploy.utils.errors import VilaDeployError
 
     pictures = [open_image(path) for path in images]
-    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    sampling = SamplingParams(max_new_tokens, temperature, top_p, seed)
     with open_engine(engine) as opened:
         if opened.tokenizer is None:
             raise VilaDeployError(
@@ -118,7 +118,7 @@ def _for_programs(answer: Answer) -> dict[str, Any]:
 def _interactive(
     conversation: Conversation,
     pictures: list[Image],
-    sampling: Sampling,
+    sampling: SamplingParams,
     frames_of: Callable[[Path], list[Image]],
 ) -> None:
     from vila_deploy.processing.images import open_image

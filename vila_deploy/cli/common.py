@@ -18,7 +18,7 @@ from vila_deploy.utils.errors import OUT_OF_MEMORY, VilaDeployError, out_of_memo
 
 if TYPE_CHECKING:
     from vila_deploy.builder.fit import Fit
-    from vila_deploy.utils.estimates import Component, Stage
+    from vila_deploy.utils.estimates import MemoryItem, PlanStep
 
 P = ParamSpec("P")
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
@@ -73,7 +73,7 @@ def echo_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def show_plan(components: Iterable[Component], stages: Iterable[Stage]) -> None:
+def show_plan(components: Iterable[MemoryItem], stages: Iterable[PlanStep]) -> None:
     """Prints a plan's parts as a table and the memory of each of its stages."""
     from rich.console import Console
     from rich.table import Table

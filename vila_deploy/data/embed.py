@@ -26,7 +26,7 @@ from vila_deploy.processing.chat_template import (
     with_markers,
 )
 from vila_deploy.processing.images import preprocess
-from vila_deploy.processing.multimodal_prompt import prompt_pieces, splice
+from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
 from vila_deploy.processing.tokenizer import Tokenizer, load_tokenizer
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.limits import MAX_TOKENS
@@ -49,7 +49,7 @@ class TokenSequence:
     answer_tokens: int = 0
 
 
-class Examples:
+class SampleTokenizer:
     """Makes token sequences of examples, in the conversation template of the checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint):
@@ -84,7 +84,7 @@ class Examples:
         return TokenSequence(pieces, example.pictures, len(last) - asked_tokens)
 
     def _pieces(self, text: str) -> list[list[int]]:
-        return prompt_pieces(self.tokenizer, text, self.config.image_end)
+        return text_chunks(self.tokenizer, text, self.config.image_end)
 
     def _question(self, example: Example) -> str:
         return with_markers(example.text, len(example.pictures), self.config.image_end)
@@ -108,7 +108,7 @@ def length_limit(config: VilaConfig, num_images: int) -> int:
     return min(longest, config.model_max_length, config.llm.max_position_embeddings)
 
 
-class Splicer:
+class MultimodalEmbedder:
     """Embeds token sequences as the model does; holds the features of their pictures.
 
     `sha256` is of the token ids and pixels of all of them. The tower is in memory only while this
@@ -162,7 +162,9 @@ class Splicer:
             return table[torch.tensor(list(ids), dtype=torch.int64)].float().numpy()
 
         own = [self._features[picture.name] for picture in sequence.pictures]
-        return torch.from_numpy(splice(sequence.pieces, own, embed_tokens)[: self._limit(sequence)])
+        return torch.from_numpy(
+            merge_embeddings(sequence.pieces, own, embed_tokens)[: self._limit(sequence)]
+        )
 
     def _limit(self, sequence: TokenSequence) -> int:
         return length_limit(self._config, len(sequence.pictures))

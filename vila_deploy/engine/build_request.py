@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.precision import ALL_FP16
-from vila_deploy.engine.precision import Components as Components
+from vila_deploy.engine.precision import ModulePrecision as ModulePrecision
 from vila_deploy.engine.target import Target
 
 
@@ -27,7 +27,7 @@ class BuildRequest:
     tp: int = 1
     pp: int = 1
     jetpack: str | None = None
-    components: Components = ALL_FP16
+    components: ModulePrecision = ALL_FP16
 
     @property
     def gpus(self) -> int:

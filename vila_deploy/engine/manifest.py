@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from vila_deploy.checkpoint.fields import Fields
-from vila_deploy.engine.model_info import ModelDescription
-from vila_deploy.engine.precision import ALL_FP16, Components
+from vila_deploy.engine.model_info import ModelInfo
+from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import canonical_json, read_json_object, replace_file, sha256_file
 
@@ -57,10 +57,10 @@ class Manifest:
     weight_bytes_per_token: int
     checkpoint_fingerprint: str | None
     limits: Limits
-    model: ModelDescription
+    model: ModelInfo
     versions: Mapping[str, str]
     needs: tuple[str, ...] = ()
-    components: Components = ALL_FP16
+    components: ModulePrecision = ALL_FP16
     effect: Mapping[str, Any] | None = None
 
 
@@ -142,10 +142,10 @@ def _from_fields(found: Fields) -> Manifest:
         limits=Limits(
             *(limits.integer(key) for key in ("max_batch_size", "max_input_len", "max_seq_len"))
         ),
-        model=ModelDescription.from_fields(found.child("model")),
+        model=ModelInfo.from_fields(found.child("model")),
         versions=found.child("versions").values,
         needs=tuple(found.values["needs"]),
-        components=Components.from_fields(found),
+        components=ModulePrecision.from_fields(found),
         effect=found.child("effect").values if "effect" in found else None,
     )
 

@@ -14,7 +14,7 @@ from vila_deploy.processing.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class ModelDescription:
+class ModelInfo:
     """Sizes, image processing, prompt template (a key of PROMPT_TEMPLATES) and stop tokens.
 
     `tokens_per_block` embeddings come from each map or block of features that the projector takes;
@@ -53,7 +53,7 @@ class ModelDescription:
         return asdict(self)
 
     @classmethod
-    def from_fields(cls, fields: Fields) -> ModelDescription:
+    def from_fields(cls, fields: Fields) -> ModelInfo:
         """Reads what `to_json` wrote; a wrong type names its key."""
         image, tiling = fields.child("image"), fields.child("tiling")
         return cls(
@@ -87,7 +87,7 @@ class ModelDescription:
         )
 
 
-def describe(config: VilaConfig, tokenizer: Tokenizer | None) -> ModelDescription:
+def describe(config: VilaConfig, tokenizer: Tokenizer | None) -> ModelInfo:
     """The description of a checkpoint; `tokenizer` None means random weights without text."""
     llm = config.llm
     prompt = choose_template(config, tokenizer)
@@ -95,7 +95,7 @@ def describe(config: VilaConfig, tokenizer: Tokenizer | None) -> ModelDescriptio
     if tokenizer is not None:
         # The configs of some releases forget the template's own end marker.
         stops |= stop_token_ids(PROMPT_TEMPLATES[prompt], tokenizer)
-    return ModelDescription(
+    return ModelInfo(
         hidden_size=llm.hidden_size,
         vocab_size=llm.vocab_size,
         num_layers=llm.num_layers,

@@ -38,7 +38,7 @@ REASONS: Mapping[tuple[str, str], str] = {
 
 
 @dataclass(frozen=True)
-class Components:
+class ModulePrecision:
     """Precision of the vision tower's linears, of the output head and of the key/value cache.
 
     fp16 means unquantized: a CPU widens it to float32 when it loads it.
@@ -52,7 +52,7 @@ class Components:
         return asdict(self)
 
     @classmethod
-    def from_fields(cls, parent: Fields, key: str = "components") -> Components:
+    def from_fields(cls, parent: Fields, key: str = "components") -> ModulePrecision:
         """Reads what `to_json` wrote; all fp16 where nothing is written, as in older files."""
         if key not in parent:
             return cls()
@@ -68,10 +68,10 @@ class Components:
         return ", ".join(f"{_option(name)} {value}" for name, value in self.quantized().items())
 
 
-ALL_FP16 = Components()
+ALL_FP16 = ModulePrecision()
 
 
-def check_components(target: Target, backend: str, components: Components) -> None:
+def check_precision(target: Target, backend: str, components: ModulePrecision) -> None:
     """Raises VilaDeployError for the first component that `backend` can't keep like that."""
     row = _row(target, backend)
     for name, value in components.quantized().items():
@@ -95,7 +95,7 @@ def supports(row: str, name: str, value: str) -> bool:
     return value in (FP16, *SUPPORTED.get(row, {}).get(name, ()))
 
 
-def supported_part(target: Target, backend: str, components: Components) -> Components:
+def supported_part(target: Target, backend: str, components: ModulePrecision) -> ModulePrecision:
     """`components` with fp16 where `backend` has nothing else."""
     row, asked = _row(target, backend), components.quantized()
     unable = {name: FP16 for name, value in asked.items() if not supports(row, name, value)}
@@ -134,4 +134,4 @@ def _option(name: str) -> str:
     return name.replace("_", "-")
 
 
-assert list(CHOICES) == [field.name for field in fields(Components)]
+assert list(CHOICES) == [field.name for field in fields(ModulePrecision)]

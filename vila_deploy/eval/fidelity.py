@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.data.embed import PICTURE_ID, Examples, Splicer, TokenSequence
+from vila_deploy.data.embed import PICTURE_ID, MultimodalEmbedder, SampleTokenizer, TokenSequence
 from vila_deploy.data.examples import Example
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.model.hidden_states import Sequences
@@ -107,7 +107,7 @@ class EvaluationData:
         device: torch.device = CPU,
     ):
         self.own = own
-        made = Examples(checkpoint)
+        made = SampleTokenizer(checkpoint)
         self._bos = made.tokenizer.bos_ids
         about_pictures = [made.conversation(e) for e in examples if e.pictures]
         others = [made.conversation(e) for e in examples if not (e.pictures or e.is_plain)]
@@ -116,7 +116,7 @@ class EvaluationData:
         about_pictures = about_pictures[:half]
         self.image_sequences = len(about_pictures)
         self.sequences = about_pictures + others[: max_sequences - len(about_pictures)]
-        self._splicer = Splicer(checkpoint, self.sequences, device)
+        self._splicer = MultimodalEmbedder(checkpoint, self.sequences, device)
         self.images, self.sha256 = self._splicer.num_pictures, self._splicer.sha256
         self.ids = [self._splicer.ids(sequence) for sequence in self.sequences]
         if not any(bool(self.predicted(index).any()) for index in range(len(self.ids))):

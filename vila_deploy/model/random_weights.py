@@ -11,11 +11,11 @@ from torch import Tensor
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.tensor_schema import (
-    Expected,
+    TensorSpec,
     decoder_linears,
-    expected_llm,
-    expected_projector,
-    expected_tower,
+    llm_tensor_specs,
+    projector_tensor_specs,
+    tower_tensor_specs,
 )
 from vila_deploy.formats.base import MAX_LEVEL, QuantizedLinear
 
@@ -30,7 +30,7 @@ class RandomWeights:
     Linears have unit gain, norms are 1, so that activations stay in range through any depth.
     """
 
-    def __init__(self, expected: Iterable[Expected], llm: LlmConfig | None = None, seed: int = 0):
+    def __init__(self, expected: Iterable[TensorSpec], llm: LlmConfig | None = None, seed: int = 0):
         self._shapes = {tensor.name: tensor.shape for tensor in expected}
         self._linears = decoder_linears(llm) if llm else {}
         self._group_size = llm.quantization.group_size if llm and llm.quantization else None
@@ -66,9 +66,9 @@ class RandomWeights:
 def random_parts(config: VilaConfig) -> tuple[RandomWeights, RandomWeights, RandomWeights]:
     """Sources for llm, vision tower and projector of `config`."""
     return (
-        RandomWeights(expected_llm(config.llm), config.llm),
-        RandomWeights(expected_tower(config)),
-        RandomWeights(expected_projector(config)),
+        RandomWeights(llm_tensor_specs(config.llm), config.llm),
+        RandomWeights(tower_tensor_specs(config)),
+        RandomWeights(projector_tensor_specs(config)),
     )
 
 

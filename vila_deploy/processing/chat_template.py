@@ -117,7 +117,7 @@ def with_markers(question: str, num_images: int, image_end: str = "") -> str:
     """`question` with one image marker for each picture: in front, unless it places them itself.
 
     Args:
-        image_end: see ModelDescription; with one, no newline is needed after the markers.
+        image_end: see ModelInfo; with one, no newline is needed after the markers.
 
     Raises:
         VilaDeployError: the question has markers, but not as many as there are pictures.

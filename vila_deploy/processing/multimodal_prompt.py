@@ -11,18 +11,18 @@ from vila_deploy.processing.chat_template import IMAGE_MARKER
 from vila_deploy.processing.tokenizer import Tokenizer
 
 
-def prompt_pieces(tokenizer: Tokenizer, prompt: str, image_end: str = "") -> list[list[int]]:
+def text_chunks(tokenizer: Tokenizer, prompt: str, image_end: str = "") -> list[list[int]]:
     """Token ids of each stretch of text between image markers, BOS once in front.
 
     Args:
-        image_end: see ModelDescription; its tokens begin each piece that follows a picture.
+        image_end: see ModelInfo; its tokens begin each piece that follows a picture.
     """
     first, *rest = (tokenizer.encode(text) for text in prompt.split(IMAGE_MARKER))
     end = tokenizer.encode(image_end) if image_end else []
     return [tokenizer.bos_ids + first, *(end + piece for piece in rest)]
 
 
-def splice(
+def merge_embeddings(
     pieces: Sequence[Sequence[int]],
     features: Sequence[Floats],
     embed_tokens: Callable[[Sequence[int]], Floats],
@@ -30,7 +30,7 @@ def splice(
     """Token embeddings with a picture's features between each two pieces → [tokens, hidden].
 
     Args:
-        pieces: from `prompt_pieces`; one more than there are pictures.
+        pieces: from `text_chunks`; one more than there are pictures.
         features: [tokens, hidden] of each picture.
         embed_tokens: ids → [tokens, hidden].
     """

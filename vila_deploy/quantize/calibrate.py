@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.data.embed import PICTURE_ID, Examples, Splicer
+from vila_deploy.data.embed import PICTURE_ID, MultimodalEmbedder, SampleTokenizer
 from vila_deploy.data.examples import Example
 from vila_deploy.utils.device import CPU
 from vila_deploy.utils.errors import VilaDeployError
@@ -50,7 +50,7 @@ def calibrate(
     Raises:
         VilaDeployError: a picture can't be read, or the tokenizer doesn't belong to the model.
     """
-    made = Examples(checkpoint)
+    made = SampleTokenizer(checkpoint)
     shuffled = list(examples)
     random.Random(seed).shuffle(shuffled)
     blocks = made.blocks((e for e in shuffled if not e.pictures), MAX_SEQUENCES)
@@ -59,7 +59,7 @@ def calibrate(
     sequences = conversations + blocks[: MAX_SEQUENCES - len(conversations)]
     if not sequences:
         raise VilaDeployError("calibration data gives no tokens", fix="give longer texts")
-    splicer = Splicer(checkpoint, sequences, device)
+    splicer = MultimodalEmbedder(checkpoint, sequences, device)
     is_image = torch.cat([splicer.ids(sequence) == PICTURE_ID for sequence in sequences])
     return Calibration(
         embeds=[splicer.embeds(sequence, checkpoint) for sequence in sequences],

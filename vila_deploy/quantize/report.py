@@ -18,7 +18,7 @@ from vila_deploy.quantize.algorithms.awq_gptq import CompensatedLayer
 from vila_deploy.quantize.calibrate import Calibration
 from vila_deploy.quantize.estimate.plan import output_components
 from vila_deploy.quantize.options import Options
-from vila_deploy.utils.estimates import Component
+from vila_deploy.utils.estimates import MemoryItem
 from vila_deploy.utils.progress import clock
 from vila_deploy.writers.registry import FORMATS
 
@@ -138,7 +138,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
-def _mean_bits(components: list[Component]) -> float:
+def _mean_bits(components: list[MemoryItem]) -> float:
     return 8 * sum(c.bytes for c in components) / sum(c.parameters for c in components)
 
 

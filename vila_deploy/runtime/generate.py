@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from vila_deploy.engine.model_info import ModelDescription
+from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.session import Floats, Session
 from vila_deploy.processing.chat_template import (
     IMAGE_MARKER,
@@ -19,13 +19,17 @@ from vila_deploy.processing.chat_template import (
     with_tile_markers,
 )
 from vila_deploy.processing.images import Pixels, preprocess
-from vila_deploy.processing.multimodal_prompt import prompt_length, prompt_pieces, splice
+from vila_deploy.processing.multimodal_prompt import (
+    merge_embeddings,
+    prompt_length,
+    text_chunks,
+)
 from vila_deploy.processing.tokenizer import TextStream, Tokenizer
 from vila_deploy.utils.errors import VilaDeployError
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the next token is chosen; temperature 0 takes the most likely one."""
 
     max_new_tokens: int = 512
@@ -54,7 +58,7 @@ class Answer:
         return (len(self.tokens) - 1) / decode_ms * 1e3 if decode_ms else 0.0
 
 
-def choose(logits: Floats, sampling: Sampling, random: np.random.Generator) -> int:
+def choose(logits: Floats, sampling: SamplingParams, random: np.random.Generator) -> int:
     """The next token: argmax, or a draw from the smallest set of tokens whose mass is `top_p`."""
     if sampling.temperature == 0:
         return int(logits.argmax())
@@ -70,7 +74,7 @@ def choose(logits: Floats, sampling: Sampling, random: np.random.Generator) -> i
 
 
 def generate(
-    session: Session, embeds: Floats, stop_token_ids: Collection[int], sampling: Sampling
+    session: Session, embeds: Floats, stop_token_ids: Collection[int], sampling: SamplingParams
 ) -> Iterator[int]:
     """Yields tokens for a prompt [tokens, hidden], the stop token included, each as it is known."""
     session.reset()
@@ -78,7 +82,7 @@ def generate(
 
 
 def continue_from(
-    session: Session, logits: Floats, stop_token_ids: Collection[int], sampling: Sampling
+    session: Session, logits: Floats, stop_token_ids: Collection[int], sampling: SamplingParams
 ) -> Iterator[int]:
     """The same behind a prefill that gave `logits` [vocabulary]."""
     random = np.random.default_rng(sampling.seed)
@@ -95,7 +99,7 @@ def continue_from(
 
 
 def place_images(
-    question: str, images: Sequence[Image.Image], model: ModelDescription, first: bool = True
+    question: str, images: Sequence[Image.Image], model: ModelInfo, first: bool = True
 ) -> tuple[str, list[Pixels]]:
     """`question` with a marker for each place that a picture takes, and the pictures' pixels.
 
@@ -131,7 +135,7 @@ class Conversation:
 
     session: Session
     tokenizer: Tokenizer
-    model: ModelDescription
+    model: ModelInfo
     max_input_len: int
     turns: list[tuple[str, str]] = field(default_factory=list)
     _features: list[Floats] = field(default_factory=list)
@@ -140,7 +144,7 @@ class Conversation:
         self,
         question: str,
         images: list[Image.Image],
-        sampling: Sampling,
+        sampling: SamplingParams,
         on_text: Callable[[str], None] = lambda text: None,
     ) -> Answer:
         """Answers `question`, handing text to `on_text` as it comes, and remembers the turn.
@@ -156,13 +160,13 @@ class Conversation:
         question, pixels = place_images(question, images, self.model, first=not self._features)
         clock.lap("preprocess")
         prompt = render(PROMPT_TEMPLATES[self.model.prompt], self.turns, question)
-        pieces = prompt_pieces(self.tokenizer, prompt, self.model.image_end)
+        pieces = text_chunks(self.tokenizer, prompt, self.model.image_end)
         new_tokens = [count for image in pixels for count in self.model.tokens_of(image)]
         length = prompt_length(pieces, [*map(len, self._features), *new_tokens])
         self._check_length(length)
         features = [*self._features, *encode_images(self.session, pixels)]
         clock.lap("vision")
-        embeds = splice(pieces, features, self.session.embed_tokens)
+        embeds = merge_embeddings(pieces, features, self.session.embed_tokens)
 
         stream, text = TextStream(self.tokenizer), ""
         tokens: list[int] = []
@@ -202,7 +206,7 @@ class Conversation:
                 fix="use fewer pictures, a shorter prompt, or build with a larger --max-input-len",
             )
 
-    def _finish_reason(self, tokens: list[int], sampling: Sampling) -> str:
+    def _finish_reason(self, tokens: list[int], sampling: SamplingParams) -> str:
         if tokens and tokens[-1] in self.model.stop_token_ids:
             return "stop"
         return "length" if len(tokens) == sampling.max_new_tokens else "context"

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from vila_deploy.checkpoint.tensor_schema import Expected
+from vila_deploy.checkpoint.tensor_schema import TensorSpec
 
 
 @dataclass(frozen=True)
-class Component:
+class MemoryItem:
     """A part of a model: how many parameters, in how many bits each, in how many bytes."""
 
     name: str
@@ -21,12 +21,12 @@ class Component:
     bytes: int
 
     @classmethod
-    def of(cls, name: str, parameters: int, bits: float) -> Component:
+    def of(cls, name: str, parameters: int, bits: float) -> MemoryItem:
         return cls(name, parameters, bits, int(parameters * bits / 8))
 
 
 @dataclass(frozen=True)
-class Stage:
+class PlanStep:
     """A step of a job, the memory that it needs at its peak, and its time if that is known."""
 
     name: str
@@ -34,7 +34,7 @@ class Stage:
     seconds: float | None = None
 
 
-def parameters(tensors: Iterable[Expected]) -> int:
+def parameters(tensors: Iterable[TensorSpec]) -> int:
     """How many there are in all."""
     return sum(math.prod(tensor.shape) for tensor in tensors)
 

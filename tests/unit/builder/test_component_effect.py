@@ -19,7 +19,7 @@ from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.cli.build_engine import main
 from vila_deploy.data.examples import load_held_out
 from vila_deploy.engine.manifest import load_manifest
-from vila_deploy.engine.precision import Components
+from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.eval.fidelity import EvaluationData
 from vila_deploy.model.vila import ReferenceSession
 
@@ -49,13 +49,13 @@ def by_torch(plain: Any, other: Any, checkpoint: Any, texts: Path) -> tuple[floa
 def test_head_s_effect_is_what_pytorch_finds(tmp_path: Path, texts: Path, dialect: str) -> None:
     root = make_checkpoint(tmp_path / "c", quantized=True, hidden=192, heads=6, kv_heads=2)
     checkpoint = open_checkpoint(root)
-    found = measure_effect(checkpoint, Components(lm_head="int4"), dialect, texts, tmp_path)
+    found = measure_effect(checkpoint, ModulePrecision(lm_head="int4"), dialect, texts, tmp_path)
     kl, same = by_torch(checkpoint, with_head(checkpoint, "int4", 0), checkpoint, texts)
     assert kl > 1e-4
     assert found.kl_mean == pytest.approx(kl, rel=0.02)
     assert found.top1_agreement == pytest.approx(same, abs=0.02)
     assert (found.own_data, found.images) == (True, 0)
-    finer = measure_effect(checkpoint, Components(lm_head="int8"), dialect, texts, tmp_path)
+    finer = measure_effect(checkpoint, ModulePrecision(lm_head="int8"), dialect, texts, tmp_path)
     assert 0 < finer.kl_mean < found.kl_mean / 20
     assert [path.name for path in tmp_path.glob(".effect-*")] == []
 
@@ -71,7 +71,7 @@ def test_tower_s_effect_goes_through_the_llm(tmp_path: Path) -> None:
 
     Image.radial_gradient("L").convert("RGB").save(tmp_path / "red.png")
     data = tmp_path / "one.jsonl"
-    found = measure_effect(checkpoint, Components(vision="int8"), "standard", data, tmp_path)
+    found = measure_effect(checkpoint, ModulePrecision(vision="int8"), "standard", data, tmp_path)
     vision: Any = checkpoint.vision
     names = [name for name in vision.names() if ".layers." in name and name.endswith("weight")]
     matrices = {name: vision.tensor(name) for name in names if vision.tensor(name).ndim == 2}

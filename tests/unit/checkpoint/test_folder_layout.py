@@ -23,7 +23,7 @@ from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.pipeline import quantize
-from vila_deploy.runtime.generate import Conversation, Sampling
+from vila_deploy.runtime.generate import Conversation, SamplingParams
 from vila_deploy.utils.errors import VilaDeployError
 
 CLIP = "openai/clip-vit-large-patch14-336"
@@ -78,7 +78,7 @@ def test_quantized_it_has_three_folders_and_answers(algorithm: str, tmp_path: Pa
         for session in (engine.session, reference):
             assert engine.tokenizer is not None
             chat = Conversation(session, engine.tokenizer, engine.model, engine.max_input_len)
-            tokens.append(chat.ask("What?", [picture], Sampling(16)).tokens)
+            tokens.append(chat.ask("What?", [picture], SamplingParams(16)).tokens)
     assert tokens[0] == tokens[1]
 
 

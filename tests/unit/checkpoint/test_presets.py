@@ -18,10 +18,10 @@ from transformers import (
 from vila_deploy.checkpoint.llm_config import QuantizationConfig
 from vila_deploy.checkpoint.presets import PRESETS, preset
 from vila_deploy.checkpoint.tensor_schema import (
-    Expected,
-    expected_llm,
-    expected_projector,
-    expected_tower,
+    TensorSpec,
+    llm_tensor_specs,
+    projector_tensor_specs,
+    tower_tensor_specs,
 )
 from vila_deploy.model import llm as llm_module
 from vila_deploy.model import towers
@@ -36,7 +36,7 @@ SIGLIP_HEAD = SIGLIP_LAYER - 2 * 2 * 1152 + 2 * 1152
 CLIP_LAYER = 2 * (4 * (1024**2 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024)
 
 
-def size_bytes(tensors: Iterable[Expected]) -> int:
+def size_bytes(tensors: Iterable[TensorSpec]) -> int:
     return sum(math.prod(t.shape) * DTYPE_BYTES.get(t.dtypes[0], 2) for t in tensors)
 
 
@@ -51,7 +51,7 @@ def size_bytes(tensors: Iterable[Expected]) -> int:
     ],
 )
 def test_llm_in_float16(name: str, file_bytes: float) -> None:
-    assert size_bytes(expected_llm(preset(name, "fp16").llm)) == pytest.approx(
+    assert size_bytes(llm_tensor_specs(preset(name, "fp16").llm)) == pytest.approx(
         file_bytes, rel=0.005
     )
 
@@ -72,7 +72,7 @@ def test_llm_in_4_bits(name: str, file_bytes: float) -> None:
     quantized = dataclasses.replace(
         config, quantization=QuantizationConfig("awq", 4, 128, True, "gemm")
     )
-    tensors = list(expected_llm(quantized))
+    tensors = list(llm_tensor_specs(quantized))
     scales = [t.shape for t in tensors if t.name.endswith(".scales")]
     padded = sum(8 * math.ceil(groups / 8) * rows for groups, rows in scales)
     rest = [t for t in tensors if not t.name.endswith((".scales", ".qzeros"))]
@@ -103,7 +103,7 @@ def test_tower_on_the_meta_device() -> None:
     ],
 )
 def test_tower(name: str, file_bytes: float, unused: int) -> None:
-    used = size_bytes(expected_tower(preset(name, "fp16")))
+    used = size_bytes(tower_tensor_specs(preset(name, "fp16")))
     assert used + unused == pytest.approx(file_bytes, rel=0.005)
 
 
@@ -122,7 +122,7 @@ def test_tower(name: str, file_bytes: float, unused: int) -> None:
     ],
 )
 def test_projector(name: str, file_bytes: float) -> None:
-    tensors = expected_projector(preset(name, "fp16"))
+    tensors = projector_tensor_specs(preset(name, "fp16"))
     assert size_bytes(tensors) == pytest.approx(file_bytes, rel=0.005)
 
 
@@ -157,9 +157,9 @@ def test_every_part_on_the_meta_device(name: str) -> None:
             config.feature_channels, config.llm.hidden_size, config.projector, config.token_order
         )
     for module, expected in (
-        (llm, expected_llm(config.llm)),
-        (tower, expected_tower(config)),
-        (projector, expected_projector(config)),
+        (llm, llm_tensor_specs(config.llm)),
+        (tower, tower_tensor_specs(config)),
+        (projector, projector_tensor_specs(config)),
     ):
         count = sum(parameter.numel() for parameter in module.parameters())
         assert count == sum(math.prod(tensor.shape) for tensor in expected)

@@ -39,7 +39,7 @@ from vila_deploy.quantize.algorithms.awq_scales import (
 )
 from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.pipeline import quantize
-from vila_deploy.runtime.generate import Conversation, Sampling
+from vila_deploy.runtime.generate import Conversation, SamplingParams
 from vila_deploy.utils.errors import VilaDeployError
 
 CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -129,7 +129,7 @@ VISION_ROWS: dict[str, tuple[dict[str, Any], str]] = {
         "qwen2",
     ),
 }
-SAMPLING = Sampling(max_new_tokens=24)
+SAMPLING = SamplingParams(max_new_tokens=24)
 
 
 @pytest.fixture(scope="module")

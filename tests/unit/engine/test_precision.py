@@ -16,7 +16,7 @@ from vila_deploy.builder.fit import fit_everywhere
 from vila_deploy.builder.memory_plan import EnginePlan, plan_engine
 from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.checkpoint.presets import preset
-from vila_deploy.checkpoint.tensor_schema import expected_tower
+from vila_deploy.checkpoint.tensor_schema import tower_tensor_specs
 from vila_deploy.cli.build_engine import main
 from vila_deploy.engine import precision as components_module
 from vila_deploy.engine.manifest import Limits
@@ -24,9 +24,9 @@ from vila_deploy.engine.precision import (
     CHOICES,
     RTX,
     SUPPORTED,
-    Components,
+    ModulePrecision,
     _row,
-    check_components,
+    check_precision,
     head_group_size,
     supported_part,
     supports,
@@ -58,14 +58,14 @@ def test_every_backend_says_what_it_has() -> None:
 def test_what_a_backend_lacks_is_refused_with_those_that_have_it(
     target: str, backend: str, row: str, name: str, value: str
 ) -> None:
-    asked, device = Components(**{name: value}), get_target(target)
+    asked, device = ModulePrecision(**{name: value}), get_target(target)
     if value in SUPPORTED[row].get(name, ()):
-        check_components(device, backend, asked)
+        check_precision(device, backend, asked)
         assert supported_part(device, backend, asked) == asked
         return
-    assert supported_part(device, backend, asked) == Components()
+    assert supported_part(device, backend, asked) == ModulePrecision()
     with pytest.raises(VilaDeployError) as raised:
-        check_components(device, backend, asked)
+        check_precision(device, backend, asked)
     line = str(raised.value)
     assert "\n" not in line
     assert f"--{name.replace('_', '-')}" in line
@@ -75,16 +75,18 @@ def test_what_a_backend_lacks_is_refused_with_those_that_have_it(
 
 
 def test_files_of_older_versions_have_fp16(tmp_path: Path) -> None:
-    asked = Components("int8", "int4", "int8")
-    assert Components.from_fields(Fields({"components": asked.to_json()}, tmp_path)) == asked
-    assert Components.from_fields(Fields({}, tmp_path)) == Components()
+    asked = ModulePrecision("int8", "int4", "int8")
+    assert ModulePrecision.from_fields(Fields({"components": asked.to_json()}, tmp_path)) == asked
+    assert ModulePrecision.from_fields(Fields({}, tmp_path)) == ModulePrecision()
     with pytest.raises(VilaDeployError, match="lm_head"):
-        Components.from_fields(
+        ModulePrecision.from_fields(
             Fields({"components": {**asked.to_json(), "lm_head": "int2"}}, tmp_path)
         )
 
 
-def plan(components: Components, target: str = "a100", model: str = "VILA1.5-3b") -> EnginePlan:
+def plan(
+    components: ModulePrecision, target: str = "a100", model: str = "VILA1.5-3b"
+) -> EnginePlan:
     row = get_target(target)
     config = preset(model, "int4")
     return plan_engine(config, row, row.default_backend, "int4", LIMITS, components)
@@ -95,14 +97,14 @@ def part(planned: EnginePlan, begins: str) -> Any:
 
 
 def test_plan_counts_them() -> None:
-    llm, plain = preset("VILA1.5-3b", "int4").llm, plan(Components())
+    llm, plain = preset("VILA1.5-3b", "int4").llm, plan(ModulePrecision())
     table = llm.vocab_size * llm.hidden_size
-    int8, int4 = (plan(Components(lm_head=value)) for value in ("int8", "int4"))
+    int8, int4 = (plan(ModulePrecision(lm_head=value)) for value in ("int8", "int4"))
     assert part(plain, "llm head").bytes == 2 * table
     assert part(int8, "llm head").bytes == table + 4 * table // 128
     assert part(int4, "llm head").bytes == table // 2 + 2 * table // 128
     assert int4.device_bytes < int8.device_bytes < plain.device_bytes
-    cache = plan(Components(kv_cache="int8"))
+    cache = plan(ModulePrecision(kv_cache="int8"))
     vectors = 2 * llm.num_layers * llm.num_kv_heads * LIMITS.max_seq_len
     assert part(cache, "key").bytes == vectors * (llm.head_dim + 2)
     assert part(cache, "key").parameters == part(plain, "key").parameters
@@ -110,8 +112,10 @@ def test_plan_counts_them() -> None:
 
 @pytest.mark.parametrize("model", ["VILA1.5-3b", "VILA1.5-40b"])
 def test_plan_counts_the_tower_s_matrices(model: str) -> None:
-    plain, int8 = (plan(value, model=model) for value in (Components(), Components(vision="int8")))
-    tensors = list(expected_tower(preset(model, "int4")))
+    plain, int8 = (
+        plan(value, model=model) for value in (ModulePrecision(), ModulePrecision(vision="int8"))
+    )
+    tensors = list(tower_tensor_specs(preset(model, "int4")))
     layers = [t for t in tensors if ".layers." in t.name and t.name.endswith(".weight")]
     matrices = [t.shape for t in layers if len(t.shape) == 2]
     saved = sum(map(math.prod, matrices)) - 2 * sum(rows for rows, _ in matrices)
@@ -132,7 +136,7 @@ def test_other_targets_are_planned_with_what_they_have(monkeypatch: pytest.Monke
     config = preset("VILA1.5-3b", "int4")
     plain, small = (
         {fit.target: fit.device_bytes for fit in fit_everywhere(config, "int4", LIMITS, value)}
-        for value in (Components(), Components("int8", "int4", "int8"))
+        for value in (ModulePrecision(), ModulePrecision("int8", "int4", "int8"))
     )
     assert small["cpu"] == plain["cpu"]
     assert small["a100"] < plain["a100"]

@@ -28,7 +28,7 @@ from vila_deploy.eval.fidelity import EvaluationData, evaluate
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.images import preprocess
-from vila_deploy.processing.multimodal_prompt import prompt_pieces
+from vila_deploy.processing.multimodal_prompt import text_chunks
 from vila_deploy.processing.tokenizer import load_tokenizer
 from vila_deploy.quantize import pipeline
 from vila_deploy.quantize.options import Options
@@ -82,8 +82,8 @@ def expected_quality(root, rounded, picture):
     checkpoint = open_checkpoint(root)
     tokenizer = load_tokenizer(root / "llm")
     if picture:
-        first, last = prompt_pieces(tokenizer, f"{BEFORE} {ANSWER}</s>")
-        asked = len(prompt_pieces(tokenizer, BEFORE)[1])
+        first, last = text_chunks(tokenizer, f"{BEFORE} {ANSWER}</s>")
+        asked = len(text_chunks(tokenizer, BEFORE)[1])
         (pixels,) = preprocess([red()], checkpoint.config.image, checkpoint.config.tiling)
         session = ReferenceSession(checkpoint)
         features = torch.from_numpy(session.encode_images(pixels.tiles)[0])

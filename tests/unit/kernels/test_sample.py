@@ -9,7 +9,7 @@ import torch
 from tests.support.kernel_cases import generator
 from vila_deploy.kernels import sample as module
 from vila_deploy.kernels.sample import kept_reference, sample, sample_reference
-from vila_deploy.runtime.generate import Sampling, choose
+from vila_deploy.runtime.generate import SamplingParams, choose
 
 
 def draw(logits: torch.Tensor, uniform: float, temperature: float, top_p: float) -> int:
@@ -54,7 +54,7 @@ def test_draws_follow_the_hosts_probabilities(monkeypatch: pytest.MonkeyPatch) -
     """Equally spaced numbers draw each token as often as the host's own rule gives it weight."""
     monkeypatch.setattr(module, "ROUNDS", 30)
     logits, count = torch.randn(12, generator=generator(5)) * 2, 100
-    wanted = host_probabilities(logits.numpy(), Sampling(temperature=0.8, top_p=0.85))
+    wanted = host_probabilities(logits.numpy(), SamplingParams(temperature=0.8, top_p=0.85))
     found = np.zeros(len(wanted))
     for i in range(count):
         found[draw(logits, (i + 0.5) / count, 0.8, 0.85)] += 1 / count
@@ -70,7 +70,7 @@ class _Recorded:
         return int(kept[0])
 
 
-def host_probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+def host_probabilities(logits: np.ndarray, sampling: SamplingParams) -> np.ndarray:
     """What `generate.choose` draws from, by token."""
     recorded = _Recorded()
     choose(logits, sampling, recorded)

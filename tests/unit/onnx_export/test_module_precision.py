@@ -21,7 +21,7 @@ from vila_deploy.backends.tensorrt import files
 from vila_deploy.builder.build import BuildOptions, build_engine
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.engine.manifest import load_manifest
-from vila_deploy.engine.precision import Components
+from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.onnx_export.dialects.base import Dialect
 from vila_deploy.onnx_export.dialects.onnxruntime import OnnxRuntimeDialect
@@ -106,8 +106,8 @@ def test_cpu_engine_equals_the_reference_with_the_same_head(
     tmp_path: Path, quantized: bool, kept_as: str
 ) -> None:
     root = make_checkpoint(tmp_path / "c", quantized=quantized, hidden=192, heads=6, kv_heads=2)
-    options = BuildOptions("cpu", max_seq_len=96, components=Components(lm_head=kept_as))
-    plain = build_engine(root, tmp_path / "plain", replace(options, components=Components()))
+    options = BuildOptions("cpu", max_seq_len=96, components=ModulePrecision(lm_head=kept_as))
+    plain = build_engine(root, tmp_path / "plain", replace(options, components=ModulePrecision()))
     manifest = build_engine(root, tmp_path / "engine", options)
     assert load_manifest(tmp_path / "engine").components == options.components
     assert manifest.weight_bytes_per_token < plain.weight_bytes_per_token
@@ -128,7 +128,7 @@ def test_int8_tower_equals_the_reference_with_the_same_matrices(
 ) -> None:
     """Both dialects can be written; which compilers take it is said in SUPPORTED."""
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", tower=tower, vision_layers=4))
-    write_engine(tmp_path / "e", checkpoint, dialect, components=Components(vision="int8"))
+    write_engine(tmp_path / "e", checkpoint, dialect, components=ModulePrecision(vision="int8"))
     write_engine(tmp_path / "plain", checkpoint, dialect)
     size, plain = (
         (tmp_path / name / files.VISION / files.WEIGHTS).stat().st_size for name in ("e", "plain")
@@ -165,8 +165,8 @@ def test_compiled_engines_hold_heads_and_towers_in_their_bits(tmp_path: Path) ->
     root = make_checkpoint(tmp_path / "c", quantized=True, vision_layers=2, **sizes)
     plans = {}
     for name, components in {
-        "int8": Components(vision="int8", lm_head="int8"),
-        "int4": Components(lm_head="int4"),
+        "int8": ModulePrecision(vision="int8", lm_head="int8"),
+        "int4": ModulePrecision(lm_head="int4"),
     }.items():
         options = BuildOptions("rtx4090", max_seq_len=64, components=components)
         manifest = build_engine(root, tmp_path / name, options)

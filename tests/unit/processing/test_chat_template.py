@@ -24,7 +24,7 @@ from vila_deploy.processing.chat_template import (
     stop_token_ids,
     with_markers,
 )
-from vila_deploy.processing.multimodal_prompt import prompt_pieces
+from vila_deploy.processing.multimodal_prompt import text_chunks
 from vila_deploy.processing.tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = json.loads((GOLDEN / "prompts.json").read_text("utf-8"))["prompts"]
@@ -62,7 +62,7 @@ def test_prompts_equal_the_original(template: str, tmp_path: Path) -> None:
         asked = [(with_markers(q, pictures, end), a) for pictures, q, a in turns]
         row = PROMPT_TEMPLATES[template]
         text = render(row, asked[:-1], asked[-1][0])
-        first, *rest = prompt_pieces(tokenizer, text, end)
+        first, *rest = text_chunks(tokenizer, text, end)
         ids = [*first, *(i for piece in rest for i in (IMAGE, *piece))]
         whole = digest(render_answered(row, *asked[0])) if len(asked) == 1 else None
         rows.append([digest(text), len(ids), digest(ids), whole])

@@ -20,7 +20,7 @@ from vila_deploy.checkpoint.variants import TOWER_FAMILIES
 from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.images import closest_grid, preprocess
-from vila_deploy.processing.multimodal_prompt import splice
+from vila_deploy.processing.multimodal_prompt import merge_embeddings
 from vila_deploy.processing.s2 import join_blocks, join_scales
 
 SCALES, PREPROCESS, SPLICED = (
@@ -201,7 +201,7 @@ def test_logits_of_a_spliced_prompt(
     shape, seed = expected["pixels"]
     grid = tuple(expected["block_sizes"][0]) if "block_sizes" in expected else None
     features = session.encode_images(cases.pixels(tuple(shape), seed), grid)
-    embeds = splice(pieces, list(features), session.embed_tokens)
+    embeds = merge_embeddings(pieces, list(features), session.embed_tokens)
     assert len(embeds) == expected["length"]
     assert_sample(embeds, expected["embeds"])
     logits = session.llm(torch.from_numpy(embeds)).numpy()
@@ -217,7 +217,7 @@ def test_truncated_prompt(tmp_path: Path) -> None:
     session = session_of(write_checkpoint(tmp_path / "c"))
     shape, seed = expected["pixels"]
     features = session.encode_images(cases.pixels(tuple(shape), seed))
-    embeds = splice([[1, 5, 9], [7, 8], [11, 3]], list(features), session.embed_tokens)
+    embeds = merge_embeddings([[1, 5, 9], [7, 8], [11, 3]], list(features), session.embed_tokens)
     cut = embeds[: expected["max_length"]]
     assert_sample(cut, expected["embeds"])
     assert_sample(session.llm(torch.from_numpy(cut)).numpy(), expected["logits"])

@@ -13,9 +13,9 @@ from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint.config import load_config
 from vila_deploy.engine.model_info import describe
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render, with_markers
-from vila_deploy.processing.multimodal_prompt import prompt_pieces, splice
+from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
 from vila_deploy.processing.tokenizer import TextStream, load_tokenizer
-from vila_deploy.runtime.generate import Conversation, Sampling, choose, generate
+from vila_deploy.runtime.generate import Conversation, SamplingParams, choose, generate
 from vila_deploy.utils.errors import VilaDeployError
 
 
@@ -71,7 +71,7 @@ def conversation(checkpoint: Path, answer: str, max_seq_len: int = 2000) -> Conv
 def test_answer_streams_and_stops(checkpoint: Path) -> None:
     shown: list[str] = []
     chat = conversation(checkpoint, " the rain is on the sun, été 🎉")
-    answer = chat.ask("Why?", [], Sampling(), shown.append)
+    answer = chat.ask("Why?", [], SamplingParams(), shown.append)
     assert answer.text == "the rain is on the sun, été 🎉" == "".join(shown).strip()
     assert "\ufffd" not in "".join(shown)
     assert answer.finish_reason == "stop"
@@ -80,18 +80,18 @@ def test_answer_streams_and_stops(checkpoint: Path) -> None:
 
 def test_max_new_tokens_and_context_end_an_answer(checkpoint: Path) -> None:
     chat = conversation(checkpoint, " the rain is on the sun")
-    assert len(chat.ask("Why?", [], Sampling(max_new_tokens=3)).tokens) == 3
+    assert len(chat.ask("Why?", [], SamplingParams(max_new_tokens=3)).tokens) == 3
     full = conversation(checkpoint, " the rain is on the sun")
-    length = conversation(checkpoint, "x").ask("Why?", [], Sampling()).prompt_tokens
+    length = conversation(checkpoint, "x").ask("Why?", [], SamplingParams()).prompt_tokens
     full.session.max_seq_len = length + 1
-    answer = full.ask("Why?", [], Sampling())
+    answer = full.ask("Why?", [], SamplingParams())
     assert (len(answer.tokens), answer.finish_reason) == (2, "context")
 
 
 def test_pictures_lie_where_their_markers_are(checkpoint: Path) -> None:
     chat = conversation(checkpoint, " a")
     question = "first <image> second <image> end"
-    answer = chat.ask(question, [Image.new("RGB", (9, 9))] * 2, Sampling())
+    answer = chat.ask(question, [Image.new("RGB", (9, 9))] * 2, SamplingParams())
     text = render(PROMPT_TEMPLATES["vicuna_v1"], [], question)
     left, middle, right = (chat.tokenizer.encode(piece) for piece in text.split("<image>"))
     expected = [1, *left, 1, 1, 1, 1, *middle, 1, 1, 1, 1, *right]
@@ -101,34 +101,34 @@ def test_pictures_lie_where_their_markers_are(checkpoint: Path) -> None:
 
 def test_second_turn_holds_the_first(checkpoint: Path) -> None:
     chat = conversation(checkpoint, " a")
-    first = chat.ask("one", [Image.new("RGB", (9, 9))], Sampling())
-    second = chat.ask("two", [], Sampling())
+    first = chat.ask("one", [Image.new("RGB", (9, 9))], SamplingParams())
+    second = chat.ask("two", [], SamplingParams())
     assert chat.turns == [("<image>\none", "a"), ("two", "a")]
     assert second.prompt_tokens > first.prompt_tokens
     text = render(PROMPT_TEMPLATES["vicuna_v1"], chat.turns[:1], "two")
     assert "ASSISTANT: a</s>USER: two ASSISTANT:" in text
-    assert 2 in prompt_pieces(chat.tokenizer, text)[1]
+    assert 2 in text_chunks(chat.tokenizer, text)[1]
     chat.reset()
-    assert chat.ask("one", [], Sampling()).prompt_tokens < first.prompt_tokens
+    assert chat.ask("one", [], SamplingParams()).prompt_tokens < first.prompt_tokens
 
 
 def test_a_marker_in_an_answer_asks_for_no_picture(checkpoint: Path) -> None:
     chat = conversation(checkpoint, " see <image> here")
-    assert chat.ask("What?", [], Sampling()).text == "see <image> here"
-    assert chat.ask("And?", [], Sampling()).text == "see <image> here"
+    assert chat.ask("What?", [], SamplingParams()).text == "see <image> here"
+    assert chat.ask("And?", [], SamplingParams()).text == "see <image> here"
 
 
 def test_a_question_that_is_no_utf8_is_refused(checkpoint: Path) -> None:
     with pytest.raises(VilaDeployError, match="not valid UTF-8"):
-        conversation(checkpoint, " a").ask("\udcff", [], Sampling())
+        conversation(checkpoint, " a").ask("\udcff", [], SamplingParams())
 
 
 def test_too_long_a_prompt_and_wrong_markers_are_refused(checkpoint: Path) -> None:
     chat = conversation(checkpoint, " a")
     with pytest.raises(VilaDeployError, match=r"2 <image> markers for 1 image"):
-        chat.ask("<image> <image>", [Image.new("RGB", (9, 9))], Sampling())
+        chat.ask("<image> <image>", [Image.new("RGB", (9, 9))], SamplingParams())
     with pytest.raises(VilaDeployError, match="--max-input-len"):
-        chat.ask("long " * 1000, [], Sampling())
+        chat.ask("long " * 1000, [], SamplingParams())
     assert chat.turns == []
     assert with_markers("hi", 2) == "<image>\n<image>\nhi"
 
@@ -137,27 +137,27 @@ def test_choose_follows_temperature_and_top_p() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     random = np.random.default_rng(0)
 
-    def frequencies(sampling: Sampling) -> np.ndarray:
+    def frequencies(sampling: SamplingParams) -> np.ndarray:
         draws = [choose(logits, sampling, random) for _ in range(4000)]
         return np.bincount(draws, minlength=4) / 4000
 
-    assert choose(logits, Sampling(), random) == 0
+    assert choose(logits, SamplingParams(), random) == 0
     np.testing.assert_allclose(
-        frequencies(Sampling(temperature=1.0)), [0.5, 0.3, 0.15, 0.05], atol=0.03
+        frequencies(SamplingParams(temperature=1.0)), [0.5, 0.3, 0.15, 0.05], atol=0.03
     )
     # 0.7 of the mass: the first two tokens, renormalised.
     np.testing.assert_allclose(
-        frequencies(Sampling(temperature=1.0, top_p=0.7)), [0.625, 0.375, 0, 0], atol=0.03
+        frequencies(SamplingParams(temperature=1.0, top_p=0.7)), [0.625, 0.375, 0, 0], atol=0.03
     )
-    assert frequencies(Sampling(temperature=0.01))[0] == 1
-    assert frequencies(Sampling(temperature=1.0, top_p=1e-6))[0] == 1
+    assert frequencies(SamplingParams(temperature=0.01))[0] == 1
+    assert frequencies(SamplingParams(temperature=1.0, top_p=1e-6))[0] == 1
 
 
 def test_seed_repeats_draws() -> None:
     session = ScriptedSession([5] * 30, vocab=50)
 
     def draw(seed: int) -> list[int]:
-        sampling = Sampling(max_new_tokens=1, temperature=5.0, seed=seed)
+        sampling = SamplingParams(max_new_tokens=1, temperature=5.0, seed=seed)
         return list(generate(session, np.zeros((1, 4), np.float32), (), sampling))
 
     assert draw(1) == draw(1)
@@ -165,7 +165,7 @@ def test_seed_repeats_draws() -> None:
 
 
 def test_splice_puts_features_between_pieces() -> None:
-    embeds = splice(
+    embeds = merge_embeddings(
         [[1, 2], [3]],
         [np.full((2, 4), 9.0, np.float32)],
         lambda ids: np.repeat(np.array(ids, np.float32)[:, None], 4, 1),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vila_deploy.backends.native.compile import compile_engine
-from vila_deploy.backends.tensorrt.compile_worker import Aside
+from vila_deploy.backends.tensorrt.compile_worker import CompileWorker
 from vila_deploy.checkpoint.presets import preset
 from vila_deploy.cli.bench import _measure
 from vila_deploy.utils.errors import VilaDeployError
@@ -32,6 +32,9 @@ def test_compiling_kernels() -> None:
 
 
 def test_compiling_a_part_aside(tmp_path: Path) -> None:
-    with Aside(tmp_path, "vision") as aside, pytest.raises((VilaDeployError, OSError)) as raised:
+    with (
+        CompileWorker(tmp_path, "vision") as aside,
+        pytest.raises((VilaDeployError, OSError)) as raised,
+    ):
         aside.versions()
     assert "another one" not in str(raised.value)

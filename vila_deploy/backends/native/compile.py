@@ -17,7 +17,7 @@ import torch
 
 from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
 from vila_deploy.checkpoint.variants import LLM_FAMILIES
-from vila_deploy.engine.precision import ALL_FP16, Components
+from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.module_command import command
 
@@ -34,7 +34,7 @@ def compile_engine(
     config: LlmConfig,
     max_seq_len: int,
     capabilities: Sequence[str],
-    components: Components = ALL_FP16,
+    components: ModulePrecision = ALL_FP16,
     only: Sequence[str] = (),
     boundaries: Boundaries | None = None,
 ) -> list[dict[str, Any]]:
@@ -87,7 +87,7 @@ def main() -> None:
     }
     config, report = LlmConfig(**values), []
     for sm in request["sms"]:
-        components = Components(**request["components"])
+        components = ModulePrecision(**request["components"])
         boundaries = Boundaries(**request["boundaries"])
         launches = engine_launches(config, request["max_seq_len"], sm, components, boundaries)
         if request["only"]:
@@ -100,7 +100,7 @@ def engine_launches(
     config: LlmConfig,
     slots: int,
     sm: int,
-    components: Components = ALL_FP16,
+    components: ModulePrecision = ALL_FP16,
     boundaries: Boundaries | None = None,
 ) -> list[Launch]:
     """What a Session of this model launches, over tensors without values."""

@@ -37,7 +37,7 @@ from vila_deploy.model.vision import VisionEncoder
 from vila_deploy.utils.errors import VilaDeployError
 
 if TYPE_CHECKING:
-    from vila_deploy.runtime.generate import Sampling
+    from vila_deploy.runtime.generate import SamplingParams
 
 HOST = "host"
 
@@ -108,7 +108,7 @@ class NativeSession:
         return self._cache.history[start + 1 : self.position + 1].tolist()
 
     @torch.inference_mode()
-    def stream(self, stop_token_ids: Collection[int], sampling: Sampling) -> Iterator[int]:
+    def stream(self, stop_token_ids: Collection[int], sampling: SamplingParams) -> Iterator[int]:
         """Yields tokens after prefill, chosen and fed back on the device, the stop token included.
 
         The host reads one token behind, so the device never waits for it. Numbers for sampling are
@@ -136,7 +136,7 @@ class NativeSession:
             self.position = start + taken
             self._cache.position.fill_(self.position)
 
-    def _begin_sampling(self, sampling: Sampling) -> None:
+    def _begin_sampling(self, sampling: SamplingParams) -> None:
         """Draws the numbers of all positions, and the first token."""
         random = torch.Generator()
         random.seed() if sampling.seed is None else random.manual_seed(sampling.seed)

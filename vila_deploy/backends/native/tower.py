@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.tensor_schema import expected_projector, expected_tower
+from vila_deploy.checkpoint.tensor_schema import projector_tensor_specs, tower_tensor_specs
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.precision import FP16, is_tower_linear
 from vila_deploy.model.vision import VisionEncoder
@@ -50,7 +50,7 @@ def tower_tensors(
     Raises:
         VilaDeployError: a weight is so large that its scale is no float16.
     """
-    for expected in expected_tower(config):
+    for expected in tower_tensor_specs(config):
         weight = tower.tensor(expected.name)
         if kept_as == FP16 or not is_tower_linear(expected.name, expected.shape):
             yield expected.name, weight.half()
@@ -58,7 +58,7 @@ def tower_tensors(
         rounded = round_int8(weight, expected.name)
         yield expected.name, rounded.q
         yield expected.name + SCALE, rounded.scale
-    for expected in expected_projector(config):
+    for expected in projector_tensor_specs(config):
         yield expected.name, projector.tensor(expected.name).half()
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vila_deploy.backends.tensorrt import files
 from vila_deploy.backends.tensorrt.compile import Job, compile_graph
-from vila_deploy.backends.tensorrt.compile_worker import Aside
+from vila_deploy.backends.tensorrt.compile_worker import CompileWorker
 from vila_deploy.backends.tensorrt.compilers import COMPILERS, Compiler, host_platform
 from vila_deploy.builder.memory_plan import compiler_memory_bytes
 from vila_deploy.engine.build_request import BuildRequest, Built
@@ -113,7 +113,7 @@ def build(
         vision = request.components.vision
         graphs.write_vision(folder, config, tower, projector, dialect, advance, vision)
         here = _compiled_here(folder, parts[:-1], compiler)
-        aside = [stack.enter_context(Aside(folder, part)) for part in here]
+        aside = [stack.enter_context(CompileWorker(folder, part)) for part in here]
         max_seq_len = request.limits.max_seq_len
         head = request.components.lm_head
         weight_bytes = graphs.write_llm(

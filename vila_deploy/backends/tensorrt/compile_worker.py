@@ -15,7 +15,7 @@ from vila_deploy.utils.module_command import command
 FAILED = 1
 
 
-class Aside:
+class CompileWorker:
     """The compilation of the graph in `folder`/`part`; it ends at the latest with the context."""
 
     def __init__(self, folder: Path, part: str):
@@ -24,7 +24,7 @@ class Aside:
         pipe, child = subprocess.PIPE, command(__name__, str(folder), part)
         self.process = subprocess.Popen(child, stdout=pipe, stderr=pipe, text=True)
 
-    def __enter__(self) -> Aside:
+    def __enter__(self) -> CompileWorker:
         return self
 
     def __exit__(

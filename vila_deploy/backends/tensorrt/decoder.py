@@ -10,7 +10,7 @@ from vila_deploy.backends.tensorrt.cuda import Buffer, Pinned, Stream
 from vila_deploy.backends.tensorrt.engine import Engine
 from vila_deploy.builder.memory_plan import PREFILL_TOKENS
 from vila_deploy.engine.manifest import Limits
-from vila_deploy.engine.model_info import ModelDescription
+from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.session import Floats
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -31,7 +31,7 @@ class Decoder:
     bound to the memory of past_key_0) or return the new rows, which are then copied in.
     """
 
-    def __init__(self, engine: Engine, model: ModelDescription, limits: Limits, stream: Stream):
+    def __init__(self, engine: Engine, model: ModelInfo, limits: Limits, stream: Stream):
         self._engine, self._stream = engine, stream
         self.chunk = min(PREFILL_TOKENS, limits.max_input_len)
         self._hidden, self._layers = model.hidden_size, model.num_layers

@@ -10,7 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.tensor_schema import decoder_linears, expected_projector, expected_tower
+from vila_deploy.checkpoint.tensor_schema import (
+    decoder_linears,
+    projector_tensor_specs,
+    tower_tensor_specs,
+)
 from vila_deploy.utils.estimates import parameters
 from vila_deploy.utils.limits import (
     CHUNK_TOKENS,
@@ -69,7 +73,10 @@ class MemoryNeed:
     def encode(self, tokens: int, tiles: int) -> int:
         """To encode pictures and embed tokens."""
         vision, hidden = self.config.vision, self.config.llm.hidden_size
-        parts = parameters(expected_tower(self.config)), parameters(expected_projector(self.config))
+        parts = (
+            parameters(tower_tensor_specs(self.config)),
+            parameters(projector_tensor_specs(self.config)),
+        )
         # Inner activations of the feed-forward block before and after, and attention's inputs.
         inner = tiles * vision.positions * (2 * vision.intermediate_size + 6 * vision.hidden_size)
         pictures = FLOAT32 * (sum(parts) + inner) if tiles else 0

@@ -12,9 +12,9 @@ from typing import Any
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.tensor_schema import (
     decoder_linears,
-    expected_projector,
-    expected_tower,
     has_bias,
+    projector_tensor_specs,
+    tower_tensor_specs,
 )
 from vila_deploy.data.data_size import DataSize, data_size
 from vila_deploy.data.examples import load_examples, load_held_out
@@ -24,7 +24,7 @@ from vila_deploy.quantize.estimate.memory import MemoryNeed, spilled
 from vila_deploy.quantize.estimate.time import Effort, Speed
 from vila_deploy.quantize.options import Options
 from vila_deploy.utils.errors import VilaDeployError
-from vila_deploy.utils.estimates import Component, Stage, available_memory_bytes, parameters
+from vila_deploy.utils.estimates import MemoryItem, PlanStep, available_memory_bytes, parameters
 from vila_deploy.utils.limits import (
     MAX_CALIBRATION_SEQUENCES,
     MAX_EVALUATION_SEQUENCES,
@@ -55,8 +55,8 @@ class QuantizePlan:
     kept_bytes: int
     scratch_bytes: int
     bits_per_weight: float
-    components: tuple[Component, ...]
-    stages: tuple[Stage, ...]
+    components: tuple[MemoryItem, ...]
+    stages: tuple[PlanStep, ...]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -130,18 +130,18 @@ def check_not_quantized(config: VilaConfig) -> None:
         )
 
 
-def output_components(config: VilaConfig, scheme: QuantScheme) -> tuple[Component, ...]:
+def output_components(config: VilaConfig, scheme: QuantScheme) -> tuple[MemoryItem, ...]:
     """The parts of the quantized checkpoint."""
     llm = config.llm
     linears = llm.num_layers * sum(map(math.prod, decoder_linears(llm).values()))
     embedding = llm.vocab_size * llm.hidden_size
     norms = llm.hidden_size * (2 * llm.num_layers + 1)
     components = [
-        Component.of("llm decoder linears", linears, scheme.bits_per_weight),
+        MemoryItem.of("llm decoder linears", linears, scheme.bits_per_weight),
         _float16("llm embeddings", embedding),
         _float16("llm norms", norms),
-        _float16("vision tower", parameters(expected_tower(config))),
-        _float16("projector", parameters(expected_projector(config))),
+        _float16("vision tower", parameters(tower_tensor_specs(config))),
+        _float16("projector", parameters(projector_tensor_specs(config))),
     ]
     rows = {name: out for name, (out, _) in decoder_linears(llm).items() if has_bias(llm, name)}
     if rows:
@@ -151,8 +151,8 @@ def output_components(config: VilaConfig, scheme: QuantScheme) -> tuple[Componen
     return tuple(components)
 
 
-def _float16(name: str, count: int) -> Component:
-    return Component.of(name, count, 16)
+def _float16(name: str, count: int) -> MemoryItem:
+    return MemoryItem.of(name, count, 16)
 
 
 def measured_plan(config: VilaConfig, options: Options) -> QuantizePlan:
@@ -177,15 +177,15 @@ def _stages(
     calibration: DataSize,
     evaluation: DataSize,
     speed: Speed | None,
-) -> tuple[Stage, ...]:
+) -> tuple[PlanStep, ...]:
     llm, group_size = config.llm, options.scheme.group_size
     linears = output_components(config, options.scheme)[0].bytes
     # A shard of each format waits in memory until it is full.
     pending = min(SHARD_BYTES, linears) * len(options.formats)
     need = MemoryNeed(config, group_size, pending)
 
-    def stage(name: str, memory_bytes: int, work: Effort) -> Stage:
-        return Stage(name, memory_bytes, work.seconds(speed) if speed else None)
+    def stage(name: str, memory_bytes: int, work: Effort) -> PlanStep:
+        return PlanStep(name, memory_bytes, work.seconds(speed) if speed else None)
 
     tokens, table = calibration.tokens, llm.vocab_size * llm.hidden_size
     stages = [stage("write embeddings and head", need.write_tables(), Effort(bytes=40.0 * table))]

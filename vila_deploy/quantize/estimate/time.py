@@ -14,7 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.tensor_schema import decoder_linears, expected_projector, expected_tower
+from vila_deploy.checkpoint.tensor_schema import (
+    decoder_linears,
+    projector_tensor_specs,
+    tower_tensor_specs,
+)
 from vila_deploy.utils.estimates import parameters
 from vila_deploy.utils.limits import MAX_TOKENS, ROWS_AT_A_TIME
 
@@ -151,7 +155,7 @@ def evaluate(config: VilaConfig, tokens: int) -> Effort:
 
 def encode(config: VilaConfig, tiles: int) -> Effort:
     """Pictures of so many tiles in all through tower and projector."""
-    weights = parameters(expected_tower(config)) + parameters(expected_projector(config))
+    weights = parameters(tower_tensor_specs(config)) + parameters(projector_tensor_specs(config))
     return Effort(2.0 * tiles * config.vision.positions * weights) if tiles else Effort()
 
 

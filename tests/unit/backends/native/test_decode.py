@@ -15,9 +15,9 @@ from vila_deploy.backends.native import open_session
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
-from vila_deploy.processing.multimodal_prompt import prompt_pieces, splice
+from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
 from vila_deploy.processing.tokenizer import Tokenizer, load_tokenizer
-from vila_deploy.runtime.generate import Conversation, Sampling, place_images
+from vila_deploy.runtime.generate import Conversation, SamplingParams, place_images
 
 MOST_TOKENS = 32
 # Descriptions are the longest answers: 9 and 15 tokens.
@@ -55,7 +55,7 @@ def test_an_answer_up_to_its_end_is_the_references(pair: Pair, questions: list[A
     """As vila-chat asks, each token chosen by the host."""
     found, expected = (
         Conversation(session, pair.tokenizer, pair.model, 1000).ask(
-            questions[SHORT].prompt, questions[SHORT].images, Sampling(MOST_TOKENS)
+            questions[SHORT].prompt, questions[SHORT].images, SamplingParams(MOST_TOKENS)
         )
         for session in (pair.session, pair.reference)
     )
@@ -71,12 +71,12 @@ def test_an_answer_chosen_on_the_device_is_the_references(pair: Pair, questions:
     features, expected = (s.encode_images(pixels[0].tiles) for s in (session, reference))
     assert deviation(features, expected) < TOLERANCE
     text = render(PROMPT_TEMPLATES[pair.model.prompt], [], placed)
-    pieces = prompt_pieces(pair.tokenizer, text, pair.model.image_end)
+    pieces = text_chunks(pair.tokenizer, text, pair.model.image_end)
 
     for each in (session, reference):
         each.reset()
-    logits = session.prefill(splice(pieces, [*features], session.embed_tokens))
-    wanted = reference.prefill(splice(pieces, [*expected], reference.embed_tokens))
+    logits = session.prefill(merge_embeddings(pieces, [*features], session.embed_tokens))
+    wanted = reference.prefill(merge_embeddings(pieces, [*expected], reference.embed_tokens))
     assert deviation(logits, wanted) < TOLERANCE
     tokens = [int(wanted.argmax())]
     assert int(logits.argmax()) == tokens[0]

@@ -27,14 +27,14 @@ from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.presets import preset
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.manifest import Limits
-from vila_deploy.engine.precision import Components, check_components
+from vila_deploy.engine.precision import ModulePrecision, check_precision
 from vila_deploy.engine.target import get_target
 from vila_deploy.kernels.kv_int8 import round_vectors, widen_vectors
 from vila_deploy.kernels.packed_linear import unpack
 from vila_deploy.kernels.sample import sample_reference
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.onnx_export.rounding import round_int4
-from vila_deploy.runtime.generate import Sampling, generate
+from vila_deploy.runtime.generate import SamplingParams, generate
 
 GIB = 1 << 30
 
@@ -61,7 +61,7 @@ def with_head(checkpoint: Any, head: torch.Tensor) -> Any:
 
 
 def greedy(session: Any, prompt: Sequence[int], count: int) -> list[int]:
-    return list(generate(session, session.embed_tokens(prompt), (), Sampling(count)))
+    return list(generate(session, session.embed_tokens(prompt), (), SamplingParams(count)))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_tokens_of_a_head_in_4_bits_are_the_references(
     checkpoint = rounded(open_checkpoint(TINY_VILA))
     head = checkpoint.llm.tensor("lm_head.weight")
     manifest = built(
-        tmp_path / "engine", checkpoint, monkeypatch, components=Components(lm_head="int4")
+        tmp_path / "engine", checkpoint, monkeypatch, components=ModulePrecision(lm_head="int4")
     )
     session = open_session(tmp_path / "engine", manifest)
     reference = ReferenceSession(
@@ -132,7 +132,7 @@ def test_a_cache_in_8_bits_is_the_references_and_hardly_moves_the_logits(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompt in two parts, then a token; the head is in 8 bits on both sides."""
-    components = Components(lm_head="int8", kv_cache="int8")
+    components = ModulePrecision(lm_head="int8", kv_cache="int8")
     manifest = built(tmp_path / "engine", small, monkeypatch, 24, components)
     session = open_session(tmp_path / "engine", manifest)
     head = unpack(pack_head(small.llm.tensor("lm_head.weight"), "int8"))
@@ -162,7 +162,7 @@ def test_drawn_tokens_follow_the_numbers_of_their_positions(
     """The device draws what the rule of the host draws of the reference's logits."""
     manifest = built(tmp_path / "engine", small, monkeypatch, 24)
     session, reference = open_session(tmp_path / "engine", manifest), ReferenceSession(small)
-    sampling, prompt = Sampling(5, temperature=0.9, top_p=0.8, seed=3), [4, 9, 2]
+    sampling, prompt = SamplingParams(5, temperature=0.9, top_p=0.8, seed=3), [4, 9, 2]
     embeds = session.embed_tokens(prompt)
     found = list(generate(session, embeds, (), sampling))
     assert session.position == int(session._cache.position) == len(prompt) + 4
@@ -229,7 +229,7 @@ def test_layers_of_a_streamed_tower_leave_behind_themselves(
 
 def test_40b_fits_one_card_of_24_gb() -> None:
     config, card = preset("VILA1.5-40b", "int4"), get_target("rtx4090")
-    limits, components = Limits(1, 2048, 2048), Components(lm_head="int4")
+    limits, components = Limits(1, 2048, 2048), ModulePrecision(lm_head="int4")
     plan = plan_engine(config, card, "native", "int4", limits, components)
     assert plan.fits
     assert plan.device_bytes <= 22.5 * GIB
@@ -268,4 +268,4 @@ def test_a_card_that_its_default_backend_overfills_is_told_of_this_one() -> None
 
 
 def test_what_this_backend_can_keep_otherwise() -> None:
-    check_components(get_target("h100"), "native", Components(lm_head="int4", kv_cache="int8"))
+    check_precision(get_target("h100"), "native", ModulePrecision(lm_head="int4", kv_cache="int8"))

@@ -24,14 +24,14 @@ from vila_deploy.backends.native.tower import Int8Linear, load_encoder, tower_te
 from vila_deploy.builder.memory_plan import EMBEDDINGS, VISION, EnginePlan, plan_engine
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.presets import preset
-from vila_deploy.checkpoint.tensor_schema import expected_tower
+from vila_deploy.checkpoint.tensor_schema import tower_tensor_specs
 from vila_deploy.cli.build_engine import main
 from vila_deploy.engine.manifest import Limits, load_manifest
-from vila_deploy.engine.precision import Components, is_tower_linear
+from vila_deploy.engine.precision import ModulePrecision, is_tower_linear
 from vila_deploy.engine.target import get_target
 from vila_deploy.model.vision import VisionEncoder
 
-INT8 = Components(vision="int8")
+INT8 = ModulePrecision(vision="int8")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Changed:
 
 def dequantized(checkpoint: Any) -> Changed:
     """The tower with its layers' matrices rounded by the test's own arithmetic."""
-    tensors = {t.name: t.shape for t in expected_tower(checkpoint.config)}
+    tensors = {t.name: t.shape for t in tower_tensor_specs(checkpoint.config)}
     matrices = [name for name, shape in tensors.items() if is_tower_linear(name, shape)]
     assert len(matrices) >= 4
     other = {
@@ -153,7 +153,7 @@ def test_what_only_this_backend_keeps_so_is_not_measured(tmp_path: Path, flags: 
 
 
 def planned(vision: str) -> EnginePlan:
-    components = Components(vision=vision, lm_head="int4")
+    components = ModulePrecision(vision=vision, lm_head="int4")
     card, limits = get_target("rtx4090"), Limits(1, 2048, 2048)
     return plan_engine(preset("VILA1.5-40b", "int4"), card, "native", "int4", limits, components)
 
@@ -166,7 +166,7 @@ def tensor_bytes(shape: tuple[int, ...], *, small: bool) -> int:
 def test_plan_of_40b_on_24_gb_says_what_it_saves() -> None:
     plain, small = planned("fp16"), planned("int8")
     assert small.in_host_memory == plain.in_host_memory == (EMBEDDINGS, VISION)
-    tensors = [(t.name, t.shape) for t in expected_tower(preset("VILA1.5-40b", "int4"))]
+    tensors = [(t.name, t.shape) for t in tower_tensor_specs(preset("VILA1.5-40b", "int4"))]
     for plan in (plain, small):
         held = 0
         for name, shape in tensors:

@@ -19,14 +19,14 @@ from vila_deploy.backends import open_engine
 from vila_deploy.backends.tensorrt import build as build_module
 from vila_deploy.backends.tensorrt import compile_worker, compilers, cuda, files
 from vila_deploy.backends.tensorrt.compile import Job, compile_graph
-from vila_deploy.backends.tensorrt.compile_worker import Aside
+from vila_deploy.backends.tensorrt.compile_worker import CompileWorker
 from vila_deploy.backends.tensorrt.compilers import COMPILERS
 from vila_deploy.builder.build import BuildOptions, build_engine, plan_build
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.cli.build_engine import main
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.manifest import Limits, load_manifest
-from vila_deploy.engine.precision import Components
+from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.engine.target import get_target
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -214,11 +214,11 @@ REFUSALS = {
         r"is for backend tensorrt, not for native; leave it out",
     ),
     "int8 tower on Orin": (
-        BuildOptions("orin", components=Components(vision="int8")),
+        BuildOptions("orin", components=ModulePrecision(vision="int8")),
         r"use --backend native, or leave --vision out",
     ),
     "int8 tower on a CPU": (
-        BuildOptions("cpu", components=Components(vision="int8")),
+        BuildOptions("cpu", components=ModulePrecision(vision="int8")),
         r"leave --vision out: no backend of target cpu has it",
     ),
     "unknown JetPack": (BuildOptions("orin", jetpack="4"), r"unknown .*; choose from 6, 7"),
@@ -262,15 +262,15 @@ def test_a_part_compiled_aside_says_what_was_wrong_with_it(tmp_path: Path) -> No
     build_module.write_description(engine, config, BuildRequest(get_target("rtx4090"), limits))
     (engine / "vision" / files.GRAPH).write_bytes(b"no graph")
     with (
-        Aside(engine, "vision") as compiling,
+        CompileWorker(engine, "vision") as compiling,
         pytest.raises(VilaDeployError, match=r"model\.onnx: tensorrt-rtx \S+ can't compile it \("),
     ):
         compiling.versions()
-    with Aside(engine, "vision") as compiling:
+    with CompileWorker(engine, "vision") as compiling:
         compiling.process.kill()
         with pytest.raises(VilaDeployError, match=r"vision ended before its time \(signal 9\)"):
             compiling.versions()
-    with pytest.raises(KeyboardInterrupt), Aside(engine, "vision") as compiling:
+    with pytest.raises(KeyboardInterrupt), CompileWorker(engine, "vision") as compiling:
         raise KeyboardInterrupt
     assert compiling.process.returncode == -signal.SIGKILL
 

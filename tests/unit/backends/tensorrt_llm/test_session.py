@@ -17,8 +17,8 @@ import torch
 
 from vila_deploy.backends.tensorrt_llm import files, session
 from vila_deploy.engine.manifest import Limits
-from vila_deploy.engine.model_info import ModelDescription
-from vila_deploy.runtime.generate import Sampling, generate
+from vila_deploy.engine.model_info import ModelInfo
+from vila_deploy.runtime.generate import SamplingParams, generate
 from vila_deploy.utils.errors import VilaDeployError
 
 VOCABULARY, PADDED, HIDDEN, STOP = 50, 64, 16, 7
@@ -121,7 +121,7 @@ def opened(tmp_path, monkeypatch):
     (tmp_path / "vision" / "model.engine").write_bytes(b"vision engine")
     np.save(tmp_path / files.EMBEDDING, TABLE)
     model = SimpleNamespace(vocab_size=VOCABULARY, stop_token_ids=(STOP,))
-    assert {"vocab_size", "stop_token_ids"} <= set(ModelDescription.__dataclass_fields__)
+    assert {"vocab_size", "stop_token_ids"} <= set(ModelInfo.__dataclass_fields__)
     limits = Limits(1, MAX_INPUT, MAX_SEQ)
     manifest = SimpleNamespace(model=model, limits=limits, target="a100")
     one = session.TensorrtLlmSession(tmp_path, manifest)
@@ -147,7 +147,7 @@ def test_logits_are_the_models_step_by_step(opened):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_the_one_generation_loop_runs_over_it(opened, temperature):
-    sampling = Sampling(max_new_tokens=40, temperature=temperature, seed=3)
+    sampling = SamplingParams(max_new_tokens=40, temperature=temperature, seed=3)
     prompt = TABLE[[1, 2, 3, 4]].astype(np.float32)
     first = list(generate(opened, prompt, {STOP}, sampling))
     assert len(first) > 1
