@@ -77,7 +77,7 @@ def config_files(config: VilaConfig) -> dict[str, dict[str, Any]]:
         "s2": tiling.mode == "s2",
         "dynamic_s2": tiling.mode == "dynamic_s2",
     }
-    if tiling.joins_scales:
+    if tiling.uses_s2:
         root["s2_scales"] = ",".join(map(str, tiling.scales))
         root["s2_max_split_size"] = tiling.tile
         root["s2_resize_output_to_scale_idx"] = tiling.output_scale

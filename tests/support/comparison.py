@@ -11,11 +11,12 @@ from PIL import Image
 
 from vila_deploy.backends import open_engine
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.engine.session import Floats, Session
+from vila_deploy.engine.session import Session
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
 from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
 from vila_deploy.runtime.generate import SamplingParams, encode_images, generate, place_images
+from vila_deploy.utils.arrays import Floats
 
 Prompt = tuple[list[Image.Image], str]
 NEW_TOKENS = 64

@@ -22,7 +22,6 @@ from vila_deploy import __version__
 from vila_deploy.backends import OpenedEngine, open_engine
 from vila_deploy.bench.bandwidth import read_bandwidth_bytes_per_s
 from vila_deploy.bench.gpu import gpu_name
-from vila_deploy.engine.session import Floats
 from vila_deploy.engine.target import get_target
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
 from vila_deploy.processing.images import Pixels, preprocess
@@ -32,6 +31,7 @@ from vila_deploy.processing.multimodal_prompt import (
     text_chunks,
 )
 from vila_deploy.runtime.generate import SamplingParams, continue_from, encode_images, place_images
+from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 
 DECODE_TOKENS = 256

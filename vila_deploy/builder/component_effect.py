@@ -24,7 +24,6 @@ from vila_deploy.data.embed import TokenSequence, length_limit
 from vila_deploy.data.examples import load_held_out
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.precision import FP16, INT8, ModulePrecision
-from vila_deploy.engine.session import Floats
 from vila_deploy.eval.fidelity import EvaluationData
 from vila_deploy.onnx_export.dialects.base import Dialect
 from vila_deploy.onnx_export.dialects.onnxruntime import OnnxRuntimeDialect
@@ -32,7 +31,8 @@ from vila_deploy.onnx_export.graph_writer import WeightFile
 from vila_deploy.onnx_export.llm import build_head_graph, build_llm_graph, store_llm
 from vila_deploy.processing.images import preprocess
 from vila_deploy.processing.multimodal_prompt import merge_embeddings
-from vila_deploy.processing.s2 import join_blocks, join_scales
+from vila_deploy.processing.s2 import merge_s2_blocks, s2_features
+from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.progress import Advance, progress
 
@@ -217,8 +217,8 @@ class _Measured:
             (pixels,) = preprocess([picture.load()], config.image, config.tiling, alone=False)
             features = _each(tower, pixels.tiles)
             if projector is not None:
-                blocks = join_scales(features, config.tiling, pixels.grid)
-                features = join_blocks(_each(projector, blocks), config.tiling, pixels.grid)
+                blocks = s2_features(features, config.tiling, pixels.grid)
+                features = merge_s2_blocks(_each(projector, blocks), config.tiling, pixels.grid)
             found[picture.name] = features[0]
         return found
 

@@ -50,7 +50,7 @@ class VilaConfig:
     @property
     def feature_channels(self) -> int:
         """Channels of what the projector takes: the tower's, once for each scale that is joined."""
-        scales = len(self.tiling.scales) if self.tiling.joins_scales else 1
+        scales = len(self.tiling.scales) if self.tiling.uses_s2 else 1
         return self.vision.hidden_size * scales
 
     @property

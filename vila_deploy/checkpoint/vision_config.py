@@ -80,7 +80,7 @@ class TilingConfig:
     max_tiles: int = 1
 
     @property
-    def joins_scales(self) -> bool:
+    def uses_s2(self) -> bool:
         return self.mode in ("s2", "dynamic_s2")
 
     def side(self, scale: int) -> int:

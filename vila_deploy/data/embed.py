@@ -15,7 +15,6 @@ from torch import Tensor
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.data.examples import Example, Picture
-from vila_deploy.engine.session import Floats
 from vila_deploy.model.vision import VisionEncoder
 from vila_deploy.processing.chat_template import (
     PROMPT_TEMPLATES,
@@ -28,6 +27,7 @@ from vila_deploy.processing.chat_template import (
 from vila_deploy.processing.images import preprocess
 from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
 from vila_deploy.processing.tokenizer import Tokenizer, load_tokenizer
+from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.limits import MAX_TOKENS
 

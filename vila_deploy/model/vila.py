@@ -10,9 +10,9 @@ import torch
 from transformers import DynamicCache
 
 from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.engine.session import Floats
 from vila_deploy.model.llm import LanguageModel
 from vila_deploy.model.vision import VisionEncoder
+from vila_deploy.utils.arrays import Floats
 
 
 class ReferenceSession:

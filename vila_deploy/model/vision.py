@@ -50,18 +50,18 @@ class VisionEncoder(nn.Module):
                 at all its scales, and this is how those of the largest lie.
         """
         features = self.tower(pixels)
-        if not self.tiling.joins_scales:
+        if not self.tiling.uses_s2:
             return self.projector(features)
         if grid is None:
             return self.projector(features.repeat(1, 1, len(self.tiling.scales)))
-        joined = self._join_scales(features, grid)
+        joined = self._s2_features(features, grid)
         if self.tiling.mode == "s2":
             return self.projector(joined.flatten(2).transpose(1, 2))
         rows, columns = self.tiling.blocks(grid)
         tokens = self.projector(_split(joined, rows, columns).flatten(2).transpose(1, 2))
         return _merge(tokens, rows, columns).flatten(2).transpose(1, 2)
 
-    def _join_scales(self, features: Tensor, grid: Grid) -> Tensor:
+    def _s2_features(self, features: Tensor, grid: Grid) -> Tensor:
         """[tiles, patches, channels] → [1, scales · channels, height, width]."""
         maps, start = [], 0
         for index in range(len(self.tiling.scales)):

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from vila_deploy.engine.session import Floats
 from vila_deploy.processing.chat_template import IMAGE_MARKER
 from vila_deploy.processing.tokenizer import Tokenizer
+from vila_deploy.utils.arrays import Floats
 
 
 def text_chunks(tokenizer: Tokenizer, prompt: str, image_end: str = "") -> list[list[int]]:

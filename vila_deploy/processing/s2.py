@@ -5,16 +5,15 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 from vila_deploy.checkpoint.vision_config import TilingConfig
+from vila_deploy.utils.arrays import Floats
 
-Floats = NDArray[np.float32]
 Grid = tuple[int, int]
 CUBIC = -0.75  # torch's bicubic coefficient
 
 
-def join_scales(features: Floats, tiling: TilingConfig, grid: Grid | None) -> Floats:
+def s2_features(features: Floats, tiling: TilingConfig, grid: Grid | None) -> Floats:
     """Features of one picture's tiles as the projector takes them.
 
     Args:
@@ -43,7 +42,7 @@ def join_scales(features: Floats, tiling: TilingConfig, grid: Grid | None) -> Fl
     )
 
 
-def join_blocks(tokens: Floats, tiling: TilingConfig, grid: Grid | None) -> Floats:
+def merge_s2_blocks(tokens: Floats, tiling: TilingConfig, grid: Grid | None) -> Floats:
     """The projector's [blocks, tokens, hidden] → one picture [1, blocks · tokens, hidden]."""
     if grid is None or tiling.mode == "s2":
         return tokens

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from vila_deploy.engine.model_info import ModelInfo
-from vila_deploy.engine.session import Floats, Session
+from vila_deploy.engine.session import Session
 from vila_deploy.processing.chat_template import (
     IMAGE_MARKER,
     PROMPT_TEMPLATES,
@@ -25,6 +25,7 @@ from vila_deploy.processing.multimodal_prompt import (
     text_chunks,
 )
 from vila_deploy.processing.tokenizer import TextStream, Tokenizer
+from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 
 

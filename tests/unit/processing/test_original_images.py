@@ -21,7 +21,7 @@ from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.images import closest_grid, preprocess
 from vila_deploy.processing.multimodal_prompt import merge_embeddings
-from vila_deploy.processing.s2 import join_blocks, join_scales
+from vila_deploy.processing.s2 import merge_s2_blocks, s2_features
 
 SCALES, PREPROCESS, SPLICED = (
     json.loads((GOLDEN / f"{name}.json").read_text())
@@ -132,7 +132,7 @@ def test_static_scales(name: str, tmp_path: Path) -> None:
         with torch.inference_mode():
             tiles = torch.from_numpy(static_tiles(pixels, config.tiling))
             features = session.vision.tower(tiles).numpy()
-        joined.append(join_scales(features, largest, (largest.side(-1),) * 2)[0])
+        joined.append(s2_features(features, largest, (largest.side(-1),) * 2)[0])
     assert_sample(np.stack(joined), expected["features_largest"])
 
 
@@ -162,9 +162,9 @@ def test_dynamic_scales(size: tuple[int, int], index: int, tmp_path: Path) -> No
     assert_sample(session.encode_images(pixels.tiles, pixels.grid), wanted["tokens"])
     with torch.inference_mode():
         features = session.vision.tower(torch.from_numpy(pixels.tiles)).numpy()
-        joined = join_scales(features, config.tiling, pixels.grid)
+        joined = s2_features(features, config.tiling, pixels.grid)
         tokens = session.vision.projector(torch.from_numpy(joined)).numpy()
-    assert_sample(join_blocks(tokens, config.tiling, pixels.grid), wanted["tokens"])
+    assert_sample(merge_s2_blocks(tokens, config.tiling, pixels.grid), wanted["tokens"])
 
 
 def test_several_pictures_repeat_one_scale(tmp_path: Path) -> None:

@@ -29,11 +29,11 @@ from vila_deploy.backends.native.weights import (
 )
 from vila_deploy.builder.memory_plan import EMBEDDINGS, VISION
 from vila_deploy.engine.manifest import Manifest
-from vila_deploy.engine.session import Floats
 from vila_deploy.engine.target import get_target
 from vila_deploy.kernels.interpreter import INTERPRETED
 from vila_deploy.kernels.tile_config import INTERPRETER, TOKENS
 from vila_deploy.model.vision import VisionEncoder
+from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 
 if TYPE_CHECKING:

@@ -101,9 +101,9 @@ def _save_vision(
     """One graph from pixels to embeddings; two where features of several scales are joined."""
     folder.mkdir()
     with WeightFile(folder / files.WEIGHTS) as file:
-        whole = None if config.tiling.joins_scales else projector
+        whole = None if config.tiling.uses_s2 else projector
         build_vision_graph(config, tower, whole, file, advance).save(folder / files.GRAPH)
-    if config.tiling.joins_scales:
+    if config.tiling.uses_s2:
         with WeightFile(folder / files.PROJECTOR_WEIGHTS) as file:
             graph = build_projector_graph(config, projector, file, advance)
         graph.save(folder / files.PROJECTOR_GRAPH)

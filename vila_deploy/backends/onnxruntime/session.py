@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from vila_deploy.backends.onnxruntime import files
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.precision import FP16
-from vila_deploy.engine.session import Floats
-from vila_deploy.processing.s2 import join_blocks, join_scales
+from vila_deploy.processing.s2 import merge_s2_blocks, s2_features
+from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 
 # Tokens that go through the LLM at a time: enough to keep the cores busy, little scratch memory.
@@ -38,7 +38,7 @@ class OnnxRuntimeSession:
         threads = 1 if small else threads_to_use()
         self._tiling = model.tiling
         self._vision = _load(folder / files.VISION / files.GRAPH, threads, repack=True)
-        if self._tiling.joins_scales:
+        if self._tiling.uses_s2:
             projector = folder / files.VISION / files.PROJECTOR_GRAPH
             self._projector = _load(projector, threads, repack=True)
         llm = folder / files.LLM
@@ -63,10 +63,10 @@ class OnnxRuntimeSession:
     def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
         """Tiles [tiles, 3, size, size] → [images, tokens, hidden], one tile at a time."""
         features = _each(self._vision, "pixels", pixels)
-        if not self._tiling.joins_scales:
+        if not self._tiling.uses_s2:
             return features
-        blocks = join_scales(features, self._tiling, grid)
-        return join_blocks(_each(self._projector, "features", blocks), self._tiling, grid)
+        blocks = s2_features(features, self._tiling, grid)
+        return merge_s2_blocks(_each(self._projector, "features", blocks), self._tiling, grid)
 
     def embed_tokens(self, tokens: Sequence[int]) -> Floats:
         return self._table[np.asarray(tokens, np.int64)].astype(np.float32)

@@ -11,7 +11,7 @@ from vila_deploy.backends.tensorrt.engine import Engine
 from vila_deploy.builder.memory_plan import PREFILL_TOKENS
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.model_info import ModelInfo
-from vila_deploy.engine.session import Floats
+from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 
 # Profiles of the engine; tensorrt-rtx has one for both.

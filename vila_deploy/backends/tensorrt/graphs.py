@@ -30,7 +30,7 @@ DIALECTS: dict[str, type[HalfDialect]] = {
 
 def parts_of(config: VilaConfig) -> tuple[str, ...]:
     """Folders of the graphs of a model; features of several scales are joined between two."""
-    if config.tiling.joins_scales:
+    if config.tiling.uses_s2:
         return files.VISION, files.PROJECTOR, files.LLM
     return files.VISION, files.LLM
 
@@ -53,10 +53,10 @@ def write_vision(
     style = Style(DIALECTS[dialect].opset, half=True, int8=kept_as != FP16)
     (folder / files.VISION).mkdir()
     with WeightFile(folder / files.VISION / files.WEIGHTS) as file:
-        whole = None if config.tiling.joins_scales else projector
+        whole = None if config.tiling.uses_s2 else projector
         graph = build_vision_graph(config, tower, whole, file, advance, style)
     graph.save(folder / files.VISION / files.GRAPH)
-    if config.tiling.joins_scales:
+    if config.tiling.uses_s2:
         (folder / files.PROJECTOR).mkdir()
         with WeightFile(folder / files.PROJECTOR / files.WEIGHTS) as file:
             graph = build_projector_graph(config, projector, file, advance, style)
@@ -130,6 +130,6 @@ def profiles(
         files.VISION: (tiles("pixels", 1, 3, size, size),),
         files.LLM: (steps(1, chunk),) if one_for_all else (steps(1, 1), steps(1, chunk)),
     }
-    if tiling.joins_scales:
+    if tiling.uses_s2:
         made[files.PROJECTOR] = (tiles("features", 1, side**2, config.feature_channels),)
     return made

@@ -13,8 +13,8 @@ from vila_deploy.backends.tensorrt.compilers import COMPILERS
 from vila_deploy.backends.tensorrt.decoder import Decoder
 from vila_deploy.backends.tensorrt.engine import Engine
 from vila_deploy.engine.manifest import Manifest
-from vila_deploy.engine.session import Floats
-from vila_deploy.processing.s2 import join_blocks, join_scales
+from vila_deploy.processing.s2 import merge_s2_blocks, s2_features
+from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import read_json_object
 
@@ -31,7 +31,7 @@ class TensorRtSession:
         self._stream = cuda.Stream()
         self._vision = _Encoder(trt, folder / files.VISION, self._stream)
         self._projector = None
-        if self._tiling.joins_scales:
+        if self._tiling.uses_s2:
             self._projector = _Encoder(trt, folder / files.PROJECTOR, self._stream)
         llm = folder / files.LLM
         engine = Engine(trt, llm / files.PLAN, llm / files.RUNTIME_CACHE)
@@ -42,8 +42,8 @@ class TensorRtSession:
         features = self._vision.each(pixels)
         if self._projector is None:
             return features
-        blocks = join_scales(features, self._tiling, grid)
-        return join_blocks(self._projector.each(blocks), self._tiling, grid)
+        blocks = s2_features(features, self._tiling, grid)
+        return merge_s2_blocks(self._projector.each(blocks), self._tiling, grid)
 
     def embed_tokens(self, tokens: Sequence[int]) -> Floats:
         return self._table[np.asarray(tokens, np.int64)].astype(np.float32)

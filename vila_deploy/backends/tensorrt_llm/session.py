@@ -22,8 +22,8 @@ import numpy as np
 from vila_deploy.backends.tensorrt_llm import files
 from vila_deploy.backends.tensorrt_llm.releases import release_for
 from vila_deploy.engine.manifest import Manifest
-from vila_deploy.engine.session import Floats
 from vila_deploy.engine.target import get_target
+from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import read_json_object
 
