@@ -104,24 +104,24 @@ def _vila(run: Run) -> VilaConfig:
     )  # fmt: skip
 
 
-def _picture(run: Run, vila: VilaConfig, kept_as: str) -> tuple[float, Tensor]:
+def _picture(run: Run, vila: VilaConfig, dtype: str) -> tuple[float, Tensor]:
     """Seconds of a picture through a streamed tower, and its features [tokens, hidden]."""
     kind = torch.float32 if run.rehearsed else torch.float16
-    encoder = stream_layers(load_encoder(_vision(vila, kept_as), vila, kind), run.device)
+    encoder = stream_layers(load_encoder(_vision(vila, dtype), vila, kind), run.device)
     size = vila.vision.image_size
     pixels = torch.randn(1, 3, size, size, dtype=kind, device=run.device)
     encoder(pixels)  # compiles nothing, but brings cuBLAS
     return _timed(run, lambda: encoder(pixels)[0])
 
 
-def _vision(vila: VilaConfig, kept_as: str) -> dict[str, Tensor]:
+def _vision(vila: VilaConfig, dtype: str) -> dict[str, Tensor]:
     """Random tensors of tower and projector; those of one shape are the same numbers."""
     known: dict[tuple[bool, tuple[int, ...]], Tensor] = {}
     found: dict[str, Tensor] = {}
     for tensor in (*tower_tensor_specs(vila), *projector_tensor_specs(vila)):
         name, shape = tensor.name, tensor.shape
         scale = 1 / math.sqrt(math.prod(shape[1:]) or 1)
-        small = kept_as == INT8 and is_tower_linear(name, shape)
+        small = dtype == INT8 and is_tower_linear(name, shape)
         if small:
             found[name + SCALE] = torch.full(shape[:1], scale / 74, dtype=torch.float16)
         if (small, shape) not in known:

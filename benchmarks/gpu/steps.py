@@ -50,27 +50,29 @@ LEAST_S = 40.0  # for the ways of one of them
 def measure_steps(run: Run) -> None:
     """Every variant of each model; a model that doesn't fit is a row that says so."""
     for model in ("3B",) if run.rehearsed else ("3B", "8B", "13B", "40B"):
-        for precision, components in VARIANTS:
-            name = ", ".join(filter(None, (f"{model} {precision}", components.summary())))
+        for precision, module_precision in VARIANTS:
+            name = ", ".join(filter(None, (f"{model} {precision}", module_precision.summary())))
             if run.left_s < LEAST_S:
                 run.add("skipped", name, reason="no time left")
                 continue
             with run.attempt(name):
-                _measure(run, name, model, precision, components)
+                _measure(run, name, model, precision, module_precision)
 
 
-def _measure(run: Run, name: str, model: str, precision: str, components: ModulePrecision) -> None:
+def _measure(
+    run: Run, name: str, model: str, precision: str, module_precision: ModulePrecision
+) -> None:
     if not run.rehearsed:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     sizes = config(model, precision, small=run.rehearsed)
     slots = 32 if run.rehearsed else SLOTS
-    weight_bytes = empty_llm(sizes, slots, lm_head=components.lm_head).bytes_per_step
+    weight_bytes = empty_llm(sizes, slots, lm_head=module_precision.lm_head).bytes_per_step
     if not run.rehearsed and weight_bytes + SPARE_BYTES > torch.cuda.mem_get_info()[0]:
         run.add("failed", name, reason=f"{weight_bytes / 1e9:.1f} GB of weights don't fit")
         return
-    llm = random_llm(sizes, slots, run.device, components.lm_head)
-    cache = random_cache(sizes, slots, run, components.kv_cache)
+    llm = random_llm(sizes, slots, run.device, module_precision.lm_head)
+    cache = random_cache(sizes, slots, run, module_precision.kv_cache)
     step = DecodeStep(Sizes(sizes, slots, run.sm, run.device), llm, cache)
     context = 3 if run.rehearsed else CONTEXT
     cache_bytes = cache.bytes_per_token * (context + STEPS // 2)
@@ -83,7 +85,7 @@ def _measure(run: Run, name: str, model: str, precision: str, components: Module
         bytes=total, bytes_per_s=total / step_s, launches=len(step.launches),
         peak_memory_bytes=peak,
     )  # fmt: skip
-    if not run.rehearsed and components == ALL_FP16:
+    if not run.rehearsed and module_precision == ALL_FP16:
         _kernels(run, name, step, cache, context)
 
 
@@ -155,9 +157,9 @@ def all_launches(model: str, precision: str, sm: int) -> list[Launch]:
     return [each for way in ways for each in engine_launches(sizes, SLOTS, sm, ALL_FP16, way)]
 
 
-def random_cache(sizes: LlmConfig, slots: int, run: Run, kept_as: str) -> Cache:
+def random_cache(sizes: LlmConfig, slots: int, run: Run, dtype: str) -> Cache:
     """Keys and values of standard deviation 1, or levels of that size."""
-    cache = Cache(sizes, slots, run.device, kept_as)
+    cache = Cache(sizes, slots, run.device, dtype)
     for tensor in (cache.keys, cache.values):
         if cache.scales is None:
             tensor.normal_()

@@ -96,8 +96,10 @@ def small(tmp_path_factory: pytest.TempPathFactory, target: str) -> Iterator[Any
     from vila_deploy.engine.precision import ModulePrecision
 
     folder = tmp_path_factory.mktemp("small") / "engine"
-    components = ModulePrecision(lm_head="int4", kv_cache="int8")
-    options = BuildOptions(target, backend="native", max_seq_len=256, components=components)
+    module_precision = ModulePrecision(lm_head="int4", kv_cache="int8")
+    options = BuildOptions(
+        target, backend="native", max_seq_len=256, module_precision=module_precision
+    )
     build_engine(TINY_VILA, folder, options)
     with open_engine(folder) as engine:
         yield engine.session
@@ -241,7 +243,7 @@ def test_a_tower_in_int8_is_near_the_float16_one_and_may_be_streamed(
 
     pixels = np.random.default_rng(0).standard_normal((1, 3, 72, 72), np.float32)
     options = BuildOptions(
-        target, backend="native", max_seq_len=256, components=ModulePrecision(vision="int8")
+        target, backend="native", max_seq_len=256, module_precision=ModulePrecision(vision="int8")
     )
     found = []
     for name, outside in (("all", ()), ("few", (VISION,))):

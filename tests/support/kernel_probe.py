@@ -55,8 +55,8 @@ def bound() -> list[dict[str, Any]]:
     driver.set_active(NoDevice())
     rows = []
     for boundaries in (Boundaries(), Boundaries(overlap=True, merge=True), Boundaries(join=True)):
-        for components in (ALL_FP16, ModulePrecision(lm_head="int8", kv_cache="int8")):
-            for launch in engine_launches(CONFIG, 64, SM, components, boundaries):
+        for module_precision in (ALL_FP16, ModulePrecision(lm_head="int8", kv_cache="int8")):
+            for launch in engine_launches(CONFIG, 64, SM, module_precision, boundaries):
                 launch()
                 rows.append(_compared(launch, *seen.pop()))
     return rows
@@ -120,9 +120,9 @@ def _row(launch: Launch, sm: int, boundaries: Boundaries) -> dict[str, Any]:
 
 
 def small() -> list[dict[str, Any]]:
-    components, rows = ModulePrecision(lm_head="int8", kv_cache="int8"), []
+    module_precision, rows = ModulePrecision(lm_head="int8", kv_cache="int8"), []
     for sm in SMS:
-        launches = engine_launches(replace(CONFIG, num_layers=1), 1024, sm, components)
+        launches = engine_launches(replace(CONFIG, num_layers=1), 1024, sm, module_precision)
         rows += compile_all([launch for launch in launches if launch.name in SMALL], sm)
     return [row.to_json() for row in rows]
 

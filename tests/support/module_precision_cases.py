@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 Doubles = NDArray[np.float64]
 
 
-def rounded(weight: torch.Tensor, kept_as: str, largest: int) -> Doubles:
+def rounded(weight: torch.Tensor, dtype: str, largest: int) -> Doubles:
     """What a head should be: a scale for each row in int8, for each group of 64 in int4."""
     wide = weight.double().numpy()
-    if kept_as == "int8":
+    if dtype == "int8":
         groups, most = wide[:, None], largest
     else:
         groups, most = wide.reshape(len(wide), -1, 64), 7
@@ -40,9 +40,9 @@ class Replaced:
         return self._source.linear(prefix) if found is None else found
 
 
-def with_head(checkpoint: Any, kept_as: str, largest: int) -> Any:
+def with_head(checkpoint: Any, dtype: str, largest: int) -> Any:
     weight = checkpoint.llm.tensor("lm_head.weight")
-    head = torch.from_numpy(rounded(weight, kept_as, largest)).float()
+    head = torch.from_numpy(rounded(weight, dtype, largest)).float()
     return SimpleNamespace(
         config=replace(checkpoint.config, llm=replace(checkpoint.config.llm)),
         llm=Replaced(checkpoint.llm, {"lm_head.weight": head}),

@@ -53,7 +53,7 @@ def built(
     checkpoint: Any,
     monkeypatch: pytest.MonkeyPatch,
     slots: int = SLOTS,
-    components: ModulePrecision = ALL_FP16,
+    module_precision: ModulePrecision = ALL_FP16,
     target: Target | None = None,
 ) -> Manifest:
     """Builds without compiling, which test_kernel_aot.py does."""
@@ -61,15 +61,15 @@ def built(
     monkeypatch.setattr(build_module, "compile_engine", lambda *args: asked.append(args) or [])
     folder.mkdir()
     limits = Limits(1, slots, slots)
-    request = BuildRequest(target or get_target("h100"), limits, components=components)
+    request = BuildRequest(target or get_target("h100"), limits, module_precision=module_precision)
     parts = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
     found = build_module.build(folder, checkpoint.config, *parts, request)
-    assert asked == [(checkpoint.config.llm, slots, ["9.0"], components)]
+    assert asked == [(checkpoint.config.llm, slots, ["9.0"], module_precision)]
     return Manifest(
         name="tiny", target="h100", backend="native", precision="int4", weights="trained",
         weight_bytes_per_token=found.weight_bytes_per_token, checkpoint_fingerprint=None,
         limits=request.limits, model=describe(checkpoint.config, None), versions=found.versions,
-        components=components,
+        module_precision=module_precision,
     )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def write_engine(
     checkpoint: Any,
     dialect: str,
     max_batch_size: int = 1,
-    components: ModulePrecision = ALL_FP16,
+    module_precision: ModulePrecision = ALL_FP16,
 ) -> Manifest:
     """An engine folder whose plans are the graphs themselves."""
     folder.mkdir()
@@ -51,7 +51,7 @@ def write_engine(
 
     def advance(text: str = "", steps: int = 1) -> None: ...
 
-    vision, head = components.vision, components.lm_head
+    vision, head = module_precision.vision, module_precision.lm_head
     parts = checkpoint.vision, checkpoint.projector
     graphs.write_vision(folder, config, *parts, dialect, advance, vision)
     size = graphs.write_llm(folder, config, checkpoint.llm, MAX_SEQ_LEN, dialect, advance, head)

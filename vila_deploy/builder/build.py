@@ -48,8 +48,8 @@ SHARED_BY_ALL, SHARED_BY_A_STAGE = (
 class BuildOptions:
     """What the user asks for; None means: take what the target, checkpoint or model suggests.
 
-    With `eval_data` the effect of `components` on the logits is measured: on texts and pictures
-    there, or on the shipped ones if it is SHIPPED.
+    With `eval_data` the effect of `module_precision` on the logits is measured: on texts and
+    images there, or on the built-in ones if it is SHIPPED.
     """
 
     target: str
@@ -62,7 +62,7 @@ class BuildOptions:
     tp: int = 1
     pp: int = 1
     jetpack: str | None = None
-    components: ModulePrecision = ALL_FP16
+    module_precision: ModulePrecision = ALL_FP16
     eval_data: Path | None = None
 
 
@@ -80,7 +80,7 @@ def plan_build(root: Path, options: BuildOptions) -> EnginePlan:
     backend, limits = _backend(target, options), _limits(config, options)
     precision = _planned_precision(config, target, options)
     _check(_backend_module(target, options), config, _request(target, limits, options), backend)
-    plan = plan_engine(config, target, backend, precision, limits, options.components)
+    plan = plan_engine(config, target, backend, precision, limits, options.module_precision)
     return _on_each_gpu(plan, options)
 
 
@@ -116,7 +116,7 @@ def plan_targets(root: Path, options: BuildOptions) -> list[Fit]:
     config, target = load_config(root), get_target(options.target)
     precision = _planned_precision(config, target, options)
     limits = _limits(config, options)
-    fits = fit_everywhere(config, precision, limits, options.components, options.backend)
+    fits = fit_everywhere(config, precision, limits, options.module_precision, options.backend)
     # Of what is planned for several GPUs the plan speaks.
     several = options.tp * options.pp > 1
     return [fit for fit in fits if not (several and fit.target == target.name)]
@@ -179,7 +179,7 @@ def _build(root: Path, out: Path, options: BuildOptions) -> Manifest:
             limits=limits,
             model=describe(config, tokenizer),
             versions={},
-            components=options.components,
+            module_precision=options.module_precision,
         )
         if measure is not None:
             manifest = replace(manifest, effect=measure(checkpoint, folder))
@@ -198,7 +198,9 @@ def _measure(
     data = None if eval_data == SHIPPED else eval_data
 
     def measure(checkpoint: Checkpoint, scratch: Path) -> dict[str, Any]:
-        return measure_effect(checkpoint, request.components, dialect, data, scratch).to_json()
+        return measure_effect(
+            checkpoint, request.module_precision, dialect, data, scratch
+        ).to_json()
 
     return measure
 
@@ -208,7 +210,7 @@ def build_random_engine(
     precision: str,
     target_name: str,
     out: Path,
-    components: ModulePrecision = ALL_FP16,
+    module_precision: ModulePrecision = ALL_FP16,
 ) -> Manifest:
     """An engine of a released model's true shapes with random weights, finished, for measuring.
 
@@ -219,7 +221,7 @@ def build_random_engine(
     from vila_deploy.checkpoint.presets import preset
     from vila_deploy.model.random_weights import random_parts
 
-    options = BuildOptions(target_name, max_seq_len=1024, components=components)
+    options = BuildOptions(target_name, max_seq_len=1024, module_precision=module_precision)
     config, target = preset(model, precision), get_target(target_name)
     module, backend = _backend_module(target, options), _backend(target, options)
     limits = _limits(config, options)
@@ -237,7 +239,7 @@ def build_random_engine(
         limits=limits,
         model=describe(config, None),
         versions={},
-        components=components,
+        module_precision=module_precision,
     )
     _check_finishing(target, manifest)
     with new_folder(out) as folder:
@@ -284,10 +286,10 @@ def _refuse_what_does_not_fit(config: VilaConfig, target: Target, options: Build
         return
     backend, limits = _backend(target, options), _limits(config, options)
     precision = _precision(config, target, options)
-    plan = plan_engine(config, target, backend, precision, limits, options.components)
+    plan = plan_engine(config, target, backend, precision, limits, options.module_precision)
     plan = _on_each_gpu(plan, options)
     if not plan.fits:
-        advice = advise(config, precision, limits, target, backend, options.components)
+        advice = advise(config, precision, limits, target, backend, options.module_precision)
         raise VilaDeployError(
             f"the engine would need {plan.device_bytes / 1e9:.1f} GB, {target.title} has "
             f"{plan.limit_bytes / 1e9:.1f} GB for it",
@@ -331,12 +333,14 @@ def _backend_module(target: Target, options: BuildOptions) -> ModuleType:
 
 
 def _request(target: Target, limits: Limits, options: BuildOptions) -> BuildRequest:
-    return BuildRequest(target, limits, options.tp, options.pp, options.jetpack, options.components)
+    return BuildRequest(
+        target, limits, options.tp, options.pp, options.jetpack, options.module_precision
+    )
 
 
 def _check(module: ModuleType, config: VilaConfig, request: BuildRequest, backend: str) -> None:
     """Raises for what can't be built, whatever is installed here."""
-    check_precision(request.target, backend, request.components)
+    check_precision(request.target, backend, request.module_precision)
     if request.jetpack is not None and backend != "tensorrt":
         raise VilaDeployError(
             f"--jetpack is for backend tensorrt, not for {backend}", fix="leave it out"

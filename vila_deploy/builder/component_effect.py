@@ -67,12 +67,12 @@ class Effect:
 
 def measure_effect(
     checkpoint: Checkpoint,
-    components: ModulePrecision,
+    module_precision: ModulePrecision,
     dialect: str,
     data: Path | None,
     scratch: Path,
 ) -> Effect:
-    """Runs the checkpoint's graphs with `components` and with fp16 instead.
+    """Runs the checkpoint's graphs with `module_precision` and with fp16 instead.
 
     Args:
         dialect: of the graphs, a key of DIALECTS.
@@ -83,14 +83,14 @@ def measure_effect(
         VilaDeployError: nothing to predict, or data that can't be read.
     """
     # No graph keeps the cache in fewer bits.
-    assert components.kv_cache == FP16
+    assert module_precision.kv_cache == FP16
     held_out = EvaluationData(checkpoint, load_held_out(data), data is not None, MAX_SEQUENCES)
     with (
         tempfile.TemporaryDirectory(dir=scratch, prefix=".effect-") as name,
         progress(_steps(checkpoint, held_out), "measuring") as advance,
     ):
         longest = max(map(len, held_out.ids))
-        measured = _Measured(checkpoint, components, dialect, Path(name), longest, advance)
+        measured = _Measured(checkpoint, module_precision, dialect, Path(name), longest, advance)
         compared = list(measured.compare(held_out))
     kl = np.concatenate([each[0] for each in compared])
     same = np.concatenate([each[1] for each in compared])
@@ -116,22 +116,22 @@ class _Measured:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        components: ModulePrecision,
+        module_precision: ModulePrecision,
         dialect: str,
         folder: Path,
         max_seq_len: int,
         advance: Advance,
     ):
         self._checkpoint, self._folder, self._dialect = checkpoint, folder, dialect
-        self._components, self._advance = components, advance
+        self._module_precision, self._advance = module_precision, advance
         self._emitter, self._max_seq_len = DIALECTS[dialect](), max_seq_len
         with WeightFile(folder / files.WEIGHTS) as file:
             llm, config = checkpoint.llm, checkpoint.config.llm
             stored = store_llm(config, llm, max_seq_len, file, self._emitter, advance, FP16)
             heads = {PLAIN: stored.head}
-            if components.lm_head != FP16:
+            if module_precision.lm_head != FP16:
                 weight = llm.tensor("lm_head.weight")
-                heads[AS_ASKED] = self._emitter.store_head(file, weight, components.lm_head)
+                heads[AS_ASKED] = self._emitter.store_head(file, weight, module_precision.lm_head)
         trunk = build_llm_graph(
             config, stored, self._emitter, tokens=None, logits=False, states=True
         )
@@ -145,9 +145,9 @@ class _Measured:
     def compare(self, data: EvaluationData) -> Iterator[tuple[Floats, NDArray[np.bool_]]]:
         """(KL, whether the most likely token is the same) of every predicted token."""
         prompts = {PLAIN: [embeds.numpy() for embeds in data.embeds(self._checkpoint)]}
-        if self._components.vision != FP16:
-            for name, kept_as in ((PLAIN, FP16), (AS_ASKED, self._components.vision)):
-                features = self._features(data.sequences, name, kept_as)
+        if self._module_precision.vision != FP16:
+            for name, dtype in ((PLAIN, FP16), (AS_ASKED, self._module_precision.vision)):
+                features = self._features(data.sequences, name, dtype)
                 prompts[name] = [self._embeds(each, features) for each in data.sequences]
         for index in range(len(data.sequences)):
             chosen = data.predicted(index).numpy()
@@ -199,14 +199,14 @@ class _Measured:
         return merge_embeddings(sequence.pieces, own, embed_tokens)[:limit]
 
     def _features(
-        self, sequences: Sequence[TokenSequence], name: str, kept_as: str
+        self, sequences: Sequence[TokenSequence], name: str, dtype: str
     ) -> dict[str, Floats]:
         """Of each picture, by the tower as it is kept, [tokens, hidden]."""
         checkpoint, folder = self._checkpoint, self._folder / name
         folder.mkdir()
         parts = checkpoint.vision, checkpoint.projector
         graphs.write_vision(
-            folder, checkpoint.config, *parts, self._dialect, lambda text="", steps=1: None, kept_as
+            folder, checkpoint.config, *parts, self._dialect, lambda text="", steps=1: None, dtype
         )
         tower, projector = (
             _load(folder / part / files.GRAPH) if (folder / part).exists() else None
@@ -255,7 +255,7 @@ def dialect_to_measure(request: BuildRequest, backend: str) -> str:
     Raises:
         VilaDeployError: all are fp16, or no graph holds what the backend does.
     """
-    if not request.components.quantized():
+    if not request.module_precision.quantized():
         raise VilaDeployError(
             "there is nothing to measure: all components are fp16",
             where="--eval",
@@ -265,7 +265,7 @@ def dialect_to_measure(request: BuildRequest, backend: str) -> str:
         return backend
     if backend == "tensorrt":
         return dialect_of(request)
-    alone = _only_native(request.components)
+    alone = _only_native(request.module_precision)
     if backend == "native" and not alone:
         return "standard"
     raise VilaDeployError(
@@ -276,8 +276,8 @@ def dialect_to_measure(request: BuildRequest, backend: str) -> str:
     )
 
 
-def _only_native(components: ModulePrecision) -> str:
+def _only_native(module_precision: ModulePrecision) -> str:
     """What no graph has as backend native has it; its int8 heads have a scale for each group."""
-    found = [f"--kv-cache {components.kv_cache}"] * (components.kv_cache != FP16)
-    found += [f"--lm-head {INT8}"] * (components.lm_head == INT8)
+    found = [f"--kv-cache {module_precision.kv_cache}"] * (module_precision.kv_cache != FP16)
+    found += [f"--lm-head {INT8}"] * (module_precision.lm_head == INT8)
     return " and ".join(found)

@@ -35,17 +35,17 @@ def fit_everywhere(
     config: VilaConfig,
     precision: str,
     limits: Limits,
-    components: ModulePrecision = ALL_FP16,
+    module_precision: ModulePrecision = ALL_FP16,
     backend: str | None = None,
 ) -> list[Fit]:
     """The model on every target; no weights are read.
 
     Args:
-        components: fp16 is taken instead of what a target's backend doesn't have.
+        module_precision: fp16 is taken instead of what a target's backend doesn't have.
         backend: is taken where a target has it, elsewhere and by default the target's default.
     """
     return [
-        _fit(config, precision, limits, each, components, backend)
+        _fit(config, precision, limits, each, module_precision, backend)
         for each in load_targets().values()
     ]
 
@@ -55,11 +55,11 @@ def _fit(
     precision: str,
     limits: Limits,
     target: Target,
-    components: ModulePrecision,
+    module_precision: ModulePrecision,
     backend: str | None,
 ) -> Fit:
     backend = backend if backend in target.backends else target.default_backend
-    able = supported_part(target, backend, components)
+    able = supported_part(target, backend, module_precision)
     plan = plan_engine(config, target, backend, precision, limits, able)
     advice = "" if plan.fits else advise(config, precision, limits, target, backend, able)
     needs = plan.device_bytes, plan.limit_bytes
@@ -72,14 +72,16 @@ def advise(
     limits: Limits,
     target: Target,
     backend: str,
-    components: ModulePrecision = ALL_FP16,
+    module_precision: ModulePrecision = ALL_FP16,
 ) -> str:
     """The smallest change that makes a model fit that doesn't."""
 
     def needed(precision: str, limits: Limits) -> int:
-        return plan_engine(config, target, backend, precision, limits, components).device_bytes
+        return plan_engine(
+            config, target, backend, precision, limits, module_precision
+        ).device_bytes
 
-    limit = plan_engine(config, target, backend, precision, limits, components).limit_bytes
+    limit = plan_engine(config, target, backend, precision, limits, module_precision).limit_bytes
     least = config.max_tokens_per_image + SEQUENCE_STEP
     for length in range(limits.max_seq_len - SEQUENCE_STEP, least - 1, -SEQUENCE_STEP):
         shorter = replace(
@@ -89,7 +91,7 @@ def advise(
             return f"vila-build-engine --max-seq-len {length}"
     # The only backend that can leave parts in the memory of a card's host.
     if backend != NATIVE and NATIVE in target.backends:
-        able = supported_part(target, NATIVE, components)
+        able = supported_part(target, NATIVE, module_precision)
         if plan_engine(config, target, NATIVE, precision, limits, able).fits:
             return f"vila-build-engine --backend {NATIVE}"
     quantized = needed("int4", limits)

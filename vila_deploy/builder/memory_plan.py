@@ -71,7 +71,7 @@ NATIVE_PREFILL_TOKENS, NATIVE_DENSE_TOKENS = 1024, 256
 class EnginePlan:
     """Memory while running (`device_bytes`) against what the target has (`limit_bytes`).
 
-    `components` are the parts of that memory, `kept_as` what some of them are kept in, and
+    `components` are the parts of that memory, `module_precision` what some of them are in, and
     `in_host_memory` what stays outside, in the memory of the host that the card is in.
     """
 
@@ -83,11 +83,13 @@ class EnginePlan:
     limit_bytes: int
     components: tuple[MemoryItem, ...]
     stages: tuple[PlanStep, ...]
-    kept_as: ModulePrecision = ALL_FP16
+    module_precision: ModulePrecision = ALL_FP16
     in_host_memory: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        # The key that programs know.
+        return {("kept_as" if k == "module_precision" else k): v for k, v in values.items()}
 
 
 def plan_engine(
@@ -96,20 +98,20 @@ def plan_engine(
     backend: str,
     precision: str,
     limits: Limits,
-    kept_as: ModulePrecision = ALL_FP16,
+    module_precision: ModulePrecision = ALL_FP16,
 ) -> EnginePlan:
     """Bytes of weights, cache and activations on `target`; no weights are read."""
     on_cpu = target.compute_capability is None
     storage = CPU_STORAGE if on_cpu else GPU_STORAGE
     if backend == "native":
         storage = NATIVE_STORAGE
-        activations = _native_activations(config, limits, precision, kept_as.vision)
+        activations = _native_activations(config, limits, precision, module_precision.vision)
     else:
         tensorrt = target.tensorrt if backend == TENSORRT else None
         activations = _activations(config, limits, storage, tensorrt)
     components = (
-        *_weights(config, precision, storage, kept_as),
-        _cache(config.llm, limits, storage, kept_as.kv_cache),
+        *_weights(config, precision, storage, module_precision),
+        _cache(config.llm, limits, storage, module_precision.kv_cache),
         activations,
     )
     program = CPU_PROGRAM_BYTES if on_cpu else GPU_PROGRAM_BYTES
@@ -117,7 +119,9 @@ def plan_engine(
     moved: dict[str, int] = {}
     if backend == "native" and target.reserved_bytes is None:
         room_bytes = limit_bytes - program
-        components, moved = _into_host_memory(config, components, room_bytes, kept_as.vision)
+        components, moved = _into_host_memory(
+            config, components, room_bytes, module_precision.vision
+        )
     device_bytes = program + sum(component.bytes for component in components)
     stages = _stages(config, target, backend, components, limit_bytes, device_bytes)
     if moved:
@@ -134,7 +138,7 @@ def plan_engine(
         limit_bytes=limit_bytes,
         components=components,
         stages=stages,
-        kept_as=kept_as,
+        module_precision=module_precision,
         in_host_memory=tuple(moved),
     )
 
@@ -169,7 +173,7 @@ def compiler_memory_bytes(package: str, weight_bytes: int) -> int:
 
 
 def _weights(
-    config: VilaConfig, precision: str, storage: Storage, kept_as: ModulePrecision
+    config: VilaConfig, precision: str, storage: Storage, module_precision: ModulePrecision
 ) -> Iterable[MemoryItem]:
     llm = config.llm
     linears = llm.num_layers * sum(map(math.prod, decoder_linears(llm).values()))
@@ -183,48 +187,48 @@ def _weights(
     yield MemoryItem.of("llm decoder linears", linears, bits)
     # Looked up row by row, so it stays in float16 everywhere.
     yield MemoryItem.of("llm embeddings", table, 16)
-    yield MemoryItem.of("llm head", table, _head_bits(llm, kept_as.lm_head, storage))
+    yield MemoryItem.of("llm head", table, _head_bits(llm, module_precision.lm_head, storage))
     yield MemoryItem.of("llm norms", llm.hidden_size * (2 * llm.num_layers + 1), storage.dense_bits)
-    yield _tower(config, kept_as.vision, storage)
+    yield _tower(config, module_precision.vision, storage)
     yield MemoryItem.of("projector", parameters(projector_tensor_specs(config)), storage.dense_bits)
 
 
-def _head_bits(llm: LlmConfig, kept_as: str, storage: Storage) -> float:
+def _head_bits(llm: LlmConfig, dtype: str, storage: Storage) -> float:
     """At most: backends that know groups only have a scale for each of them in int8 too.
 
     TensorRT keeps two matrices of int4, each with its scales.
     """
-    if kept_as == FP16:
+    if dtype == FP16:
         return storage.dense_bits
-    scales = 32 if kept_as == INT8 else storage.scale_bits + storage.head_zero_bits
-    return BITS[kept_as] + scales / head_group_size(llm.hidden_size)
+    scales = 32 if dtype == INT8 else storage.scale_bits + storage.head_zero_bits
+    return BITS[dtype] + scales / head_group_size(llm.hidden_size)
 
 
-def _tower(config: VilaConfig, kept_as: str, storage: Storage) -> MemoryItem:
+def _tower(config: VilaConfig, dtype: str, storage: Storage) -> MemoryItem:
     tensors = list(tower_tensor_specs(config))
     count = parameters(tensors)
-    return MemoryItem.of("vision tower", count, _tower_bits(tensors, kept_as, storage) / count)
+    return MemoryItem.of("vision tower", count, _tower_bits(tensors, dtype, storage) / count)
 
 
-def _tower_bits(tensors: Iterable[TensorSpec], kept_as: str, storage: Storage) -> int:
+def _tower_bits(tensors: Iterable[TensorSpec], dtype: str, storage: Storage) -> int:
     """In int8 are only the matrices of its layers, with a scale for each of their outputs."""
     bits = 0
     for tensor in tensors:
         count, small = math.prod(tensor.shape), is_tower_linear(tensor.name, tensor.shape)
-        if kept_as == FP16 or not small:
+        if dtype == FP16 or not small:
             bits += count * storage.dense_bits
         else:
-            bits += count * BITS[kept_as] + tensor.shape[0] * storage.scale_bits
+            bits += count * BITS[dtype] + tensor.shape[0] * storage.scale_bits
     return bits
 
 
-def _cache(llm: LlmConfig, limits: Limits, storage: Storage, kept_as: str) -> MemoryItem:
+def _cache(llm: LlmConfig, limits: Limits, storage: Storage, dtype: str) -> MemoryItem:
     """In int8 with a scale for each key and each value of a head."""
     per_token = 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim
     count = limits.max_batch_size * limits.max_seq_len * per_token
     bits: float = storage.cache_bits
-    if kept_as != FP16:
-        bits = BITS[kept_as] + storage.scale_bits / llm.head_dim
+    if dtype != FP16:
+        bits = BITS[dtype] + storage.scale_bits / llm.head_dim
     return MemoryItem.of(f"key/value cache of {limits.max_seq_len} tokens", count, bits)
 
 

@@ -153,7 +153,7 @@ def _show_engine(out: Path, manifest: Manifest, as_json: bool) -> None:
                 "target": manifest.target,
                 "backend": manifest.backend,
                 "precision": manifest.precision,
-                "components": manifest.components.to_json(),
+                "components": manifest.module_precision.to_json(),
                 "effect": manifest.effect,
                 "weight_bytes_per_token": manifest.weight_bytes_per_token,
                 "needs": list(manifest.needs),
@@ -162,7 +162,7 @@ def _show_engine(out: Path, manifest: Manifest, as_json: bool) -> None:
     else:
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         click.echo(
-            f"{out}: {_precisions(manifest.precision, manifest.components)} engine for "
+            f"{out}: {_precisions(manifest.precision, manifest.module_precision)} engine for "
             f"{manifest.target}, {size / 1e6:,.1f} MB"
         )
         if manifest.effect is not None:
@@ -182,8 +182,8 @@ def _show_engine(out: Path, manifest: Manifest, as_json: bool) -> None:
             )
 
 
-def _precisions(precision: str, components: ModulePrecision) -> str:
-    return ", ".join(filter(None, (precision, components.summary())))
+def _precisions(precision: str, module_precision: ModulePrecision) -> str:
+    return ", ".join(filter(None, (precision, module_precision.summary())))
 
 
 def _show_plan(planned: EnginePlan, fits: list[Fit]) -> None:
@@ -193,7 +193,7 @@ def _show_plan(planned: EnginePlan, fits: list[Fit]) -> None:
     verdict = "fits" if planned.fits else "does not fit"
     click.echo(
         f"{planned.target} with {planned.backend}, "
-        f"{_precisions(planned.precision, planned.kept_as)}: needs "
+        f"{_precisions(planned.precision, planned.module_precision)}: needs "
         f"{planned.device_bytes / 1e9:.2f} GB of {planned.limit_bytes / 1e9:.1f} GB: {verdict}"
     )
     click.echo("\nWhen it runs:")

@@ -19,7 +19,7 @@ class BuildRequest:
     tp: GPUs that share each layer.
     pp: stages, on `tp` GPUs each, that the layers are cut into.
     jetpack: release of JetPack on a Jetson; None means the target's usual one.
-    components: what vision tower, output head and key/value cache are kept in.
+    module_precision: what vision tower, output head and key/value cache are kept in.
     """
 
     target: Target
@@ -27,7 +27,7 @@ class BuildRequest:
     tp: int = 1
     pp: int = 1
     jetpack: str | None = None
-    components: ModulePrecision = ALL_FP16
+    module_precision: ModulePrecision = ALL_FP16
 
     @property
     def gpus(self) -> int:

@@ -45,7 +45,7 @@ class Manifest:
         checkpoint_fingerprint: of the checkpoint that it was built from; None for random weights.
         versions: of the tools that built it; the backend checks what must match.
         needs: steps that are still to be done on the device; empty when the engine is complete.
-        components: what vision tower, output head and key/value cache are kept in.
+        module_precision: what vision tower, output head and key/value cache are kept in.
         effect: what that changes in the logits, where it was measured (see Effect.to_json).
     """
 
@@ -60,7 +60,7 @@ class Manifest:
     model: ModelInfo
     versions: Mapping[str, str]
     needs: tuple[str, ...] = ()
-    components: ModulePrecision = ALL_FP16
+    module_precision: ModulePrecision = ALL_FP16
     effect: Mapping[str, Any] | None = None
 
 
@@ -81,12 +81,14 @@ def write_manifest(folder: Path, manifest: Manifest, without: Collection[str] = 
     ]
     with ThreadPoolExecutor(HASH_THREADS) as threads:
         digests = threads.map(sha256_file, paths)
+    values = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
+    del values["module_precision"]
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        **{field.name: getattr(manifest, field.name) for field in fields(Manifest)},
+        "components": manifest.module_precision.to_json(),
+        **values,
         "limits": vars(manifest.limits),
         "model": manifest.model.to_json(),
-        "components": manifest.components.to_json(),
         "files": {
             path.relative_to(folder).as_posix(): {
                 "sha256": digest,
@@ -145,7 +147,7 @@ def _from_fields(found: Fields) -> Manifest:
         model=ModelInfo.from_fields(found.child("model")),
         versions=found.child("versions").values,
         needs=tuple(found.values["needs"]),
-        components=ModulePrecision.from_fields(found),
+        module_precision=ModulePrecision.from_fields(found),
         effect=found.child("effect").values if "effect" in found else None,
     )
 

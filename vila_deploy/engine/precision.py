@@ -71,10 +71,10 @@ class ModulePrecision:
 ALL_FP16 = ModulePrecision()
 
 
-def check_precision(target: Target, backend: str, components: ModulePrecision) -> None:
+def check_precision(target: Target, backend: str, module_precision: ModulePrecision) -> None:
     """Raises VilaDeployError for the first component that `backend` can't keep like that."""
     row = _row(target, backend)
-    for name, value in components.quantized().items():
+    for name, value in module_precision.quantized().items():
         if supports(row, name, value):
             continue
         can = SUPPORTED[row].get(name, ())
@@ -95,11 +95,13 @@ def supports(row: str, name: str, value: str) -> bool:
     return value in (FP16, *SUPPORTED.get(row, {}).get(name, ()))
 
 
-def supported_part(target: Target, backend: str, components: ModulePrecision) -> ModulePrecision:
-    """`components` with fp16 where `backend` has nothing else."""
-    row, asked = _row(target, backend), components.quantized()
+def supported_part(
+    target: Target, backend: str, module_precision: ModulePrecision
+) -> ModulePrecision:
+    """`module_precision` with fp16 where `backend` has nothing else."""
+    row, asked = _row(target, backend), module_precision.quantized()
     unable = {name: FP16 for name, value in asked.items() if not supports(row, name, value)}
-    return replace(components, **unable)
+    return replace(module_precision, **unable)
 
 
 def head_group_size(hidden_size: int) -> int:

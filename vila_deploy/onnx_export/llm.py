@@ -62,7 +62,7 @@ def store_llm(
     file: WeightFile,
     dialect: Dialect,
     advance: Advance,
-    head_kept_as: str = FP16,
+    head_dtype: str = FP16,
 ) -> StoredLlm:
     """Writes all weights but the embedding table, one decoder layer in memory at a time."""
     layers = []
@@ -70,7 +70,7 @@ def store_llm(
         layers.append(_store_layer(config, weights, f"model.layers.{index}", file, dialect))
         advance(f"decoder layer {index}")
     norm = file.append(float32(weights.tensor("model.norm.weight")))
-    head = dialect.store_head(file, weights.tensor("lm_head.weight"), head_kept_as)
+    head = dialect.store_head(file, weights.tensor("lm_head.weight"), head_dtype)
     advance("lm_head")
     cos, sin = (file.append(float32(table)) for table in rotary_tables(config, max_seq_len))
     return StoredLlm(tuple(layers), norm, head, cos, sin)

@@ -69,16 +69,16 @@ def round_int4(weight: Tensor, group_size: int, name: str) -> QuantizedLinear:
 
 
 def round_head(
-    weight: Tensor, kept_as: str, name: str, largest: int = LARGEST_INT8
+    weight: Tensor, dtype: str, name: str, largest: int = LARGEST_INT8
 ) -> Tensor | Int8Linear | QuantizedLinear:
-    """The head's `weight` [vocabulary, hidden] as `kept_as` says; itself for fp16.
+    """The head's `weight` [vocabulary, hidden] as `dtype` says; itself for fp16.
 
     Args:
         largest: of the int8 levels.
     """
-    if kept_as == FP16:
+    if dtype == FP16:
         return weight
-    if kept_as == INT4:
+    if dtype == INT4:
         return round_int4(weight, head_group_size(weight.shape[1]), name)
     return round_int8(weight, name, largest)
 

@@ -85,11 +85,11 @@ def test_files_of_older_versions_have_fp16(tmp_path: Path) -> None:
 
 
 def plan(
-    components: ModulePrecision, target: str = "a100", model: str = "VILA1.5-3b"
+    module_precision: ModulePrecision, target: str = "a100", model: str = "VILA1.5-3b"
 ) -> EnginePlan:
     row = get_target(target)
     config = preset(model, "int4")
-    return plan_engine(config, row, row.default_backend, "int4", LIMITS, components)
+    return plan_engine(config, row, row.default_backend, "int4", LIMITS, module_precision)
 
 
 def part(planned: EnginePlan, begins: str) -> Any:

@@ -57,10 +57,10 @@ def head_weight() -> torch.Tensor:
     return weight.half()
 
 
-@pytest.mark.parametrize("kept_as", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.parametrize("dialect", EMITTERS)
 def test_head_gives_the_products_of_its_rounded_weights(
-    tmp_path: Path, dialect: str, kept_as: str
+    tmp_path: Path, dialect: str, dtype: str
 ) -> None:
     emitter, largest, tolerance = EMITTERS[dialect]
     weight = head_weight()
@@ -68,7 +68,7 @@ def test_head_gives_the_products_of_its_rounded_weights(
     kind = np.float16 if half else np.float32
     x = np.random.default_rng(0).standard_normal((1, HIDDEN)).astype(kind)
     with WeightFile(tmp_path / "w.data") as file:
-        stored = emitter.store_head(file, weight, kept_as)
+        stored = emitter.store_head(file, weight, dtype)
     graph = GraphWriter(emitter.opset)
     graph.input("x", kind, [1, HIDDEN])
     graph.output("logits", np.float32, [1, VOCAB])
@@ -77,13 +77,13 @@ def test_head_gives_the_products_of_its_rounded_weights(
     onnx_model = onnx.load(tmp_path / "w.onnx", load_external_data=False)
     assert dialect != "primitive" or refusals(onnx_model) == []
     (found,) = loaded(tmp_path / "w.onnx").run(None, {"x": x})
-    exact = rounded(weight, kept_as, largest)
+    exact = rounded(weight, dtype, largest)
     expected = x.astype(np.float64) @ exact.T
     # Rows differ in size, so each is compared with what its own terms add up to.
     size = np.sqrt((x.astype(np.float64) ** 2) @ (exact**2).T) + 1e-6
     assert (np.abs(found - expected) / size).max() < tolerance
     assert abs(found[0, 7]) < 1e-9
-    bits = {"int8": 8 + 32 / 64, "int4": 4 + (16 if half else 40) / 64}[kept_as]
+    bits = {"int8": 8 + 32 / 64, "int4": 4 + (16 if half else 40) / 64}[dtype]
     assert stored.bytes_per_step <= VOCAB * HIDDEN * bits / 8
 
 
@@ -100,18 +100,20 @@ def test_rounding_is_of_the_checkpoint_s_own_values() -> None:
         round_int4(weight.double() * 1e8, 64, "lm_head")
 
 
-@pytest.mark.parametrize("kept_as", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.parametrize("quantized", [True, False], ids=["int4 layers", "fp16 layers"])
 def test_cpu_engine_equals_the_reference_with_the_same_head(
-    tmp_path: Path, quantized: bool, kept_as: str
+    tmp_path: Path, quantized: bool, dtype: str
 ) -> None:
     root = make_checkpoint(tmp_path / "c", quantized=quantized, hidden=192, heads=6, kv_heads=2)
-    options = BuildOptions("cpu", max_seq_len=96, components=ModulePrecision(lm_head=kept_as))
-    plain = build_engine(root, tmp_path / "plain", replace(options, components=ModulePrecision()))
+    options = BuildOptions("cpu", max_seq_len=96, module_precision=ModulePrecision(lm_head=dtype))
+    plain = build_engine(
+        root, tmp_path / "plain", replace(options, module_precision=ModulePrecision())
+    )
     manifest = build_engine(root, tmp_path / "engine", options)
-    assert load_manifest(tmp_path / "engine").components == options.components
+    assert load_manifest(tmp_path / "engine").module_precision == options.module_precision
     assert manifest.weight_bytes_per_token < plain.weight_bytes_per_token
-    reference = ReferenceSession(with_head(open_checkpoint(root), kept_as, 127))
+    reference = ReferenceSession(with_head(open_checkpoint(root), dtype, 127))
     with open_engine(tmp_path / "engine") as engine:
         embeds = engine.session.embed_tokens(range(20, 50))
         found, expected = engine.session.prefill(embeds), reference.prefill(embeds)
@@ -128,7 +130,9 @@ def test_int8_tower_equals_the_reference_with_the_same_matrices(
 ) -> None:
     """Both dialects can be written; which compilers take it is said in SUPPORTED."""
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", tower=tower, vision_layers=4))
-    write_engine(tmp_path / "e", checkpoint, dialect, components=ModulePrecision(vision="int8"))
+    write_engine(
+        tmp_path / "e", checkpoint, dialect, module_precision=ModulePrecision(vision="int8")
+    )
     write_engine(tmp_path / "plain", checkpoint, dialect)
     size, plain = (
         (tmp_path / name / files.VISION / files.WEIGHTS).stat().st_size for name in ("e", "plain")
@@ -164,13 +168,13 @@ def test_compiled_engines_hold_heads_and_towers_in_their_bits(tmp_path: Path) ->
     sizes = {"vocab": 8192, "hidden": 256, "layers": 1, "intermediate": 256}
     root = make_checkpoint(tmp_path / "c", quantized=True, vision_layers=2, **sizes)
     plans = {}
-    for name, components in {
+    for name, module_precision in {
         "int8": ModulePrecision(vision="int8", lm_head="int8"),
         "int4": ModulePrecision(lm_head="int4"),
     }.items():
-        options = BuildOptions("rtx4090", max_seq_len=64, components=components)
+        options = BuildOptions("rtx4090", max_seq_len=64, module_precision=module_precision)
         manifest = build_engine(root, tmp_path / name, options)
-        assert manifest.components == components
+        assert manifest.module_precision == module_precision
         plans[name] = (tmp_path / name / files.LLM / files.PLAN).stat().st_size
     more, kernels = 8192 * 256 * (1 - 0.5 + 2 / 128), 200_000
     assert plans["int8"] - plans["int4"] == pytest.approx(more, abs=kernels)

@@ -80,21 +80,21 @@ def build(
     check(config, request)
     max_seq_len, capability = request.limits.max_seq_len, request.target.compute_capability
     assert capability is not None
-    components, in_host_memory = request.components, host_parts(config, request)
+    module_precision, in_host_memory = request.module_precision, host_parts(config, request)
     steps = config.llm.num_layers + 1
     if in_host_memory:
         print(f"to fit, {' and '.join(in_host_memory)} stay in the host's memory", file=sys.stderr)
     with progress(steps + 2, "building") as advance:
-        parts = pack_parts(config.llm, llm, max_seq_len, advance, components.lm_head)
+        parts = pack_parts(config.llm, llm, max_seq_len, advance, module_precision.lm_head)
         _save_llm(folder, config, parts, in_host_memory)
-        vision = tower_tensors(config, tower, projector, components.vision)
+        vision = tower_tensors(config, tower, projector, module_precision.vision)
         save_file({n: tensor.contiguous() for n, tensor in vision}, folder / files.VISION)
         advance("vision tower")
-        report = compile_engine(config.llm, max_seq_len, [capability], components)
-        kernels = {"components": components.to_json(), "kernels": report}
+        report = compile_engine(config.llm, max_seq_len, [capability], module_precision)
+        kernels = {"components": module_precision.to_json(), "kernels": report}
         (folder / files.KERNELS).write_text(canonical_json(kernels), "utf-8")
         advance("kernels")
-    read = empty_llm(config.llm, max_seq_len, lm_head=components.lm_head).bytes_per_step
+    read = empty_llm(config.llm, max_seq_len, lm_head=module_precision.lm_head).bytes_per_step
     return Built(read, {name: version(name) for name in ("torch", "triton")})
 
 
@@ -102,7 +102,7 @@ def host_parts(config: VilaConfig, request: BuildRequest) -> tuple[str, ...]:
     """What the plan leaves in the host's memory because the device has no room for it."""
     precision = "int4" if config.llm.quantization else "fp16"
     plan = plan_engine(
-        config, request.target, "native", precision, request.limits, request.components
+        config, request.target, "native", precision, request.limits, request.module_precision
     )
     return plan.in_host_memory
 

@@ -34,7 +34,7 @@ def compile_engine(
     config: LlmConfig,
     max_seq_len: int,
     capabilities: Sequence[str],
-    components: ModulePrecision = ALL_FP16,
+    module_precision: ModulePrecision = ALL_FP16,
     only: Sequence[str] = (),
     boundaries: Boundaries | None = None,
 ) -> list[dict[str, Any]]:
@@ -52,7 +52,7 @@ def compile_engine(
     request = {
         "sms": [int(each.replace(".", "")) for each in capabilities],
         "max_seq_len": max_seq_len,
-        "components": components.to_json(),
+        "components": module_precision.to_json(),
         "only": list(only),
         "boundaries": {} if boundaries is None else vars(boundaries),
         "config": {**vars(config), "family": family}
@@ -87,9 +87,9 @@ def main() -> None:
     }
     config, report = LlmConfig(**values), []
     for sm in request["sms"]:
-        components = ModulePrecision(**request["components"])
+        module_precision = ModulePrecision(**request["components"])
         boundaries = Boundaries(**request["boundaries"])
-        launches = engine_launches(config, request["max_seq_len"], sm, components, boundaries)
+        launches = engine_launches(config, request["max_seq_len"], sm, module_precision, boundaries)
         if request["only"]:
             launches = [launch for launch in launches if launch.name in request["only"]]
         report += [compiled.to_json() for compiled in compile_all(launches, sm)]
@@ -100,7 +100,7 @@ def engine_launches(
     config: LlmConfig,
     slots: int,
     sm: int,
-    components: ModulePrecision = ALL_FP16,
+    module_precision: ModulePrecision = ALL_FP16,
     boundaries: Boundaries | None = None,
 ) -> list[Launch]:
     """What a Session of this model launches, over tensors without values."""
@@ -114,10 +114,10 @@ def engine_launches(
     # Layers are alike: the first differs from the others only in what stands before it.
     config = replace(config, num_layers=min(config.num_layers, 2))
     llm, sizes = (
-        empty_llm(config, slots, lm_head=components.lm_head),
+        empty_llm(config, slots, lm_head=module_precision.lm_head),
         Sizes(config, slots, sm, "meta", boundaries or Boundaries()),
     )
-    cache = Cache(config, slots, "meta", components.kv_cache)
+    cache = Cache(config, slots, "meta", module_precision.kv_cache)
     step = DecodeStep(sizes, llm, cache)
     launches = [*step.launches, step.sampled[-1]]
     tokens, weight = min(slots, widest_gemm(sm)), llm.layers[0].down

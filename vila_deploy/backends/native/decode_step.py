@@ -31,13 +31,13 @@ class Cache:
     In int8 there are `scales` beside them, float16 [2, layers, kv_heads, slots].
     """
 
-    def __init__(self, config: LlmConfig, slots: int, device: str, kept_as: str = FP16):
+    def __init__(self, config: LlmConfig, slots: int, device: str, dtype: str = FP16):
         shape = (config.num_layers, config.num_kv_heads, slots, config.head_dim)
-        kind = torch.float16 if kept_as == FP16 else torch.int8
+        kind = torch.float16 if dtype == FP16 else torch.int8
         self.keys = torch.zeros(shape, dtype=kind, device=device)
         self.values = torch.zeros(shape, dtype=kind, device=device)
         self.scales: torch.Tensor | None = None
-        if kept_as != FP16:
+        if dtype != FP16:
             self.scales = torch.zeros((2, *shape[:-1]), dtype=torch.float16, device=device)
         self.position = torch.zeros(1, dtype=torch.int32, device=device)
         # The token that follows the last slot has a place too.

@@ -55,7 +55,7 @@ class NativeSession:
         self.position, self.max_seq_len = 0, manifest.limits.max_seq_len
         config, units, in_host_memory = read_model(folder / files.MODEL)
         self._sizes = Sizes(config.llm, self.max_seq_len, sm, self._device)
-        empty = empty_llm(config.llm, self.max_seq_len, lm_head=manifest.components.lm_head)
+        empty = empty_llm(config.llm, self.max_seq_len, lm_head=manifest.module_precision.lm_head)
         table_at = HOST if EMBEDDINGS in in_host_memory else self._device
         self._llm = _load_llm(folder, empty, units, self._device, table_at)
         # The tower runs in the precision that this device is fast in.
@@ -63,8 +63,8 @@ class NativeSession:
         encoder = load_encoder(load_file(folder / files.VISION), config, self._vision_dtype)
         place = stream_layers if VISION in in_host_memory else VisionEncoder.to
         self._vision = place(encoder, self._device)
-        kept_as = manifest.components.kv_cache
-        self._cache = Cache(config.llm, self.max_seq_len, self._device, kept_as)
+        dtype = manifest.module_precision.kv_cache
+        self._cache = Cache(config.llm, self.max_seq_len, self._device, dtype)
         self._step = DecodeStep(self._sizes, self._llm, self._cache)
         self._wide: DecodeStep | None = None
         # By tokens and whether the step draws its own; each is captured when it is first needed.

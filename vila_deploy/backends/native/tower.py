@@ -43,7 +43,7 @@ class Int8Linear(nn.Module):
 
 
 def tower_tensors(
-    config: VilaConfig, tower: WeightSource, projector: WeightSource, kept_as: str = FP16
+    config: VilaConfig, tower: WeightSource, projector: WeightSource, dtype: str = FP16
 ) -> Iterator[tuple[str, Tensor]]:
     """What an engine keeps of tower and projector, whose names don't meet.
 
@@ -52,7 +52,7 @@ def tower_tensors(
     """
     for expected in tower_tensor_specs(config):
         weight = tower.tensor(expected.name)
-        if kept_as == FP16 or not is_tower_linear(expected.name, expected.shape):
+        if dtype == FP16 or not is_tower_linear(expected.name, expected.shape):
             yield expected.name, weight.half()
             continue
         rounded = round_int8(weight, expected.name)

@@ -126,14 +126,14 @@ def pack_joined(parts: Sequence[Tensor | QuantizedLinear], where: str) -> Packed
     return pack_int4(joined)
 
 
-def pack_head(weight: Tensor, kept_as: str) -> PackedLinear:
-    """lm_head [vocabulary, hidden], rounded to nearest unless `kept_as` is fp16.
+def pack_head(weight: Tensor, dtype: str) -> PackedLinear:
+    """lm_head [vocabulary, hidden], rounded to nearest unless `dtype` is fp16.
 
     int8: symmetric in groups of 128 channels; int4: as `round_int4` for every backend.
     """
-    if kept_as == FP16:
+    if dtype == FP16:
         pack = pack_float
-    elif kept_as == INT8:
+    elif dtype == INT8:
         pack = pack_int8
     else:
         group_size = head_group_size(weight.shape[1])
@@ -144,11 +144,11 @@ def pack_head(weight: Tensor, kept_as: str) -> PackedLinear:
     return join_rows([pack(rows) for rows in weight.split(HEAD_ROWS)])
 
 
-def head_format(hidden_size: int, kept_as: str) -> tuple[int, int]:
+def head_format(hidden_size: int, dtype: str) -> tuple[int, int]:
     """Bits of lm_head, and its input channels to a scale."""
-    if kept_as == FP16:
+    if dtype == FP16:
         return 16, FLOAT_BLOCK
-    return (8, INT8_GROUP) if kept_as == INT8 else (4, head_group_size(hidden_size))
+    return (8, INT8_GROUP) if dtype == INT8 else (4, head_group_size(hidden_size))
 
 
 def part_names(num_layers: int) -> list[str]:

@@ -40,7 +40,7 @@ def check(config: VilaConfig, request: BuildRequest) -> None:
     if llm.quantization is not None:
         where = "llm/config.json: quantization_config.group_size"
         check_group_size(llm.quantization.group_size, where)
-    if request.components.lm_head != FP16:
+    if request.module_precision.lm_head != FP16:
         head_group_size(llm.hidden_size)
     if llm.head_dim % HEAD_DIM_MULTIPLE:
         raise VilaDeployError(
@@ -81,7 +81,7 @@ def build(
                 file,
                 dialect,
                 advance,
-                request.components.lm_head,
+                request.module_precision.lm_head,
             )
         _save_llm(folder / files.LLM, config.llm, stored)
 

@@ -44,7 +44,7 @@ class OnnxRuntimeSession:
         llm = folder / files.LLM
         single = not (llm / files.PREFILL_GRAPH).exists()
         # Repacking float32 weights would only slow down decoding; quantized ones need it.
-        repack = not single or manifest.components.lm_head != FP16
+        repack = not single or manifest.module_precision.lm_head != FP16
         decoder = _load(llm / files.GRAPH, threads, repack=repack)
         cache_shape = (1, model.num_kv_heads, limits.max_seq_len, model.head_dim)
         # Zeros are pages that the system makes real when they are first written.

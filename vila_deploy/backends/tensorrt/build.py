@@ -47,7 +47,10 @@ def check(config: VilaConfig, request: BuildRequest) -> None:
             where="llm/config.json: quantization_config.group_size",
             fix="run vila-quantize with one of these as --group-size",
         )
-    if request.components.lm_head != FP16 and head_group_size(config.llm.hidden_size) not in sizes:
+    if (
+        request.module_precision.lm_head != FP16
+        and head_group_size(config.llm.hidden_size) not in sizes
+    ):
         raise VilaDeployError(
             f"the model's hidden size {config.llm.hidden_size} has no groups of "
             f"{' or '.join(map(str, sizes))}, which {compiler.package} has",
@@ -110,12 +113,12 @@ def build(
     versions = {"onnx": version("onnx")}
     steps = graphs.graph_steps(config) + len(parts) * bool(compiler.ahead_of_time)
     with progress(steps, "building") as advance, ExitStack() as stack:
-        vision = request.components.vision
+        vision = request.module_precision.vision
         graphs.write_vision(folder, config, tower, projector, dialect, advance, vision)
         here = _compiled_here(folder, parts[:-1], compiler)
         aside = [stack.enter_context(CompileWorker(folder, part)) for part in here]
         max_seq_len = request.limits.max_seq_len
-        head = request.components.lm_head
+        head = request.module_precision.lm_head
         weight_bytes = graphs.write_llm(
             folder, config, llm, max_seq_len, dialect, advance, head,
             decomposable=not compiler.ahead_of_time,

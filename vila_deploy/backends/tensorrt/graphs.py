@@ -47,10 +47,10 @@ def write_vision(
     projector: WeightSource,
     dialect: str,
     advance: Advance,
-    kept_as: str = FP16,
+    dtype: str = FP16,
 ) -> None:
     """vision/ and, where features of several scales are joined before it, projector/."""
-    style = Style(DIALECTS[dialect].opset, half=True, int8=kept_as != FP16)
+    style = Style(DIALECTS[dialect].opset, half=True, int8=dtype != FP16)
     (folder / files.VISION).mkdir()
     with WeightFile(folder / files.VISION / files.WEIGHTS) as file:
         whole = None if config.tiling.uses_s2 else projector

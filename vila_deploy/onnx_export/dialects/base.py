@@ -84,7 +84,7 @@ class Dialect(Protocol):
         """
         ...
 
-    def store_head(self, file: WeightFile, weight: Tensor, kept_as: str) -> StoredLinear:
+    def store_head(self, file: WeightFile, weight: Tensor, dtype: str) -> StoredLinear:
         """Writes the output head [vocabulary, hidden] in fp16, int8 or int4."""
         ...
 

@@ -77,8 +77,8 @@ class OnnxRuntimeDialect:
             bytes_per_step += tensors["bias"].size_bytes
         return StoredLinear(name, out_features, in_features, None, tensors, bytes_per_step)
 
-    def store_head(self, file: WeightFile, weight: Tensor, kept_as: str) -> StoredLinear:
-        head = round_head(weight, kept_as, HEAD)
+    def store_head(self, file: WeightFile, weight: Tensor, dtype: str) -> StoredLinear:
+        head = round_head(weight, dtype, HEAD)
         if isinstance(head, Int8Linear):
             return _store_int8(file, HEAD, head)
         return self.store_linear(file, HEAD, [head])

@@ -78,8 +78,8 @@ class HalfDialect(ABC):
         size = sum(tensor.size_bytes for tensor in tensors.values())
         return StoredLinear(name, out_features, in_features, group_size, tensors, size)
 
-    def store_head(self, file: WeightFile, weight: Tensor, kept_as: str) -> StoredLinear:
-        head = round_head(weight, kept_as, HEAD, LARGEST_OF_PAIR)
+    def store_head(self, file: WeightFile, weight: Tensor, dtype: str) -> StoredLinear:
+        head = round_head(weight, dtype, HEAD, LARGEST_OF_PAIR)
         if not isinstance(head, Int8Linear):
             return self.store_linear(file, HEAD, [head])
         group_size = head_group_size(weight.shape[1])

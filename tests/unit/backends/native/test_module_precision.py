@@ -73,26 +73,26 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
     )
 
 
-@pytest.mark.parametrize("kept_as", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])
 def test_a_head_packed_in_pieces_is_the_whole_head(
-    kept_as: str, monkeypatch: pytest.MonkeyPatch
+    dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = torch.randn(200, 384, generator=torch.Generator().manual_seed(1)).half()
-    whole = unpack(pack_head(weight, kept_as))
+    whole = unpack(pack_head(weight, dtype))
     monkeypatch.setattr(weights_module, "HEAD_ROWS", 64)
-    assert torch.equal(unpack(pack_head(weight, kept_as)), whole)
-    if kept_as == "int4":
+    assert torch.equal(unpack(pack_head(weight, dtype)), whole)
+    if dtype == "int4":
         assert torch.equal(whole, round_int4(weight, 128, "lm_head").dequantize())
-    levels = {"fp16": 1 << 30, "int8": 127, "int4": 7}[kept_as]
+    levels = {"fp16": 1 << 30, "int8": 127, "int4": 7}[dtype]
     most = weight.float().unflatten(1, (-1, 128)).abs().amax(2).repeat_interleave(128, 1)
     assert ((whole - weight.float()).abs() <= most / levels * 0.51).all()
 
 
-@pytest.mark.parametrize(("kept_as", "bits"), [("fp16", 16), ("int8", 8.25), ("int4", 4.25)])
-def test_bytes_of_a_step_count_the_head_as_it_is_kept(kept_as: str, bits: float) -> None:
+@pytest.mark.parametrize(("dtype", "bits"), [("fp16", 16), ("int8", 8.25), ("int4", 4.25)])
+def test_bytes_of_a_step_count_the_head_as_it_is_kept(dtype: str, bits: float) -> None:
     config = preset("Llama-3-VILA1.5-8B", "int4").llm
-    found = empty_llm(config, 8, lm_head=kept_as).bytes_per_step
-    without = empty_llm(replace(config, vocab_size=32), 8, lm_head=kept_as).bytes_per_step
+    found = empty_llm(config, 8, lm_head=dtype).bytes_per_step
+    without = empty_llm(replace(config, vocab_size=32), 8, lm_head=dtype).bytes_per_step
     assert found - without == (config.vocab_size - 32) * config.hidden_size * bits / 8
 
 
@@ -103,7 +103,10 @@ def test_tokens_of_a_head_in_4_bits_are_the_references(
     checkpoint = rounded(open_checkpoint(TINY_VILA))
     head = checkpoint.llm.tensor("lm_head.weight")
     manifest = built(
-        tmp_path / "engine", checkpoint, monkeypatch, components=ModulePrecision(lm_head="int4")
+        tmp_path / "engine",
+        checkpoint,
+        monkeypatch,
+        module_precision=ModulePrecision(lm_head="int4"),
     )
     session = open_session(tmp_path / "engine", manifest)
     reference = ReferenceSession(
@@ -132,8 +135,8 @@ def test_a_cache_in_8_bits_is_the_references_and_hardly_moves_the_logits(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompt in two parts, then a token; the head is in 8 bits on both sides."""
-    components = ModulePrecision(lm_head="int8", kv_cache="int8")
-    manifest = built(tmp_path / "engine", small, monkeypatch, 24, components)
+    module_precision = ModulePrecision(lm_head="int8", kv_cache="int8")
+    manifest = built(tmp_path / "engine", small, monkeypatch, 24, module_precision)
     session = open_session(tmp_path / "engine", manifest)
     head = unpack(pack_head(small.llm.tensor("lm_head.weight"), "int8"))
     whole, reference = (ReferenceSession(with_head(small, head)) for _ in range(2))
@@ -229,12 +232,12 @@ def test_layers_of_a_streamed_tower_leave_behind_themselves(
 
 def test_40b_fits_one_card_of_24_gb() -> None:
     config, card = preset("VILA1.5-40b", "int4"), get_target("rtx4090")
-    limits, components = Limits(1, 2048, 2048), ModulePrecision(lm_head="int4")
-    plan = plan_engine(config, card, "native", "int4", limits, components)
+    limits, module_precision = Limits(1, 2048, 2048), ModulePrecision(lm_head="int4")
+    plan = plan_engine(config, card, "native", "int4", limits, module_precision)
     assert plan.fits
     assert plan.device_bytes <= 22.5 * GIB
     assert plan.in_host_memory == (EMBEDDINGS, VISION)
-    assert host_parts(config, BuildRequest(card, limits, components=components)) == (
+    assert host_parts(config, BuildRequest(card, limits, module_precision=module_precision)) == (
         EMBEDDINGS,
         VISION,
     )

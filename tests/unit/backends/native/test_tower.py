@@ -127,7 +127,7 @@ def test_command_builds_and_measures_it(tmp_path: Path, monkeypatch: pytest.Monk
     done = CliRunner().invoke(main, arguments)
     assert done.exit_code == 0, done.output
     manifest = load_manifest(tmp_path / "engine")
-    assert (manifest.backend, manifest.components) == ("native", INT8)
+    assert (manifest.backend, manifest.module_precision) == ("native", INT8)
     assert manifest.effect is not None
     assert manifest.effect["images"] == 1
     assert 0 < manifest.effect["kl_mean"] < 0.01
@@ -153,9 +153,11 @@ def test_what_only_this_backend_keeps_so_is_not_measured(tmp_path: Path, flags: 
 
 
 def planned(vision: str) -> EnginePlan:
-    components = ModulePrecision(vision=vision, lm_head="int4")
+    module_precision = ModulePrecision(vision=vision, lm_head="int4")
     card, limits = get_target("rtx4090"), Limits(1, 2048, 2048)
-    return plan_engine(preset("VILA1.5-40b", "int4"), card, "native", "int4", limits, components)
+    return plan_engine(
+        preset("VILA1.5-40b", "int4"), card, "native", "int4", limits, module_precision
+    )
 
 
 def tensor_bytes(shape: tuple[int, ...], *, small: bool) -> int:
