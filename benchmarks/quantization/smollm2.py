@@ -34,6 +34,8 @@ from smollm2_file import smollm2_gguf
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from vila_deploy.eval.metrics import TokenMetrics, compare_logits, perplexity, top1_agreement
+
 BLOCK = 512
 CALIBRATION_BLOCKS = 32
 EVALUATION_START, EVALUATION_BLOCKS = 20000, 64
@@ -143,31 +145,25 @@ def compare(
     hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, tokens: Tensor
 ) -> Loss:
     """A candidate's final hidden states against fp32's on `tokens` [blocks, 512]."""
-    chosen: dict[str, list[Tensor]] = {"ours": [], "theirs": []}
-    kl, same = [], 0
     following = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -1)], 1).flatten()
+    metrics = TokenMetrics.zeros(len(hidden))
     # Memory that is used again: pages of 50 MB given back and cleared cost as much as the softmax.
-    buffers = [hidden.new_empty(LOGIT_ROWS, len(head)) for _ in range(3)]
-    for rows in torch.arange(len(hidden)).split(LOGIT_ROWS):
-        logits, ours, theirs = (buffer[: len(rows)] for buffer in buffers)
-        torch.mm(hidden[rows], head.T, out=logits)
-        torch.log_softmax(logits, -1, out=ours)
-        torch.mm(teacher[rows], teacher_head.T, out=logits)
-        torch.log_softmax(logits, -1, out=theirs)
-        same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        predicted = (following[rows] >= 0).nonzero()[:, 0]
-        target = following[rows][predicted]
-        chosen["ours"].append(ours[predicted, target].double())
-        chosen["theirs"].append(theirs[predicted, target].double())
-        difference = torch.sub(theirs, ours, out=logits)
-        kl.append(torch.linalg.vecdot(theirs.exp_(), difference).double())
-    by_block = torch.cat(kl).reshape(len(tokens), -1).mean(1)
+    buffers = hidden.new_empty(3, LOGIT_ROWS, len(head))
+    for begin in range(0, len(hidden), LOGIT_ROWS):
+        rows = slice(begin, begin + LOGIT_ROWS)
+        targets = following[rows].clamp(min=0)
+        theirs, ours, scratch = buffers[:, : len(targets)]
+        torch.mm(teacher[rows], teacher_head.T, out=theirs)
+        torch.mm(hidden[rows], head.T, out=ours)
+        compare_logits(theirs, ours, targets, metrics[rows], scratch)
+    by_block = metrics.kl.reshape(len(tokens), -1).mean(1)
+    predicted = metrics[following >= 0]
     return Loss(
-        perplexity=math.exp(-torch.cat(chosen["ours"]).mean()),
-        fp32_perplexity=math.exp(-torch.cat(chosen["theirs"]).mean()),
+        perplexity=perplexity(predicted.loss),
+        fp32_perplexity=perplexity(predicted.expected_loss),
         kl_mean=float(by_block.mean()),
         kl_stderr=float(by_block.std()) / math.sqrt(len(tokens)),
-        top1=same / len(hidden),
+        top1=top1_agreement(metrics.same_top1),
     )
 
 

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.data.embed import PICTURE_ID, MultimodalEmbedder, SampleTokenizer, TokenSequence
 from vila_deploy.data.examples import Example
+from vila_deploy.eval.metrics import Quality, TokenMetrics, compare_logits
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.model.hidden_states import Sequences
 from vila_deploy.model.llm import load_decoder_layer
@@ -27,22 +28,6 @@ from vila_deploy.utils.limits import MAX_EVALUATION_SEQUENCES as MAX_SEQUENCES
 from vila_deploy.utils.progress import progress
 
 TEXT, IMAGE = "text", "image"
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How near the quantized model's next-token distributions are to the original's.
-
-    KL is KL(original ‖ quantized) in nats, per token; `kl_p99` its 99th percentile. Top-1 agreement
-    is the share of tokens for which both models find the same one most likely.
-    """
-
-    tokens: int
-    perplexity_original: float
-    perplexity: float
-    kl_mean: float
-    kl_p99: float
-    top1_agreement: float
 
 
 @dataclass(frozen=True)
@@ -227,11 +212,20 @@ def evaluate(
                 model.advance(index)
             layers.append(_drift(index, models, ids == PICTURE_ID))
         advance("logits")
-        measured = _Measured(len(targets), original.config.llm.vocab_size, device)
+        metrics = TokenMetrics.zeros(len(targets))
+        rows_at_once = min(LOGIT_ROWS, len(targets))
+        # Allocated once: small results between freed logits would leave holes, chunk after chunk.
+        buffers = torch.empty(3, rows_at_once, original.config.llm.vocab_size, device=device)
         rows = [model.rows(predicted).split(LOGIT_ROWS) for model in models]
         heads = [model.head() for model in models]
-        for own, other, wanted in zip(*rows, targets.to(device).split(LOGIT_ROWS), strict=True):
-            measured.add((own, other), heads, wanted)
+        begin = 0
+        for *states, following in zip(*rows, targets.to(device).split(LOGIT_ROWS), strict=True):
+            here = slice(begin, begin + len(following))
+            logits, scratch = buffers[:2, : len(following)], buffers[2, : len(following)]
+            for state, head, result in zip(states, heads, logits, strict=True):
+                _logits(state, head, result)
+            compare_logits(*logits, following, metrics[here], scratch)
+            begin += len(following)
             advance("logits")
     everything = torch.ones_like(about_pictures)
     classes = {"all": everything, TEXT: ~about_pictures, IMAGE: about_pictures}
@@ -243,7 +237,7 @@ def evaluate(
         positions=len(ids),
         image_positions=int((ids == PICTURE_ID).sum()),
         sha256=data.sha256,
-        quality={name: measured.quality(chosen) for name, chosen in classes.items()},
+        quality={name: Quality.of(metrics[chosen]) for name, chosen in classes.items()},
         layers=tuple(layers),
     )
 
@@ -282,50 +276,3 @@ def _logits(rows: Tensor, head: Tensor, out: Tensor) -> Tensor:
     for part, columns in zip(head.split(HEAD_ROWS), out.split(HEAD_ROWS, 1), strict=True):
         torch.mm(rows, part.to(rows.device).float().T, out=columns)
     return out
-
-
-class _Measured:
-    """What is known of each predicted token, filled in chunk by chunk.
-
-    All of it is allocated at once: with small results in between, logits that are freed leave holes
-    which the next ones just don't fit into, and the memory grows with every chunk.
-    """
-
-    def __init__(self, count: int, vocabulary: int, device: torch.device):
-        self._kl, self._loss_original, self._loss = torch.zeros(3, count, dtype=torch.float64)
-        self._same = torch.zeros(count, dtype=torch.bool)
-        rows = min(LOGIT_ROWS, count)
-        self._buffers = [torch.empty(rows, vocabulary, device=device) for _ in range(3)]
-        self._done = 0
-
-    def add(self, rows: Sequence[Tensor], heads: Sequence[Tensor], targets: Tensor) -> None:
-        """Takes final states [rows, hidden] and heads of both models, and what follows."""
-        here = slice(self._done, self._done + len(targets))
-        logits, exact, other = (buffer[: len(targets)] for buffer in self._buffers)
-        likeliest = []
-        for state, head, result in zip(rows, heads, (exact, other), strict=True):
-            likeliest.append(_logits(state, head, logits).argmax(1))
-            torch.log_softmax(logits, 1, out=result)
-        self._same[here] = likeliest[0] == likeliest[1]
-        self._loss_original[here] = -exact.gather(1, targets[:, None])[:, 0]
-        self._loss[here] = -other.gather(1, targets[:, None])[:, 0]
-        difference = torch.sub(exact, other, out=logits)
-        self._kl[here] = torch.linalg.vecdot(exact.exp_(), difference)
-        self._done += len(targets)
-
-    def quality(self, chosen: Tensor) -> Quality | None:
-        if not bool(chosen.any()):
-            return None
-        kl = self._kl[chosen]
-        return Quality(
-            tokens=len(kl),
-            perplexity_original=_exp(self._loss_original[chosen]),
-            perplexity=_exp(self._loss[chosen]),
-            kl_mean=float(kl.mean()),
-            kl_p99=float(kl.quantile(0.99)),
-            top1_agreement=float(self._same[chosen].double().mean()),
-        )
-
-
-def _exp(losses: Tensor) -> float:
-    return float(losses.mean().exp())
