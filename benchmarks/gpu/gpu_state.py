@@ -20,7 +20,7 @@ from vila_deploy.backends.native.weights import empty_llm
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.presets import preset
 from vila_deploy.checkpoint.tensor_schema import projector_tensor_specs, tower_tensor_specs
-from vila_deploy.engine.precision import FP16, INT8, is_tower_linear
+from vila_deploy.formats.module_dtypes import FP16, INT8, is_tower_linear
 
 MODEL, LM_HEAD, SLOTS = "40B", "int4", 2048
 LIMIT_BYTES = int(22.5 * 2**30)

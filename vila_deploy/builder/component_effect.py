@@ -23,8 +23,9 @@ from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.data.embed import TokenSequence, length_limit
 from vila_deploy.data.examples import load_held_out
 from vila_deploy.engine.build_request import BuildRequest
-from vila_deploy.engine.precision import FP16, INT8, ModulePrecision
+from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.eval.fidelity import EvaluationData
+from vila_deploy.formats.module_dtypes import FP16, INT8
 from vila_deploy.onnx_export.dialects.base import Dialect
 from vila_deploy.onnx_export.dialects.onnxruntime import OnnxRuntimeDialect
 from vila_deploy.onnx_export.graph_writer import WeightFile

@@ -16,16 +16,9 @@ from vila_deploy.checkpoint.tensor_schema import (
     tower_tensor_specs,
 )
 from vila_deploy.engine.manifest import Limits
-from vila_deploy.engine.precision import (
-    ALL_FP16,
-    BITS,
-    FP16,
-    INT8,
-    ModulePrecision,
-    head_group_size,
-    is_tower_linear,
-)
+from vila_deploy.engine.precision import ALL_FP16, BITS, ModulePrecision
 from vila_deploy.engine.target import Target, TensorRt
+from vila_deploy.formats.module_dtypes import FP16, INT8, head_group_size, is_tower_linear
 from vila_deploy.utils.estimates import MemoryItem, PlanStep, available_memory_bytes, parameters
 
 DEFAULT_GROUP_SIZE = 128

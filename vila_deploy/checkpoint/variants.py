@@ -132,6 +132,8 @@ class ProjectorType:
         return shapes
 
 
+# The default of torch.nn.LayerNorm, which VILA keeps.
+PROJECTOR_NORM_EPSILON = 1e-5
 _MLP_DOWNSAMPLE = ("downsample", "norm", "hidden", "gelu", "hidden")
 PROJECTOR_TYPES = {
     "linear": ProjectorType(window=1, steps=("hidden",)),

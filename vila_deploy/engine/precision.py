@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, fields, replace
 
 from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.engine.target import Target
+from vila_deploy.formats.module_dtypes import FP16, INT4, INT8
 from vila_deploy.utils.errors import VilaDeployError
 
-FP16, INT8, INT4 = "fp16", "int8", "int4"
 # Values of each component; the first is what every backend has.
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "vision": (FP16, INT8),
@@ -25,8 +25,6 @@ SUPPORTED: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "tensorrt": {"lm_head": (INT8, INT4)},
     "tensorrt-llm": {},
 }
-# Sizes of a head's groups; the largest that fits is taken.
-HEAD_GROUP_SIZES = (128, 64, 32, 16)
 BITS = {INT8: 8, INT4: 4}
 # Why a backend has none of it, where there is more to say than that.
 REASONS: Mapping[tuple[str, str], str] = {
@@ -102,28 +100,6 @@ def supported_part(
     row, asked = _row(target, backend), module_precision.quantized()
     unable = {name: FP16 for name, value in asked.items() if not supports(row, name, value)}
     return replace(module_precision, **unable)
-
-
-def head_group_size(hidden_size: int) -> int:
-    """Weights of an int4 head that share a scale. In int8 a whole row does, and backends that know
-    groups only repeat it.
-
-    Raises:
-        VilaDeployError: `hidden_size` is not a multiple of any size that groups may have.
-    """
-    for group_size in HEAD_GROUP_SIZES:
-        if hidden_size % group_size == 0:
-            return group_size
-    raise VilaDeployError(
-        f"the model's hidden size {hidden_size} has no groups of {HEAD_GROUP_SIZES[-1]} or more",
-        where="--lm-head",
-        fix="leave --lm-head out",
-    )
-
-
-def is_tower_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of the vision tower is a matrix of its layers, which int8 is about."""
-    return "encoder.layers." in name and len(shape) == 2
 
 
 def _row(target: Target, backend: str) -> str:

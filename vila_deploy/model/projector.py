@@ -6,9 +6,7 @@ import math
 
 from torch import Tensor, nn
 
-from vila_deploy.checkpoint.variants import PROJECTOR_TYPES, ProjectorType
-
-NORM_EPSILON = 1e-5
+from vila_deploy.checkpoint.variants import PROJECTOR_NORM_EPSILON, PROJECTOR_TYPES, ProjectorType
 
 
 class Downsample(nn.Module):
@@ -66,5 +64,5 @@ def _step(step: str, shape: tuple[int, ...] | None, window: int, order: str) -> 
         return nn.GELU()
     assert shape is not None
     if step == "norm":
-        return nn.LayerNorm(shape[0], eps=NORM_EPSILON)
+        return nn.LayerNorm(shape[0], eps=PROJECTOR_NORM_EPSILON)
     return nn.Linear(shape[1], shape[0])

@@ -13,7 +13,7 @@ from torch import Tensor
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.tensor_schema import has_bias
 from vila_deploy.checkpoint.weight_source import WeightSource
-from vila_deploy.engine.precision import FP16
+from vila_deploy.formats.module_dtypes import FP16
 from vila_deploy.onnx_export.arrays import float32
 from vila_deploy.onnx_export.dialects.base import AttentionShape, Dialect, StoredLinear
 from vila_deploy.onnx_export.graph_writer import GraphWriter, StoredTensor, WeightFile

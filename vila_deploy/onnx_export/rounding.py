@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vila_deploy.engine.precision import FP16, INT4, head_group_size
 from vila_deploy.formats.base import SYMMETRIC_ZERO, QuantizedLinear
+from vila_deploy.formats.module_dtypes import FP16, INT4, head_group_size
 from vila_deploy.utils.errors import VilaDeployError
 
 # Rows that are widened to float32 at a time.

@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from vila_deploy.checkpoint.vision_config import VisionConfig
 from vila_deploy.checkpoint.weight_source import WeightSource
-from vila_deploy.engine.precision import is_tower_linear
+from vila_deploy.formats.module_dtypes import is_tower_linear
 from vila_deploy.onnx_export.arrays import float16, float32
 from vila_deploy.onnx_export.graph_writer import GraphWriter, WeightFile
 from vila_deploy.onnx_export.rounding import round_int8
@@ -19,8 +19,8 @@ GELU = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}
 QUICK_GELU_SLOPE = 1.702
 
 
-class Part:
-    """Emits the layers of one part of the checkpoint; matrices are stored in float16.
+class ModuleEmitter:
+    """Emit the layers of one module of a checkpoint; matrices are stored in float16.
 
     Args:
         half: multiply in float16, as GPUs do; what runs from layer to layer stays float32.
@@ -92,16 +92,18 @@ class Part:
         return graph.node("Mul", graph.node("Div", x, root), self.vector(f"{prefix}.weight"))
 
 
-def tower(part: Part, pixels: str, config: VisionConfig, layers: int, advance: Advance) -> str:
+def tower(
+    emitter: ModuleEmitter, pixels: str, config: VisionConfig, layers: int, advance: Advance
+) -> str:
     """Pixels [tiles, 3, size, size] → features [tiles, patches, channels], class token dropped."""
-    graph, prefix = part.graph, config.family.prefix
-    x = _embeddings(part, pixels, config)
+    graph, prefix = emitter.graph, config.family.prefix
+    x = _embeddings(emitter, pixels, config)
     if config.family.name == "clip":
-        x = part.norm(x, f"{prefix}pre_layrnorm", config.layer_norm_eps)
+        x = emitter.norm(x, f"{prefix}pre_layrnorm", config.layer_norm_eps)
     layer = _internvit_layer if config.family.name == "internvit" else _layer
     for index in range(layers):
         graph.scope(f"layer_{index}")
-        x = layer(part, x, config, f"{prefix}encoder.layers.{index}")
+        x = layer(emitter, x, config, f"{prefix}encoder.layers.{index}")
         advance(f"vision layer {index}")
     if not config.family.has_class_token:
         return x
@@ -109,80 +111,84 @@ def tower(part: Part, pixels: str, config: VisionConfig, layers: int, advance: A
     return graph.node("Slice", x, graph.integers(1), graph.integers(end), graph.integers(1))
 
 
-def _embeddings(part: Part, pixels: str, config: VisionConfig) -> str:
+def _embeddings(emitter: ModuleEmitter, pixels: str, config: VisionConfig) -> str:
     """Patches, behind a class token if there is one, with their learned positions added."""
-    graph, width = part.graph, config.hidden_size
+    graph, width = emitter.graph, config.hidden_size
     prefix = f"{config.family.prefix}embeddings"
-    inputs = [part.narrowed(pixels), part.factor(f"{prefix}.patch_embedding.weight")]
+    inputs = [emitter.narrowed(pixels), emitter.factor(f"{prefix}.patch_embedding.weight")]
     if config.family.name != "clip":
         # onnx-tensorrt 10.1 mistakes the kernel's size where a convolution's bias is computed.
         bias = f"{prefix}.patch_embedding.bias"
-        inputs.append(part.stored(bias) if part.half else part.vector(bias))
-    patches = part.product("Conv", *inputs, strides=[config.patch_size] * 2)
+        inputs.append(emitter.stored(bias) if emitter.half else emitter.vector(bias))
+    patches = emitter.product("Conv", *inputs, strides=[config.patch_size] * 2)
     flat = graph.node("Reshape", patches, graph.integers(0, width, -1))
     rows = graph.node("Transpose", flat, perm=[0, 2, 1])
     if config.family.has_class_token:
         tiles = graph.node("Shape", pixels, start=0, end=1)
         shape = graph.node("Concat", tiles, graph.integers(1, width), axis=0)
-        first = graph.node("Expand", part.vector(f"{prefix}.class_embedding"), shape)
+        first = graph.node("Expand", emitter.vector(f"{prefix}.class_embedding"), shape)
         rows = graph.node("Concat", first, rows, axis=1)
     suffix = "" if config.family.name == "internvit" else ".weight"
-    return graph.node("Add", rows, part.widened(f"{prefix}.position_embedding{suffix}"))
+    return graph.node("Add", rows, emitter.widened(f"{prefix}.position_embedding{suffix}"))
 
 
-def _layer(part: Part, x: str, config: VisionConfig, prefix: str) -> str:
+def _layer(emitter: ModuleEmitter, x: str, config: VisionConfig, prefix: str) -> str:
     """SigLIP and CLIP: x + attention(norm(x)), then + mlp(norm(·))."""
-    graph = part.graph
-    normed = part.norm(x, f"{prefix}.layer_norm1", config.layer_norm_eps)
-    query, key, value = (part.linear(normed, f"{prefix}.self_attn.{n}_proj") for n in "qkv")
-    mixed = part.linear(_attention(part, query, key, value, config), f"{prefix}.self_attn.out_proj")
+    graph = emitter.graph
+    normed = emitter.norm(x, f"{prefix}.layer_norm1", config.layer_norm_eps)
+    query, key, value = (emitter.linear(normed, f"{prefix}.self_attn.{n}_proj") for n in "qkv")
+    mixed = emitter.linear(
+        _attention(emitter, query, key, value, config), f"{prefix}.self_attn.out_proj"
+    )
     x = graph.node("Add", x, mixed)
-    normed = part.norm(x, f"{prefix}.layer_norm2", config.layer_norm_eps)
-    return graph.node("Add", x, _mlp(part, normed, config, f"{prefix}.mlp"))
+    normed = emitter.norm(x, f"{prefix}.layer_norm2", config.layer_norm_eps)
+    return graph.node("Add", x, _mlp(emitter, normed, config, f"{prefix}.mlp"))
 
 
-def _internvit_layer(part: Part, x: str, config: VisionConfig, prefix: str) -> str:
+def _internvit_layer(emitter: ModuleEmitter, x: str, config: VisionConfig, prefix: str) -> str:
     """Likewise, with RMS norms, normed queries and keys, and a scale on each branch."""
-    graph, epsilon = part.graph, config.layer_norm_eps
-    normed = part.rms_norm(x, f"{prefix}.norm1", epsilon)
-    joined = part.linear(normed, f"{prefix}.attn.qkv", bias=config.qkv_bias)
+    graph, epsilon = emitter.graph, config.layer_norm_eps
+    normed = emitter.rms_norm(x, f"{prefix}.norm1", epsilon)
+    joined = emitter.linear(normed, f"{prefix}.attn.qkv", bias=config.qkv_bias)
     names = [graph.new_name(name) for name in ("query", "key", "value")]
     query, key, value = graph.nodes("Split", joined, outputs=names, axis=-1, num_outputs=3)
     if config.qk_norm:
-        query = part.rms_norm(query, f"{prefix}.attn.q_norm", epsilon)
-        key = part.rms_norm(key, f"{prefix}.attn.k_norm", epsilon)
-    mixed = part.linear(_attention(part, query, key, value, config), f"{prefix}.attn.proj")
-    x = graph.node("Add", x, graph.node("Mul", mixed, part.vector(f"{prefix}.ls1")))
-    normed = part.rms_norm(x, f"{prefix}.norm2", epsilon)
-    inner = _mlp(part, normed, config, f"{prefix}.mlp")
-    return graph.node("Add", x, graph.node("Mul", inner, part.vector(f"{prefix}.ls2")))
+        query = emitter.rms_norm(query, f"{prefix}.attn.q_norm", epsilon)
+        key = emitter.rms_norm(key, f"{prefix}.attn.k_norm", epsilon)
+    mixed = emitter.linear(_attention(emitter, query, key, value, config), f"{prefix}.attn.proj")
+    x = graph.node("Add", x, graph.node("Mul", mixed, emitter.vector(f"{prefix}.ls1")))
+    normed = emitter.rms_norm(x, f"{prefix}.norm2", epsilon)
+    inner = _mlp(emitter, normed, config, f"{prefix}.mlp")
+    return graph.node("Add", x, graph.node("Mul", inner, emitter.vector(f"{prefix}.ls2")))
 
 
-def _attention(part: Part, query: str, key: str, value: str, config: VisionConfig) -> str:
+def _attention(
+    emitter: ModuleEmitter, query: str, key: str, value: str, config: VisionConfig
+) -> str:
     """Full attention of [tiles, tokens, channels], by heads."""
-    graph = part.graph
+    graph = emitter.graph
     heads, head_dim = config.num_heads, config.hidden_size // config.num_heads
     split = graph.integers(0, 0, heads, head_dim)
 
     def by_head(rows: str, order: list[int]) -> str:
-        halves = graph.node("Reshape", part.narrowed(rows), split)
+        halves = graph.node("Reshape", emitter.narrowed(rows), split)
         return graph.node("Transpose", halves, perm=order)
 
     # Scaled first, so that float16 products stay in range.
     scaled = graph.node("Mul", query, graph.constant(np.array(head_dim**-0.5, np.float32)))
-    scores = part.product("MatMul", by_head(scaled, [0, 2, 1, 3]), by_head(key, [0, 2, 3, 1]))
-    shares = part.narrowed(graph.node("Softmax", scores, axis=-1))
-    mixed = part.product("MatMul", shares, by_head(value, [0, 2, 1, 3]))
+    scores = emitter.product("MatMul", by_head(scaled, [0, 2, 1, 3]), by_head(key, [0, 2, 3, 1]))
+    shares = emitter.narrowed(graph.node("Softmax", scores, axis=-1))
+    mixed = emitter.product("MatMul", shares, by_head(value, [0, 2, 1, 3]))
     rows = graph.node("Transpose", mixed, perm=[0, 2, 1, 3])
     return graph.node("Reshape", rows, graph.integers(0, 0, heads * head_dim))
 
 
-def _mlp(part: Part, x: str, config: VisionConfig, prefix: str) -> str:
-    graph, inner = part.graph, part.linear(x, f"{prefix}.fc1")
+def _mlp(emitter: ModuleEmitter, x: str, config: VisionConfig, prefix: str) -> str:
+    graph, inner = emitter.graph, emitter.linear(x, f"{prefix}.fc1")
     if config.hidden_act == "quick_gelu":
         slope = graph.constant(np.array(QUICK_GELU_SLOPE, np.float32))
         gate = graph.node("Sigmoid", graph.node("Mul", inner, slope))
         active = graph.node("Mul", inner, gate)
     else:
         active = graph.node("Gelu", inner, approximate=GELU[config.hidden_act])
-    return part.linear(active, f"{prefix}.fc2")
+    return emitter.linear(active, f"{prefix}.fc2")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.variants import PROJECTOR_NORM_EPSILON
 from vila_deploy.checkpoint.weight_source import WeightSource
-from vila_deploy.model.projector import NORM_EPSILON
 from vila_deploy.onnx_export.graph_writer import OPSET, GraphWriter, WeightFile
-from vila_deploy.onnx_export.towers import Part, tower
+from vila_deploy.onnx_export.towers import ModuleEmitter, tower
 from vila_deploy.utils.progress import Advance
 
 
@@ -42,11 +42,11 @@ def build_vision_graph(
     graph, vision = GraphWriter(style.opset), config.vision
     size = vision.image_size
     pixels = graph.input("pixels", np.float32, ["tiles", 3, size, size])
-    part = Part(graph, tower_weights, file, style.half, style.int8)
-    x = tower(part, pixels, vision, config.vision_layers_used, advance)
+    emitter = ModuleEmitter(graph, tower_weights, file, style.half, style.int8)
+    x = tower(emitter, pixels, vision, config.vision_layers_used, advance)
     shape: list[int | str] = ["tiles", vision.grid**2, vision.hidden_size]
     if projector is not None:
-        x = _project(Part(graph, projector, file, style.half), x, config)
+        x = _project(ModuleEmitter(graph, projector, file, style.half), x, config)
         shape = ["tiles", config.tokens_per_block, config.llm.hidden_size]
         advance("projector")
     graph.output(graph.node("Identity", x, output="features"), np.float32, shape)
@@ -64,27 +64,27 @@ def build_projector_graph(
     graph = GraphWriter(style.opset)
     shape: list[int | str] = ["blocks", config.feature_side**2, config.feature_channels]
     features = graph.input("features", np.float32, shape)
-    tokens = _project(Part(graph, projector, file, style.half), features, config)
+    tokens = _project(ModuleEmitter(graph, projector, file, style.half), features, config)
     shape = ["blocks", config.tokens_per_block, config.llm.hidden_size]
     graph.output(graph.node("Identity", tokens, output="tokens"), np.float32, shape)
     advance("projector")
     return graph
 
 
-def _project(part: Part, x: str, config: VilaConfig) -> str:
+def _project(emitter: ModuleEmitter, x: str, config: VilaConfig) -> str:
     """The steps of the projector's row in PROJECTOR_TYPES."""
-    part.graph.scope("projector")
+    emitter.graph.scope("projector")
     kind = config.projector
     for index, step in enumerate(kind.steps):
         prefix = kind.prefix(index)
         if step == "downsample":
-            x = _downsample(part.graph, x, config)
+            x = _downsample(emitter.graph, x, config)
         elif step == "gelu":
-            x = part.graph.node("Gelu", x, approximate="none")
+            x = emitter.graph.node("Gelu", x, approximate="none")
         elif step == "norm":
-            x = part.norm(x, prefix, NORM_EPSILON)
+            x = emitter.norm(x, prefix, PROJECTOR_NORM_EPSILON)
         else:
-            x = part.linear(x, prefix)
+            x = emitter.linear(x, prefix)
     return x
 
 

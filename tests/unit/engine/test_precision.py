@@ -27,11 +27,11 @@ from vila_deploy.engine.precision import (
     ModulePrecision,
     _row,
     check_precision,
-    head_group_size,
     supported_part,
     supports,
 )
 from vila_deploy.engine.target import get_target
+from vila_deploy.formats.module_dtypes import head_group_size
 from vila_deploy.utils.errors import VilaDeployError
 
 EVERY = [(name, value) for name, values in CHOICES.items() for value in values[1:]]

@@ -26,8 +26,8 @@ from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.onnx_export.dialects.base import Dialect
 from vila_deploy.onnx_export.dialects.onnxruntime import OnnxRuntimeDialect
 from vila_deploy.onnx_export.dialects.tensorrt import LARGEST_OF_PAIR
-from vila_deploy.onnx_export.dialects.tensorrt_10_3 import PrimitiveDialect
-from vila_deploy.onnx_export.dialects.tensorrt_10_15 import StandardDialect
+from vila_deploy.onnx_export.dialects.tensorrt_10_3 import TensorRt10_3Dialect
+from vila_deploy.onnx_export.dialects.tensorrt_10_15 import TensorRt10_15Dialect
 from vila_deploy.onnx_export.graph_writer import GraphWriter, WeightFile
 from vila_deploy.onnx_export.rounding import round_int4, round_int8
 from vila_deploy.utils.errors import VilaDeployError
@@ -36,8 +36,8 @@ VOCAB, HIDDEN = 200, 192
 # onnxruntime's kernel for the CPU reads two int8 terms of each group of activations.
 EMITTERS: dict[str, tuple[Dialect, int, float]] = {
     "onnxruntime": (OnnxRuntimeDialect(), 127, 1e-4),
-    "standard": (StandardDialect(), LARGEST_OF_PAIR, 2e-4),
-    "primitive": (PrimitiveDialect(), LARGEST_OF_PAIR, 2e-4),
+    "standard": (TensorRt10_15Dialect(), LARGEST_OF_PAIR, 2e-4),
+    "primitive": (TensorRt10_3Dialect(), LARGEST_OF_PAIR, 2e-4),
 }
 
 

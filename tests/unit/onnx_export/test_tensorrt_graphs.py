@@ -20,7 +20,7 @@ from vila_deploy.backends.tensorrt.compile import Job, compile_graph
 from vila_deploy.backends.tensorrt.compilers import COMPILERS
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.formats.base import QuantizedLinear
-from vila_deploy.onnx_export.dialects.tensorrt_10_15 import StandardDialect
+from vila_deploy.onnx_export.dialects.tensorrt_10_15 import TensorRt10_15Dialect
 from vila_deploy.onnx_export.graph_writer import GraphWriter, WeightFile
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
@@ -78,7 +78,7 @@ def test_weights_of_four_bits_take_four_bits(tmp_path: Path) -> None:
     x = np.random.default_rng(0).standard_normal((1, 5, 256)).astype(np.float16)
     for zero in (torch.full((48, 4), 8, dtype=torch.uint8), torch.arange(192).reshape(48, 4) % 16):
         linear = QuantizedLinear(q, scale, zero.to(torch.uint8), bias=torch.arange(48).half())
-        graph, dialect = GraphWriter(24), StandardDialect()
+        graph, dialect = GraphWriter(24), TensorRt10_15Dialect()
         name = f"{int(zero[0, 0])}"
         with WeightFile(tmp_path / f"{name}.data") as file:
             stored = dialect.store_linear(file, "linear", [linear])
@@ -106,7 +106,7 @@ def test_int4_is_written_low_half_first(tmp_path: Path) -> None:
         levels, torch.ones(16, 1).half(), torch.full((16, 1), 8, dtype=torch.uint8)
     )
     with WeightFile(tmp_path / "w.data") as file:
-        stored = StandardDialect().store_linear(file, "linear", [linear])
+        stored = TensorRt10_15Dialect().store_linear(file, "linear", [linear])
     graph = GraphWriter(24)
     weight = graph.weight("w", stored.tensors["weight"])
     graph.output(graph.node("Cast", weight, to=TensorProto.FLOAT, output="y"), np.float32, [16, 16])

@@ -8,7 +8,7 @@ import torch
 
 from vila_deploy.backends.native.weights import Layer, Norm, PackedLlm
 from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.engine.precision import FP16
+from vila_deploy.formats.module_dtypes import FP16
 from vila_deploy.kernels.add_residual import add_residual, parts
 from vila_deploy.kernels.argmax import pick
 from vila_deploy.kernels.attention import Parts, attention, rope_attention

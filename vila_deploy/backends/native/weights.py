@@ -13,8 +13,8 @@ from torch import Tensor
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.tensor_schema import has_bias
 from vila_deploy.checkpoint.weight_source import WeightSource
-from vila_deploy.engine.precision import FP16, INT8, head_group_size
 from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.formats.module_dtypes import FP16, INT8, head_group_size
 from vila_deploy.kernels.packed_linear import (
     FLOAT_BLOCK,
     INT8_GROUP,

@@ -12,7 +12,7 @@ from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.build_request import BuildRequest, Built
-from vila_deploy.engine.precision import FP16, head_group_size
+from vila_deploy.formats.module_dtypes import FP16, head_group_size
 from vila_deploy.onnx_export.arrays import float16
 from vila_deploy.onnx_export.dialects.onnxruntime import (
     INT8_TERMS,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vila_deploy.backends.onnxruntime import files
 from vila_deploy.engine.manifest import Manifest
-from vila_deploy.engine.precision import FP16
+from vila_deploy.formats.module_dtypes import FP16
 from vila_deploy.processing.s2 import merge_s2_blocks, s2_features
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError

@@ -15,8 +15,8 @@ from vila_deploy.backends.tensorrt.compilers import COMPILERS, Compiler, host_pl
 from vila_deploy.builder.memory_plan import compiler_memory_bytes
 from vila_deploy.engine.build_request import BuildRequest, Built
 from vila_deploy.engine.manifest import Manifest
-from vila_deploy.engine.precision import FP16, head_group_size
 from vila_deploy.engine.target import Target, get_target
+from vila_deploy.formats.module_dtypes import FP16, head_group_size
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.estimates import available_memory_bytes
 from vila_deploy.utils.files import canonical_json, read_json_object

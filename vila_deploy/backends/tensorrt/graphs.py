@@ -12,19 +12,22 @@ from vila_deploy.builder.memory_plan import PREFILL_TOKENS
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.manifest import Limits
-from vila_deploy.engine.precision import FP16
+from vila_deploy.formats.module_dtypes import FP16
 from vila_deploy.onnx_export.arrays import float16
-from vila_deploy.onnx_export.dialects.tensorrt import HalfDialect, cache_names
-from vila_deploy.onnx_export.dialects.tensorrt_10_3 import PrimitiveDialect
-from vila_deploy.onnx_export.dialects.tensorrt_10_15 import DecomposableDialect, StandardDialect
+from vila_deploy.onnx_export.dialects.tensorrt import TensorRtDialect, cache_names
+from vila_deploy.onnx_export.dialects.tensorrt_10_3 import TensorRt10_3Dialect
+from vila_deploy.onnx_export.dialects.tensorrt_10_15 import (
+    DecomposableDialect,
+    TensorRt10_15Dialect,
+)
 from vila_deploy.onnx_export.graph_writer import WeightFile
 from vila_deploy.onnx_export.llm import build_llm_graph, store_llm
 from vila_deploy.onnx_export.vision import Style, build_projector_graph, build_vision_graph
 from vila_deploy.utils.progress import Advance
 
-DIALECTS: dict[str, type[HalfDialect]] = {
-    "standard": StandardDialect,
-    "primitive": PrimitiveDialect,
+DIALECTS: dict[str, type[TensorRtDialect]] = {
+    "standard": TensorRt10_15Dialect,
+    "primitive": TensorRt10_3Dialect,
 }
 
 
@@ -82,7 +85,7 @@ def write_llm(
     """
     (folder / files.LLM).mkdir()
     kind = DIALECTS[dialect]
-    emitter = (DecomposableDialect if decomposable and kind is StandardDialect else kind)()
+    emitter = (DecomposableDialect if decomposable and kind is TensorRt10_15Dialect else kind)()
     with WeightFile(folder / files.LLM / files.WEIGHTS) as file:
         stored = store_llm(config.llm, llm, max_seq_len, file, emitter, advance, head)
     graph = build_llm_graph(config.llm, stored, emitter, tokens=None, logits=True)

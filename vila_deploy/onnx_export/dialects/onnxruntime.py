@@ -11,8 +11,8 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from vila_deploy.engine.precision import head_group_size
 from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.formats.module_dtypes import head_group_size
 from vila_deploy.onnx_export.arrays import float16, float32
 from vila_deploy.onnx_export.dialects.base import AttentionShape, StoredLinear, gated, pack_nibbles
 from vila_deploy.onnx_export.graph_writer import MICROSOFT, OPSET, GraphWriter, WeightFile

@@ -11,8 +11,8 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from vila_deploy.engine.precision import head_group_size
 from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.formats.module_dtypes import head_group_size
 from vila_deploy.onnx_export.arrays import float16
 from vila_deploy.onnx_export.dialects.base import AttentionShape, StoredLinear, gated, pack_turned
 from vila_deploy.onnx_export.graph_writer import GraphWriter, StoredTensor, WeightFile
@@ -28,7 +28,7 @@ SCALE_OF = {"weight": "scale", "high": "high_scale", "low": "low_scale"}
 LARGEST_OF_PAIR = 119
 
 
-class HalfDialect(ABC):
+class TensorRtDialect(ABC):
     """Everything but norm and attention.
 
     Inputs of every graph: inputs_embeds [batch, tokens, hidden] float32, positions [batch, tokens]

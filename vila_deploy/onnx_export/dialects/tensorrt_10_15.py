@@ -8,7 +8,7 @@ import numpy as np
 
 from vila_deploy.onnx_export.dialects.base import AttentionShape
 from vila_deploy.onnx_export.dialects.tensorrt import (
-    HalfDialect,
+    TensorRtDialect,
     cache_names,
     heads_of,
     side_by_side,
@@ -19,7 +19,7 @@ from vila_deploy.onnx_export.graph_writer import GraphWriter
 MASK = "mask"
 
 
-class StandardDialect(HalfDialect):
+class TensorRt10_15Dialect(TensorRtDialect):
     """Opset 24: RMSNormalization, RotaryEmbedding, TensorScatter and Attention.
 
     Each layer has a cache [batch, kv_heads, max_seq_len, head_dim] for keys and one for values:
@@ -71,7 +71,7 @@ class StandardDialect(HalfDialect):
         """Nothing: each layer has written its own part of the cache."""
 
 
-class DecomposableDialect(StandardDialect):
+class DecomposableDialect(TensorRt10_15Dialect):
     """For TensorRT, which fails where it has no single kernel for an Attention's shapes, unless
     that may be put together from several (`IAttention::setDecomposable`, from 10.14 on)."""
 

@@ -9,7 +9,7 @@ from onnx import TensorProto
 
 from vila_deploy.onnx_export.dialects.base import AttentionShape
 from vila_deploy.onnx_export.dialects.tensorrt import (
-    HalfDialect,
+    TensorRtDialect,
     cache_names,
     heads_of,
     side_by_side,
@@ -21,7 +21,7 @@ NEVER = np.array(-1e30, np.float32)
 NEW_CACHE = "new_cache"
 
 
-class PrimitiveDialect(HalfDialect):
+class TensorRt10_3Dialect(TensorRtDialect):
     """Opset 21; the cache is read where it lies and never copied.
 
     Inputs past_key_0, past_value_0, … [batch, kv_heads, max_seq_len, head_dim] are zero or earlier

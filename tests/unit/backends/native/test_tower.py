@@ -27,8 +27,9 @@ from vila_deploy.checkpoint.presets import preset
 from vila_deploy.checkpoint.tensor_schema import tower_tensor_specs
 from vila_deploy.cli.build_engine import main
 from vila_deploy.engine.manifest import Limits, load_manifest
-from vila_deploy.engine.precision import ModulePrecision, is_tower_linear
+from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.engine.target import get_target
+from vila_deploy.formats.module_dtypes import is_tower_linear
 from vila_deploy.model.vision import VisionEncoder
 
 INT8 = ModulePrecision(vision="int8")
