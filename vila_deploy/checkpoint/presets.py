@@ -72,6 +72,12 @@ _MODELS = {
 PRESETS = tuple(_MODELS)
 
 
+def base_models(name: str) -> tuple[str, str]:
+    """Return the names of the LLM and the vision tower that a released model is made of."""
+    model = _MODELS[name]
+    return model.llm, model.tower
+
+
 def preset(name: str, precision: str) -> VilaConfig:
     """The config of a released model; `precision` int4 means asymmetric, group size 128.
 

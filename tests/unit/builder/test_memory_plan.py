@@ -20,7 +20,8 @@ from vila_deploy.checkpoint.presets import PRESETS, preset
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.target import get_target
 
-PUBLISHED = list(csv.DictReader((REPOSITORY / "benchmarks" / "published.csv").open()))
+with (REPOSITORY / "benchmarks" / "published.csv").open() as file:
+    PUBLISHED = [row for row in csv.DictReader(file) if row["model"] in PRESETS]
 A100_80GB = 80 << 30
 
 

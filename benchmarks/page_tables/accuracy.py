@@ -1,0 +1,157 @@
+"""What quantization changes in a model's predictions."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+from benchmarks.page_tables.sources import Row, markdown, results
+
+BASELINES = {
+    "rtn": "RTN",
+    "autoawq": "AutoAWQ 0.2.9",
+    "llmawq": "llm-awq's algorithm",
+    "vila-deploy-awq": "llm-awq's algorithm (`--algorithm awq`)",
+    "llmcompressor-awq": "llm-compressor 0.14 AWQ",
+    "llmcompressor-gptq": "llm-compressor 0.14 GPTQ",
+    "llmcompressor-awq-gptq": "llm-compressor 0.14 AWQ, then GPTQ",
+    "modelopt-awq-lite": "Model Optimizer 0.47 awq_lite",
+    "modelopt-awq-full": "Model Optimizer 0.47 awq_full",
+    "vila-deploy-awq-gptq": "**vila-quantize**",
+}
+TEXTS = {"topics": "docstring corpus", "source": "source code"}
+
+
+@cache
+def _candidates() -> dict[tuple[str, bool, str], Row]:
+    """Return the rows of one processor by candidate, symmetric, text; later rows win."""
+    rows = (*results("quantization-smollm2-earlier"), *results("quantization-smollm2"))
+    found = {}
+    for row in rows:
+        name = row["candidate"].removesuffix("-asym").removesuffix("-sym")
+        if "instructions" not in row:
+            found[name, row["symmetric"], row["text"]] = row
+    return found
+
+
+def accuracy() -> str:
+    """Return five rows for README: fp32, RTN, two baselines, vila-quantize."""
+    chosen = ("rtn", "autoawq", "llmcompressor-awq-gptq", "vila-deploy-awq-gptq")
+    rows = [["fp32", f"{_fp32('topics'):.2f}", "0", "100%"]]
+    rows += [_accuracy_cells(name, _candidates()[name, False, "topics"]) for name in chosen]
+    return markdown(["int4, groups of 64", "perplexity", "mean KL", "top-1 agreement"], rows)
+
+
+def accuracy_baselines() -> str:
+    """Return every candidate on both texts, asymmetric and symmetric."""
+    rows = [
+        ["fp32", "", f"{_fp32('topics'):.2f}", "", "", "", f"{_fp32('source'):.2f}", "", "", ""]
+    ]
+    for symmetric in (False, True):
+        for name, title in BASELINES.items():
+            pair = [_candidates().get((name, symmetric, text)) for text in TEXTS]
+            if pair[0] is None or pair[1] is None:
+                continue
+            cells = [title + (" ¹" if "note" in pair[0] else ""), "yes" if symmetric else "no"]
+            for row in pair:
+                assert row is not None
+                cells += [*_accuracy_cells(name, row)[1:], _recovered(row)]
+            rows.append(cells)
+    columns = ["perplexity", "KL", "top-1", "recovered"]
+    titles = ["", "symmetric", *columns, *(f"source code: {column}" for column in columns)]
+    return markdown(titles, rows)
+
+
+def _accuracy_cells(name: str, row: Row) -> list[str]:
+    mark = "**" if name == "vila-deploy-awq-gptq" else ""
+    figures = f"{row['perplexity']:.2f}", f"{row['kl_mean']:.3f}", f"{row['top1']:.1%}"
+    return [BASELINES[name], *(f"{mark}{figure}{mark}" for figure in figures)]
+
+
+def _fp32(text: str) -> float:
+    return next(iter(r for r in results("quantization-smollm2") if r["text"] == text))[
+        "fp32_perplexity"
+    ]
+
+
+def _recovered(row: Row) -> str:
+    """Return the share of RTN's loss in log-perplexity that a candidate makes up for."""
+    rtn = _candidates()["rtn", row["symmetric"], row["text"]]
+    if row is rtn:
+        return ""
+    loss = math.log(rtn["perplexity"]) - math.log(row["perplexity"])
+    return f"{loss / math.log(rtn['perplexity'] / row['fp32_perplexity']):.0%}"
+
+
+def accuracy_processors() -> str:
+    """Return vila-quantize's figures by the processor's vector instructions."""
+    rows = [
+        [
+            row.get("instructions", "AVX2"),
+            "yes" if row["symmetric"] else "no",
+            TEXTS[row["text"]],
+            f"{row['perplexity']:.2f}",
+            f"{row['kl_mean']:.3f}",
+        ]
+        for row in results("quantization-smollm2")
+        if row["candidate"].startswith("vila-deploy-awq-gptq")
+    ]
+    return markdown(["instructions", "symmetric", "text", "perplexity", "mean KL"], rows)
+
+
+def ablation_kl() -> str:
+    """Return the KL that each step of awq-gptq leaves."""
+    rows = [
+        [_step(row), f"{row['kl_topics']:.3f}", f"{row['kl_source']:.3f}"]
+        for row in results("quantization-ablation")
+        if "kl_topics" in row
+    ]
+    return markdown(["", "KL, docstring corpus", "KL, source code"], rows)
+
+
+def ablation_error() -> str:
+    """Return the output error that each step leaves in each kind of linear."""
+    kinds = {"qkv": "q, k, v", "o": "o", "gate_up": "gate, up", "down": "down"}
+    rows = [
+        [_step(row), *(" / ".join(f"{x:.2f}" for x in row[kind] or ()) for kind in kinds)]
+        for row in results("quantization-ablation")
+        if "down" in row
+    ]
+    return markdown(["", *kinds.values()], rows)
+
+
+def _step(row: Row) -> str:
+    return f"*rejected:* {row['step']}" if row["rejected"] else row["step"]
+
+
+def tiny_vila() -> str:
+    """Return tiny-vila's exact answers by calibration data, on the first processor measured."""
+    rows = []
+    calibrated = {"pictures": "text and images", "text only": "text alone", "none": ""}
+    for row in results("tiny-vila-quantization"):
+        if row["commit"] != results("tiny-vila-quantization")[0]["commit"]:
+            continue
+        quality = row.get("quality", {})
+        name = {"rtn": "RTN", "fp32": "fp32"}.get(row["quantization"], row["quantization"])
+        kl = f"{quality['kl_mean']:.5f}" if quality else "0"
+        top1 = f"{quality['top1_agreement']:.1%}" if quality else "100%"
+        cells = [name, calibrated[row.get("calibration", "none")], f"{row['exact_match']:.1%}"]
+        rows.append([*cells, kl, top1])
+    titles = ["", "calibrated on", "exact answers", "mean KL on answers", "top-1 agreement"]
+    return markdown(titles, rows)
+
+
+def module_precision() -> str:
+    """Return what int8 and int4 heads and an int8 tower change in the logits."""
+    names = {"lm_head": "head", "vision": "tower"}
+    rows = [
+        [
+            row["model"],
+            f"{names[row['component']]} {row['kept_as']}",
+            f"{row['kl_mean']:.2g}",
+            f"{row['top1_agreement']:.1%}",
+        ]
+        for row in results("components")
+        if "kl_mean" in row
+    ]
+    return markdown(["checkpoint", "changed", "mean KL, nats", "top-1 agreement"], rows)

@@ -1,0 +1,37 @@
+"""Rows that tables are made of, and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RESULTS = REPOSITORY / "benchmarks" / "results"
+PRECISIONS = ("int4", "fp16")
+Row = dict[str, Any]
+Cells = Sequence[str]
+
+
+@cache
+def results(name: str) -> tuple[Row, ...]:
+    """Return the rows of `results/NAME.jsonl`."""
+    lines = (RESULTS / f"{name}.jsonl").read_text("utf-8").splitlines()
+    return tuple(json.loads(line) for line in lines)
+
+
+@cache
+def published(name: str) -> tuple[Row, ...]:
+    """Return the rows of `benchmarks/NAME.csv`."""
+    with (REPOSITORY / "benchmarks" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return tuple(csv.DictReader(file))
+
+
+def markdown(titles: Cells, rows: Iterable[Cells], note: str = "") -> str:
+    """Return a Markdown table, with `note` as a paragraph below it."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    text = "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    return f"{text}\n{note}\n" if note else text

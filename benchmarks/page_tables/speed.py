@@ -1,0 +1,92 @@
+"""Measured speed beside what the authors of VILA publish."""
+
+from __future__ import annotations
+
+from benchmarks.page_tables.sources import PRECISIONS, markdown, published, results
+
+GPUS = {"a100": "A100", "rtx4090": "RTX 4090", "orin": "Jetson AGX Orin"}
+
+
+SHORT = ("VILA1.5-3b", "Llama-3-VILA1.5-8B", "VILA1.5-13b", "VILA1.5-40b", "NVILA-8B")
+
+
+def speed() -> str:
+    """Return decode tokens/s of five models, int4 (fp16): measured, then published."""
+    measured = {(row["model"], row["precision"]): row for row in results("cpu")}
+    speeds = {key: f"{row['decode_tokens_per_s']:.2f}" for key, row in measured.items()}
+    first = results("cpu")[0]
+    rows = [["vila-deploy", first["device"], first["label"], *_pairs(speeds)]]
+    for gpu, title in GPUS.items():
+        rows.append(["TinyChat, by VILA's authors", title, "published", *_pairs(_published(gpu))])
+    return markdown(["", "device", "figures are", *SHORT], rows)
+
+
+def _pairs(speeds: dict[tuple[str, str], str]) -> list[str]:
+    """Return `int4 (fp16)` for each model of SHORT, empty where neither is known."""
+    cells = []
+    for model in SHORT:
+        int4, fp16 = (speeds.get((model, precision), "") for precision in PRECISIONS)
+        cells.append(f"{int4} ({fp16})" if int4 else "")
+    return cells
+
+
+def _published(gpu: str) -> dict[tuple[str, str], str]:
+    return {
+        (row["model"], row["precision"]): row["decode_tokens_per_s"]
+        for row in published("published")
+        if row["target"] == gpu
+    }
+
+
+def published_speed() -> str:
+    """Return all of the authors' decode speeds."""
+    tables = [_published(gpu) for gpu in GPUS]
+    names = dict.fromkeys(row["model"] for row in published("published"))
+    rows = [
+        [name, precision, *(table.get((name, precision), "") for table in tables)]
+        for name in names
+        for precision in PRECISIONS
+    ]
+    return markdown(["model", "precision", *GPUS.values()], rows)
+
+
+def speed_cpu() -> str:
+    """Return what a decoding step reads and how near it comes to the host's bandwidth."""
+    rows = [
+        [
+            row["precision"],
+            f"{row['decode_tokens_per_s']:.2f}",
+            f"{row['weight_bytes_per_token'] / 1e9:.2f} GB",
+            f"{row['read_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s",
+            f"{row['roofline_fraction']:.0%}",
+            f"{row['ttft_ms']['total'] / 1e3:.1f} s",
+            f"{row['peak_memory_bytes'] / 1e9:.1f} GB",
+        ]
+        for row in results("cpu")
+    ]
+    first = results("cpu")[0]
+    note = (
+        f"measured: {first['model']}'s shapes, {first['weights']} weights, batch 1, "
+        f"{first['prompt_tokens']}-token prompt with one image, {first['device']}, "
+        f"onnxruntime {first['versions']['onnxruntime']}"
+    )
+    titles = ["precision", "tokens/s", "weights read a token", "read bandwidth of the host"]
+    return markdown([*titles, "share of it", "first token", "peak memory"], rows, note)
+
+
+def published_ttft() -> str:
+    """Return the authors' times to first token for NVILA."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for row in published("published"):
+        if row["ttft_s"]:
+            key = f"{row['model']}, {row['task']}", row["precision"]
+            rows.setdefault(key, {})[row["target"]] = row["ttft_s"]
+    body = [[*key, *(times[gpu] for gpu in GPUS)] for key, times in rows.items()]
+    return markdown(["model, task", "precision", *GPUS.values()], body)
+
+
+def published_accuracy() -> str:
+    """Return the authors' benchmark scores in fp16 and int4."""
+    rows = published("published_accuracy")
+    keys = [key for key in rows[0] if key not in ("label", "source")]
+    return markdown(keys, [[row[key] for key in keys] for row in rows])

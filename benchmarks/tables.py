@@ -1,0 +1,83 @@
+"""Write the tables of README and docs from results/*.jsonl, published*.csv and --plan's code.
+
+$ python benchmarks/tables.py            # rewrites every table between its markers
+$ python benchmarks/tables.py --check    # exit code 1 if a page is stale, and which
+
+A page marks a table with `<!-- table: NAME -->` and `<!-- /table -->`; TABLES has the names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    # Python looks for modules beside a script only.
+    sys.path.insert(0, str(REPOSITORY))
+
+from benchmarks.page_tables import accuracy, builds, models, speed  # noqa: E402
+from benchmarks.page_tables.options import COMMANDS, options  # noqa: E402
+
+PAGES = ("README.md", "benchmarks/README.md", "examples/*/README.md", "docs/*.md")
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.S)
+TABLES: dict[str, Callable[[], str]] = {
+    "models": models.models,
+    "memory": models.memory,
+    "targets": models.targets,
+    "speed": speed.speed,
+    "speed-cpu": speed.speed_cpu,
+    "published-speed": speed.published_speed,
+    "published-ttft": speed.published_ttft,
+    "published-accuracy": speed.published_accuracy,
+    "accuracy": accuracy.accuracy,
+    "accuracy-baselines": accuracy.accuracy_baselines,
+    "accuracy-processors": accuracy.accuracy_processors,
+    "ablation-kl": accuracy.ablation_kl,
+    "ablation-error": accuracy.ablation_error,
+    "tiny-vila": accuracy.tiny_vila,
+    "module-precision": accuracy.module_precision,
+    "quantize-cost": builds.quantize_cost,
+    "tensorrt-graphs": builds.tensorrt_graphs,
+    "tensorrt-engines": builds.tensorrt_engines,
+    **{f"options-{name}": partial(options, name) for name in COMMANDS},
+}
+
+
+def pages() -> list[Path]:
+    """Return the pages that may have tables."""
+    return sorted(path for pattern in PAGES for path in REPOSITORY.glob(pattern))
+
+
+def rendered(text: str) -> str:
+    """Return a page with every marked table written anew.
+
+    Raises:
+        KeyError: a marker names no table.
+    """
+    return MARKED.sub(lambda m: m[1] + TABLES[m["name"]]() + m[4], text)
+
+
+def stale() -> list[Path]:
+    """Return the pages that are not as `main` would write them."""
+    texts = {path: path.read_text("utf-8") for path in pages()}
+    return [path for path, text in texts.items() if rendered(text) != text]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if stale")
+    if parser.parse_args().check:
+        names = ", ".join(str(path.relative_to(REPOSITORY)) for path in stale())
+        sys.exit(f"stale: {names}; run python benchmarks/tables.py" if names else 0)
+    for path in pages():
+        text = path.read_text("utf-8")
+        path.write_text(rendered(text), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
