@@ -58,6 +58,7 @@ def tensorrt_engines() -> str:
     for row in sorted(results("tensorrt-engines"), key=_weights):
         plans = row["plan_bytes"]
         sizes = [f"{plans[part] / 1e9:.2f} GB" if part in plans else "left ²" for part in PARTS]
+        own, resident = row["peak_own_bytes"], row["peak_resident_bytes"]
         beside, left = " ¹" if "beside" in row else "", " ³" if "left" in row else ""
         rows.append(
             [
@@ -65,7 +66,7 @@ def tensorrt_engines() -> str:
                 row["target"],
                 f"{row['seconds']:.0f} s{beside}",
                 f"{row['cpu_seconds']:.0f} s",
-                f"{row['peak_own_bytes'] / 1e9:.1f} GB ({row['peak_resident_bytes'] / 1e9:.1f}){left}",
+                f"{own / 1e9:.1f} GB ({resident / 1e9:.1f}){left}",
                 *sizes,
                 f"{row['plan_over_weights']:.3f}",
             ]
