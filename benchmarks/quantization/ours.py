@@ -25,10 +25,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vila_deploy.checkpoint.fields import Fields
-from vila_deploy.checkpoint.llm_config import LlmConfig, load_llm_config
+from vila_deploy.checkpoint.llm_config import (
+    EMBEDDING,
+    LINEARS,
+    NORMS,
+    LlmConfig,
+    layer_prefix,
+    load_llm_config,
+)
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.model.hidden_states import Sequences
-from vila_deploy.model.llm import LINEARS, NORMS, dense_weight, load_decoder_layer
+from vila_deploy.model.llm import dense_weight, load_decoder_layer
 from vila_deploy.model.streams import Streams
 from vila_deploy.quantize.algorithms import awq, awq_gptq
 
@@ -56,7 +63,7 @@ def quantize(
     streams = Streams.of(config, embeds, Path(tempfile.gettempdir()))
     found = dict(weights.tensors)
     for index in range(config.num_layers):
-        where = f"model.layers.{index}"
+        where = layer_prefix(index)
         layer = load_decoder_layer(config, weights, index)
         for parameter in layer.parameters():
             parameter.data = parameter.data.clone()
@@ -91,7 +98,7 @@ def main() -> None:
     weights, scheme = Weights(args.scratch), QuantScheme(GROUP_SIZE, args.symmetric)
     tokens = load_file(args.scratch / "tokens.safetensors")["calibration"]
     start = time.process_time()
-    embeds = list(weights.tensors["model.embed_tokens.weight"][tokens])
+    embeds = list(weights.tensors[EMBEDDING][tokens])
     found = quantize(args.algorithm, config, weights, embeds, scheme)
     facts = {
         "candidate": f"vila-deploy-{args.algorithm}-{'sym' if args.symmetric else 'asym'}",

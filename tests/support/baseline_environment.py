@@ -14,11 +14,10 @@ from torch import Tensor
 from benchmarks.quantization.smollm2_file import smollm2_gguf
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
-from vila_deploy.checkpoint.tensor_schema import EMBEDDING, HEAD, decoder_linears
+from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD, NORMS
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.formats.rtn import round_to_nearest, to_float16
 from vila_deploy.formats.scheme import QuantScheme
-from vila_deploy.model.llm import NORMS
 from vila_deploy.writers.outputs import Outputs
 
 MODELS = ("tiny", "tiny Qwen2", "SmolLM2")
@@ -55,7 +54,7 @@ def round_checkpoint(root: Path, out: Path, formats: list[str], scheme: QuantSch
     for name in names:
         outputs.add(name, to_float16(reader.tensor(name), name))
     for index in range(llm.num_layers):
-        for name in decoder_linears(llm):
+        for name in llm.linears:
             full = f"model.layers.{index}.{name}"
             weight = reader.tensor(f"{full}.weight").float()
             bias = reader.tensor(f"{full}.bias") if f"{full}.bias" in reader else None
@@ -69,7 +68,7 @@ def linears(checkpoint: Checkpoint) -> dict[str, QuantizedLinear]:
     llm = checkpoint.config.llm
     found = {}
     for index in range(llm.num_layers):
-        for name in decoder_linears(llm):
+        for name in llm.linears:
             linear = checkpoint.llm.linear(f"model.layers.{index}.{name}")
             assert isinstance(linear, QuantizedLinear)
             found[f"model.layers.{index}.{name}"] = linear

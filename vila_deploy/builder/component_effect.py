@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from vila_deploy.backends.tensorrt import files, graphs
 from vila_deploy.backends.tensorrt.build import dialect_of
 from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD
 from vila_deploy.data.embed import TokenSequence, length_limit
 from vila_deploy.data.examples import load_held_out
 from vila_deploy.engine.build_request import BuildRequest
@@ -131,7 +132,7 @@ class _Measured:
             stored = store_llm(config, llm, max_seq_len, file, self._emitter, advance, FP16)
             heads = {PLAIN: stored.head}
             if module_precision.lm_head != FP16:
-                weight = llm.tensor("lm_head.weight")
+                weight = llm.tensor(HEAD)
                 heads[AS_ASKED] = self._emitter.store_head(file, weight, module_precision.lm_head)
         trunk = build_llm_graph(
             config, stored, self._emitter, tokens=None, logits=False, states=True
@@ -189,7 +190,7 @@ class _Measured:
         return states
 
     def _embeds(self, sequence: TokenSequence, features: Mapping[str, Floats]) -> Floats:
-        table = self._checkpoint.llm.tensor("model.embed_tokens.weight")
+        table = self._checkpoint.llm.tensor(EMBEDDING)
 
         def embed_tokens(ids: Sequence[int]) -> Floats:
             rows: Floats = table[torch.tensor(list(ids), dtype=torch.int64)].float().numpy()

@@ -11,7 +11,6 @@ from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.tensor_schema import (
     TensorSpec,
-    decoder_linears,
     projector_tensor_specs,
     tower_tensor_specs,
 )
@@ -145,7 +144,7 @@ def _stages(
     device_bytes: int,
 ) -> tuple[PlanStep, ...]:
     """What is done where, and the memory that it takes there; estimates."""
-    layer = sum(map(math.prod, decoder_linears(config.llm).values())) * 4
+    layer = sum(map(math.prod, config.llm.linears.values())) * 4
     head = config.llm.vocab_size * config.llm.hidden_size * 6
     graphs = PlanStep("build graphs on this computer", (600 << 20) + max(2 * layer, head))
     run = PlanStep(f"run on {target.title}", device_bytes)
@@ -169,7 +168,7 @@ def _weights(
     config: VilaConfig, precision: str, storage: Storage, module_precision: ModulePrecision
 ) -> Iterable[MemoryItem]:
     llm = config.llm
-    linears = llm.num_layers * sum(map(math.prod, decoder_linears(llm).values()))
+    linears = llm.num_layers * sum(map(math.prod, llm.linears.values()))
     group = llm.quantization.group_size if llm.quantization else DEFAULT_GROUP_SIZE
     bits = (
         storage.dense_bits

@@ -11,17 +11,11 @@ from typing import TYPE_CHECKING
 from vila_deploy.checkpoint.checksums import ChecksumError, verify_checksums
 from vila_deploy.checkpoint.config import VilaConfig, config_of
 from vila_deploy.checkpoint.folder_layout import PARTS, Layout, find_layout, split_flat
-from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD, LlmConfig
 from vila_deploy.checkpoint.quantization import TRTLLM
 from vila_deploy.checkpoint.reader import TensorReader, find_tensors
 from vila_deploy.checkpoint.safetensors_header import TensorInfo
-from vila_deploy.checkpoint.tensor_schema import (
-    EMBEDDING,
-    HEAD,
-    check_llm,
-    check_projector,
-    check_tower,
-)
+from vila_deploy.checkpoint.tensor_schema import check_llm, check_projector, check_tower
 from vila_deploy.checkpoint.tinychat_file import VERSION as TINYCHAT
 from vila_deploy.checkpoint.tinychat_file import read_tinychat, tinychat_file
 from vila_deploy.utils.errors import VilaDeployError

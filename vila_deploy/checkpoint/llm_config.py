@@ -9,9 +9,23 @@ from vila_deploy.checkpoint.quantization import QuantizationConfig, load_quantiz
 from vila_deploy.checkpoint.variants import LLM_FAMILIES, LlmFamily
 from vila_deploy.utils.errors import short
 
+# Tensors outside the decoder layers.
+EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+# Modules of a decoder layer; each norm has one weight [hidden_size].
+NORMS = ("input_layernorm", "post_attention_layernorm")
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+LINEARS = (*QKV, "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def layer_prefix(index: int) -> str:
+    """Return what the names of decoder layer `index` begin with, e.g. `model.layers.3`."""
+    return f"model.layers.{index}"
+
 
 @dataclass(frozen=True)
 class LlmConfig:
+    """Shapes and constants of the language model, and how it is quantized."""
+
     family: LlmFamily
     hidden_size: int
     num_layers: int
@@ -27,6 +41,25 @@ class LlmConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     quantization: QuantizationConfig | None
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Name within a decoder layer → (out_features, in_features), in the order of LINEARS."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+        }
+
+    def has_bias(self, linear: str) -> bool:
+        """Return whether a linear of `linears` has a bias."""
+        return self.family.qkv_bias and linear in QKV
 
 
 def load_llm_config(fields: Fields, generation: Fields) -> LlmConfig:

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.checkpoint.llm_config import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    NORMS,
+    LlmConfig,
+    layer_prefix,
+)
 from vila_deploy.checkpoint.quantization import PACKED, QuantizationConfig
 from vila_deploy.checkpoint.safetensors_header import TensorInfo
 from vila_deploy.checkpoint.tinychat_file import VERSION as TINYCHAT
@@ -16,7 +23,6 @@ from vila_deploy.checkpoint.vision_config import VisionConfig
 from vila_deploy.utils.errors import VilaDeployError
 
 FLOATS = ("F16", "BF16", "F32")
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LEVELS_PER_WORD = 8  # 4-bit levels in an int32
 
 # What released checkpoints carry although nothing uses it; any other extra tensor is an error.
@@ -73,18 +79,18 @@ def llm_tensor_specs(config: LlmConfig) -> Iterator[TensorSpec]:
     yield TensorSpec(EMBEDDING, (config.vocab_size, config.hidden_size))
     if not config.tie_word_embeddings:
         yield TensorSpec(HEAD, (config.vocab_size, config.hidden_size))
-    yield TensorSpec("model.norm.weight", (config.hidden_size,))
-    linears = decoder_linears(config)
+    yield TensorSpec(FINAL_NORM, (config.hidden_size,))
+    linears = config.linears
     for index in range(config.num_layers):
-        prefix = f"model.layers.{index}"
-        for norm in ("input_layernorm", "post_attention_layernorm"):
+        prefix = layer_prefix(index)
+        for norm in NORMS:
             yield TensorSpec(f"{prefix}.{norm}.weight", (config.hidden_size,))
         for name, (rows, columns) in linears.items():
             if config.quantization is None:
                 yield TensorSpec(f"{prefix}.{name}.weight", (rows, columns))
             else:
                 yield from _expected_4bit(f"{prefix}.{name}", rows, columns, config.quantization)
-            if has_bias(config, name):
+            if config.has_bias(name):
                 yield TensorSpec(f"{prefix}.{name}.bias", (rows,))
 
 
@@ -124,27 +130,6 @@ def _packed(rows: int, columns: int, quantization: QuantizationConfig) -> Iterat
 
 # QuantizationConfig.version → the tensors of a linear, by what follows its name.
 _PARTS = {"gemm": _gemm, TINYCHAT: _tinychat, PACKED: _packed}
-
-
-def has_bias(config: LlmConfig, name: str) -> bool:
-    """Whether a linear of `decoder_linears` has a bias."""
-    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    return config.family.qkv_bias and name in qkv
-
-
-def decoder_linears(config: LlmConfig) -> dict[str, tuple[int, int]]:
-    """Name within a decoder layer → (out_features, in_features)."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
 
 
 def tower_tensor_specs(config: VilaConfig) -> Iterator[TensorSpec]:

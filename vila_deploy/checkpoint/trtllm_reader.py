@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from vila_deploy.checkpoint.fields import Fields
-from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, LlmConfig
 from vila_deploy.checkpoint.safetensors_header import TensorInfo, read_header
-from vila_deploy.checkpoint.tensor_schema import EMBEDDING, HEAD
 from vila_deploy.checkpoint.trtllm_sharding import (
     CONFIG,
     DTYPES,
@@ -31,7 +30,6 @@ from vila_deploy.utils.errors import VilaDeployError, short
 # Beside llm/, whose config.json would be in the way of TensorRT-LLM's own.
 FOLDER = "trtllm"
 AGAIN = "make the checkpoint again"
-FINAL_NORM = "model.norm.weight"
 
 
 class TrtllmCheckpoint:

@@ -15,7 +15,6 @@ import torch
 
 from vila_deploy import __version__
 from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.checkpoint.tensor_schema import decoder_linears
 from vila_deploy.formats import trtllm
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -165,7 +164,7 @@ def whole(count: int, multiple: int) -> int:
 
 def _shares(config: LlmConfig, parallel: Parallel) -> dict[str, tuple[int, int]]:
     """(out, in) of a rank's share of each linear, by TensorRT-LLM's name within a layer."""
-    sizes, tp = decoder_linears(config), parallel.tp
+    sizes, tp = config.linears, parallel.tp
     joined = sum(qkv_rows(config, parallel))
     shares = {trtllm.JOINED.name: (joined, config.hidden_size)}
     for name, place in trtllm.LINEARS.items():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.llm_config import EMBEDDING
 from vila_deploy.data.examples import Example, Picture
 from vila_deploy.model.vision import VisionEncoder
 from vila_deploy.processing.chat_template import (
@@ -150,7 +151,7 @@ class MultimodalEmbedder:
         Raises:
             VilaDeployError: the tokenizer doesn't belong to the model.
         """
-        table = checkpoint.llm.tensor("model.embed_tokens.weight")
+        table = checkpoint.llm.tensor(EMBEDDING)
 
         def embed_tokens(ids: Sequence[int]) -> Floats:
             if ids and max(ids) >= len(table):

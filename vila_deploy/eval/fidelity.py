@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.checkpoint.llm_config import FINAL_NORM
 from vila_deploy.data.embed import PICTURE_ID, MultimodalEmbedder, SampleTokenizer, TokenSequence
 from vila_deploy.data.examples import Example
 from vila_deploy.eval.metrics import Quality, TokenMetrics, compare_logits
@@ -161,7 +162,7 @@ class _Model:
     def rows(self, chosen: Tensor) -> Tensor:
         """Final hidden states [chosen positions, hidden], normed."""
         norm = LlamaRMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
-        weight = self._checkpoint.llm.tensor("model.norm.weight").float().to(self._device)
+        weight = self._checkpoint.llm.tensor(FINAL_NORM).float().to(self._device)
         norm.weight = nn.Parameter(weight, requires_grad=False)
         masks = chosen.to(self._device).split([len(part.hidden) for part in self.parts])
         return torch.cat([norm(p.hidden[mask]) for p, mask in zip(self.parts, masks, strict=True)])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.checkpoint.tensor_schema import decoder_linears
+from vila_deploy.checkpoint.llm_config import LlmConfig, layer_prefix
 from vila_deploy.utils.errors import VilaDeployError
 
 # What the engines' 4-bit kernels take as a block of input channels.
@@ -46,8 +45,8 @@ def check_scheme(scheme: QuantScheme, config: LlmConfig) -> None:
             f"group size {scheme.group_size} is not one of {', '.join(map(str, GROUP_SIZES))}",
             fix=choose,
         )
-    for name, (out_features, in_features) in decoder_linears(config).items():
-        where = f"model.layers.0.{name}"
+    for name, (out_features, in_features) in config.linears.items():
+        where = f"{layer_prefix(0)}.{name}"
         if in_features % scheme.group_size:
             raise VilaDeployError(
                 f"group size {scheme.group_size} does not divide its {in_features} input channels",
@@ -64,5 +63,5 @@ def check_scheme(scheme: QuantScheme, config: LlmConfig) -> None:
 
 def fitting_group_sizes(config: LlmConfig) -> list[int]:
     """The group sizes that divide the input channels of every quantized linear."""
-    widths = {in_features for _, in_features in decoder_linears(config).values()}
+    widths = {in_features for _, in_features in config.linears.values()}
     return [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]

@@ -12,21 +12,18 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.checkpoint.tensor_schema import has_bias
+from vila_deploy.checkpoint.llm_config import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    LINEARS,
+    NORMS,
+    LlmConfig,
+    layer_prefix,
+)
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.formats.base import QuantizedLinear
 
-LINEARS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-NORMS = ("input_layernorm", "post_attention_layernorm")
 # transformers' names for the families; norms and rotary embedding are the same in all of them.
 FAMILIES = {"llama": (LlamaConfig, LlamaDecoderLayer), "qwen2": (Qwen2Config, Qwen2DecoderLayer)}
 
@@ -62,12 +59,12 @@ def load_decoder_layer(
     """Decoder layer `index` with its weights alone in memory."""
     with torch.device("meta"):
         layer = FAMILIES[config.family.name][1](transformers_config(config), index)
-    prefix = f"model.layers.{index}."
+    prefix = f"{layer_prefix(index)}."
     state = {f"{n}.weight": dense_weight(weights, prefix + n, dtype) for n in LINEARS}
     state |= {
         f"{n}.bias": weights.tensor(f"{prefix}{n}.bias").to(dtype)
         for n in LINEARS
-        if has_bias(config, n)
+        if config.has_bias(n)
     }
     state |= {f"{n}.weight": weights.tensor(f"{prefix}{n}.weight").to(dtype) for n in NORMS}
     layer.load_state_dict(state, strict=True, assign=True)
@@ -118,16 +115,14 @@ class LanguageModel(nn.Module):
     ):
         super().__init__()
         self.config = config
-        self.embed_tokens = weights.tensor("model.embed_tokens.weight").to(dtype)
+        self.embed_tokens = weights.tensor(EMBEDDING).to(dtype)
         self.layers = nn.ModuleList(
             load_decoder_layer(config, weights, i, dtype) for i in range(config.num_layers)
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.norm.weight = nn.Parameter(
-            weights.tensor("model.norm.weight").to(dtype), requires_grad=False
-        )
+        self.norm.weight = nn.Parameter(weights.tensor(FINAL_NORM).to(dtype), requires_grad=False)
         tied = config.tie_word_embeddings
-        self.lm_head = self.embed_tokens if tied else weights.tensor("lm_head.weight").to(dtype)
+        self.lm_head = self.embed_tokens if tied else weights.tensor(HEAD).to(dtype)
 
     @torch.inference_mode()
     def forward(self, embeds: Tensor, cache: object | None = None, position: int = 0) -> Tensor:

@@ -12,7 +12,6 @@ from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.tensor_schema import (
     TensorSpec,
-    decoder_linears,
     llm_tensor_specs,
     projector_tensor_specs,
     tower_tensor_specs,
@@ -32,7 +31,7 @@ class RandomWeights:
 
     def __init__(self, expected: Iterable[TensorSpec], llm: LlmConfig | None = None, seed: int = 0):
         self._shapes = {tensor.name: tensor.shape for tensor in expected}
-        self._linears = decoder_linears(llm) if llm else {}
+        self._linears = llm.linears if llm else {}
         self._group_size = llm.quantization.group_size if llm and llm.quantization else None
         self._generator = torch.Generator().manual_seed(seed)
         self._normal = torch.randn(BLOCK, generator=self._generator)

@@ -10,8 +10,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.checkpoint.tensor_schema import has_bias
+from vila_deploy.checkpoint.llm_config import FINAL_NORM, HEAD, LlmConfig, layer_prefix
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.formats.module_dtypes import FP16
 from vila_deploy.onnx_export.arrays import float32
@@ -67,10 +66,10 @@ def store_llm(
     """Writes all weights but the embedding table, one decoder layer in memory at a time."""
     layers = []
     for index in range(config.num_layers):
-        layers.append(_store_layer(config, weights, f"model.layers.{index}", file, dialect))
+        layers.append(_store_layer(config, weights, layer_prefix(index), file, dialect))
         advance(f"decoder layer {index}")
-    norm = file.append(float32(weights.tensor("model.norm.weight")))
-    head = dialect.store_head(file, weights.tensor("lm_head.weight"), head_dtype)
+    norm = file.append(float32(weights.tensor(FINAL_NORM)))
+    head = dialect.store_head(file, weights.tensor(HEAD), head_dtype)
     advance("lm_head")
     cos, sin = (file.append(float32(table)) for table in rotary_tables(config, max_seq_len))
     return StoredLlm(tuple(layers), norm, head, cos, sin)
@@ -85,7 +84,7 @@ def _store_layer(
     def linear(block: str, *names: str) -> StoredLinear:
         parts = [weights.linear(f"{prefix}.{block}.{name}") for name in names]
         bias = None
-        if config.quantization is None and has_bias(config, f"{block}.{names[0]}"):
+        if config.quantization is None and config.has_bias(f"{block}.{names[0]}"):
             bias = torch.cat([weights.tensor(f"{prefix}.{block}.{name}.bias") for name in names])
         return dialect.store_linear(file, f"{prefix}.{block}.{'+'.join(names)}", parts, bias)
 

@@ -14,20 +14,11 @@ import torch
 
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import with_template
-from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.checkpoint.tensor_schema import EMBEDDING
+from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, LlmConfig, layer_prefix
 from vila_deploy.data.examples import data_warnings, load_examples, load_held_out
 from vila_deploy.eval.fidelity import evaluate, evaluation_data
 from vila_deploy.formats.rtn import to_float16
-from vila_deploy.quantize.algorithms.base import (
-    Awq,
-    AwqGptq,
-    LayerEntry,
-    Method,
-    OnStep,
-    Rtn,
-    layer_name,
-)
+from vila_deploy.quantize.algorithms.base import Awq, AwqGptq, LayerEntry, Method, OnStep, Rtn
 from vila_deploy.quantize.calibrate import Calibration, calibrate
 from vila_deploy.quantize.estimate.plan import QuantizePlan, plan, scratch_bytes
 from vila_deploy.quantize.model_card import model_card
@@ -184,9 +175,9 @@ class _Space:
 
 
 def _write_unquantized(checkpoint: Checkpoint, outputs: Outputs) -> None:
-    names = ["model.embed_tokens.weight", "model.norm.weight"]
+    names = [EMBEDDING, FINAL_NORM]
     if not checkpoint.config.llm.tie_word_embeddings:
-        names.append("lm_head.weight")
+        names.append(HEAD)
     for name in names:
         outputs.add(name, to_float16(checkpoint.llm.tensor(name), name))
 
@@ -212,7 +203,7 @@ def _write_layers(
                     method.skip(index, layer.tensors)
             else:
                 start = time.monotonic()
-                method.checkpoint.digests((f"{layer_name(index)}.",))
+                method.checkpoint.digests((f"{layer_prefix(index)}.",))
                 result = method.quantize(index, step(index, 1))
                 layer = FinishedLayer(*result, time.monotonic() - start)
                 del result

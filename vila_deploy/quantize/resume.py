@@ -25,10 +25,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.checkpoint.tensor_schema import EMBEDDING
+from vila_deploy.checkpoint.llm_config import EMBEDDING, layer_prefix
 from vila_deploy.formats import awq
 from vila_deploy.formats.base import QuantizedLinear
-from vila_deploy.quantize.algorithms.base import layer_name
 from vila_deploy.quantize.estimate.plan import work_path
 from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.report import versions
@@ -207,7 +206,7 @@ def _layer_files(path: Path) -> list[Path]:
 
 def _made_from(index: int) -> tuple[str, ...]:
     """How the names of the tensors begin that a layer depends on."""
-    return (EMBEDDING, *(f"{layer_name(layer)}." for layer in range(index + 1)))
+    return (EMBEDDING, *(f"{layer_prefix(layer)}." for layer in range(index + 1)))
 
 
 def _state_of(checkpoint: Checkpoint, options: Options, device: torch.device) -> State:

@@ -9,11 +9,10 @@ from pathlib import Path
 from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
-from vila_deploy.checkpoint.tensor_schema import EMBEDDING, HEAD, decoder_linears
+from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, NORMS, layer_prefix
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.formats.rtn import to_float16
 from vila_deploy.formats.scheme import QuantScheme
-from vila_deploy.model.llm import NORMS
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import new_folder
 from vila_deploy.utils.progress import progress
@@ -52,17 +51,17 @@ def convert(root: Path, out: Path, formats: Sequence[str]) -> None:
 def _contents(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
     """Everything in llm/ under its name, one linear in memory at a time; floats as float16."""
     llm, reader = checkpoint.config.llm, checkpoint.llm
-    names = [EMBEDDING, "model.norm.weight"] + ([] if llm.tie_word_embeddings else [HEAD])
+    names = [EMBEDDING, FINAL_NORM] + ([] if llm.tie_word_embeddings else [HEAD])
     with progress(llm.num_layers + 1, "converting") as advance:
         for name in names:
             yield name, to_float16(reader.tensor(name), name)
         advance("embeddings")
         for index in range(llm.num_layers):
-            prefix = f"model.layers.{index}"
+            prefix = layer_prefix(index)
             for norm in NORMS:
                 name = f"{prefix}.{norm}.weight"
                 yield name, to_float16(reader.tensor(name), name)
-            for linear_name in decoder_linears(llm):
+            for linear_name in llm.linears:
                 linear = reader.linear(f"{prefix}.{linear_name}")
                 assert isinstance(linear, QuantizedLinear)
                 yield f"{prefix}.{linear_name}", linear

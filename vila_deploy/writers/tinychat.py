@@ -11,7 +11,7 @@ from torch import Tensor
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.folder_layout import llm_config_values
-from vila_deploy.checkpoint.tensor_schema import EMBEDDING, HEAD, decoder_linears
+from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD, layer_prefix
 from vila_deploy.checkpoint.tinychat_file import SUFFIX
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.formats.tinychat import check_sizes, pack
@@ -34,11 +34,11 @@ def check(config: VilaConfig, scheme: QuantScheme) -> None:
     Raises:
         VilaDeployError: names the first linear that doesn't fit.
     """
-    for name, (out_features, in_features) in decoder_linears(config.llm).items():
+    for name, (out_features, in_features) in config.llm.linears.items():
         try:
             check_sizes(out_features, in_features, scheme.group_size)
         except VilaDeployError as error:
-            where = f"model.layers.0.{name}"
+            where = f"{layer_prefix(0)}.{name}"
             raise VilaDeployError(error.what, where=where, fix=error.fix) from error
 
 

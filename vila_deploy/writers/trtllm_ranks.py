@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.checkpoint.tensor_schema import decoder_linears, has_bias
+from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, LlmConfig, layer_prefix
 from vila_deploy.checkpoint.trtllm_sharding import (
     CONFIG,
     DTYPES,
@@ -109,13 +108,13 @@ class CheckpointWriter:
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """The embeddings, the head or a norm, in float16."""
         last = self._parallel.pp - 1
-        if name == "model.embed_tokens.weight":
+        if name == EMBEDDING:
             self._put_rows(0, f"{trtllm.EMBEDDING.name}.weight", tensor)
             if self._config.tie_word_embeddings:
                 self._put_rows(last, f"{trtllm.HEAD.name}.weight", tensor)
-        elif name == "lm_head.weight":
+        elif name == HEAD:
             self._put_rows(last, f"{trtllm.HEAD.name}.weight", tensor)
-        elif name == "model.norm.weight":
+        elif name == FINAL_NORM:
             self._put(last, f"{trtllm.FINAL_NORM.name}.weight", [tensor] * self._parallel.tp)
         else:
             stage, prefix, norm = self._layer(name.removesuffix(".weight"))
@@ -138,7 +137,7 @@ class CheckpointWriter:
                 self._add_qkv(stage, target, self._qkv.pop(target))
             return
         place, tp = trtllm.LINEARS[name], self._parallel.tp
-        size = decoder_linears(self._config)[name][0 if place.split == "rows" else 1]
+        size = self._config.linears[name][0 if place.split == "rows" else 1]
         cut = trtllm.rows_of if place.split == "rows" else trtllm.columns_of
         shares = [cut(linear, size * t // tp, size * (t + 1) // tp) for t in range(tp)]
         self._put_linear(stage, f"{target}.{place.name}", shares)
@@ -222,19 +221,19 @@ def write_trtllm(
     steps = config.num_layers + 1
     writer = CheckpointWriter(config, folder, group_size, parallel)
     with writer, progress(steps, "writing the TensorRT-LLM checkpoint") as advance:
-        for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
-            if name != "lm_head.weight" or not config.tie_word_embeddings:
+        for name in (EMBEDDING, FINAL_NORM, HEAD):
+            if name != HEAD or not config.tie_word_embeddings:
                 writer.add_tensor(name, half(name))
         advance("embeddings")
         for index in range(config.num_layers):
-            prefix = f"model.layers.{index}"
+            prefix = layer_prefix(index)
             for norm in trtllm.NORMS:
                 writer.add_tensor(f"{prefix}.{norm}.weight", half(f"{prefix}.{norm}.weight"))
-            for name in decoder_linears(config):
+            for name in config.linears:
                 full = f"{prefix}.{name}"
                 found = source.linear(full)
                 if isinstance(found, Tensor):
-                    bias = half(f"{full}.bias") if has_bias(config, name) else None
+                    bias = half(f"{full}.bias") if config.has_bias(name) else None
                     writer.add_linear(full, Dense(to_float16(found, full), bias))
                 else:
                     writer.add_linear(full, found)

@@ -11,7 +11,6 @@ import torch
 from tests.support.tiny import make_checkpoint
 from vila_deploy.builder.build import BuildOptions, build_engine
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.checkpoint.tensor_schema import decoder_linears
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.pipeline import quantize
@@ -34,7 +33,7 @@ def made(request, tmp_path_factory):
 def assert_same(first: Path, second: Path) -> None:
     one, two = open_checkpoint(first), open_checkpoint(second)
     for index in range(one.config.llm.num_layers):
-        for name in decoder_linears(one.config.llm):
+        for name in one.config.llm.linears:
             left, right = (c.llm.linear(f"model.layers.{index}.{name}") for c in (one, two))
             for field in ("q", "scale", "zero"):
                 assert torch.equal(getattr(left, field), getattr(right, field)), (name, field)

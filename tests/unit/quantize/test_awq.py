@@ -14,9 +14,10 @@ import torch
 
 from tests.support.awq_case import CASES, llm_config, random_layer, sequences_of
 from tests.support.paths import GOLDEN
+from vila_deploy.checkpoint.llm_config import LINEARS
 from vila_deploy.formats.rtn import fake_quantize
 from vila_deploy.formats.scheme import QuantScheme
-from vila_deploy.model.llm import LINEARS, run_layer
+from vila_deploy.model.llm import run_layer
 from vila_deploy.quantize.algorithms.awq import quantize_layer, ratios, steps_per_layer
 from vila_deploy.quantize.algorithms.awq_clip import apply_clip, search_clip
 from vila_deploy.quantize.algorithms.awq_scales import fold_scales, weight_of

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from tests.support.awq_case import CASES, llm_config, random_layer, sequences_of
+from vila_deploy.checkpoint.llm_config import LINEARS, NORMS
 from vila_deploy.formats.base import MAX_LEVEL
 from vila_deploy.formats.rtn import fake_quantize
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.model import streams
-from vila_deploy.model.llm import LINEARS, NORMS, run_layer
+from vila_deploy.model.llm import run_layer
 from vila_deploy.model.streams import Streams
 from vila_deploy.quantize.algorithms import awq, awq_gptq, gptq, learned_scales
 from vila_deploy.quantize.algorithms.awq_gptq import STEPS_PER_LAYER, quantize_layer

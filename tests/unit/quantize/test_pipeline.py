@@ -17,10 +17,10 @@ from tests.support.tiny import make_checkpoint
 from vila_deploy import checkpoint as checkpoints
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.config import load_config
+from vila_deploy.checkpoint.llm_config import LINEARS
 from vila_deploy.checkpoint.reader import TensorReader
 from vila_deploy.formats.rtn import round_to_nearest
 from vila_deploy.formats.scheme import QuantScheme
-from vila_deploy.model.llm import LINEARS
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.quantize import pipeline
 from vila_deploy.quantize.algorithms import base

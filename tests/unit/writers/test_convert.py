@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.checkpoint.tensor_schema import decoder_linears
 from vila_deploy.checkpoint.tinychat_file import group_size
 from vila_deploy.cli.convert import main
 from vila_deploy.formats.base import QuantizedLinear
@@ -35,7 +34,7 @@ def assert_same_llm(first: Path, second: Path) -> None:
     one, two = open_checkpoint(first), open_checkpoint(second)
     assert one.config.llm.quantization is not None
     for index in range(one.config.llm.num_layers):
-        for name in decoder_linears(one.config.llm):
+        for name in one.config.llm.linears:
             full = f"model.layers.{index}.{name}"
             left, right = one.llm.linear(full), two.llm.linear(full)
             assert isinstance(left, QuantizedLinear)

@@ -16,7 +16,6 @@ from transformers import Qwen2Config, SiglipVisionConfig, SiglipVisionModel
 
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
-from vila_deploy.checkpoint.tensor_schema import decoder_linears
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.writers.convert import convert
@@ -96,7 +95,7 @@ def weights(root: Path) -> dict[str, Tensor]:
 
 def assert_same(one: Checkpoint, two: Checkpoint) -> None:
     for index in range(one.config.llm.num_layers):
-        for name in decoder_linears(one.config.llm):
+        for name in one.config.llm.linears:
             left, right = (c.llm.linear(f"model.layers.{index}.{name}") for c in (one, two))
             assert isinstance(left, QuantizedLinear)
             assert isinstance(right, QuantizedLinear)

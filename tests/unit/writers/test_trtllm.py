@@ -14,7 +14,6 @@ from torch import Tensor
 from tests.support.trtllm_cases import llm_config
 from tests.support.trtllm_reference import logits, unpacked
 from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.checkpoint.tensor_schema import decoder_linears, has_bias
 from vila_deploy.checkpoint.trtllm_reader import TrtllmCheckpoint
 from vila_deploy.checkpoint.trtllm_sharding import Parallel
 from vila_deploy.formats import trtllm as linears
@@ -41,14 +40,14 @@ class Weights:
         if name.endswith("norm.weight"):
             return (1 + 0.1 * torch.randn(hidden, generator=generator)).half()
         if name.endswith(".bias"):
-            rows, _ = decoder_linears(self.config)[name.split(".", 3)[3].removesuffix(".bias")]
+            rows, _ = self.config.linears[name.split(".", 3)[3].removesuffix(".bias")]
             return torch.randn(rows, generator=generator).half()
         size = (self.config.vocab_size, hidden)
         return (torch.randn(size, generator=generator) / hidden**0.5).half()
 
     def linear(self, prefix: str) -> Tensor | QuantizedLinear:
         name = prefix.split(".", 3)[3]
-        rows, columns = decoder_linears(self.config)[name]
+        rows, columns = self.config.linears[name]
         generator = self.generator(prefix)
         if self.config.quantization is None:
             return (torch.randn(rows, columns, generator=generator) / columns**0.5).half()
@@ -56,7 +55,7 @@ class Weights:
         q = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
         scale = (0.1 + torch.rand(rows, groups, generator=generator)) / 3 / columns**0.5
         zero = torch.full((rows, groups), 8 if self.zero is None else self.zero, dtype=torch.uint8)
-        bias = self.tensor(f"{prefix}.bias") if has_bias(self.config, name) else None
+        bias = self.tensor(f"{prefix}.bias") if self.config.has_bias(name) else None
         prequant = None
         if self.prequant:  # one for q, k and v
             key = "qkv" if name in linears.QKV else name
@@ -95,10 +94,10 @@ def test_written_and_read_bit_for_bit(tmp_path, family, group_size, ways):
     back = TrtllmCheckpoint(folder, config)
     names = ["model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"]
     for index in range(config.num_layers):
-        for name in decoder_linears(config):
+        for name in config.linears:
             full = f"model.layers.{index}.{name}"
             assert_same(weights.linear(full), back.linear(full))
-            names += [f"{full}.bias"] if has_bias(config, name) else []
+            names += [f"{full}.bias"] if config.has_bias(name) else []
         names += [f"model.layers.{index}.{norm}.weight" for norm in linears.NORMS]
     for name in names:
         assert_same(weights.tensor(name), back.tensor(name))

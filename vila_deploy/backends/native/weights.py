@@ -10,8 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.checkpoint.tensor_schema import has_bias
+from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, LlmConfig, layer_prefix
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.formats.module_dtypes import FP16, INT8, head_group_size
@@ -86,7 +85,7 @@ class PackedLlm:
 
 def pack_layer(config: LlmConfig, weights: WeightSource, index: int) -> Layer:
     """Decoder layer `index`, repacked from the checkpoint's own form."""
-    prefix = f"model.layers.{index}"
+    prefix = layer_prefix(index)
 
     def linear(block: str, *names: str) -> PackedLinear:
         return pack_joined([weights.linear(f"{prefix}.{block}.{name}") for name in names], prefix)
@@ -95,7 +94,7 @@ def pack_layer(config: LlmConfig, weights: WeightSource, index: int) -> Layer:
         return Norm.of(weights.tensor(f"{prefix}.{name}.weight"))
 
     bias = None
-    if has_bias(config, "self_attn.q_proj"):
+    if config.has_bias("self_attn.q_proj"):
         names = (f"{prefix}.self_attn.{name}_proj.bias" for name in "qkv")
         bias = torch.cat([weights.tensor(name).float() for name in names])
     return Layer(
@@ -139,7 +138,7 @@ def pack_head(weight: Tensor, dtype: str) -> PackedLinear:
         group_size = head_group_size(weight.shape[1])
 
         def pack(rows: Tensor) -> PackedLinear:
-            return pack_int4(round_int4(rows, group_size, "lm_head.weight"))
+            return pack_int4(round_int4(rows, group_size, HEAD))
 
     return join_rows([pack(rows) for rows in weight.split(HEAD_ROWS)])
 
@@ -170,11 +169,11 @@ def pack_parts(
     for index in range(config.num_layers):
         yield pack_layer(config, weights, index)
         advance(f"decoder layer {index}")
-    table = weights.tensor("model.embed_tokens.weight").half()
+    table = weights.tensor(EMBEDDING).half()
     tied = config.tie_word_embeddings
-    head = pack_head(table if tied else weights.tensor("lm_head.weight"), lm_head)
+    head = pack_head(table if tied else weights.tensor(HEAD), lm_head)
     cos, sin = rotary_tables(config, max_seq_len)
-    norm = Norm.of(weights.tensor("model.norm.weight"))
+    norm = Norm.of(weights.tensor(FINAL_NORM))
     yield PackedLlm((), norm, head, table, cos, sin)
     advance("lm_head")
 
@@ -212,7 +211,7 @@ def empty_llm(
         return Norm(torch.empty(hidden, device=device), 1.0)
 
     bias = None
-    if has_bias(config, "self_attn.q_proj"):
+    if config.has_bias("self_attn.q_proj"):
         bias = torch.empty(queries + 2 * keys, device=device)
     layers = tuple(
         Layer(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from vila_deploy.backends.onnxruntime import files
+from vila_deploy.checkpoint import llm_config
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.weight_source import WeightSource
@@ -85,7 +86,7 @@ def build(
             )
         _save_llm(folder / files.LLM, config.llm, stored)
 
-        table = float16(llm.tensor("model.embed_tokens.weight"), "model.embed_tokens.weight")
+        table = float16(llm.tensor(llm_config.EMBEDDING), llm_config.EMBEDDING)
         np.save(folder / files.EMBEDDING, table)
         advance("embedding table")
     return Built(stored.bytes_per_step, {name: version(name) for name in ("onnx", "onnxruntime")})

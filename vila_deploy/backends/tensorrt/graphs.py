@@ -9,6 +9,7 @@ import numpy as np
 from vila_deploy.backends.tensorrt import files
 from vila_deploy.backends.tensorrt.compile import Profile
 from vila_deploy.builder.memory_plan import PREFILL_TOKENS
+from vila_deploy.checkpoint import llm_config
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.manifest import Limits
@@ -90,7 +91,7 @@ def write_llm(
         stored = store_llm(config.llm, llm, max_seq_len, file, emitter, advance, head)
     graph = build_llm_graph(config.llm, stored, emitter, tokens=None, logits=True)
     graph.save(folder / files.LLM / files.GRAPH)
-    name = "model.embed_tokens.weight"
+    name = llm_config.EMBEDDING
     np.save(folder / files.EMBEDDING, float16(llm.tensor(name), name))
     advance("embedding table")
     return stored.bytes_per_step

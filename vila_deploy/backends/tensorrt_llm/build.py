@@ -26,6 +26,7 @@ from vila_deploy.backends.tensorrt_llm.releases import (
     release_for,
 )
 from vila_deploy.backends.tensorrt_llm.vision import compile_vision, write_vision
+from vila_deploy.checkpoint import llm_config
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.checkpoint.trtllm_sharding import Parallel, check_llm, rank_tensors
@@ -86,7 +87,7 @@ def build(
     release = release_for(request.target.compute_capability, request.target.name)
     with progress(config.vision_layers_used + 2, "writing the vision encoder") as advance:
         write_vision(folder, config, tower, projector, release, advance)
-        name = "model.embed_tokens.weight"
+        name = llm_config.EMBEDDING
         np.save(folder / files.EMBEDDING, float16(llm.tensor(name), name))
         advance("embedding table")
     (folder / files.CHECKPOINT).mkdir()

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.checkpoint.llm_config import LINEARS, NORMS, LlmConfig
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.formats.rtn import fake_quantize, round_to_nearest
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.model.hidden_states import Sequences, mean_square, mlp, watch_inputs
-from vila_deploy.model.llm import LINEARS, NORMS
 from vila_deploy.quantize.algorithms.awq_clip import SKIPPED, apply_clip, search_clip
 from vila_deploy.quantize.algorithms.awq_scales import (
     ATTENTION_GROUP,

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vila_deploy.checkpoint.llm_config import LINEARS, NORMS
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.formats.rtn import fake_quantize
 from vila_deploy.formats.scheme import QuantScheme
-from vila_deploy.model.llm import LINEARS, NORMS
 from vila_deploy.model.streams import Streams, after_attention, after_mlp, gated
 from vila_deploy.quantize.algorithms.awq_scales import (
     ATTENTION_GROUP,

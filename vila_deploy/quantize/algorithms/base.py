@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.checkpoint.tensor_schema import has_bias
+from vila_deploy.checkpoint.llm_config import LINEARS, NORMS, layer_prefix
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.formats.rtn import round_to_nearest, to_float16
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.model.hidden_states import Sequences
-from vila_deploy.model.llm import LINEARS, NORMS, dense_weight, load_decoder_layer
+from vila_deploy.model.llm import dense_weight, load_decoder_layer
 from vila_deploy.model.streams import Streams
 from vila_deploy.quantize.algorithms import awq, awq_gptq
 from vila_deploy.quantize.calibrate import Calibration
@@ -66,14 +66,14 @@ class Rtn(Method):
     steps_per_layer = len(LINEARS)
 
     def quantize(self, index: int, on_step: OnStep) -> tuple[LayerTensors, LayerEntry]:
-        llm, where = self.checkpoint.llm, layer_name(index)
+        llm, where = self.checkpoint.llm, layer_prefix(index)
         tensors = _norm_tensors(where, {n: llm.tensor(f"{where}.{n}.weight") for n in NORMS})
         errors = {}
         for name in LINEARS:
             on_step(f"rounding {name}")
             full = f"{where}.{name}"
             weight = dense_weight(llm, full, torch.float32).to(self.device)
-            bias = llm.tensor(f"{full}.bias") if has_bias(self.config, name) else None
+            bias = llm.tensor(f"{full}.bias") if self.config.has_bias(name) else None
             linear = round_to_nearest(weight, self.scheme, full, bias)
             power = float(weight.square().mean())
             lost = float((linear.dequantize() - weight).square().mean())
@@ -101,7 +101,7 @@ class Awq(Method):
         self.steps_per_layer = awq.steps_per_layer(self.config)
 
     def quantize(self, index: int, on_step: OnStep) -> tuple[LayerTensors, LayerEntry]:
-        where = layer_name(index)
+        where = layer_prefix(index)
         result = awq.quantize_layer(
             self.load(index),
             lambda name: self._original(f"{where}.{name}"),
@@ -136,7 +136,7 @@ class AwqGptq(Method):
         self._streams = Streams.of(self.config, calibration.embeds, scratch, device)
 
     def quantize(self, index: int, on_step: OnStep) -> tuple[LayerTensors, LayerEntry]:
-        where, layer = layer_name(index), self.load(index)
+        where, layer = layer_prefix(index), self.load(index)
         result = awq_gptq.quantize_layer(layer, self._streams, self.scheme, where, on_step)
         return _tensors(where, result.norms, result.linears), compensated_entry(index, result)
 
@@ -163,11 +163,6 @@ class _Finished:
 
     def linear(self, prefix: str) -> Tensor | QuantizedLinear:
         return self._tensors[prefix]
-
-
-def layer_name(index: int) -> str:
-    """Before the names of the tensors of a decoder layer."""
-    return f"model.layers.{index}"
 
 
 def _tensors(

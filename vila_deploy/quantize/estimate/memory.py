@@ -10,11 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.tensor_schema import (
-    decoder_linears,
-    projector_tensor_specs,
-    tower_tensor_specs,
-)
+from vila_deploy.checkpoint.tensor_schema import projector_tensor_specs, tower_tensor_specs
 from vila_deploy.utils.estimates import parameters
 from vila_deploy.utils.limits import (
     CHUNK_TOKENS,
@@ -63,7 +59,7 @@ class MemoryNeed:
 
     @property
     def _sizes(self) -> list[int]:
-        return [rows * columns for rows, columns in decoder_linears(self.config.llm).values()]
+        return [rows * columns for rows, columns in self.config.llm.linears.values()]
 
     def write_tables(self) -> int:
         """To check embedding and head for values out of range; float16 ones stay in their file."""

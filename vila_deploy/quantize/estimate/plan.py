@@ -10,12 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.tensor_schema import (
-    decoder_linears,
-    has_bias,
-    projector_tensor_specs,
-    tower_tensor_specs,
-)
+from vila_deploy.checkpoint.tensor_schema import projector_tensor_specs, tower_tensor_specs
 from vila_deploy.data.data_size import DataSize, data_size
 from vila_deploy.data.examples import load_examples, load_held_out
 from vila_deploy.formats.scheme import QuantScheme, check_scheme
@@ -133,7 +128,7 @@ def check_not_quantized(config: VilaConfig) -> None:
 def output_components(config: VilaConfig, scheme: QuantScheme) -> tuple[MemoryItem, ...]:
     """The parts of the quantized checkpoint."""
     llm = config.llm
-    linears = llm.num_layers * sum(map(math.prod, decoder_linears(llm).values()))
+    linears = llm.num_layers * sum(map(math.prod, llm.linears.values()))
     embedding = llm.vocab_size * llm.hidden_size
     norms = llm.hidden_size * (2 * llm.num_layers + 1)
     components = [
@@ -143,7 +138,7 @@ def output_components(config: VilaConfig, scheme: QuantScheme) -> tuple[MemoryIt
         _float16("vision tower", parameters(tower_tensor_specs(config))),
         _float16("projector", parameters(projector_tensor_specs(config))),
     ]
-    rows = {name: out for name, (out, _) in decoder_linears(llm).items() if has_bias(llm, name)}
+    rows = {name: out for name, (out, _) in llm.linears.items() if llm.has_bias(name)}
     if rows:
         components.insert(2, _float16("llm biases", llm.num_layers * sum(rows.values())))
     if not llm.tie_word_embeddings:

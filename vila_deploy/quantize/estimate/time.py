@@ -14,11 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.tensor_schema import (
-    decoder_linears,
-    projector_tensor_specs,
-    tower_tensor_specs,
-)
+from vila_deploy.checkpoint.tensor_schema import projector_tensor_specs, tower_tensor_specs
 from vila_deploy.utils.estimates import parameters
 from vila_deploy.utils.limits import MAX_TOKENS, ROWS_AT_A_TIME
 
@@ -74,7 +70,7 @@ class Effort:
 
 def probe(config: VilaConfig) -> Speed:
     """Times products at the widest shape of a decoder layer, passes and calls; about 0.3 s."""
-    width = max(columns for _, columns in decoder_linears(config.llm).values())
+    width = max(columns for _, columns in config.llm.linears.values())
     inputs, weight = torch.rand(PROBE_TOKENS, width), torch.rand(width, PROBE_COLUMNS)
     product = torch.empty(PROBE_TOKENS, PROBE_COLUMNS)
     numbers, result = torch.rand(PROBE_NUMBERS), torch.empty(PROBE_NUMBERS)
@@ -103,7 +99,7 @@ def _per_second(once: Callable[[], object]) -> float:
 
 def round_to_nearest(config: VilaConfig) -> Effort:
     """All decoder layers."""
-    weights = sum(rows * columns for rows, columns in decoder_linears(config.llm).values())
+    weights = sum(rows * columns for rows, columns in config.llm.linears.values())
     return Effort(bytes=4.0 * RTN_PASSES * weights) * config.llm.num_layers
 
 
@@ -119,7 +115,7 @@ def awq_gptq(config: VilaConfig, tokens: int, group_size: int) -> Effort:
     effort += Effort(flops=factors / 3)
     learned = LEARN_ROWS * (2 * hidden + heads + inner)
     effort += Effort(bytes=4.0 * LEARN_STEPS * LEARN_PASSES * learned)
-    for name, (rows, columns) in decoder_linears(llm).items():
+    for name, (rows, columns) in llm.linears.items():
         compensated = name in ("self_attn.o_proj", "mlp.down_proj")
         effort += _round(rows, columns, columns // group_size, compensated)
     return effort * (UNCOUNTED * llm.num_layers)
@@ -136,7 +132,7 @@ def _round(rows: int, columns: int, groups: int, compensated: bool) -> Effort:
 def awq(config: VilaConfig, tokens: int) -> Effort:
     """All decoder layers as llm-awq searches them."""
     effort = Effort()
-    for rows, columns in decoder_linears(config.llm).values():
+    for rows, columns in config.llm.linears.values():
         weight = rows * columns
         # Each ratio runs its block on all tokens; each clip is a product with a sample.
         effort += Effort(2.0 * (GRID + 4) * tokens * weight, 4.0 * 20 * GRID * weight)
@@ -162,12 +158,12 @@ def encode(config: VilaConfig, tiles: int) -> Effort:
 def _forward(config: VilaConfig, tokens: int) -> Effort:
     """All tokens through one decoder layer."""
     llm = config.llm
-    weights = sum(rows * columns for rows, columns in decoder_linears(llm).values())
+    weights = sum(rows * columns for rows, columns in llm.linears.values())
     scores = llm.num_heads * llm.head_dim * MAX_TOKENS
     passes = 12 * llm.hidden_size + 6 * llm.intermediate_size
     return Effort(2.0 * tokens * (weights + scores), 4.0 * tokens * passes)
 
 
 def _dequantize(config: VilaConfig) -> Effort:
-    weights = sum(rows * columns for rows, columns in decoder_linears(config.llm).values())
+    weights = sum(rows * columns for rows, columns in config.llm.linears.values())
     return Effort(bytes=4.0 * 6 * weights)
