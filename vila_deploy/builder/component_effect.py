@@ -27,8 +27,7 @@ from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.eval.fidelity import EvaluationData
 from vila_deploy.formats.module_dtypes import FP16, INT8
-from vila_deploy.onnx_export.dialects.base import Dialect
-from vila_deploy.onnx_export.dialects.onnxruntime import OnnxRuntimeDialect
+from vila_deploy.onnx_export.dialects.registry import DIALECTS
 from vila_deploy.onnx_export.graph_writer import WeightFile
 from vila_deploy.onnx_export.llm import build_head_graph, build_llm_graph, store_llm
 from vila_deploy.processing.images import preprocess
@@ -42,8 +41,6 @@ MAX_SEQUENCES = 16
 # Rows of logits in memory at a time.
 LOGIT_ROWS = 64
 AS_ASKED, PLAIN = "asked", "plain"
-# Dialects whose graphs this runs; a backend without graphs has none.
-DIALECTS: Mapping[str, type[Dialect]] = {"onnxruntime": OnnxRuntimeDialect, **graphs.DIALECTS}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from vila_deploy.backends.tensorrt.decoder import PREFILL_TOKENS
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.tensor_schema import (
@@ -24,8 +25,6 @@ DEFAULT_GROUP_SIZE = 128
 TENSORRT, PRIMITIVE = "tensorrt", "primitive"
 # Python with onnxruntime, and a CUDA context with its libraries.
 CPU_PROGRAM_BYTES, GPU_PROGRAM_BYTES = 200 << 20, 800 << 20
-# Tokens that go through the decoder at a time while the prompt is read.
-PREFILL_TOKENS = 256
 # TensorRT's compiler at its peak, in weights of the graph that it compiles: measured with
 # tensorrt-rtx 1.7 (1.14 GB for 0.50 GB, 3.6 for 1.51, 10.0 for 4.76, 14.5 for 7.07). What it maps
 # of the weights' file comes on top, and leaves again where memory is short. On the device, assumed

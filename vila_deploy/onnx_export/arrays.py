@@ -1,4 +1,4 @@
-"""Checkpoint tensors as the numpy arrays that graphs hold."""
+"""Convert tensors of a checkpoint to the numpy arrays that graphs hold."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FLOAT16_MAX = torch.finfo(torch.float16).max
 
 
 def float16(tensor: Tensor, name: str) -> NDArray[np.float16]:
-    """`tensor` in float16.
+    """Return `tensor` in float16.
 
     Raises:
         VilaDeployError: a value is too large for float16.
@@ -28,5 +28,5 @@ def float16(tensor: Tensor, name: str) -> NDArray[np.float16]:
 
 
 def float32(tensor: Tensor) -> NDArray[np.float32]:
-    """`tensor` in float32, exactly."""
+    """Return `tensor` in float32, exactly."""
     return tensor.to(torch.float32).numpy()

@@ -1,4 +1,4 @@
-"""ONNX graphs written node by node, their weights streamed to a file beside them."""
+"""Write ONNX graphs node by node and stream their weights to a file beside them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALIGNMENT_BYTES = 64
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in a WeightFile, and as what."""
+    """Position, type and shape of a tensor in a WeightFile."""
 
     file: str
     data_type: int
@@ -30,7 +30,7 @@ class StoredTensor:
 
 
 class WeightFile:
-    """A file that grows tensor by tensor, so that no two of them need be in memory."""
+    """A file of tensors, appended one by one so that only one at a time is in memory."""
 
     def __init__(self, path: Path):
         self._path, self._file, self._offset = path, path.open("xb"), 0
@@ -47,11 +47,11 @@ class WeightFile:
         self._file.close()
 
     def append(self, array: NDArray[Any]) -> StoredTensor:
-        """Writes `array` in C order at an aligned offset."""
+        """Write `array` in C order at an aligned offset."""
         return self._append(array, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
 
     def append_int4(self, packed: NDArray[np.uint8], shape: tuple[int, ...]) -> StoredTensor:
-        """Writes signed 4-bit values of `shape`, two to a byte, the first in the low half."""
+        """Write signed 4-bit values of `shape`, two to a byte, the first in the low half."""
         assert packed.size * 2 == np.prod(shape)
         return self._append(packed, onnx.TensorProto.INT4, shape)
 
@@ -74,30 +74,32 @@ class GraphWriter:
         self._scope = ""
 
     def scope(self, name: str) -> None:
-        """Names of nodes from here on begin with `name`."""
+        """Begin the names of the nodes that follow with `name`."""
         self._scope = f"{name}/"
 
     def input(self, name: str, dtype: type[np.generic], shape: list[int | str]) -> str:
+        """Declare an input of the graph; a name in `shape` stands for any size."""
         self._inputs.append(_value_info(name, dtype, shape))
         return name
 
     def output(self, name: str, dtype: type[np.generic], shape: list[int | str]) -> str:
+        """Declare an output of the graph; a node with that name as output must write it."""
         self._outputs.append(_value_info(name, dtype, shape))
         return name
 
     def constant(self, value: NDArray[Any], name: str | None = None) -> str:
-        """A small tensor inside the graph file; equal content becomes one initializer."""
+        """Return the name of a small tensor in the graph file; equal ones are one initializer."""
         name = name or f"{value.dtype}{list(value.shape)}:{value.tobytes().hex()}"
         if name not in self._initializers:
             self._initializers[name] = numpy_helper.from_array(value, name)
         return name
 
     def integers(self, *values: int) -> str:
-        """A constant int64 vector, such as a shape."""
+        """Return the name of a constant int64 vector, such as a shape."""
         return self.constant(np.array(values, np.int64))
 
     def weight(self, name: str, stored: StoredTensor) -> str:
-        """A tensor that lies in a WeightFile."""
+        """Return the name of a tensor that lies in a WeightFile."""
         tensor = onnx.TensorProto(name=name, data_type=stored.data_type, dims=stored.shape)
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (
@@ -112,14 +114,14 @@ class GraphWriter:
     def node(
         self, op: str, *inputs: str, output: str | None = None, domain: str = "", **attributes: Any
     ) -> str:
-        """Adds a node with one output, whose name it returns."""
+        """Add a node with one output and return its name."""
         name = output or f"{self._scope}{op}_{len(self._nodes)}"
         return self.nodes(op, *inputs, outputs=[name], domain=domain, **attributes)[0]
 
     def nodes(
         self, op: str, *inputs: str, outputs: list[str], domain: str = "", **attributes: Any
     ) -> list[str]:
-        """Adds a node with the named outputs; an empty name leaves one out."""
+        """Add a node with the named outputs; an empty name leaves one out."""
         name = f"{self._scope}{op}_{len(self._nodes)}"
         self._nodes.append(
             helper.make_node(op, inputs, outputs, name=name, domain=domain, **attributes)
@@ -127,11 +129,11 @@ class GraphWriter:
         return outputs
 
     def new_name(self, name: str) -> str:
-        """A value name that is not in use."""
+        """Return a value name that is not in use."""
         return f"{self._scope}{name}_{len(self._nodes)}"
 
     def save(self, path: Path) -> None:
-        """Writes the graph; its weights must lie beside it."""
+        """Write the graph to `path`; its weights must lie in the same folder."""
         graph = helper.make_graph(
             self._nodes, path.stem, self._inputs, self._outputs, list(self._initializers.values())
         )

@@ -1,4 +1,4 @@
-"""The decoder of the language model, written once; a dialect spells its building blocks."""
+"""Write the decoder of the language model; a dialect emits its building blocks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vila_deploy.utils.progress import Advance
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """A decoder layer in a WeightFile; linears that read the same input are one."""
+    """A decoder layer in a WeightFile; linears that read the same input are merged."""
 
     input_norm: StoredTensor
     qkv: StoredLinear
@@ -36,7 +36,7 @@ class StoredLayer:
 
 @dataclass(frozen=True)
 class StoredLlm:
-    """A whole decoder in a WeightFile; `cos` and `sin` are [max_seq_len, head_dim / 2]."""
+    """All decoder layers in a WeightFile; `cos` and `sin` are [max_seq_len, head_dim / 2]."""
 
     layers: tuple[StoredLayer, ...]
     norm: StoredTensor
@@ -46,7 +46,7 @@ class StoredLlm:
 
     @property
     def bytes_per_step(self) -> int:
-        """Bytes of weights that a decoding step reads."""
+        """Return the bytes of weights that a decoding step reads."""
         linears = [linear for layer in self.layers for linear in layer.linears()]
         norms = [n for x in self.layers for n in (x.input_norm, x.post_attention_norm)]
         return sum(linear.bytes_per_step for linear in [*linears, self.head]) + sum(
@@ -63,7 +63,7 @@ def store_llm(
     advance: Advance,
     head_dtype: str = FP16,
 ) -> StoredLlm:
-    """Writes all weights but the embedding table, one decoder layer in memory at a time."""
+    """Write all weights but the embedding table, one decoder layer in memory at a time."""
     layers = []
     for index in range(config.num_layers):
         layers.append(_store_layer(config, weights, layer_prefix(index), file, dialect))
@@ -82,11 +82,11 @@ def _store_layer(
         return file.append(float32(weights.tensor(f"{prefix}.{name}.weight")))
 
     def linear(block: str, *names: str) -> StoredLinear:
-        parts = [weights.linear(f"{prefix}.{block}.{name}") for name in names]
+        merged = [weights.linear(f"{prefix}.{block}.{name}") for name in names]
         bias = None
         if config.quantization is None and config.has_bias(f"{block}.{names[0]}"):
             bias = torch.cat([weights.tensor(f"{prefix}.{block}.{name}.bias") for name in names])
-        return dialect.store_linear(file, f"{prefix}.{block}.{'+'.join(names)}", parts, bias)
+        return dialect.store_linear(file, f"{prefix}.{block}.{'+'.join(names)}", merged, bias)
 
     return StoredLayer(
         input_norm=norm("input_layernorm"),
@@ -99,7 +99,7 @@ def _store_layer(
 
 
 def rotary_tables(config: LlmConfig, max_seq_len: int) -> Iterator[Tensor]:
-    """cos and sin [max_seq_len, head_dim / 2] in float32, computed as Llama was trained."""
+    """Yield cos and sin [max_seq_len, head_dim / 2] in float32, computed as Llama was trained."""
     exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
     angles = torch.arange(max_seq_len).float()[:, None] * (1.0 / config.rope_theta**exponents)
     yield angles.cos()
@@ -115,16 +115,16 @@ def build_llm_graph(
     logits: bool,
     states: bool = False,
 ) -> GraphWriter:
-    """The graph over weights that `store_llm` wrote.
+    """Return the graph over weights that `store_llm` wrote.
 
-    Inputs: inputs_embeds [batch, tokens, hidden] and what the dialect's cache takes. Outputs:
+    Inputs: inputs_embeds [batch, tokens, hidden] and the inputs of the dialect's cache. Outputs:
     logits [batch, vocab] of the last token, and the cache with these tokens added. The batch is 1
     in dialect `onnxruntime`.
 
     Args:
-        tokens: how many the graph takes at a time; None for any number.
+        tokens: number of tokens in a pass; None for any number.
         logits: False makes a graph that only fills the cache.
-        states: instead of logits, output what the head takes, [tokens, hidden]; for a batch of one.
+        states: output the input of the head, [tokens, hidden], not logits; for a batch of one.
     """
     graph, epsilon = GraphWriter(dialect.opset), config.rms_norm_eps
     batch, count, hidden = dialect.batch, tokens or "tokens", config.hidden_size
@@ -169,7 +169,10 @@ def build_llm_graph(
 
 
 def build_head_graph(config: LlmConfig, head: StoredLinear, dialect: Dialect) -> GraphWriter:
-    """states [rows, hidden] → logits [rows, vocab], float32; one row in dialect `onnxruntime`."""
+    """Return the graph of the output head alone.
+
+    states [rows, hidden] → logits [rows, vocab], float32; one row in dialect `onnxruntime`.
+    """
     graph, rows = GraphWriter(dialect.opset), 1 if dialect.batch == 1 else "rows"
     states = graph.input("states", np.float32, [rows, config.hidden_size])
     graph.output("logits", np.float32, [rows, config.vocab_size])

@@ -1,4 +1,4 @@
-"""Weights beside the decoder layers in 8 or 4 bits, rounded to nearest; nothing is calibrated."""
+"""Round output heads and vision towers to int8 or int4 (RTN, no calibration)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vila_deploy.formats.base import SYMMETRIC_ZERO, QuantizedLinear
 from vila_deploy.formats.module_dtypes import FP16, INT4, head_group_size
 from vila_deploy.utils.errors import VilaDeployError
 
-# Rows that are widened to float32 at a time.
+# Rows of a matrix that are float32 in memory at a time.
 ROWS = 4096
 LARGEST_INT8 = 127
 # Keeps the scale of a row or group of zeros above zero.
@@ -31,12 +31,12 @@ class Int8Linear:
         assert self.scale.shape == self.q.shape[:1]
 
     def dequantize(self) -> Tensor:
-        """The effective weight, float32 [out, in]."""
+        """Return the effective weight, float32 [out, in]."""
         return self.q.float() * self.scale.float()[:, None]
 
 
 def round_int8(weight: Tensor, name: str, largest: int = LARGEST_INT8) -> Int8Linear:
-    """`weight` [out, in] in int8: scale = max|w| / largest for each output.
+    """Round `weight` [out, in] to int8: scale = max|w| / largest for each output.
 
     Raises:
         VilaDeployError: a weight is so large that its scale is no float16.
@@ -51,7 +51,7 @@ def round_int8(weight: Tensor, name: str, largest: int = LARGEST_INT8) -> Int8Li
 
 
 def round_int4(weight: Tensor, group_size: int, name: str) -> QuantizedLinear:
-    """`weight` [out, in] in symmetric int4: scale = max|w| / 7 for each group of inputs.
+    """Round `weight` [out, in] to symmetric int4: scale = max|w| / 7 for each group of inputs.
 
     Raises:
         VilaDeployError: a weight is so large that its scale is no float16.
@@ -71,10 +71,10 @@ def round_int4(weight: Tensor, group_size: int, name: str) -> QuantizedLinear:
 def round_head(
     weight: Tensor, dtype: str, name: str, largest: int = LARGEST_INT8
 ) -> Tensor | Int8Linear | QuantizedLinear:
-    """The head's `weight` [vocabulary, hidden] as `dtype` says; itself for fp16.
+    """Round the head's `weight` [vocabulary, hidden] to `dtype`; fp16 returns it as it is.
 
     Args:
-        largest: of the int8 levels.
+        largest: largest int8 value.
     """
     if dtype == FP16:
         return weight

@@ -1,4 +1,4 @@
-"""Vision towers up to the selected layer, in standard operators."""
+"""Emit vision towers up to the selected layer, in operators of ONNX itself."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ModuleEmitter:
     """Emit the layers of one module of a checkpoint; matrices are stored in float16.
 
     Args:
-        half: multiply in float16, as GPUs do; what runs from layer to layer stays float32.
+        half: multiply in float16, as GPUs do; hidden states between layers stay float32.
         int8: store the matrices of a tower's layers in int8, which are multiplied as float16.
     """
 
@@ -47,24 +47,24 @@ class ModuleEmitter:
         return self.graph.weight(name, self.file.append(array.T if transpose else array))
 
     def widened(self, name: str, transpose: bool = False) -> str:
-        """A matrix kept in float16 and widened once, when the session is made."""
+        """Return a matrix stored in float16 and cast to float32 once, when the session is made."""
         return self.graph.node("Cast", self.stored(name, transpose), to=TensorProto.FLOAT)
 
     def narrowed(self, x: str) -> str:
-        """A factor of a product: float16 where products are."""
+        """Return `x` in the type of products: float16 if `half`, else as it is."""
         return self.graph.node("Cast", x, to=TensorProto.FLOAT16) if self.half else x
 
     def product(self, op: str, *factors: str, **attributes: Any) -> str:
-        """`op` of factors that `narrowed` or `factor` gave; float32."""
+        """Return `op` of factors in the type of products, cast to float32."""
         y = self.graph.node(op, *factors, **attributes)
         return self.graph.node("Cast", y, to=TensorProto.FLOAT) if self.half else y
 
     def factor(self, name: str, transpose: bool = False) -> str:
-        """A matrix of weights in the type of products."""
+        """Return a matrix of weights in the type of products."""
         return self.stored(name, transpose) if self.half else self.widened(name, transpose)
 
     def matrix(self, name: str) -> str:
-        """A linear's weight [in, out] in the type of products."""
+        """Return a linear's weight [in, out] in the type of products, int8 dequantized."""
         weight = self.weights.tensor(name)
         if not (self.int8 and is_tower_linear(name, tuple(weight.shape))):
             return self.factor(name, transpose=True)
@@ -83,7 +83,7 @@ class ModuleEmitter:
         return self.graph.node("LayerNormalization", x, scale, bias, axis=-1, epsilon=epsilon)
 
     def rms_norm(self, x: str, prefix: str, epsilon: float) -> str:
-        """x / sqrt(mean(x²) + ε) · weight; this opset has no operator for it."""
+        """Return x / sqrt(mean(x²) + ε) · weight; this opset has no operator for it."""
         graph = self.graph
         square = graph.node("Mul", x, x)
         mean = graph.node("ReduceMean", square, graph.integers(-1), keepdims=1)
@@ -95,7 +95,11 @@ class ModuleEmitter:
 def tower(
     emitter: ModuleEmitter, pixels: str, config: VisionConfig, layers: int, advance: Advance
 ) -> str:
-    """Pixels [tiles, 3, size, size] → features [tiles, patches, channels], class token dropped."""
+    """Emit a tower and return its features [tiles, patches, channels], class token dropped.
+
+    Args:
+        pixels: [tiles, 3, size, size].
+    """
     graph, prefix = emitter.graph, config.family.prefix
     x = _embeddings(emitter, pixels, config)
     if config.family.name == "clip":
@@ -112,7 +116,7 @@ def tower(
 
 
 def _embeddings(emitter: ModuleEmitter, pixels: str, config: VisionConfig) -> str:
-    """Patches, behind a class token if there is one, with their learned positions added."""
+    """Return patches, after a class token if there is one, plus their position embeddings."""
     graph, width = emitter.graph, config.hidden_size
     prefix = f"{config.family.prefix}embeddings"
     inputs = [emitter.narrowed(pixels), emitter.factor(f"{prefix}.patch_embedding.weight")]
@@ -133,7 +137,7 @@ def _embeddings(emitter: ModuleEmitter, pixels: str, config: VisionConfig) -> st
 
 
 def _layer(emitter: ModuleEmitter, x: str, config: VisionConfig, prefix: str) -> str:
-    """SigLIP and CLIP: x + attention(norm(x)), then + mlp(norm(·))."""
+    """Emit a layer of SigLIP or CLIP: x + attention(norm(x)), then + mlp(norm(·))."""
     graph = emitter.graph
     normed = emitter.norm(x, f"{prefix}.layer_norm1", config.layer_norm_eps)
     query, key, value = (emitter.linear(normed, f"{prefix}.self_attn.{n}_proj") for n in "qkv")
@@ -146,12 +150,12 @@ def _layer(emitter: ModuleEmitter, x: str, config: VisionConfig, prefix: str) ->
 
 
 def _internvit_layer(emitter: ModuleEmitter, x: str, config: VisionConfig, prefix: str) -> str:
-    """Likewise, with RMS norms, normed queries and keys, and a scale on each branch."""
+    """Emit a layer of InternViT: RMS norms, normed queries and keys, a scale on each branch."""
     graph, epsilon = emitter.graph, config.layer_norm_eps
     normed = emitter.rms_norm(x, f"{prefix}.norm1", epsilon)
-    joined = emitter.linear(normed, f"{prefix}.attn.qkv", bias=config.qkv_bias)
+    qkv = emitter.linear(normed, f"{prefix}.attn.qkv", bias=config.qkv_bias)
     names = [graph.new_name(name) for name in ("query", "key", "value")]
-    query, key, value = graph.nodes("Split", joined, outputs=names, axis=-1, num_outputs=3)
+    query, key, value = graph.nodes("Split", qkv, outputs=names, axis=-1, num_outputs=3)
     if config.qk_norm:
         query = emitter.rms_norm(query, f"{prefix}.attn.q_norm", epsilon)
         key = emitter.rms_norm(key, f"{prefix}.attn.k_norm", epsilon)
@@ -165,7 +169,7 @@ def _internvit_layer(emitter: ModuleEmitter, x: str, config: VisionConfig, prefi
 def _attention(
     emitter: ModuleEmitter, query: str, key: str, value: str, config: VisionConfig
 ) -> str:
-    """Full attention of [tiles, tokens, channels], by heads."""
+    """Return full attention over [tiles, tokens, channels], head by head."""
     graph = emitter.graph
     heads, head_dim = config.num_heads, config.hidden_size // config.num_heads
     split = graph.integers(0, 0, heads, head_dim)
@@ -177,8 +181,8 @@ def _attention(
     # Scaled first, so that float16 products stay in range.
     scaled = graph.node("Mul", query, graph.constant(np.array(head_dim**-0.5, np.float32)))
     scores = emitter.product("MatMul", by_head(scaled, [0, 2, 1, 3]), by_head(key, [0, 2, 3, 1]))
-    shares = emitter.narrowed(graph.node("Softmax", scores, axis=-1))
-    mixed = emitter.product("MatMul", shares, by_head(value, [0, 2, 1, 3]))
+    weights = emitter.narrowed(graph.node("Softmax", scores, axis=-1))
+    mixed = emitter.product("MatMul", weights, by_head(value, [0, 2, 1, 3]))
     rows = graph.node("Transpose", mixed, perm=[0, 2, 1, 3])
     return graph.node("Reshape", rows, graph.integers(0, 0, heads * head_dim))
 

@@ -1,4 +1,4 @@
-"""The vision encoder: a tower and a projector, in one graph or in two."""
+"""Write the vision encoder: tower and projector in one graph, or in two for S2."""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from vila_deploy.utils.progress import Advance
 
 
 @dataclass(frozen=True)
-class Style:
-    """Opset of a graph, whether it multiplies in float16, and whether its layers are in int8."""
+class VisionGraphOptions:
+    """Opset of a vision graph and its types.
+
+    Args:
+        half: multiply in float16.
+        int8: store the matrices of the tower's layers in int8.
+    """
 
     opset: int
     half: bool
     int8: bool = False
 
 
-FLOAT32 = Style(OPSET, half=False)
+FLOAT32 = VisionGraphOptions(OPSET, half=False)
 
 
 def build_vision_graph(
@@ -32,21 +37,23 @@ def build_vision_graph(
     projector: WeightSource | None,
     file: WeightFile,
     advance: Advance,
-    style: Style = FLOAT32,
+    options: VisionGraphOptions = FLOAT32,
 ) -> GraphWriter:
-    """pixels [tiles, 3, size, size] → features [tiles, tokens, hidden], both float32.
+    """Return the graph from pixels [tiles, 3, size, size] to features [tiles, tokens, hidden].
+
+    Both are float32.
 
     Args:
         projector: None leaves it out: features are then the tower's, [tiles, patches, channels].
     """
-    graph, vision = GraphWriter(style.opset), config.vision
+    graph, vision = GraphWriter(options.opset), config.vision
     size = vision.image_size
     pixels = graph.input("pixels", np.float32, ["tiles", 3, size, size])
-    emitter = ModuleEmitter(graph, tower_weights, file, style.half, style.int8)
+    emitter = ModuleEmitter(graph, tower_weights, file, options.half, options.int8)
     x = tower(emitter, pixels, vision, config.vision_layers_used, advance)
     shape: list[int | str] = ["tiles", vision.grid**2, vision.hidden_size]
     if projector is not None:
-        x = _project(ModuleEmitter(graph, projector, file, style.half), x, config)
+        x = _project(ModuleEmitter(graph, projector, file, options.half), x, config)
         shape = ["tiles", config.tokens_per_block, config.llm.hidden_size]
         advance("projector")
     graph.output(graph.node("Identity", x, output="features"), np.float32, shape)
@@ -58,13 +65,16 @@ def build_projector_graph(
     projector: WeightSource,
     file: WeightFile,
     advance: Advance,
-    style: Style = FLOAT32,
+    options: VisionGraphOptions = FLOAT32,
 ) -> GraphWriter:
-    """features [blocks, patches, channels of all scales] → tokens [blocks, tokens, hidden]."""
-    graph = GraphWriter(style.opset)
+    """Return the graph of the projector alone, which follows the S2 features of a tower.
+
+    features [blocks, patches, channels of all scales] → tokens [blocks, tokens, hidden], float32.
+    """
+    graph = GraphWriter(options.opset)
     shape: list[int | str] = ["blocks", config.feature_side**2, config.feature_channels]
     features = graph.input("features", np.float32, shape)
-    tokens = _project(ModuleEmitter(graph, projector, file, style.half), features, config)
+    tokens = _project(ModuleEmitter(graph, projector, file, options.half), features, config)
     shape = ["blocks", config.tokens_per_block, config.llm.hidden_size]
     graph.output(graph.node("Identity", tokens, output="tokens"), np.float32, shape)
     advance("projector")
@@ -72,7 +82,7 @@ def build_projector_graph(
 
 
 def _project(emitter: ModuleEmitter, x: str, config: VilaConfig) -> str:
-    """The steps of the projector's row in PROJECTOR_TYPES."""
+    """Emit the steps of the projector's row in PROJECTOR_TYPES."""
     emitter.graph.scope("projector")
     kind = config.projector
     for index, step in enumerate(kind.steps):
@@ -89,7 +99,7 @@ def _project(emitter: ModuleEmitter, x: str, config: VilaConfig) -> str:
 
 
 def _downsample(graph: GraphWriter, x: str, config: VilaConfig) -> str:
-    """window × window neighbours side by side, an odd grid zero-padded."""
+    """Concatenate window × window neighbours in the channels; an odd grid is zero-padded."""
     window, side, channels = config.projector.window, config.feature_side, config.feature_channels
     pad = -side % window
     x = graph.node("Reshape", x, graph.integers(0, side, side, channels))

@@ -17,7 +17,7 @@ from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.model import llm as reference
 from vila_deploy.onnx_export.arrays import float16
-from vila_deploy.onnx_export.dialects.base import pack_nibbles, pack_turned
+from vila_deploy.onnx_export.dialects.base import pack_nibbles, pack_transposed_nibbles
 from vila_deploy.onnx_export.dialects.onnxruntime import OnnxRuntimeDialect
 from vila_deploy.onnx_export.graph_writer import GraphWriter, WeightFile
 from vila_deploy.onnx_export.llm import rotary_tables, store_llm
@@ -120,8 +120,8 @@ def test_pre_quantization_scale_is_refused(tmp_path: Path) -> None:
 def test_nibbles_low_half_first() -> None:
     levels = torch.tensor([[1, 2, 3], [15, 0, 7]], dtype=torch.uint8)
     assert pack_nibbles(levels).tolist() == [[0x21, 0x03], [0x0F, 0x07]]
-    assert pack_turned(levels).tolist() == pack_nibbles(levels.T.contiguous()).tolist()
-    assert pack_turned(levels.T).tolist() == pack_nibbles(levels).tolist()
+    assert pack_transposed_nibbles(levels).tolist() == pack_nibbles(levels.T.contiguous()).tolist()
+    assert pack_transposed_nibbles(levels.T).tolist() == pack_nibbles(levels).tolist()
 
 
 def test_values_beyond_float16_are_refused() -> None:

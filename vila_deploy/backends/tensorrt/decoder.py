@@ -8,12 +8,13 @@ import numpy as np
 
 from vila_deploy.backends.tensorrt.cuda import Buffer, Pinned, Stream
 from vila_deploy.backends.tensorrt.engine import Engine
-from vila_deploy.builder.memory_plan import PREFILL_TOKENS
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 
+# Tokens of a prompt that one pass of the engine takes.
+PREFILL_TOKENS = 256
 # Profiles of the engine; tensorrt-rtx has one for both.
 DECODE, PREFILL = 0, -1
 # The engine has run as often before its kernels are recorded, so that all are loaded by then.

@@ -12,12 +12,12 @@ from vila_deploy.backends.tensorrt_llm.releases import Release
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.onnx_export.graph_writer import WeightFile
-from vila_deploy.onnx_export.vision import Style, build_vision_graph
+from vila_deploy.onnx_export.vision import VisionGraphOptions, build_vision_graph
 from vila_deploy.utils.files import canonical_json
 from vila_deploy.utils.progress import Advance, progress
 
 # Opset 21 is the newest that the TensorRT 10.3 of 0.12 reads.
-STYLE = Style(opset=21, half=True)
+GRAPH_OPTIONS = VisionGraphOptions(opset=21, half=True)
 INPUT = "input"
 MAX_IMAGES = 4  # pictures that go through at a time
 
@@ -37,7 +37,7 @@ def write_vision(
     (folder / files.VISION).mkdir()
     path = folder / files.VISION / files.GRAPH
     with WeightFile(folder / files.VISION / files.WEIGHTS) as file:
-        build_vision_graph(config, tower, projector, file, advance, STYLE).save(path)
+        build_vision_graph(config, tower, projector, file, advance, GRAPH_OPTIONS).save(path)
     model = onnx.load(path, load_external_data=False)
     _half_ends(model.graph, release.vision_output)
     path.write_bytes(model.SerializeToString(deterministic=True))

@@ -1,1 +1,1 @@
-"""How each runtime wants the building blocks of the language model's graph."""
+"""Emit the building blocks of the language model's graph as each runtime reads them."""

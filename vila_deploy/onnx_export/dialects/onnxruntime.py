@@ -1,4 +1,4 @@
-"""The dialect of onnxruntime's CPU provider: fused com.microsoft operators, all in float32."""
+"""Emit graphs for onnxruntime's CPU provider: fused com.microsoft operators, all in float32."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True)
 class OnnxRuntimeDialect:
-    """com.microsoft GroupQueryAttention and MatMulNBits.
+    """Emit com.microsoft GroupQueryAttention and MatMulNBits.
 
     Args:
-        int8_terms: 0 multiplies 4-bit weights with float32 activations, which is limited by
+        int8_terms: 0 multiplies 4-bit weights by float32 activations, which is limited by
             arithmetic and suits many tokens at once. n > 0, for graphs that take one token, splits
-            the activations into n int8 terms (x ≈ x₁ + … + xₙ, each the rounding error of the
-            ones before): the kernel that reads int8 activations is limited by memory, reads every
-            weight once for all terms, and two terms keep 15 bits, three 22 bits of each group.
+            the activations into n int8 terms, x ≈ x₁ + … + xₙ, each term the rounding error of the
+            terms before. The kernel for int8 activations is limited by memory and reads every
+            weight once for all terms. Two terms have 15 bits of each group, three have 22.
     """
 
     int8_terms: int = 0
@@ -59,14 +59,14 @@ class OnnxRuntimeDialect:
         self,
         file: WeightFile,
         name: str,
-        parts: Sequence[Tensor | QuantizedLinear],
+        linears: Sequence[Tensor | QuantizedLinear],
         bias: Tensor | None = None,
     ) -> StoredLinear:
-        quantized = [part for part in parts if isinstance(part, QuantizedLinear)]
-        if quantized and len(quantized) == len(parts):
+        quantized = [linear for linear in linears if isinstance(linear, QuantizedLinear)]
+        if quantized and len(quantized) == len(linears):
             return _store_quantized(file, name, quantized)
-        dense = [part for part in parts if isinstance(part, Tensor)]
-        assert len(dense) == len(parts)
+        dense = [linear for linear in linears if isinstance(linear, Tensor)]
+        assert len(dense) == len(linears)
         weight = float16(torch.cat(dense) if len(dense) > 1 else dense[0], name)
         out_features, in_features = weight.shape
         # Stored in float16, widened once when the session is made: that is what a step reads.
@@ -103,9 +103,10 @@ class OnnxRuntimeDialect:
         return y
 
     def _int8_terms(self, graph: GraphWriter, x: str, width: int, group: int) -> str:
-        """[1, width] → [terms, width], whose sum is x but for the last term's rounding to int8.
+        """Return the terms [terms, width] of x [1, width].
 
-        A product with the identity matrix tells what the kernel's own rounding makes of x.
+        Their sum is x, except for the rounding of the last term to int8. Multiplying x by the
+        identity matrix returns x as the kernel rounds it.
         """
         if self.int8_terms == 1:
             return x
@@ -123,7 +124,7 @@ class OnnxRuntimeDialect:
     def head(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
         shape = graph.integers(1, linear.out_features)
         if linear.group_size is not None:
-            # Of one token only, whatever the rest of the graph takes.
+            # The head computes one token, however many the rest of the graph takes.
             terms = replace(self, int8_terms=self.int8_terms or INT8_TERMS)
             return graph.node("Reshape", terms.linear(graph, x, linear), shape, output="logits")
         # The weight comes first: onnxruntime would repack a second operand, which is slower here.
@@ -169,10 +170,10 @@ class OnnxRuntimeDialect:
                 graph.output(f"present_{name}", np.float32, dims)
 
     def finish(self, graph: GraphWriter, num_layers: int) -> None:
-        """Each layer has written its own part of the cache."""
+        """Add nothing: each layer has updated its own cache."""
 
 
-# Inputs of MatMulNBits in their order; without zero points those are the middle of the range.
+# Inputs of MatMulNBits in their order; zero points default to the middle of the range.
 _QUANTIZED = ("q", "q8", "scale", "zero")
 
 
@@ -188,7 +189,7 @@ def _matmul_nbits(
     accuracy: int,
     bits: int = 4,
 ) -> str:
-    """x [rows, in] times quantized weights of `shape` (out, in, group) → [rows, out]."""
+    """Return x [rows, in] times quantized weights of `shape` (out, in, group): [rows, out]."""
     out_features, in_features, group = shape
     return graph.node(
         "MatMulNBits", x, *weight, domain=MICROSOFT, N=out_features, K=in_features,
@@ -205,42 +206,44 @@ def _bias(graph: GraphWriter, linear: StoredLinear) -> str:
     return graph.weight(f"{linear.name}.bias", linear.tensors["bias"])
 
 
-def _store_quantized(file: WeightFile, name: str, parts: Sequence[QuantizedLinear]) -> StoredLinear:
-    check_group_size(parts[0].group_size, name)
-    if any(part.prequant_scale is not None for part in parts):
+def _store_quantized(
+    file: WeightFile, name: str, linears: Sequence[QuantizedLinear]
+) -> StoredLinear:
+    check_group_size(linears[0].group_size, name)
+    if any(linear.prequant_scale is not None for linear in linears):
         raise VilaDeployError(
             "has a pre-quantization scale, which backend onnxruntime does not take",
             where=name,
             fix="fold it into the layer before",
         )
-    assert len({part.group_size for part in parts}) == 1
-    q = torch.cat([part.q for part in parts])
+    assert len({linear.group_size for linear in linears}) == 1
+    q = torch.cat([linear.q for linear in linears])
     out_features, in_features = q.shape
-    packed = pack_nibbles(q).reshape(out_features, -1, parts[0].group_size // 2)
-    scale = float32(torch.cat([part.scale for part in parts])).reshape(-1)
-    zero = pack_nibbles(torch.cat([part.zero for part in parts])).reshape(-1)
+    packed = pack_nibbles(q).reshape(out_features, -1, linears[0].group_size // 2)
+    scale = float32(torch.cat([linear.scale for linear in linears])).reshape(-1)
+    zero = pack_nibbles(torch.cat([linear.zero for linear in linears])).reshape(-1)
     tensors = {"q": file.append(packed), "scale": file.append(scale), "zero": file.append(zero)}
-    biases = [part.bias for part in parts]
+    biases = [linear.bias for linear in linears]
     if any(bias is not None for bias in biases):
         filled = [
-            torch.zeros(part.out_features) if part.bias is None else part.bias.float()
-            for part in parts
+            torch.zeros(linear.out_features) if linear.bias is None else linear.bias.float()
+            for linear in linears
         ]
         tensors["bias"] = file.append(float32(torch.cat(filled)))
     bytes_per_step = sum(tensor.size_bytes for tensor in tensors.values())
     return StoredLinear(
-        name, out_features, in_features, parts[0].group_size, tensors, bytes_per_step
+        name, out_features, in_features, linears[0].group_size, tensors, bytes_per_step
     )
 
 
 def _store_int8(file: WeightFile, name: str, linear: Int8Linear) -> StoredLinear:
-    """The kernel has no rows without groups: all groups of a row get its scale."""
+    """Write an int8 matrix; MatMulNBits needs groups, so that a row's scale is repeated."""
     out_features, in_features = linear.q.shape
     group_size = head_group_size(in_features)
-    levels = (linear.q.view(torch.uint8) ^ 128).reshape(out_features, -1, group_size)
+    values = (linear.q.view(torch.uint8) ^ 128).reshape(out_features, -1, group_size)
     scale = linear.scale[:, None].expand(-1, in_features // group_size)
     tensors = {
-        "q8": file.append(levels.numpy()),
+        "q8": file.append(values.numpy()),
         "scale": file.append(float32(scale.contiguous()).reshape(-1)),
     }
     size = sum(tensor.size_bytes for tensor in tensors.values())
@@ -248,7 +251,7 @@ def _store_int8(file: WeightFile, name: str, linear: Int8Linear) -> StoredLinear
 
 
 def check_group_size(group_size: int, where: str) -> None:
-    """Raises VilaDeployError if onnxruntime has no kernel for it."""
+    """Raise VilaDeployError if onnxruntime has no kernel for `group_size`."""
     if group_size not in GROUP_SIZES:
         raise VilaDeployError(
             f"group size {group_size} is not one of {', '.join(map(str, GROUP_SIZES))}",
@@ -258,7 +261,7 @@ def check_group_size(group_size: int, where: str) -> None:
 
 
 def _identity(graph: GraphWriter, size: int) -> list[str]:
-    """The identity matrix as 4-bit weights with scale 1 and zero point 0."""
+    """Return the identity matrix as 4-bit weights with scale 1 and zero point 0."""
     q = pack_nibbles(torch.eye(size, dtype=torch.uint8)).reshape(size, 1, size // 2)
     return [
         graph.constant(q, f"identity_{size}.q"),

@@ -1,4 +1,4 @@
-"""What the dialects for TensorRT share: float16 matrices and cache, float32 from layer to layer."""
+"""Emit what graphs for every TensorRT share: float16 matrices, float32 between layers."""
 
 from __future__ import annotations
 
@@ -14,31 +14,36 @@ from torch import Tensor
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.formats.module_dtypes import head_group_size
 from vila_deploy.onnx_export.arrays import float16
-from vila_deploy.onnx_export.dialects.base import AttentionShape, StoredLinear, gated, pack_turned
+from vila_deploy.onnx_export.dialects.base import (
+    AttentionShape,
+    StoredLinear,
+    gated,
+    pack_transposed_nibbles,
+)
 from vila_deploy.onnx_export.graph_writer import GraphWriter, StoredTensor, WeightFile
 from vila_deploy.onnx_export.rounding import Int8Linear, round_head
 from vila_deploy.utils.errors import VilaDeployError
 
 SIGN_BIT = 8  # q ^ 8 is the two's complement nibble of q − 8
 HEAD = "lm_head"
-# Halves of an int8 matrix, and the names of scales; 16 · 7 + 7 is the largest that halves can hold
-# with either sign.
+# The int4 halves of an int8 matrix, and the names of scales. The largest int8 value that the
+# halves represent with either sign is 16 · 7 + 7.
 PAIR = ("high", "low")
 SCALE_OF = {"weight": "scale", "high": "high_scale", "low": "low_scale"}
 LARGEST_OF_PAIR = 119
 
 
 class TensorRtDialect(ABC):
-    """Everything but norm and attention.
+    """Emit all building blocks but norm and attention.
 
-    Inputs of every graph: inputs_embeds [batch, tokens, hidden] float32, positions [batch, tokens]
-    int64, each the place of a token in its sequence, ascending by one, and last [batch] int64, the
-    index of each sequence's last token among `tokens`. Tokens behind `last` are padding: the next
-    pass overwrites what they leave in the cache.
+    Inputs of every graph: inputs_embeds [batch, tokens, hidden] float32; positions [batch, tokens]
+    int64, the position of each token in its sequence, ascending by one; and last [batch] int64, the
+    index of each sequence's last token among `tokens`. Tokens after `last` are padding: the next
+    pass overwrites their rows of the cache.
 
-    4-bit weights are signed, without zero points, since TensorRT takes no others:
-    W = s·(q − 8) + s·(8 − z), so the zero points become a product of the groups' means with
-    group · s · (8 − z), which has a row per group; where all of them are 8 there is none.
+    4-bit weights are signed and have no zero points, since TensorRT takes no others. As
+    W = s·(q − 8) + s·(8 − z), zero points become a product of the groups' means with
+    group · s · (8 − z), which has a row per group. Symmetric weights need no such product.
     """
 
     opset: ClassVar[int]
@@ -58,11 +63,11 @@ class TensorRtDialect(ABC):
         self,
         file: WeightFile,
         name: str,
-        parts: Sequence[Tensor | QuantizedLinear],
+        linears: Sequence[Tensor | QuantizedLinear],
         bias: Tensor | None = None,
     ) -> StoredLinear:
-        quantized = [part for part in parts if isinstance(part, QuantizedLinear)]
-        dense = [part for part in parts if isinstance(part, Tensor)]
+        quantized = [linear for linear in linears if isinstance(linear, QuantizedLinear)]
+        dense = [linear for linear in linears if isinstance(linear, Tensor)]
         assert not (quantized and dense)
         group_size = None
         if quantized:
@@ -93,7 +98,7 @@ class TensorRtDialect(ABC):
         if "prequant_scale" in names:
             x = graph.node("Mul", x, names["prequant_scale"])
         if "high" in names:
-            halves = (_product(graph, x, names, part, linear.group_size) for part in PAIR)
+            halves = (_product(graph, x, names, half, linear.group_size) for half in PAIR)
             return graph.node("Add", *halves)
         y = _product(graph, x, names, "weight", linear.group_size)
         if "correction" in names:
@@ -135,7 +140,7 @@ class TensorRtDialect(ABC):
 def _product(
     graph: GraphWriter, x: str, names: Mapping[str, str], key: str, group_size: int | None
 ) -> str:
-    """x times the matrix `key`, whose scales, if it has any, are under SCALE_OF[key]."""
+    """Return x times the matrix `key`; scales of a quantized one are under SCALE_OF[key]."""
     weight = names[key]
     if group_size is not None:
         scale = names[SCALE_OF[key]]
@@ -144,16 +149,17 @@ def _product(
 
 
 def to_half(graph: GraphWriter, x: str) -> str:
+    """Return `x` in float16."""
     return graph.node("Cast", x, to=TensorProto.FLOAT16)
 
 
 def cache_names(layer: int) -> tuple[str, str]:
-    """Names of a layer's keys and values, without their `past_` or `present_`."""
+    """Return the names of a layer's keys and values, without the prefix past_ or present_."""
     return f"key_{layer}", f"value_{layer}"
 
 
-def heads_of(graph: GraphWriter, qkv: str, shape: AttentionShape) -> tuple[str, str]:
-    """q | k | v side by side → float32 queries with keys, values [batch, heads, tokens, dim]."""
+def split_heads(graph: GraphWriter, qkv: str, shape: AttentionShape) -> tuple[str, str]:
+    """Split q | k | v by head: float32 queries | keys, and values [batch, heads, tokens, dim]."""
     rotated, kv, width = shape.num_heads + shape.num_kv_heads, shape.num_kv_heads, shape.head_dim
     names = [graph.new_name("qk"), graph.new_name("v")]
     sizes = graph.integers(rotated * width, kv * width)
@@ -167,75 +173,78 @@ def heads_of(graph: GraphWriter, qkv: str, shape: AttentionShape) -> tuple[str, 
     return wide, by_head(v, kv)
 
 
-def side_by_side(graph: GraphWriter, attended: str, shape: AttentionShape) -> str:
-    """[batch, heads, tokens, dim] → [batch, tokens, heads · dim]."""
+def merge_heads(graph: GraphWriter, attended: str, shape: AttentionShape) -> str:
+    """Return [batch, heads, tokens, dim] as [batch, tokens, heads · dim]."""
     rows = graph.node("Transpose", attended, perm=[0, 2, 1, 3])
     return graph.node("Reshape", rows, graph.integers(0, 0, shape.num_heads * shape.head_dim))
 
 
 def _group_means(graph: GraphWriter, x: str, width: int, group: int) -> str:
-    """[batch, tokens, width] → means of each group [batch, tokens, width / group].
+    """Return the mean of each group of x [batch, tokens, width]: [batch, tokens, width / group].
 
-    Means, since a sum of float16 values may exceed float16.
+    Means and no sums, since a sum of float16 values may exceed float16.
     """
     wide = graph.node("Cast", x, to=TensorProto.FLOAT)
     groups = graph.node("Reshape", wide, graph.integers(0, 0, width // group, group))
     return to_half(graph, graph.node("ReduceMean", groups, graph.integers(-1), keepdims=0))
 
 
-def _joined_bias(parts: Sequence[QuantizedLinear]) -> Tensor | None:
-    if all(part.bias is None for part in parts):
+def _joined_bias(linears: Sequence[QuantizedLinear]) -> Tensor | None:
+    if all(linear.bias is None for linear in linears):
         return None
     return torch.cat(
-        [torch.zeros(p.out_features).half() if p.bias is None else p.bias for p in parts]
+        [
+            torch.zeros(linear.out_features).half() if linear.bias is None else linear.bias
+            for linear in linears
+        ]
     )
 
 
 def _store_quantized(
-    file: WeightFile, name: str, parts: Sequence[QuantizedLinear]
+    file: WeightFile, name: str, linears: Sequence[QuantizedLinear]
 ) -> dict[str, StoredTensor]:
-    """Levels, scales and zero points as [in, out], [groups, out] and [groups, out]."""
-    group_size = parts[0].group_size
-    assert len({part.group_size for part in parts}) == 1
-    levels = torch.cat([part.q for part in parts]) ^ SIGN_BIT
-    scale = torch.cat([part.scale for part in parts]).T
+    """Write quantized values [in, out], scales and the zero points' correction [groups, out]."""
+    group_size = linears[0].group_size
+    assert len({linear.group_size for linear in linears}) == 1
+    values = torch.cat([linear.q for linear in linears]) ^ SIGN_BIT
+    scale = torch.cat([linear.scale for linear in linears]).T
     tensors = {
-        "weight": file.append_int4(pack_turned(levels), tuple(levels.T.shape)),
+        "weight": file.append_int4(pack_transposed_nibbles(values), tuple(values.T.shape)),
         "scale": file.append(scale.numpy()),
     }
-    if not all(part.symmetric for part in parts):
-        zero = torch.cat([part.zero for part in parts]).T
+    if not all(linear.symmetric for linear in linears):
+        zero = torch.cat([linear.zero for linear in linears]).T
         correction = scale.float() * (SIGN_BIT - zero.float()) * group_size
         tensors["correction"] = file.append(float16(correction, f"{name}.zero"))
-    prequant_scale = _shared_prequant_scale(name, parts)
+    prequant_scale = _shared_prequant_scale(name, linears)
     if prequant_scale is not None:
         tensors["prequant_scale"] = file.append(float16(prequant_scale, name))
     return tensors
 
 
 def _store_pair(file: WeightFile, linear: Int8Linear, group_size: int) -> dict[str, StoredTensor]:
-    """An int8 matrix as two int4 ones, q = 16 · high + low: exact, and kept in 4 bits each.
+    """Write an int8 matrix as two int4 ones, q = 16 · high + low, which is exact.
 
-    TensorRT keeps weights alone quantized where they are int4 (its documentation, "Working with
-    Quantized Types"); int8 ones it may widen.
+    TensorRT keeps weights quantized beside float activations where they are int4 (its
+    documentation, "Working with Quantized Types"); it may widen int8 ones.
     """
     groups = linear.q.shape[1] // group_size
     tensors = {}
-    # One row of scales after the other is the same for all groups.
+    # All groups of an output have the same scale.
     for key, factor in zip(PAIR, (16, 1), strict=True):
         scale = (linear.scale * factor).expand(groups, -1)
         tensors[SCALE_OF[key]] = file.append(float16(scale.contiguous(), HEAD))
     low = ((linear.q + SIGN_BIT) & 15) - SIGN_BIT
     for key, digits in (("high", (linear.q - low) >> 4), ("low", low)):
-        levels = (digits & 15).to(torch.uint8)
-        tensors[key] = file.append_int4(pack_turned(levels), tuple(levels.T.shape))
+        values = (digits & 15).to(torch.uint8)
+        tensors[key] = file.append_int4(pack_transposed_nibbles(values), tuple(values.T.shape))
     return tensors
 
 
-def _shared_prequant_scale(name: str, parts: Sequence[QuantizedLinear]) -> Tensor | None:
-    first = parts[0].prequant_scale
-    for part in parts[1:]:
-        other = part.prequant_scale
+def _shared_prequant_scale(name: str, linears: Sequence[QuantizedLinear]) -> Tensor | None:
+    first = linears[0].prequant_scale
+    for linear in linears[1:]:
+        other = linear.prequant_scale
         same = other is None if first is None else other is not None and torch.equal(first, other)
         if not same:
             raise VilaDeployError(

@@ -1,8 +1,8 @@
-"""The dialect of tensorrt-rtx and TensorRT from 10.15: attention and cache as single operators."""
+"""Emit graphs for tensorrt-rtx and TensorRT from 10.15: attention and cache as operators."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -10,8 +10,8 @@ from vila_deploy.onnx_export.dialects.base import AttentionShape
 from vila_deploy.onnx_export.dialects.tensorrt import (
     TensorRtDialect,
     cache_names,
-    heads_of,
-    side_by_side,
+    merge_heads,
+    split_heads,
     to_half,
 )
 from vila_deploy.onnx_export.graph_writer import GraphWriter
@@ -20,15 +20,21 @@ MASK = "mask"
 
 
 class TensorRt10_15Dialect(TensorRtDialect):
-    """Opset 24: RMSNormalization, RotaryEmbedding, TensorScatter and Attention.
+    """Emit RMSNormalization, RotaryEmbedding, TensorScatter and Attention of opset 24.
 
     Each layer has a cache [batch, kv_heads, max_seq_len, head_dim] for keys and one for values:
-    past_key_0 goes in, present_key_0 comes out, and both may be the same memory.
+    past_key_0 is an input, present_key_0 an output, and both may be the same memory.
+
+    Args:
+        decomposable: let TensorRT compute an Attention with several kernels
+            (`IAttention::setDecomposable`, from 10.14 on): without it, TensorRT fails where no
+            single kernel fits the shapes. Only TensorRT reads such a graph.
     """
 
     opset: ClassVar[int] = 24
-    # Of each Attention beside those of ONNX.
-    own_attributes: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, decomposable: bool = False) -> None:
+        self._attention_attributes = {"TRT_decomposable": 1} if decomposable else {}
 
     def norm(self, graph: GraphWriter, x: str, weight: str, epsilon: float) -> str:
         return to_half(graph, graph.node("RMSNormalization", x, weight, axis=-1, epsilon=epsilon))
@@ -42,7 +48,7 @@ class TensorRt10_15Dialect(TensorRtDialect):
             for name in cache_names(layer):
                 graph.input(f"past_{name}", np.float16, dims)
                 graph.output(f"present_{name}", np.float16, dims)
-        # A key may be seen by the queries at its own place and behind it.
+        # A query attends to keys at its own position and before it.
         keys = graph.constant(np.arange(shape.max_seq_len, dtype=np.int64), "places")
         queries = graph.node("Unsqueeze", "positions", graph.integers(1, 3))
         graph.node("GreaterOrEqual", queries, keys, output=MASK)
@@ -50,7 +56,7 @@ class TensorRt10_15Dialect(TensorRtDialect):
         graph.node("Reshape", first, graph.integers(-1), output="write_indices")
 
     def attention(self, graph: GraphWriter, qkv: str, shape: AttentionShape, layer: int) -> str:
-        wide, value = heads_of(graph, qkv, shape)
+        wide, value = split_heads(graph, qkv, shape)
         rotated = graph.node("RotaryEmbedding", wide, shape.cos, shape.sin, "positions")
         names = [graph.new_name("query"), graph.new_name("key")]
         sizes = graph.integers(shape.num_heads, shape.num_kv_heads)
@@ -63,16 +69,14 @@ class TensorRt10_15Dialect(TensorRtDialect):
             for name, update in zip(cache_names(layer), (key, value), strict=True)
         ]  # fmt: skip
         attended = graph.node(
-            "Attention", query, *present, MASK, scale=shape.head_dim**-0.5, **self.own_attributes
+            "Attention",
+            query,
+            *present,
+            MASK,
+            scale=shape.head_dim**-0.5,
+            **self._attention_attributes,
         )
-        return side_by_side(graph, attended, shape)
+        return merge_heads(graph, attended, shape)
 
     def finish(self, graph: GraphWriter, num_layers: int) -> None:
-        """Nothing: each layer has written its own part of the cache."""
-
-
-class DecomposableDialect(TensorRt10_15Dialect):
-    """For TensorRT, which fails where it has no single kernel for an Attention's shapes, unless
-    that may be put together from several (`IAttention::setDecomposable`, from 10.14 on)."""
-
-    own_attributes: ClassVar[dict[str, Any]] = {"TRT_decomposable": 1}
+        """Add nothing: each layer has updated its own cache."""

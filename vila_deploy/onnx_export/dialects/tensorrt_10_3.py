@@ -1,4 +1,4 @@
-"""The dialect of the TensorRT 10.3 in JetPack 6: nothing but operators that its parser has."""
+"""Emit graphs for TensorRT 10.3, that of JetPack 6: only operators that its parser has."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from vila_deploy.onnx_export.dialects.base import AttentionShape
 from vila_deploy.onnx_export.dialects.tensorrt import (
     TensorRtDialect,
     cache_names,
-    heads_of,
-    side_by_side,
+    merge_heads,
+    split_heads,
     to_half,
 )
 from vila_deploy.onnx_export.graph_writer import GraphWriter
 
-NEVER = np.array(-1e30, np.float32)
+MASKED_SCORE = np.array(-1e30, np.float32)
 NEW_CACHE = "new_cache"
 
 
 class TensorRt10_3Dialect(TensorRtDialect):
-    """Opset 21; the cache is read where it lies and never copied.
+    """Emit operators of opset 21; the graph reads the cache in place and never copies it.
 
     Inputs past_key_0, past_value_0, … [batch, kv_heads, max_seq_len, head_dim] are zero or earlier
-    tokens; output new_cache [2 · layers, batch, kv_heads, tokens, head_dim] is what the caller
-    writes into them at `positions` before the next pass, keys and values of each layer in turn.
+    tokens. The caller writes output new_cache [2 · layers, batch, kv_heads, tokens, head_dim], keys
+    and values of each layer in turn, into them at `positions` before the next pass.
     """
 
     opset: ClassVar[int] = 21
@@ -52,18 +52,20 @@ class TensorRt10_3Dialect(TensorRtDialect):
         self._masks(graph, shape)
 
     def _rotary_rows(self, graph: GraphWriter, shape: AttentionShape) -> None:
-        """cos and sin [batch, 1, tokens, head_dim / 2] of these positions."""
+        """Gather cos and sin of the positions, [batch, 1, tokens, head_dim / 2]."""
         for name, table in (("cos", shape.cos), ("sin", shape.sin)):
             rows = graph.node("Gather", table, "positions", axis=0)
             graph.node("Unsqueeze", rows, graph.integers(1), output=f"rows.{name}")
 
     def _masks(self, graph: GraphWriter, shape: AttentionShape) -> None:
-        """Which of the cached keys [batch, 1, 1, max_seq_len] and of the new ones
-        [batch, 1, group · tokens, tokens] a query may see, of all `group` heads of a key."""
-        places = graph.constant(np.arange(shape.max_seq_len, dtype=np.int64), "places")
+        """Emit the masks of cached keys [batch, 1, 1, max_seq_len] and of new keys.
+
+        The latter is [batch, 1, group · tokens, tokens], for the `group` query heads of each key.
+        """
+        positions = graph.constant(np.arange(shape.max_seq_len, dtype=np.int64), "places")
         first = graph.node("Gather", "positions", graph.integers(0), axis=1)
         start = graph.node("Unsqueeze", first, graph.integers(1, 2))
-        graph.node("Greater", start, places, output="mask.past")
+        graph.node("Greater", start, positions, output="mask.past")
         group = shape.num_heads // shape.num_kv_heads
         queries = "positions"
         if group > 1:
@@ -73,7 +75,7 @@ class TensorRt10_3Dialect(TensorRtDialect):
         graph.node("GreaterOrEqual", queries, keys, output="mask.new")
 
     def attention(self, graph: GraphWriter, qkv: str, shape: AttentionShape, layer: int) -> str:
-        wide, value = heads_of(graph, qkv, shape)
+        wide, value = split_heads(graph, qkv, shape)
         names = [graph.new_name("query"), graph.new_name("key")]
         sizes = graph.integers(shape.num_heads, shape.num_kv_heads)
         query, key = graph.nodes("Split", _rotate(graph, wide), sizes, outputs=names, axis=1)
@@ -81,7 +83,7 @@ class TensorRt10_3Dialect(TensorRtDialect):
         query, key = to_half(graph, graph.node("Mul", query, scale)), to_half(graph, key)
         for name, new in zip(cache_names(layer), (key, value), strict=True):
             graph.node("Unsqueeze", new, graph.integers(0), output=f"new_{name}")
-        # All heads that share a key are rows of one matrix, so that no key is copied.
+        # Query heads that share a key are rows of one matrix, so that no key is copied.
         rows = graph.node(
             "Reshape", query, graph.integers(0, shape.num_kv_heads, -1, shape.head_dim)
         )
@@ -92,21 +94,25 @@ class TensorRt10_3Dialect(TensorRtDialect):
             _scores(graph, rows, key, "mask.new"),
             axis=-1,
         )
-        shares = to_half(graph, graph.node("Softmax", scores, axis=-1))
+        weights = to_half(graph, graph.node("Softmax", scores, axis=-1))
         size, end = shape.max_seq_len, np.iinfo(np.int64).max
-        mixed = [
+        weighted_values = [
             graph.node(
                 "MatMul",
                 graph.node(
-                    "Slice", shares, graph.integers(start), graph.integers(stop), graph.integers(-1)
+                    "Slice",
+                    weights,
+                    graph.integers(start),
+                    graph.integers(stop),
+                    graph.integers(-1),
                 ),
                 values,
             )
             for start, stop, values in ((0, size, past[1]), (size, end, value))
         ]
-        attended = graph.node("Add", *mixed)
+        attended = graph.node("Add", *weighted_values)
         heads = graph.integers(0, shape.num_heads, -1, shape.head_dim)
-        return side_by_side(graph, graph.node("Reshape", attended, heads), shape)
+        return merge_heads(graph, graph.node("Reshape", attended, heads), shape)
 
     def finish(self, graph: GraphWriter, num_layers: int) -> None:
         names = [f"new_{name}" for layer in range(num_layers) for name in cache_names(layer)]
@@ -114,7 +120,7 @@ class TensorRt10_3Dialect(TensorRtDialect):
 
 
 def _rotate(graph: GraphWriter, x: str) -> str:
-    """Rotary embedding of halves: (a · cos − b · sin) | (b · cos + a · sin)."""
+    """Return the rotary embedding of halves: (a · cos − b · sin) | (b · cos + a · sin)."""
     names = [graph.new_name("first"), graph.new_name("second")]
     a, b = graph.nodes("Split", x, outputs=names, axis=-1, num_outputs=2)
 
@@ -127,7 +133,7 @@ def _rotate(graph: GraphWriter, x: str) -> str:
 
 
 def _scores(graph: GraphWriter, rows: str, keys: str, mask: str) -> str:
-    """rows · keysᵀ in float32, a very negative number where `mask` is false."""
-    turned = graph.node("Transpose", keys, perm=[0, 1, 3, 2])
-    product = graph.node("Cast", graph.node("MatMul", rows, turned), to=TensorProto.FLOAT)
-    return graph.node("Where", mask, product, graph.constant(NEVER))
+    """Return rows · keysᵀ in float32, MASKED_SCORE where `mask` is false."""
+    transposed = graph.node("Transpose", keys, perm=[0, 1, 3, 2])
+    product = graph.node("Cast", graph.node("MatMul", rows, transposed), to=TensorProto.FLOAT)
+    return graph.node("Where", mask, product, graph.constant(MASKED_SCORE))
