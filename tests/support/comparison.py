@@ -68,7 +68,7 @@ def _likeliest(logits: torch.Tensor, tokens: list[int]) -> list[int]:
 
 
 def noise(seed: int) -> Image.Image:
-    """A picture of smooth noise: any picture will do for comparing numbers."""
+    """An image of smooth noise: any image will do for comparing numbers."""
     random = np.random.default_rng(seed)
     small = Image.fromarray(random.integers(0, 256, (7, 9, 3), np.uint8))
     return small.resize((200, 150), Image.Resampling.BICUBIC)

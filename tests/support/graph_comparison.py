@@ -109,7 +109,7 @@ def write_graphs(folder: Path, root: Path, dialect: str) -> None:
 
 
 def embedded(root: Path, prompts: Sequence[Prompt]) -> list[Floats]:
-    """The reference's embeddings [tokens, hidden] of each prompt with its pictures."""
+    """The reference's embeddings [tokens, hidden] of each prompt with its images."""
     checkpoint = open_checkpoint(root)
     reference = ReferenceSession(checkpoint)
     texts, pixels = _rendered(checkpoint, prompts)
@@ -182,7 +182,7 @@ def _read(session: ReferenceSession, prompt: Floats, answer: Any) -> Floats:
 
 
 def _rendered(checkpoint: Checkpoint, prompts: Sequence[Prompt]) -> tuple[list, list]:
-    """Pieces of text and pictures' pixels of each prompt."""
+    """Text chunks and images' pixels of each prompt."""
     tokenizer = load_tokenizer(checkpoint.layout.folder("llm"))
     model = describe(checkpoint.config, tokenizer)
     texts, pixels = [], []

@@ -24,15 +24,15 @@ Turn = tuple[int, str, str]
 
 
 def conversations(count: int = 30) -> list[list[Turn]]:
-    """Each 1 to 3 turns of (pictures, question, answer); the last answer is still to be given."""
+    """Each 1 to 3 turns of (images, question, answer); the last answer is still to be given."""
     made = []
     for seed in range(count):
         rng = random.Random(seed)
         turns = []
         for turn in range(1 + seed % 3):
-            pictures = rng.choice((0, 1, 1, 2, 3)) if turn == 0 else rng.choice((0, 0, 1))
+            images = rng.choice((0, 1, 1, 2, 3)) if turn == 0 else rng.choice((0, 0, 1))
             question, answer = (_text(rng, rng.randint(1, 12)) for _ in range(2))
-            turns.append((pictures, question, answer))
+            turns.append((images, question, answer))
         made.append(turns)
     return made
 

@@ -36,23 +36,23 @@ def make_video(
     path: Path,
     frames: int,
     kind: str = "mkv",
-    picture: Callable[[int], np.ndarray] = grey,
+    image: Callable[[int], np.ndarray] = grey,
     options: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes picture(0) .. picture(frames - 1) and returns `path` with the ending of its kind."""
+    """Writes image(0) .. image(frames - 1) and returns `path` with the ending of its kind."""
     ending, codec, pixel_format, container_options = KINDS[kind]
     path = path.with_suffix(f".{ending}")
     with av.open(str(path), "w", options=container_options) as container:
         stream = container.add_stream(codec, rate=25, options=dict(options or {}))
-        stream.height, stream.width = picture(0).shape[:2]
+        stream.height, stream.width = image(0).shape[:2]
         stream.pix_fmt = pixel_format
         stream.thread_count = 1
         for index in range(frames):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(index), "rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image(index), "rgb24")))
         container.mux(stream.encode())
     return path
 
 
-def numbers(pictures: list[Image.Image]) -> list[int]:
+def numbers(images: list[Image.Image]) -> list[int]:
     """Which frames of a made video these are."""
-    return [round(float(np.asarray(picture).mean()) / STEP) for picture in pictures]
+    return [round(float(np.asarray(image).mean()) / STEP) for image in images]

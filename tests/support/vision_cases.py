@@ -1,4 +1,4 @@
-"""Pictures, pixels and tiny weights from seeds, for comparing the image path with the original's.
+"""Images, pixels and tiny weights from seeds, for comparing the image path with the original's.
 
 Imported by the tests and by whoever records tests/golden/{towers,scales,preprocess,spliced}.json
 again: see "recipe" there. Needs numpy and PIL only; every array is float32.
@@ -36,29 +36,29 @@ LLAMA = LLM | {"rope_theta": 10000.0, "rms_norm_eps": 1e-5}
 QWEN2 = LLM | {"rope_theta": 1000000.0, "rms_norm_eps": 1e-6}
 LLM_HIDDEN = 32
 
-# Two pictures in a prompt: the first generations mark them by an index, NVILA by a token's id.
+# Two images in a prompt: the first generations mark them by an index, NVILA by a token's id.
 VILA15_PROMPT = (1, 5, 9, -200, 7, 8, -200, 11, 3)
 NVILA_IMAGE, NVILA_NEWLINE = 60, 7
 NVILA_PROMPT = (5, 9, 60, 7, 8, 60, 11, 3)
 NVILA_ONE_IMAGE_PROMPT = (5, 9, 60, 8, 11, 3)
 
-# Pictures of ten aspect ratios (width, height) for the tiling rules.
+# Images of ten aspect ratios (width, height) for the tiling rules.
 SIZES = (
     (640, 480), (480, 640), (1000, 300), (300, 1000), (512, 512),
     (1920, 1080), (100, 37), (33, 99), (50, 50), (2000, 1000),
 )  # fmt: skip
 
 
-def pictures() -> dict[str, Image.Image]:
-    """Six small pictures; "exif" lies on its side with EXIF orientation 6, see `upright`."""
+def images() -> dict[str, Image.Image]:
+    """Six small images; "exif" lies on its side with EXIF orientation 6, see `upright`."""
     made = {
-        "portrait": picture(40, 64, 1),
-        "landscape": picture(64, 40, 2),
-        "tiny": picture(3, 2, 3),
+        "portrait": image(40, 64, 1),
+        "landscape": image(64, 40, 2),
+        "tiny": image(3, 2, 3),
         "gray": Image.fromarray(_bytes((20, 50), 4)),
         "rgba": Image.fromarray(_bytes((47, 33, 4), 5)),
     }
-    lying = picture(36, 52, 6)
+    lying = image(36, 52, 6)
     exif = lying.getexif()
     exif[ORIENTATION] = 6
     file = BytesIO()
@@ -68,17 +68,17 @@ def pictures() -> dict[str, Image.Image]:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The picture as its EXIF orientation wants it seen, without that tag."""
+    """The image as its EXIF orientation wants it seen, without that tag."""
     return ImageOps.exif_transpose(image)
 
 
 def sized_picture(size: tuple[int, int]) -> Image.Image:
-    """The RGB picture of that (width, height), such as those of SIZES."""
-    return picture(*size, seed=size[0] * 10007 + size[1])
+    """The RGB image of that (width, height), such as those of SIZES."""
+    return image(*size, seed=size[0] * 10007 + size[1])
 
 
-def picture(width: int, height: int, seed: int) -> Image.Image:
-    """An RGB picture: coarse patches, which survive downsampling, under fine noise."""
+def image(width: int, height: int, seed: int) -> Image.Image:
+    """An RGB image: coarse patches, which survive downsampling, under fine noise."""
     return Image.fromarray(_bytes((height, width, 3), seed))
 
 

@@ -1,1 +1,1 @@
-"""Text, images and video as the model takes them; numpy only, torch is never imported."""
+"""Turn text, images and video into the model's inputs; numpy only, torch is never imported."""

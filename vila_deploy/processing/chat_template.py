@@ -1,4 +1,4 @@
-"""Conversation templates, one row each, and which of them a model was trained with."""
+"""Render conversations: one row a template, and the template that a model was trained with."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ IMAGE_MARKER = "<image>"
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """`system`, then for each turn `user`, question, `assistant`, answer, `end_of_answer`.
+    """The strings around `system`, then of each turn: `user`, question, `assistant`, answer.
 
     Args:
+        end_of_answer: follows each answer.
         stops: tokens that end an answer.
-        before_answer: what goes between `assistant` and an answer that is known already.
-        end_of_conversation: replaces `end_of_answer` where nothing follows; empty: the same.
+        before_answer: stands between `assistant` and an answer that is known already.
+        end_of_conversation: replaces `end_of_answer` after the last turn; empty: no difference.
     """
 
     system: str
@@ -89,10 +90,10 @@ PROMPT_TEMPLATES = {
 
 
 def choose_template(config: VilaConfig, tokenizer: Tokenizer | None) -> str:
-    """Name of the template of this model: what its root config says, or the first choice that fits.
+    """Return the name of the model's template: from its root config, or the first that fits.
 
     Args:
-        tokenizer: None for a model without one, which has its family's most general template.
+        tokenizer: None for a model without one, which gets its family's most general template.
     """
     if config.prompt_template is not None:
         return config.prompt_template
@@ -108,19 +109,19 @@ def choose_template(config: VilaConfig, tokenizer: Tokenizer | None) -> str:
 
 
 def stop_token_ids(template: PromptTemplate, tokenizer: Tokenizer) -> set[int]:
-    """The template's stops as far as this tokenizer has them."""
-    found = (tokenizer.token_id(token) for token in template.stops)
-    return {token for token in found if token is not None}
+    """Return the ids of the template's stop tokens that this tokenizer has."""
+    ids = (tokenizer.token_id(token) for token in template.stops)
+    return {token for token in ids if token is not None}
 
 
 def with_markers(question: str, num_images: int, image_end: str = "") -> str:
-    """`question` with one image marker for each picture: in front, unless it places them itself.
+    """Return `question` with one marker for each image: in front, unless it has markers itself.
 
     Args:
         image_end: see ModelInfo; with one, no newline is needed after the markers.
 
     Raises:
-        VilaDeployError: the question has markers, but not as many as there are pictures.
+        VilaDeployError: the question has markers, but not as many as there are images.
     """
     markers = question.count(IMAGE_MARKER)
     if markers == num_images:
@@ -134,24 +135,24 @@ def with_markers(question: str, num_images: int, image_end: str = "") -> str:
 
 
 def with_tile_markers(question: str, tiles: int) -> str:
-    """`question` about one picture, with a marker and a newline for each tile of it."""
+    """Return `question`, about one image, with a marker and a newline for each of its tiles."""
     return question.replace(IMAGE_MARKER, f"{IMAGE_MARKER}\n" * tiles)
 
 
 def render(template: PromptTemplate, turns: Sequence[tuple[str, str]], question: str) -> str:
-    """The text up to where the assistant's next answer begins.
+    """Return the text up to the point where the assistant's next answer begins.
 
     Args:
         turns: earlier (question, answer) pairs of this conversation.
     """
     text = template.system
-    for asked, answered in turns:
-        text += f"{template.user}{asked}{template.assistant}{template.before_answer}{answered}"
+    for earlier, answer in turns:
+        text += f"{template.user}{earlier}{template.assistant}{template.before_answer}{answer}"
         text += template.end_of_answer
     return f"{text}{template.user}{question}{template.assistant}"
 
 
 def render_answered(template: PromptTemplate, question: str, answer: str) -> str:
-    """A whole conversation of one turn, as in training."""
+    """Return a complete conversation of one turn, as in training."""
     end = template.end_of_conversation or template.end_of_answer
     return f"{render(template, [], question)}{template.before_answer}{answer}{end}"

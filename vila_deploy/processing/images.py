@@ -1,4 +1,4 @@
-"""Pictures to the pixels that a tower takes, in every image mode; numpy and Pillow only."""
+"""Turn images into the pixels that a vision tower takes; numpy and Pillow only."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ MAX_IMAGE_PIXELS = 100_000_000
 
 
 def open_image(path: Path) -> Image.Image:
-    """Reads a picture as RGB, upright by its EXIF orientation.
+    """Read an image file as RGB, upright by its EXIF orientation.
 
     Raises:
-        VilaDeployError: not there, not a picture, cut short, or more than MAX_IMAGE_PIXELS.
+        VilaDeployError: not there, not an image, cut short, or more than MAX_IMAGE_PIXELS.
     """
-    fix = "give a PNG, JPEG, WebP, BMP or GIF picture"
+    fix = "give a PNG, JPEG, WebP, BMP or GIF image"
     try:
         with warnings.catch_warnings():
             # Pillow's own limit only warns; ours is an error, checked before any decoding.
@@ -32,13 +32,13 @@ def open_image(path: Path) -> Image.Image:
             with Image.open(path) as image:
                 if image.width * image.height > MAX_IMAGE_PIXELS:
                     raise VilaDeployError(
-                        f"picture of {image.width}x{image.height} is larger than "
+                        f"image of {image.width}x{image.height} is larger than "
                         f"{MAX_IMAGE_PIXELS // 1_000_000} megapixels",
                         where=path,
                         fix="scale it down first",
                     )
                 if image.mode.startswith(("I", "F")):
-                    # Pillow would clip such values to 255: a white or a black picture.
+                    # Pillow would clip such values to 255: a white or a black image.
                     raise VilaDeployError(
                         f"has {image.mode} pixels, 8 bits a channel are needed",
                         where=path,
@@ -48,24 +48,24 @@ def open_image(path: Path) -> Image.Image:
     except VilaDeployError:
         raise
     except FileNotFoundError as error:
-        raise VilaDeployError("no such picture", where=path, fix="check the path") from error
+        raise VilaDeployError("no such image", where=path, fix="check the path") from error
     except (UnidentifiedImageError, IsADirectoryError) as error:
-        raise VilaDeployError("is not a picture", where=path, fix=fix) from error
+        raise VilaDeployError("is not an image", where=path, fix=fix) from error
     except Image.DecompressionBombError as error:
-        raise VilaDeployError("picture is too large", where=path, fix="scale it down") from error
+        raise VilaDeployError("image is too large", where=path, fix="scale it down") from error
     # Pillow's decoders raise whatever their format parser stumbles on.
     except Exception as error:
-        raise VilaDeployError(f"picture cannot be read ({error})", where=path, fix=fix) from error
+        raise VilaDeployError(f"image cannot be read ({error})", where=path, fix=fix) from error
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """What a picture is to a vision encoder.
+    """An image as the vision encoder takes it.
 
     Args:
         tiles: [tiles, 3, size, size].
-        grid: None: every tile takes a place of its own in the prompt. (rows, columns): the tiles
-            are one picture at all its scales, and this is how those of the largest lie.
+        grid: None if every tile is an image of its own in the prompt. (rows, columns) if the tiles
+            are one image at all its scales: the arrangement of tiles at the largest scale.
     """
 
     tiles: NDArray[np.float32]
@@ -75,11 +75,11 @@ class Pixels:
 def preprocess(
     images: Sequence[Image.Image], config: ImageConfig, tiling: TilingConfig, alone: bool = True
 ) -> list[Pixels]:
-    """RGB pictures → pixels, each cut into tiles as the model was trained.
+    """Return the pixels of each RGB image, cut into tiles as the model was trained.
 
     Args:
-        alone: whether a single picture is the only one of its prompt. Models with dynamic tiles cut
-            only that up; of several each is one tile.
+        alone: whether a single image is the only one of its prompt. Models with dynamic tiles cut
+            only such an image into tiles; each of several images is one tile.
     """
     cut = alone and len(images) == 1
     return [_pixels(image.convert("RGB"), config, tiling, cut) for image in images]
@@ -90,43 +90,43 @@ def _pixels(image: Image.Image, config: ImageConfig, tiling: TilingConfig, cut: 
         return _static_scales(image, config, tiling)
     if not cut or tiling.mode == "single":
         return Pixels(normalized(square(image, config), config)[None])
-    tile = tiling.tile
-    rows, columns = closest_grid(image.size, tiling.min_tiles, tiling.max_tiles, tile)
-    # Every scale is cut out of a resize of the whole picture, by Pillow's default filter.
+    side = tiling.tile
+    rows, columns = closest_grid(image.size, tiling.min_tiles, tiling.max_tiles, side)
+    # Each scale is a resize of the full image by Pillow's default filter, cut into tiles.
     if tiling.mode == "dynamic":
-        parts = _cut(image, tile, rows, columns)
-        if len(parts) > 1:
-            parts.append(image.resize((tile, tile)))
-        return Pixels(np.stack([normalized(part, config) for part in parts]))
-    parts = []
+        tiles = _cut(image, side, rows, columns)
+        if len(tiles) > 1:
+            tiles.append(image.resize((side, side)))
+        return Pixels(np.stack([normalized(tile, config) for tile in tiles]))
+    tiles = []
     for index in range(len(tiling.scales) - 1):
-        parts += _cut(image, tile, tiling.side(index), tiling.side(index))
-    parts += _cut(image, tile, rows, columns)
-    return Pixels(np.stack([normalized(part, config) for part in parts]), (rows, columns))
+        tiles += _cut(image, side, tiling.side(index), tiling.side(index))
+    tiles += _cut(image, side, rows, columns)
+    return Pixels(np.stack([normalized(tile, config) for tile in tiles]), (rows, columns))
 
 
 def _static_scales(image: Image.Image, config: ImageConfig, tiling: TilingConfig) -> Pixels:
-    """Pixels at the largest scale, resized to each of the others."""
-    whole = normalized(square(image, config), config)
+    """Return pixels at every scale of S2, each resized from the square image's pixels."""
+    pixels = normalized(square(image, config), config)
     tiles = []
     for index, size in enumerate(tiling.scales):
         side = tiling.side(index)
-        scaled = resize_bicubic(whole, size).reshape(3, side, tiling.tile, side, tiling.tile)
+        scaled = resize_bicubic(pixels, size).reshape(3, side, tiling.tile, side, tiling.tile)
         tiles.append(scaled.transpose(1, 3, 0, 2, 4).reshape(-1, 3, tiling.tile, tiling.tile))
     return Pixels(np.concatenate(tiles), (tiling.side(-1), tiling.side(-1)))
 
 
 def _cut(image: Image.Image, tile: int, rows: int, columns: int) -> list[Image.Image]:
-    """The picture stretched to rows × columns tiles, row by row."""
-    whole = image.resize((columns * tile, rows * tile))
+    """Stretch the image to rows × columns tiles and return them row by row."""
+    stretched = image.resize((columns * tile, rows * tile))
     corners = [(column * tile, row * tile) for row in range(rows) for column in range(columns)]
-    return [whole.crop((x, y, x + tile, y + tile)) for x, y in corners]
+    return [stretched.crop((x, y, x + tile, y + tile)) for x, y in corners]
 
 
 def closest_grid(size: tuple[int, int], least: int, most: int, tile: int) -> tuple[int, int]:
-    """Rows and columns of `least` to `most` tiles, nearest to the shape of a picture.
+    """Return rows and columns of the grid of `least` to `most` tiles nearest to an image's shape.
 
-    Of grids equally far from it a larger one wins if its area is less than twice the picture's.
+    Of grids with equally near shapes a larger one wins if its area is below twice the image's.
 
     Args:
         size: width and height in pixels.
@@ -148,7 +148,7 @@ def closest_grid(size: tuple[int, int], least: int, most: int, tile: int) -> tup
 
 
 def square(image: Image.Image, config: ImageConfig) -> Image.Image:
-    """The picture as a square of config.size, by its mode."""
+    """Return the image as a square of config.size: padded, cropped or stretched by its mode."""
     size, resample = config.size, Image.Resampling(config.resample)
     if config.mode == "pad":
         longer = max(image.size)
@@ -169,16 +169,16 @@ def square(image: Image.Image, config: ImageConfig) -> Image.Image:
 
 
 def _check_area(image: Image.Image, width: int, height: int) -> None:
-    """A very long picture would take all memory once it is padded or scaled."""
+    """Raise VilaDeployError if padding or scaling would take too much memory: a long image."""
     if width * height > MAX_IMAGE_PIXELS:
         raise VilaDeployError(
-            f"a picture of {image.width}x{image.height} is too long and narrow for this model",
+            f"an image of {image.width}x{image.height} is too long and narrow for this model",
             fix="cut it to a ratio of sides below 50",
         )
 
 
 def normalized(image: Image.Image, config: ImageConfig) -> NDArray[np.float32]:
-    """RGB picture → [3, height, width]."""
+    """Return an RGB image as normalized pixels [3, height, width]."""
     mean, std = np.array(config.mean, np.float32), np.array(config.std, np.float32)
     values = np.asarray(image, np.float32) * np.float32(config.rescale)
     return np.ascontiguousarray(((values - mean) / std).transpose(2, 0, 1))

@@ -1,4 +1,4 @@
-"""A prompt with pictures in it as one sequence of embeddings, the way VILA1.5 splices them."""
+"""Merge text and image features into one sequence of embeddings, as VILA1.5 does."""
 
 from __future__ import annotations
 
@@ -12,36 +12,41 @@ from vila_deploy.utils.arrays import Floats
 
 
 def text_chunks(tokenizer: Tokenizer, prompt: str, image_end: str = "") -> list[list[int]]:
-    """Token ids of each stretch of text between image markers, BOS once in front.
+    """Return the token ids of each text chunk between image markers, with BOS once in front.
 
     Args:
-        image_end: see ModelInfo; its tokens begin each piece that follows a picture.
+        image_end: see ModelInfo; its tokens begin each chunk that follows an image.
     """
     first, *rest = (tokenizer.encode(text) for text in prompt.split(IMAGE_MARKER))
     end = tokenizer.encode(image_end) if image_end else []
-    return [tokenizer.bos_ids + first, *(end + piece for piece in rest)]
+    return [tokenizer.bos_ids + first, *(end + chunk for chunk in rest)]
 
 
 def merge_embeddings(
-    pieces: Sequence[Sequence[int]],
+    chunks: Sequence[Sequence[int]],
     features: Sequence[Floats],
     embed_tokens: Callable[[Sequence[int]], Floats],
 ) -> Floats:
-    """Token embeddings with a picture's features between each two pieces → [tokens, hidden].
+    """Return embeddings [tokens, hidden]: chunks of text with an image's features between each two.
 
     Args:
-        pieces: from `text_chunks`; one more than there are pictures.
-        features: [tokens, hidden] of each picture.
+        chunks: from `text_chunks`; one more than there are images.
+        features: [tokens, hidden] of each image.
         embed_tokens: ids → [tokens, hidden].
     """
-    assert len(pieces) == len(features) + 1
-    parts = [embed_tokens(pieces[0])]
-    for image, piece in zip(features, pieces[1:], strict=True):
-        parts += [image, embed_tokens(piece)]
-    return np.concatenate(parts)
+    assert len(chunks) == len(features) + 1
+    embeddings = [embed_tokens(chunks[0])]
+    for image, chunk in zip(features, chunks[1:], strict=True):
+        embeddings += [image, embed_tokens(chunk)]
+    return np.concatenate(embeddings)
 
 
-def prompt_length(pieces: Sequence[Sequence[int]], image_tokens: Sequence[int]) -> int:
-    """How many positions the spliced prompt takes; `image_tokens` are those of each picture."""
-    assert len(pieces) == len(image_tokens) + 1
-    return sum(map(len, pieces)) + sum(image_tokens)
+def prompt_length(chunks: Sequence[Sequence[int]], image_tokens: Sequence[int]) -> int:
+    """Return how many tokens the merged prompt has.
+
+    Args:
+        chunks: from `text_chunks`.
+        image_tokens: number of tokens of each image.
+    """
+    assert len(chunks) == len(image_tokens) + 1
+    return sum(map(len, chunks)) + sum(image_tokens)

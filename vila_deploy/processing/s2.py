@@ -1,4 +1,7 @@
-"""Feature maps of several scales joined into one, in numpy, for engines; resizing as matrices."""
+"""Compute S2 features (Scaling on Scales): a tower's features at several image scales.
+
+https://arxiv.org/abs/2403.13043; in numpy, for engines, with resizing as products of matrices.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ CUBIC = -0.75  # torch's bicubic coefficient
 
 
 def s2_features(features: Floats, tiling: TilingConfig, grid: Grid | None) -> Floats:
-    """Features of one picture's tiles as the projector takes them.
+    """Return the S2 features of one image's tiles as the projector takes them.
 
     Args:
-        features: [tiles, patches, channels], the scales in turn, each row by row.
-        grid: rows and columns of tiles at the largest scale; None: there is one tile for all.
+        features: [tiles, patches, channels], scale by scale, the tiles of each row by row.
+        grid: rows and columns of tiles at the largest scale; None: one tile is used at all scales.
 
     Returns:
         [blocks, patches of a block, scales · channels].
@@ -29,28 +32,28 @@ def s2_features(features: Floats, tiling: TilingConfig, grid: Grid | None) -> Fl
     for index in range(len(tiling.scales)):
         side = tiling.side(index)
         rows, columns = grid if index == len(tiling.scales) - 1 else (side, side)
-        maps.append(_merge(features[start : start + rows * columns], rows, columns))
+        maps.append(_merge_tiles(features[start : start + rows * columns], rows, columns))
         start += rows * columns
     height, width, _ = maps[tiling.output_scale].shape
-    joined = np.concatenate([resize_area(m, height, width) for m in maps], axis=-1)
+    merged = np.concatenate([resize_area(m, height, width) for m in maps], axis=-1)
     if tiling.mode == "s2":
-        return joined.reshape(1, height * width, -1)
+        return merged.reshape(1, height * width, -1)
     rows, columns = tiling.blocks(grid)
-    blocks = joined.reshape(rows, height // rows, columns, width // columns, -1)
+    blocks = merged.reshape(rows, height // rows, columns, width // columns, -1)
     return blocks.transpose(0, 2, 1, 3, 4).reshape(
         rows * columns, (height // rows) * (width // columns), -1
     )
 
 
 def merge_s2_blocks(tokens: Floats, tiling: TilingConfig, grid: Grid | None) -> Floats:
-    """The projector's [blocks, tokens, hidden] → one picture [1, blocks · tokens, hidden]."""
+    """Merge the projector's [blocks, tokens, hidden] to one image [1, blocks · tokens, hidden]."""
     if grid is None or tiling.mode == "s2":
         return tokens
-    return _merge(tokens, *tiling.blocks(grid)).reshape(1, -1, tokens.shape[-1])
+    return _merge_tiles(tokens, *tiling.blocks(grid)).reshape(1, -1, tokens.shape[-1])
 
 
-def _merge(tiles: Floats, rows: int, columns: int) -> Floats:
-    """Square tiles [rows · columns, side², channels] → a map [height, width, channels]."""
+def _merge_tiles(tiles: Floats, rows: int, columns: int) -> Floats:
+    """Merge square tiles [rows · columns, side², channels] to a map [height, width, channels]."""
     count, patches, channels = tiles.shape
     side = round(patches**0.5)
     assert count == rows * columns
@@ -59,7 +62,7 @@ def _merge(tiles: Floats, rows: int, columns: int) -> Floats:
 
 
 def resize_area(feature_map: Floats, height: int, width: int) -> Floats:
-    """[h, w, channels] → [height, width, channels], as torch's interpolate(mode="area")."""
+    """Resize [h, w, channels] to [height, width, channels], as torch's interpolate(mode="area")."""
     old_height, old_width, _ = feature_map.shape
     if (old_height, old_width) == (height, width):
         return feature_map
@@ -67,7 +70,7 @@ def resize_area(feature_map: Floats, height: int, width: int) -> Floats:
 
 
 def resize_bicubic(pixels: Floats, size: int) -> Floats:
-    """[channels, side, side] → [channels, size, size], as torch's interpolate(mode="bicubic")."""
+    """Resize [channels, side, side] to `size`, as torch's interpolate(mode="bicubic")."""
     if pixels.shape[-1] == size:
         return pixels
     matrix = bicubic_matrix(pixels.shape[-1], size)
@@ -81,7 +84,7 @@ def _resize(feature_map: Floats, rows: Floats, columns: Floats) -> Floats:
 
 @cache
 def area_matrix(old: int, new: int) -> Floats:
-    """[new, old]: each output is the mean of the inputs that it covers in part or in whole."""
+    """Return [new, old]: each output is the mean of the inputs that it overlaps."""
     matrix = np.zeros((new, old), np.float32)
     for index in range(new):
         start, end = index * old // new, -(-(index + 1) * old // new)
@@ -91,7 +94,7 @@ def area_matrix(old: int, new: int) -> Floats:
 
 @cache
 def bicubic_matrix(old: int, new: int) -> Floats:
-    """[new, old]: four neighbours around the output's centre, edges repeated, no antialiasing."""
+    """Return [new, old]: four neighbours of an output's centre, edges repeated, not antialiased."""
     matrix = np.zeros((new, old))
     for index in range(new):
         centre = (index + 0.5) * old / new - 0.5
@@ -102,7 +105,7 @@ def bicubic_matrix(old: int, new: int) -> Floats:
 
 
 def _cubic(distance: float) -> float:
-    """The cubic convolution kernel of Keys with coefficient CUBIC."""
+    """Return the value of Keys' cubic convolution kernel with coefficient CUBIC."""
     a = CUBIC
     if distance <= 1:
         return ((a + 2) * distance - (a + 3)) * distance**2 + 1

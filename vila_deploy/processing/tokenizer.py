@@ -1,4 +1,4 @@
-"""Text to token ids and back, from the tokenizer files of any release; no torch."""
+"""Convert text to token ids and back, from the tokenizer files of any release; no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOKENIZER_FILES = (
 MAX_TOKENIZER_BYTES = 128 << 20
 MAX_TOKENS = 1 << 24
 QWEN2_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
-# How Qwen2 cuts text before byte-level BPE: contractions, words, single digits, signs, spaces.
+# How Qwen2 splits text before byte-level BPE: contractions, words, single digits, signs, spaces.
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,26 +36,26 @@ REPLACEMENT = "\ufffd"
 
 
 class Tokenizer(Protocol):
-    """`bos_ids` is what goes once before a prompt: [bos] or nothing."""
+    """A tokenizer; `bos_ids`, [bos] or nothing, goes once before a prompt."""
 
     bos_ids: list[int]
     vocab_size: int
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text` without BOS; special tokens written out in it are recognised."""
+        """Return the ids of `text` without BOS; special tokens written in it are recognised."""
         ...
 
     def token_id(self, token: str) -> int | None:
-        """The id of one token of the vocabulary; None if it has no such token."""
+        """Return the id of one token; None if the vocabulary has no such token."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens left out."""
+        """Return the text of `ids`, special tokens left out."""
         ...
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Opens the tokenizer that lies in `folder`.
+    """Open the tokenizer in `folder`.
 
     Raises:
         VilaDeployError: there is none, or it is damaged.
@@ -146,9 +146,9 @@ class Qwen2Tokenizer(JsonTokenizer):
 
 
 class SentencePieceTokenizer:
-    """A Llama `tokenizer.model`; a space goes before the text, but not after special tokens.
+    """A Llama `tokenizer.model`; a space is added before the text, but not after special tokens.
 
-    That is transformers' `legacy=False`, with which VILA loads every tokenizer of this kind.
+    VILA loads every tokenizer of this kind so, with transformers' `legacy=False`.
     """
 
     def __init__(self, path: Path):
@@ -167,11 +167,11 @@ class SentencePieceTokenizer:
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        for index, stretch in enumerate(self._split.split(text.replace("\u2581", " "))):
-            if stretch in self._special:
-                ids.append(self._special[stretch])
-            elif stretch:
-                ids += self._library.encode(stretch if index else f" {stretch}")
+        for index, span in enumerate(self._split.split(text.replace("\u2581", " "))):
+            if span in self._special:
+                ids.append(self._special[span])
+            elif span:
+                ids += self._library.encode(span if index else f" {span}")
         return ids
 
     def token_id(self, token: str) -> int | None:
@@ -186,13 +186,13 @@ class SentencePieceTokenizer:
 
 
 def _settings(path: Path) -> Fields:
-    """tokenizer_config.json beside a tokenizer file, or nothing."""
+    """Read tokenizer_config.json beside a tokenizer file; empty where there is none."""
     config = path.with_name("tokenizer_config.json")
     return Fields.from_file(config) if config.exists() else Fields({}, config)
 
 
 def _added_tokens(path: Path) -> dict[str, int]:
-    """Tokens that were added to a vocabulary: added_tokens.json and, newer, the settings' own."""
+    """Return tokens added to a vocabulary: by added_tokens.json and by tokenizer_config.json."""
     fields, tokens = _settings(path), {}
     if "added_tokens_decoder" in fields:
         decoder = fields.child("added_tokens_decoder")
@@ -208,7 +208,7 @@ def _added_tokens(path: Path) -> dict[str, int]:
 
 
 class TextStream:
-    """Turns ids that arrive one by one into text; a character that is not whole yet waits."""
+    """Turn ids that arrive one by one into text; incomplete characters are held back."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -216,7 +216,7 @@ class TextStream:
         self._start = self._shown = 0
 
     def push(self, token: int) -> str:
-        """The text that `token` completes, possibly none."""
+        """Return the text that `token` completes, possibly none."""
         self._ids.append(token)
         # Decoding begins one shown token early: whether a space goes before depends on it.
         before = self._tokenizer.decode(self._ids[self._start : self._shown])
@@ -227,7 +227,7 @@ class TextStream:
         return after[len(before) :]
 
     def finish(self) -> str:
-        """What is still held back when the answer ends."""
+        """Return the text that is still held back when the answer ends."""
         before = self._tokenizer.decode(self._ids[self._start : self._shown])
         after = self._tokenizer.decode(self._ids[self._start :])
         return after[len(before) :]

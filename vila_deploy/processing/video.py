@@ -1,10 +1,10 @@
-"""Videos to pictures: frames at even distances, which then go in as pictures do.
+"""Sample frames of a video at even distances; the model takes them as images.
 
 Which frames: as `_load_video` in llava/utils/media.py of NVlabs/VILA takes them, frame
 `round(linspace(0, total - 1, count))`, so the first and the last are among them and a video of
 fewer frames than asked for repeats some. (The `vila1.5` branch takes
 `int(linspace(0, total - 2, count))`, at most two frames away, but pads short videos with black
-pictures and fails when `total` equals `count`.)
+images and fails when `total` equals `count`.)
 
 Where `total` comes from: the container's header, or its packets where the header is silent. Both
 may be wrong, so every frame is decoded and counted, in order and with only the chosen ones held;
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 MAX_VIDEO_FRAMES = 4096
-# All chosen frames of one video together; as RGB they take three bytes a pixel.
+# Limit on the sampled frames of a video in all; RGB takes three bytes a pixel.
 MAX_VIDEO_PIXELS = 500_000_000
 
-# Only formats that are one file: a playlist names others, or addresses, that FFmpeg would open. Nor
-# still pictures and text, which FFmpeg would show as videos too.
+# Only formats of one file: a playlist names other files or addresses, which FFmpeg would open. No
+# still images and no text either, which FFmpeg would show as videos.
 _FORMATS = (
     "apng,asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mpeg,mpegts,mpegvideo,mxf,nut,"
     "obu,ogg,rm,yuv4mpegpipe"
 )
-_FIX = "give a video such as MP4, WebM, MKV, AVI or GIF; a still picture is for --image"
+_FIX = "give a video such as MP4, WebM, MKV, AVI or GIF; a still image is for --image"
 
 
 def frame_indices(total: int, count: int) -> list[int]:
-    """`count` frame numbers at even distances over 0..total-1; some repeat if `count` > `total`."""
+    """Return `count` frame numbers evenly over 0..total-1; some repeat if `count` > `total`."""
     return [int(index) for index in np.round(np.linspace(0, total - 1, count))]
 
 
 def sample_frames(path: Path, count: int) -> list[Image.Image]:
-    """Reads `count` frames of a video as RGB, in order, upright by its display matrix.
+    """Read `count` frames of a video as RGB, in order, upright by its display matrix.
 
     A stream that ends early without an error counts as that short; damage is an error.
 
@@ -79,7 +79,7 @@ def sample_frames(path: Path, count: int) -> list[Image.Image]:
 
 
 def _stated_frames(path: Path) -> int:
-    """Frames by the header, else by counting packets without decoding them; may be wrong."""
+    """Return the number of frames by the header, else of packets; either may be wrong."""
     with _opened(path) as (container, stream):
         if stream.frames > 0:
             return stream.frames
@@ -92,39 +92,39 @@ def _stated_frames(path: Path) -> int:
         return max(packets, 1)
 
 
-def _take(path: Path, wanted: set[int], *, to_end: bool) -> tuple[dict[int, Image.Image], int]:
-    """Decodes in order: (the wanted frames that are there, how many frames were seen).
+def _take(path: Path, indices: set[int], *, to_end: bool) -> tuple[dict[int, Image.Image], int]:
+    """Decode in order and return (the frames at `indices` that exist, number of frames decoded).
 
     Args:
-        to_end: read and count to the end, else only as far as the last wanted frame.
+        to_end: decode and count to the end, else only up to the last of `indices`.
     """
     chosen: dict[int, Image.Image] = {}
     seen = pixels = 0
     with closing(_frames(path)) as frames:
         for frame in frames:
-            if seen in wanted:
+            if seen in indices:
                 pixels += frame.width * frame.height
                 if pixels > MAX_VIDEO_PIXELS:
                     raise VilaDeployError(
-                        f"{len(wanted)} frames of {frame.width}x{frame.height} are more than "
+                        f"{len(indices)} frames of {frame.width}x{frame.height} are more than "
                         f"{MAX_VIDEO_PIXELS // 1_000_000} megapixels",
                         where=path,
                         fix="take fewer frames or scale it down first",
                     )
                 chosen[seen] = _upright(frame)
             seen += 1
-            if not to_end and len(chosen) == len(wanted):
+            if not to_end and len(chosen) == len(indices):
                 break
     return chosen, seen
 
 
 def _upright(frame: VideoFrame) -> Image.Image:
-    """RGB, turned as the display matrix says, by whole quarters; mirroring is left out."""
+    """Return the frame as RGB, rotated by the display matrix in quarters, without mirroring."""
     return frame.to_image().rotate(round(frame.rotation / 90) * 90, expand=True)
 
 
 def _frames(path: Path) -> Generator[VideoFrame, None, None]:
-    """Every frame in the order of display; at least one, else VilaDeployError."""
+    """Yield every frame in display order; raise VilaDeployError if there is none."""
     av = _import_av()
     seen, cut_short = 0, False
     problem: Exception | None = None
@@ -151,12 +151,12 @@ def _frames(path: Path) -> Generator[VideoFrame, None, None]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The video and its first stream of moving pictures, ready to be demuxed and decoded."""
+    """Open a video and its first video stream for demuxing and decoding."""
     av = _import_av()
     # Opening a pipe would wait for a writer, and a second pass could not read it again.
     if not path.is_file():
-        what = "is no regular file" if path.exists() else "no such video"
-        raise VilaDeployError(what, where=path, fix="check the path")
+        problem = "is no regular file" if path.exists() else "no such video"
+        raise VilaDeployError(problem, where=path, fix="check the path")
     with path.open("rb") as file:
         try:
             container = av.open(file, mode="r", container_options={"format_whitelist": _FORMATS})
@@ -165,12 +165,12 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
                 "is not a video, or is cut short", where=path, fix=_FIX
             ) from error
         with container:
-            yield container, _moving_pictures(container, path)
+            yield container, _video_stream(container, path)
 
 
-def _moving_pictures(container: InputContainer, path: Path) -> VideoStream:
+def _video_stream(container: InputContainer, path: Path) -> VideoStream:
     attached = _import_av().stream.Disposition.attached_pic
-    # The cover of a piece of music is a video stream too.
+    # An audio file's cover is a video stream too.
     streams = [s for s in container.streams.video if not s.disposition & attached]
     if not streams:
         raise VilaDeployError("has no video stream", where=path, fix=_FIX)
@@ -184,15 +184,15 @@ def _moving_pictures(container: InputContainer, path: Path) -> VideoStream:
             where=path,
             fix="scale it down first",
         )
-    # The size may change on the way; the decoder then refuses before it takes memory for it. Twice,
-    # since it counts the margins that it puts around a picture too.
+    # The frame size may change within a stream: this limit makes the decoder refuse before it
+    # allocates. Twice, since it counts the margins that it adds to a frame too.
     stream.codec_context.options = {"max_pixels": str(2 * MAX_IMAGE_PIXELS)}
     stream.thread_type = "AUTO"
     return stream
 
 
 def _import_av() -> ModuleType:
-    """PyAV, imported on first use: most conversations have no video."""
+    """Import PyAV on first use: most conversations have no video."""
     try:
         import av
     except ImportError as error:

@@ -159,7 +159,7 @@ def test_half_surrogates_become_question_marks(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no picture at all", b"\x89PNG\r\n\x1a\n\0\0"])
 def test_refuses_what_is_no_picture(checkpoint, tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
-    with pytest.raises(VilaDeployError, match=r"x.png: .*picture"):
+    with pytest.raises(VilaDeployError, match=r"x.png: .*image"):
         calibrate(checkpoint, load_examples(None, tmp_path), seed=0)
 
 

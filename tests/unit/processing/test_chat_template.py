@@ -59,7 +59,7 @@ def test_prompts_equal_the_original(template: str, tmp_path: Path) -> None:
     end = LLM_FAMILIES[family_of(template)].image_end
     rows = []
     for turns in conversations():
-        asked = [(with_markers(q, pictures, end), a) for pictures, q, a in turns]
+        asked = [(with_markers(q, images, end), a) for images, q, a in turns]
         row = PROMPT_TEMPLATES[template]
         text = render(row, asked[:-1], asked[-1][0])
         first, *rest = text_chunks(tokenizer, text, end)

@@ -61,7 +61,7 @@ def hostile_pictures(folder: Path) -> dict[str, Path]:
     good = folder / "good.jpg"
     Image.effect_noise((200, 200), 80).convert("RGB").save(good)
     contents = {
-        "text.jpg": b"this is no picture",
+        "text.jpg": b"this is no image",
         "empty.png": b"",
         "cut.jpg": good.read_bytes()[: good.stat().st_size // 2],
         "bomb.png": png_of_size(60000, 60000),

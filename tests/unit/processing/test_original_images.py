@@ -1,4 +1,4 @@
-"""From picture to logits against numbers of the original code; each golden file has its recipe."""
+"""From image to logits against numbers of the original code; each golden file has its recipe."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_pixels(tower: str, key: str, mode: str, name: str) -> None:
     family = TOWER_FAMILIES[tower]
     expected = PREPROCESS[{"internvit": "intern"}.get(family.name, family.name)][key][name]
     config = ImageConfig(mode, 30, 3, 1 / 255, family.mean, family.std)
-    image = cases.upright(cases.pictures()[name])
+    image = cases.upright(cases.images()[name])
     (pixels,) = preprocess([image], config, ONE_TILE)
     assert_sample(pixels.tiles[0], expected)
 
@@ -143,7 +143,7 @@ def static_tiles(pixels: np.ndarray, tiling: TilingConfig) -> np.ndarray:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "normalized", lambda image, config: pixels)
         patch.setattr(images, "square", lambda image, config: image)
-        return preprocess([cases.picture(4, 4, 0)], SIGLIP, tiling)[0].tiles
+        return preprocess([cases.image(4, 4, 0)], SIGLIP, tiling)[0].tiles
 
 
 @pytest.mark.parametrize("index", [-1, 0])
@@ -195,7 +195,7 @@ def test_several_pictures_repeat_one_scale(tmp_path: Path) -> None:
 def test_logits_of_a_spliced_prompt(
     case: str, changes: dict[str, Any], pieces: list[list[int]], tmp_path: Path
 ) -> None:
-    """Pictures in the text, NVILA's newline after each, and all logits of the prompt."""
+    """Images in the text, NVILA's newline after each, and all logits of the prompt."""
     expected = SPLICED[case]
     session = session_of(write_checkpoint(tmp_path / "c", **changes))
     shape, seed = expected["pixels"]

@@ -52,9 +52,9 @@ def test_every_container_gives_the_frames_that_plain_decoding_gives(
     # As in the original's _load_video.
     indices = np.round(np.linspace(0, len(every) - 1, count)).astype(int)
     found = sample_frames(path, count)
-    assert all(picture.mode == "RGB" for picture in found)
+    assert all(image.mode == "RGB" for image in found)
     np.testing.assert_array_equal(
-        np.stack([np.asarray(picture) for picture in found]), np.stack(every)[indices]
+        np.stack([np.asarray(image) for image in found]), np.stack(every)[indices]
     )
     # Lossy codecs miss the last one by a grey level.
     np.testing.assert_allclose(numbers(found), indices, atol=1)
@@ -96,10 +96,10 @@ def test_only_the_chosen_frames_are_held(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def corner(index: int) -> np.ndarray:
-    """White in the upper left quarter of a wide picture."""
-    picture = np.zeros((16, 32, 3), np.uint8)
-    picture[:8, :16] = 255
-    return picture
+    """White in the upper left quarter of a wide image."""
+    image = np.zeros((16, 32, 3), np.uint8)
+    image[:8, :16] = 255
+    return image
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,10 @@ def test_the_display_matrix_is_applied(
     # Of a version 0 track header, 40 bytes behind its four flag bytes.
     struct.pack_into(">9i", data, data.index(b"tkhd") + 8 + 36, a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
-    for picture in sample_frames(path, 3):
-        assert picture.size == size
+    for image in sample_frames(path, 3):
+        assert image.size == size
         column, row = quarter
-        half = np.asarray(picture.convert("L"), float).reshape(2, size[1] // 2, 2, size[0] // 2)
+        half = np.asarray(image.convert("L"), float).reshape(2, size[1] // 2, 2, size[0] // 2)
         bright = half.mean((1, 3)) > 128
         assert bright[row, column]
         assert bright.sum() == 1
@@ -261,7 +261,7 @@ def test_frames_that_grow_too_large_on_the_way(
     large = make_video(tmp_path / "large", 9, "mpeg", lambda index: grey(index, 640, 480))
     path = tmp_path / "both.mpg"
     path.write_bytes(small.read_bytes() + large.read_bytes())
-    assert {picture.size for picture in sample_frames(path, 6)} == {(32, 16), (640, 480)}
+    assert {image.size for image in sample_frames(path, 6)} == {(32, 16), (640, 480)}
     monkeypatch.setattr(video_module, "MAX_IMAGE_PIXELS", 640 * 480 // 2 - 1)
     with pytest.raises(VilaDeployError, match=r"only its first \d frames"):
         sample_frames(path, 6)

@@ -76,7 +76,7 @@ def opened(folder: Path, checkpoint: Any, max_seq_len: int = MAX_SEQ_LEN) -> Onn
 
 
 def prompt(session: Any, size: int) -> np.ndarray:
-    """Text, a picture, text: the embeddings [tokens, hidden]."""
+    """Text, an image, text: the embeddings [tokens, hidden]."""
     pixels = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
     features = session.encode_images(pixels)[0]
     return np.concatenate(

@@ -43,7 +43,7 @@ def install(monkeypatch: pytest.MonkeyPatch, dialect: str, **other: str) -> fake
 
 
 def prompt(session: Any, size: int) -> np.ndarray:
-    """Text, a picture, text: the embeddings [tokens, hidden]."""
+    """Text, an image, text: the embeddings [tokens, hidden]."""
     pixels = np.random.default_rng(0).standard_normal((1, 3, size, size), np.float32)
     features = session.encode_images(pixels)[0]
     return np.concatenate(
