@@ -45,7 +45,7 @@ def ask(engine: Path, *options: object, prompt: str = "What happens?") -> tuple[
 
 
 def test_a_video_is_its_frames(engine: Path, tmp_path: Path) -> None:
-    video = make_video(tmp_path / "v", 30, picture=blocks)
+    video = make_video(tmp_path / "v", 30, image=blocks)
     eight = [0, 4, 8, 12, 17, 21, 25, 29]
     answer = ask(engine, "--video", video)
     assert answer == ask(engine, *frame_files(tmp_path, eight))
@@ -61,8 +61,8 @@ def test_a_video_is_its_frames(engine: Path, tmp_path: Path) -> None:
 
 
 def test_pictures_come_before_videos(engine: Path, tmp_path: Path) -> None:
-    first = make_video(tmp_path / "first", 5, picture=blocks)
-    second = make_video(tmp_path / "second", 5, picture=lambda index: blocks(index + 10))
+    first = make_video(tmp_path / "first", 5, image=blocks)
+    second = make_video(tmp_path / "second", 5, image=lambda index: blocks(index + 10))
     picture = frame_files(tmp_path, [7])
     answer = ask(
         engine, "--video", first, *picture, "--video", second, "--video-frames", 2
@@ -73,7 +73,7 @@ def test_pictures_come_before_videos(engine: Path, tmp_path: Path) -> None:
 def test_video_in_a_conversation(
     engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    video = make_video(tmp_path / "v", 30, picture=blocks)
+    video = make_video(tmp_path / "v", 30, image=blocks)
     frame_files(tmp_path, [0, 29])
 
     def talk(*lines: str) -> tuple[str, str]:
