@@ -25,6 +25,8 @@ from vila_deploy.bench.measure import commit, device_name
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.data.examples import Example, Picture
 from vila_deploy.engine.model_info import describe
+from vila_deploy.engine.sampling import SamplingParams
+from vila_deploy.engine.session import OneSlot
 from vila_deploy.eval.fidelity import EvaluationData, evaluate
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.model.vila import ReferenceSession
@@ -33,7 +35,7 @@ from vila_deploy.processing.tokenizer import load_tokenizer
 from vila_deploy.quantize.options import ALGORITHMS, Options
 from vila_deploy.quantize.pipeline import quantize
 from vila_deploy.quantize.report import versions
-from vila_deploy.runtime.generate import Conversation, SamplingParams
+from vila_deploy.runtime.conversation import Conversation
 from vila_deploy.utils.progress import progress
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,7 +81,7 @@ def examples(questions: Sequence[Question]) -> list[Example]:
 def exact_answers(root: Path, questions: Sequence[Question]) -> dict[str, Any]:
     """The share of right greedy answers, in all and by kind, in PyTorch and float32."""
     checkpoint, tokenizer = open_checkpoint(root), load_tokenizer(root / "llm")
-    session = ReferenceSession(checkpoint)
+    session = OneSlot(ReferenceSession(checkpoint))
     model = describe(checkpoint.config, tokenizer)
 
     def answer(images: Sequence[Image.Image], prompt: str) -> str:

@@ -107,12 +107,13 @@ def reference() -> Iterator[Answer]:
     """The checkpoint as trained, in PyTorch."""
     from vila_deploy.checkpoint import open_checkpoint
     from vila_deploy.engine.model_info import describe
+    from vila_deploy.engine.session import OneSlot
     from vila_deploy.model.vila import ReferenceSession
     from vila_deploy.processing.tokenizer import load_tokenizer
 
     checkpoint = open_checkpoint(CHECKPOINT)
     tokenizer = load_tokenizer(CHECKPOINT / "llm")
-    session = ReferenceSession(checkpoint)
+    session = OneSlot(ReferenceSession(checkpoint))
     yield answerer(session, tokenizer, describe(checkpoint.config, tokenizer))
 
 
@@ -128,7 +129,8 @@ def engine(folder: Path) -> Iterator[Answer]:
 
 def answerer(session: Session, tokenizer: Tokenizer, model: ModelInfo) -> Answer:
     """(pictures, prompt) → greedy answer, each a conversation of its own."""
-    from vila_deploy.runtime.generate import Conversation, SamplingParams
+    from vila_deploy.engine.sampling import SamplingParams
+    from vila_deploy.runtime.conversation import Conversation
 
     def answer(images: Sequence[Image.Image], prompt: str) -> str:
         conversation = Conversation(session, tokenizer, model, session.max_seq_len)

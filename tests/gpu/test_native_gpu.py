@@ -48,7 +48,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, target: str) -> Iterator[tupl
     folder = tmp_path_factory.mktemp("native") / "engine"
     build_engine(TINY_VILA, folder, BuildOptions(target, backend="native", max_seq_len=256))
     with open_engine(folder) as engine:
-        yield engine.session, ReferenceSession(open_checkpoint(TINY_VILA))
+        yield engine.session.sequence, ReferenceSession(open_checkpoint(TINY_VILA))
 
 
 def prompt(session: Any) -> np.ndarray:
@@ -66,7 +66,7 @@ def test_every_kernel_equals_its_reference(tmp_path: Path) -> None:
 def test_same_tokens_as_the_reference(pair: tuple[Any, Any]) -> None:
     session, reference = pair
     for each in pair:
-        each.reset()
+        each.truncate(0)
     logits, expected = session.prefill(prompt(session)), reference.prefill(prompt(reference))
     for _ in range(NEW_TOKENS):
         token = int(expected.argmax())
@@ -78,12 +78,12 @@ def test_ten_runs_give_equal_bytes_and_guessing_the_same_tokens(pair: tuple[Any,
     session, _ = pair
     seen = set()
     for _ in range(RUNS):
-        session.reset()
+        session.truncate(0)
         logits = session.prefill(prompt(session))
         tokens = session.decode_greedy(NEW_TOKENS)
         seen.add((logits.tobytes(), tuple(tokens), session.decode(7).tobytes()))
     assert len(seen) == 1
-    session.reset()
+    session.truncate(0)
     session.prefill(prompt(session))
     assert session.decode_lookup(NEW_TOKENS, [1, 5, 9, 30, 31, 5, 9])[0] == tokens
 
@@ -102,7 +102,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, target: str) -> Iterator[Any
     )
     build_engine(TINY_VILA, folder, options)
     with open_engine(folder) as engine:
-        yield engine.session
+        yield engine.session.sequence
 
 
 @pytest.mark.parametrize("engine", ["pair", "small"])
@@ -110,19 +110,21 @@ def test_tokens_chosen_on_the_device_are_those_of_the_host(
     engine: str, request: pytest.FixtureRequest
 ) -> None:
     """With what runs ahead, and where a stop token cuts that off."""
-    from vila_deploy.runtime.generate import SamplingParams, generate
+    from vila_deploy.engine.sampling import SamplingParams
+    from vila_deploy.engine.session import OneSlot
+    from vila_deploy.runtime.generate import generate
 
     found = request.getfixturevalue(engine)
     session = found[0] if engine == "pair" else found
-    session.reset()
+    session.truncate(0)
     logits, expected = session.prefill(prompt(session)), []
     for _ in range(NEW_TOKENS):
         expected.append(int(logits.argmax()))
         logits = session.decode(expected[-1])
     sampling = SamplingParams(NEW_TOKENS)
-    assert list(generate(session, prompt(session), (), sampling)) == expected
+    assert list(generate(OneSlot(session), prompt(session), (), sampling)) == expected
     stop = expected[5]
-    cut = list(generate(session, prompt(session), (stop,), sampling))
+    cut = list(generate(OneSlot(session), prompt(session), (stop,), sampling))
     assert cut == expected[: expected.index(stop) + 1]
     assert session.position == int(session._cache.position)
 
@@ -199,9 +201,11 @@ def test_a_joined_launch_gives_the_bits_of_its_phases(pair: tuple[Any, Any]) -> 
 
 
 def test_equal_seeds_draw_equal_tokens(pair: tuple[Any, Any]) -> None:
-    from vila_deploy.runtime.generate import SamplingParams, generate
+    from vila_deploy.engine.sampling import SamplingParams
+    from vila_deploy.engine.session import OneSlot
+    from vila_deploy.runtime.generate import generate
 
-    session, _ = pair
+    session = OneSlot(pair[0])
     answers = [
         tuple(generate(session, prompt(session), (), SamplingParams(NEW_TOKENS, 1.0, 0.9, seed)))
         for seed in (1, 1, 2)
@@ -224,12 +228,13 @@ def test_parts_in_host_memory_give_the_same_bits(
     pixels = np.random.default_rng(0).standard_normal((1, 3, 72, 72), np.float32)
     whole, _ = pair
     with open_engine(folder) as engine:
-        for session in (whole, engine.session):
-            session.reset()
-        assert np.array_equal(engine.session.encode_images(pixels), whole.encode_images(pixels))
-        logits = [s.prefill(prompt(s)) for s in (whole, engine.session)]
+        streamed = engine.session.sequence
+        for session in (whole, streamed):
+            session.truncate(0)
+        assert np.array_equal(streamed.encode_images(pixels), whole.encode_images(pixels))
+        logits = [s.prefill(prompt(s)) for s in (whole, streamed)]
         assert np.array_equal(*logits)
-        assert whole.decode_greedy(8) == engine.session.decode_greedy(8)
+        assert whole.decode_greedy(8) == streamed.decode_greedy(8)
 
 
 def test_a_tower_in_int8_is_near_the_float16_one_and_may_be_streamed(

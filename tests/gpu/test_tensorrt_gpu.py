@@ -46,11 +46,11 @@ def test_engine_gives_the_references_tokens(tmp_path: Path, quantized: bool) -> 
     reference = ReferenceSession(open_checkpoint(root))
     with open_engine(tmp_path / "engine") as engine:
         embeds = engine.session.embed_tokens(np.random.default_rng(0).integers(0, 60, 100))
-        found, expected = engine.session.prefill(embeds), reference.prefill(embeds)
+        found, expected = engine.session.sequence.prefill(embeds), reference.prefill(embeds)
         for _ in range(32):
             assert np.abs(found - expected).max() < TOLERANCE * expected.std()
             token = int(expected.argmax())
-            found, expected = engine.session.decode(token), reference.decode(token)
+            found, expected = engine.session.sequence.decode(token), reference.decode(token)
 
 
 def test_pictures_and_chunks(tmp_path: Path) -> None:
@@ -65,10 +65,10 @@ def test_pictures_and_chunks(tmp_path: Path) -> None:
         found = engine.session.encode_images(pixels)
         assert np.abs(found - expected).max() < TOLERANCE * expected.std()
         embeds = engine.session.embed_tokens(np.random.default_rng(0).integers(0, 60, 100))
-        at_once = engine.session.prefill(embeds)
-        engine.session.reset()
+        at_once = engine.session.sequence.prefill(embeds)
+        engine.session.sequence.truncate(0)
         for part in np.array_split(embeds, [1, 8, 72]):
-            in_parts = engine.session.prefill(part)
+            in_parts = engine.session.sequence.prefill(part)
         assert np.abs(in_parts - at_once).max() < TOLERANCE * at_once.std()
         made_for_this_gpu = "tensorrt-rtx" in engine.manifest.versions
     if made_for_this_gpu:

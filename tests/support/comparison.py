@@ -11,11 +11,13 @@ from PIL import Image
 
 from vila_deploy.backends import open_engine
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.engine.session import Session
+from vila_deploy.engine.sampling import SamplingParams
+from vila_deploy.engine.session import SequenceSession, Session
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
 from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
-from vila_deploy.runtime.generate import SamplingParams, encode_images, generate, place_images
+from vila_deploy.runtime.conversation import encode_images, place_images
+from vila_deploy.runtime.generate import generate
 from vila_deploy.utils.arrays import Floats
 
 Prompt = tuple[list[Image.Image], str]
@@ -47,7 +49,7 @@ def greedy_tokens_of_both(
             text = render(template, [], placed)
             pieces = text_chunks(opened.tokenizer, text, opened.model.image_end)
 
-            def embed(session: Session) -> Floats:
+            def embed(session: Session | SequenceSession) -> Floats:
                 features = encode_images(session, pixels)  # noqa: B023
                 return merge_embeddings(pieces, features, session.embed_tokens)  # noqa: B023
 

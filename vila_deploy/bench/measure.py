@@ -22,6 +22,7 @@ from vila_deploy import __version__
 from vila_deploy.backends import OpenedEngine, open_engine
 from vila_deploy.bench.bandwidth import read_bandwidth_bytes_per_s
 from vila_deploy.bench.gpu import gpu_name
+from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.target import get_target
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
 from vila_deploy.processing.images import Pixels, preprocess
@@ -30,7 +31,8 @@ from vila_deploy.processing.multimodal_prompt import (
     prompt_length,
     text_chunks,
 )
-from vila_deploy.runtime.generate import SamplingParams, continue_from, encode_images, place_images
+from vila_deploy.runtime.conversation import encode_images, place_images
+from vila_deploy.runtime.generate import decode_tokens
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -81,7 +83,7 @@ def measure(folder: Path) -> dict[str, Any]:
         "decode_tokens_per_s": tokens_per_s,
         "decode_ms_median": statistics.median(decode_s) * 1e3,
         "ttft_ms": ttft_ms,
-        "prompt_tokens": engine.session.position - DECODE_TOKENS,
+        "prompt_tokens": engine.session.length(0) - DECODE_TOKENS,
         "peak_memory_bytes": peak_bytes,
         "weight_bytes_per_token": weight_bytes,
         "read_bandwidth_bytes_per_s": bandwidth,
@@ -133,13 +135,13 @@ def _first_token(engine: OpenedEngine, image: Image.Image) -> tuple[dict[str, fl
 def _answer_begun(engine: OpenedEngine, image: Image.Image) -> tuple[dict[str, float], Floats]:
     """Milliseconds of preprocessing, vision and prefill of one question; the last logits."""
     session, (pieces, _) = engine.session, _prompt(engine, image)
-    session.reset()
+    session.keep(0, 0)
     preprocess_ms, pixels = _timed_ms(
         lambda: preprocess([image], engine.model.image, engine.model.tiling)
     )
     vision_ms, features = _timed_ms(lambda: encode_images(session, pixels))
     prefill_ms, logits = _timed_ms(
-        lambda: session.prefill(merge_embeddings(pieces, features, session.embed_tokens))
+        lambda: session.prefill(0, merge_embeddings(pieces, features, session.embed_tokens))
     )
     return {"preprocess": preprocess_ms, "vision": vision_ms, "prefill": prefill_ms}, logits
 
@@ -153,7 +155,7 @@ def _timed_ms(call: Callable[[], Result]) -> tuple[float, Result]:
 def _decode(engine: OpenedEngine, logits: Floats) -> list[float]:
     """Seconds between greedy tokens as they come, as vila-chat gets them; none stops it."""
     greedy = SamplingParams(max_new_tokens=DECODE_TOKENS + 1)
-    tokens = continue_from(engine.session, logits, (), greedy)
+    tokens = decode_tokens(engine.session, logits, (), greedy)
     times = [time.perf_counter() for _ in tokens]
     return [later - earlier for earlier, later in pairwise(times)][WARM_UP_TOKENS:]
 

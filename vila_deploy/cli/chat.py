@@ -15,7 +15,8 @@ from vila_deploy.cli.common import command_errors, echo_json, no_nan
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from vila_deploy.runtime.generate import Answer, Conversation, SamplingParams
+    from vila_deploy.engine.sampling import SamplingParams
+    from vila_deploy.runtime.conversation import Answer, Conversation
 
 HELP_INTERACTIVE = (
     "/image FILE and /video FILE add pictures to the next question, /reset begins anew, /quit ends"
@@ -75,9 +76,10 @@ def main(
         raise click.UsageError("--json needs -p")
 
     from vila_deploy.backends import open_engine
+    from vila_deploy.engine.sampling import SamplingParams
     from vila_deploy.processing.images import open_image
     from vila_deploy.processing.video import sample_frames
-    from vila_deploy.runtime.generate import Conversation, SamplingParams
+    from vila_deploy.runtime.conversation import Conversation
     from vila_deploy.utils.errors import VilaDeployError
 
     pictures = [open_image(path) for path in images]

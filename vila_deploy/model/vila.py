@@ -1,4 +1,4 @@
-"""The reference VILA in PyTorch: a Session that every engine is compared with."""
+"""The reference VILA in PyTorch: the session that every engine is compared with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vila_deploy.utils.arrays import Floats
 class ReferenceSession:
     """Runs a checkpoint as it is, 4-bit layers dequantized, in `dtype` on the CPU.
 
-    Implements `vila_deploy.engine.session.Session`.
+    Implements `vila_deploy.engine.session.SequenceSession`.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32):
@@ -27,7 +27,7 @@ class ReferenceSession:
         self.llm = LanguageModel(config.llm, checkpoint.llm, dtype)
         self.vision = VisionEncoder(config, checkpoint.vision, checkpoint.projector, dtype)
         self.max_seq_len = config.llm.max_position_embeddings
-        self.reset()
+        self.truncate(0)
 
     def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
         return self.vision(torch.from_numpy(pixels).to(self.dtype), grid).float().numpy()
@@ -45,9 +45,12 @@ class ReferenceSession:
     def decode(self, token: int) -> Floats:
         return self.prefill(self.embed_tokens([token]))
 
-    def reset(self) -> None:
-        self.position = 0
-        self._cache: Any = DynamicCache()
+    def truncate(self, tokens: int) -> None:
+        if tokens:
+            self._cache.crop(tokens)
+        else:
+            self._cache: Any = DynamicCache()
+        self.position = tokens
 
     def close(self) -> None:
-        self.reset()
+        self.truncate(0)

@@ -19,11 +19,13 @@ from vila_deploy.backends import open_engine
 from vila_deploy.builder.build import BuildOptions, build_engine
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.variants import KNOWN_TOWERS
+from vila_deploy.engine.sampling import SamplingParams
+from vila_deploy.engine.session import OneSlot
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.pipeline import quantize
-from vila_deploy.runtime.generate import Conversation, SamplingParams
+from vila_deploy.runtime.conversation import Conversation
 from vila_deploy.utils.errors import VilaDeployError
 
 CLIP = "openai/clip-vit-large-patch14-336"
@@ -73,7 +75,7 @@ def test_quantized_it_has_three_folders_and_answers(algorithm: str, tmp_path: Pa
     build_engine(tmp_path / "q", tmp_path / "e", BuildOptions("cpu"))
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (30, 50, 3), np.uint8))
     with open_engine(tmp_path / "e") as engine:
-        reference = ReferenceSession(open_checkpoint(tmp_path / "q"))
+        reference = OneSlot(ReferenceSession(open_checkpoint(tmp_path / "q")))
         tokens = []
         for session in (engine.session, reference):
             assert engine.tokenizer is not None

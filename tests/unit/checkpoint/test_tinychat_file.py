@@ -94,7 +94,7 @@ def test_builds_an_engine(tmp_path: Path) -> None:
     assert manifest["checkpoint_fingerprint"] == open_checkpoint(root).fingerprint()
     reference = ReferenceSession(open_checkpoint(root))
     with open_engine(out) as opened:
-        sessions = (opened.session, reference)
+        sessions = (opened.session.sequence, reference)
         found, expected = (session.prefill(session.embed_tokens(TOKENS)) for session in sessions)
     # Two int8 terms of the activations differ by that much: see test_onnxruntime.
     assert np.abs(found - expected).max() < 1e-3 * expected.std()

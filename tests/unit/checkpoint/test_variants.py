@@ -24,7 +24,8 @@ from vila_deploy.checkpoint.variants import (
     PROMPT_NAMES,
     TOWER_FAMILIES,
 )
-from vila_deploy.engine.session import Session
+from vila_deploy.engine.sampling import SamplingParams
+from vila_deploy.engine.session import OneSlot, Session
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.model.llm import load_decoder_layer, rotary, run_layer
 from vila_deploy.model.vila import ReferenceSession
@@ -39,7 +40,7 @@ from vila_deploy.quantize.algorithms.awq_scales import (
 )
 from vila_deploy.quantize.options import Options
 from vila_deploy.quantize.pipeline import quantize
-from vila_deploy.runtime.generate import Conversation, SamplingParams
+from vila_deploy.runtime.conversation import Conversation
 from vila_deploy.utils.errors import VilaDeployError
 
 CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -176,7 +177,7 @@ def test_engine_answers_as_the_reference(
     build_engine(root, tmp_path / "e", BuildOptions("cpu"))
     with open_engine(tmp_path / "e") as opened:
         assert opened.model.prompt == template
-        expected = answers(ReferenceSession(open_checkpoint(root)), opened)
+        expected = answers(OneSlot(ReferenceSession(open_checkpoint(root))), opened)
         assert len(expected[0]) > 5
         assert answers(opened.session, opened) == expected
 

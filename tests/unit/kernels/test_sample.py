@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from tests.support.kernel_cases import generator
+from vila_deploy.engine.sampling import SamplingParams
+from vila_deploy.engine.sampling import sample as sample_on_host
 from vila_deploy.kernels import sample as module
 from vila_deploy.kernels.sample import kept_reference, sample, sample_reference
-from vila_deploy.runtime.generate import SamplingParams, choose
 
 
 def draw(logits: torch.Tensor, uniform: float, temperature: float, top_p: float) -> int:
@@ -73,7 +74,7 @@ class _Recorded:
 def host_probabilities(logits: np.ndarray, sampling: SamplingParams) -> np.ndarray:
     """What `generate.choose` draws from, by token."""
     recorded = _Recorded()
-    choose(logits, sampling, recorded)
+    sample_on_host(logits, sampling, recorded)
     found = np.zeros(len(logits))
     found[recorded.kept] = recorded.p
     return found

@@ -39,7 +39,7 @@ def test_logits_equal_transformers(tmp_path: Path, kv_heads: int, qwen2: bool) -
     at_once = session.prefill(embeds)
     np.testing.assert_allclose(at_once, expected[-1], atol=1e-4)
 
-    session.reset()
+    session.truncate(0)
     stepwise = [session.prefill(embeds[:7]), session.prefill(embeds[7:12])]
     stepwise += [session.decode(token) for token in tokens[0, 12:].tolist()]
     np.testing.assert_allclose(stepwise[0], expected[6], atol=1e-4)

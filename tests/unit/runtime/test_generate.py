@@ -12,10 +12,13 @@ from PIL import Image
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint.config import load_config
 from vila_deploy.engine.model_info import describe
+from vila_deploy.engine.sampling import SamplingParams, sample
+from vila_deploy.engine.session import OneSlot
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render, with_markers
 from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
 from vila_deploy.processing.tokenizer import TextStream, load_tokenizer
-from vila_deploy.runtime.generate import Conversation, SamplingParams, choose, generate
+from vila_deploy.runtime.conversation import Conversation
+from vila_deploy.runtime.generate import generate
 from vila_deploy.utils.errors import VilaDeployError
 
 
@@ -24,9 +27,10 @@ class ScriptedSession:
 
     def __init__(self, script: Sequence[int], vocab: int = 384, max_seq_len: int = 400):
         self.script, self.vocab, self.max_seq_len = list(script), vocab, max_seq_len
-        self.reset()
+        self.position, self.prompt, self.step = 0, None, 0
 
-    def reset(self) -> None:
+    def truncate(self, tokens: int) -> None:
+        assert tokens == 0
         self.position, self.prompt, self.step = 0, None, 0
 
     def encode_images(self, pixels: np.ndarray, grid: object = None) -> np.ndarray:
@@ -65,7 +69,7 @@ def conversation(checkpoint: Path, answer: str, max_seq_len: int = 2000) -> Conv
     script = [*tokenizer.encode(answer), 2] * 3
     session = ScriptedSession(script, max_seq_len=max_seq_len)
     model = describe(load_config(checkpoint), tokenizer)
-    return Conversation(session, tokenizer, model, max_input_len=1000)
+    return Conversation(OneSlot(session), tokenizer, model, max_input_len=1000)
 
 
 def test_answer_streams_and_stops(checkpoint: Path) -> None:
@@ -83,7 +87,7 @@ def test_max_new_tokens_and_context_end_an_answer(checkpoint: Path) -> None:
     assert len(chat.ask("Why?", [], SamplingParams(max_new_tokens=3)).tokens) == 3
     full = conversation(checkpoint, " the rain is on the sun")
     length = conversation(checkpoint, "x").ask("Why?", [], SamplingParams()).prompt_tokens
-    full.session.max_seq_len = length + 1
+    full.session.sequence.max_seq_len = length + 1
     answer = full.ask("Why?", [], SamplingParams())
     assert (len(answer.tokens), answer.finish_reason) == (2, "context")
 
@@ -95,7 +99,7 @@ def test_pictures_lie_where_their_markers_are(checkpoint: Path) -> None:
     text = render(PROMPT_TEMPLATES["vicuna_v1"], [], question)
     left, middle, right = (chat.tokenizer.encode(piece) for piece in text.split("<image>"))
     expected = [1, *left, 1, 1, 1, 1, *middle, 1, 1, 1, 1, *right]
-    assert chat.session.prompt.tolist() == expected
+    assert chat.session.sequence.prompt.tolist() == expected
     assert answer.prompt_tokens == len(expected)
 
 
@@ -138,10 +142,10 @@ def test_choose_follows_temperature_and_top_p() -> None:
     random = np.random.default_rng(0)
 
     def frequencies(sampling: SamplingParams) -> np.ndarray:
-        draws = [choose(logits, sampling, random) for _ in range(4000)]
+        draws = [sample(logits, sampling, random) for _ in range(4000)]
         return np.bincount(draws, minlength=4) / 4000
 
-    assert choose(logits, SamplingParams(), random) == 0
+    assert sample(logits, SamplingParams(), random) == 0
     np.testing.assert_allclose(
         frequencies(SamplingParams(temperature=1.0)), [0.5, 0.3, 0.15, 0.05], atol=0.03
     )
@@ -154,7 +158,7 @@ def test_choose_follows_temperature_and_top_p() -> None:
 
 
 def test_seed_repeats_draws() -> None:
-    session = ScriptedSession([5] * 30, vocab=50)
+    session = OneSlot(ScriptedSession([5] * 30, vocab=50))
 
     def draw(seed: int) -> list[int]:
         sampling = SamplingParams(max_new_tokens=1, temperature=5.0, seed=seed)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from vila_deploy.utils.errors import VilaDeployError
 
 if TYPE_CHECKING:
-    from vila_deploy.backends.native.session import NativeSession
     from vila_deploy.engine.manifest import Manifest
+    from vila_deploy.engine.session import Session
 
 
-def open_session(folder: Path, manifest: Manifest) -> NativeSession:
+def open_session(folder: Path, manifest: Manifest) -> Session:
     """Runs the engine in `folder`, whose files have been checked against `manifest`.
 
     Raises:
@@ -21,8 +21,9 @@ def open_session(folder: Path, manifest: Manifest) -> NativeSession:
     """
     require_triton()
     from vila_deploy.backends.native.session import NativeSession
+    from vila_deploy.engine.session import OneSlot
 
-    return NativeSession(folder, manifest)
+    return OneSlot(NativeSession(folder, manifest))
 
 
 def require_triton() -> None:

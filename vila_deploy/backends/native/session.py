@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,6 +28,8 @@ from vila_deploy.backends.native.weights import (
 )
 from vila_deploy.builder.memory_plan import EMBEDDINGS, VISION
 from vila_deploy.engine.manifest import Manifest
+from vila_deploy.engine.sampling import SamplingParams
+from vila_deploy.engine.session import check_room
 from vila_deploy.engine.target import get_target
 from vila_deploy.kernels.interpreter import INTERPRETED
 from vila_deploy.kernels.tile_config import INTERPRETER, TOKENS
@@ -36,14 +37,11 @@ from vila_deploy.model.vision import VisionEncoder
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 
-if TYPE_CHECKING:
-    from vila_deploy.runtime.generate import SamplingParams
-
 HOST = "host"
 
 
 class NativeSession:
-    """Implements `vila_deploy.engine.session.Session`; batch 1.
+    """Implements `vila_deploy.engine.session.SequenceSession` and `DeviceSampling`.
 
     Raises:
         VilaDeployError: no CUDA GPU, or one of another compute capability than the target's.
@@ -81,7 +79,6 @@ class NativeSession:
     @torch.inference_mode()
     def prefill(self, embeds: Floats) -> Floats:
         """Appends [tokens, hidden] to the cache → logits of the last token [vocab]."""
-        self._check_room(len(embeds))
         x = torch.from_numpy(np.ascontiguousarray(embeds, np.float32)).to(self._device)
         last = prefill(self._sizes, self._llm, self._cache, x, self.position)
         self.position += len(embeds)
@@ -90,7 +87,6 @@ class NativeSession:
 
     @torch.inference_mode()
     def decode(self, token: int) -> Floats:
-        self._check_room(1)
         self._step.token.fill_(token)
         self._run_step(self._step)
         self.position += 1
@@ -100,7 +96,7 @@ class NativeSession:
     def decode_greedy(self, tokens: int) -> list[int]:
         """The next `tokens` greedy tokens after prefill or decode, chosen and fed back on the
         device; the host waits once, at the end."""
-        self._check_room(tokens)
+        check_room(self.position, tokens, self.max_seq_len)
         start = self.position
         for _ in range(tokens):
             self._run_step(self._step)
@@ -176,7 +172,7 @@ class NativeSession:
         Returns:
             The tokens, and how many steps they took.
         """
-        self._check_room(tokens)
+        check_room(self.position, tokens, self.max_seq_len)
         if self._wide is None:
             self._wide = DecodeStep(self._sizes, self._llm, self._cache, TOKENS)
         known, found, steps = int(self._step.token), list[int](), 0
@@ -199,9 +195,9 @@ class NativeSession:
         self._step.token.fill_(known)
         return found, steps
 
-    def reset(self) -> None:
-        self.position = 0
-        self._cache.position.zero_()
+    def truncate(self, tokens: int) -> None:
+        self.position = tokens
+        self._cache.position.fill_(tokens)
 
     def close(self) -> None:
         """Frees weights, cache and graphs."""
@@ -232,16 +228,6 @@ class NativeSession:
 
     def _logits(self) -> Floats:
         return self._step.logits[0].cpu().numpy().copy()
-
-    def _check_room(self, tokens: int) -> None:
-        if not tokens:
-            raise VilaDeployError("the prompt is empty", fix="give at least one token")
-        if self.position + tokens > self.max_seq_len:
-            raise VilaDeployError(
-                f"{self.position + tokens} tokens don't fit into the {self.max_seq_len} positions "
-                "of this engine",
-                fix="ask for less, or build it with a larger --max-seq-len",
-            )
 
 
 def find_device() -> tuple[str, int]:

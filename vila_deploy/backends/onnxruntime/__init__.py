@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vila_deploy.backends.onnxruntime.session import OnnxRuntimeSession
     from vila_deploy.engine.manifest import Manifest
+    from vila_deploy.engine.session import Session
 
 
-def open_session(folder: Path, manifest: Manifest) -> OnnxRuntimeSession:
+def open_session(folder: Path, manifest: Manifest) -> Session:
     """Runs the engine in `folder`, whose files have been checked against `manifest`.
 
     Raises:
         VilaDeployError: onnxruntime can't load it.
     """
     from vila_deploy.backends.onnxruntime.session import OnnxRuntimeSession
+    from vila_deploy.engine.session import OneSlot
 
-    return OnnxRuntimeSession(folder, manifest)
+    return OneSlot(OnnxRuntimeSession(folder, manifest))

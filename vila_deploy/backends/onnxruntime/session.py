@@ -25,7 +25,7 @@ ONE_THREAD_BYTES = 16 << 20
 
 
 class OnnxRuntimeSession:
-    """Implements `vila_deploy.engine.session.Session`.
+    """Implements `vila_deploy.engine.session.SequenceSession`.
 
     `cache` holds key and value of each layer in turn, [1, kv_heads, max_seq_len, head_dim].
     """
@@ -73,7 +73,6 @@ class OnnxRuntimeSession:
 
     def prefill(self, embeds: Floats) -> Floats:
         """Appends [tokens, hidden] to the cache → logits of the last token [vocab]."""
-        self._check_room(len(embeds))
         embeds = np.ascontiguousarray(embeds, np.float32)[None]
         count = embeds.shape[1]
         # The graph for one token is the one that has logits.
@@ -88,7 +87,6 @@ class OnnxRuntimeSession:
         return self._logits[0].copy()
 
     def decode(self, token: int) -> Floats:
-        self._check_room(1)
         self._embed[0, 0] = self._table[token]
         self._run(self._decoder, 1)
         return self._logits[0].copy()
@@ -97,18 +95,8 @@ class OnnxRuntimeSession:
         bound.run(self.position + tokens)
         self.position += tokens
 
-    def _check_room(self, tokens: int) -> None:
-        if not tokens:
-            raise VilaDeployError("the prompt is empty", fix="give at least one token")
-        if self.position + tokens > self.max_seq_len:
-            raise VilaDeployError(
-                f"{self.position + tokens} tokens don't fit into the {self.max_seq_len} positions "
-                "of this engine",
-                fix="ask for less, or build it with a larger --max-seq-len",
-            )
-
-    def reset(self) -> None:
-        self.position = 0
+    def truncate(self, tokens: int) -> None:
+        self.position = tokens
 
     def close(self) -> None:
         """Frees the models and the cache."""

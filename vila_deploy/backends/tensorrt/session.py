@@ -20,7 +20,7 @@ from vila_deploy.utils.files import read_json_object
 
 
 class TensorRtSession:
-    """Implements `vila_deploy.engine.session.Session`."""
+    """Implements `vila_deploy.engine.session.SequenceSession`."""
 
     def __init__(self, folder: Path, manifest: Manifest):
         model, limits = manifest.model, manifest.limits
@@ -50,15 +50,11 @@ class TensorRtSession:
 
     def prefill(self, embeds: Floats) -> Floats:
         """Appends [tokens, hidden] to the cache → logits of the last token [vocab]."""
-        if not len(embeds):
-            raise VilaDeployError("the prompt is empty", fix="give at least one token")
-        self._check_room(len(embeds))
         for start in range(0, len(embeds), self._decoder.chunk):
             logits = self._append(embeds[start : start + self._decoder.chunk])
         return logits
 
     def decode(self, token: int) -> Floats:
-        self._check_room(1)
         return self._append(self.embed_tokens([token]))
 
     def _append(self, embeds: Floats) -> Floats:
@@ -66,16 +62,8 @@ class TensorRtSession:
         self.position += len(embeds)
         return logits
 
-    def _check_room(self, tokens: int) -> None:
-        if self.position + tokens > self.max_seq_len:
-            raise VilaDeployError(
-                f"{self.position + tokens} tokens don't fit into the {self.max_seq_len} positions "
-                "of this engine",
-                fix="ask for less, or build it with a larger --max-seq-len",
-            )
-
-    def reset(self) -> None:
-        self.position = 0
+    def truncate(self, tokens: int) -> None:
+        self.position = tokens
 
     def close(self) -> None:
         """Frees the engines, the cache and the stream."""

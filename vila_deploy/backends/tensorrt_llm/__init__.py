@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vila_deploy.engine.manifest import Manifest
-from vila_deploy.engine.session import Session
+from vila_deploy.engine.session import OneSlot, Session
 
 
 def open_session(folder: Path, manifest: Manifest) -> Session:
@@ -16,4 +16,4 @@ def open_session(folder: Path, manifest: Manifest) -> Session:
     """
     from vila_deploy.backends.tensorrt_llm.session import TensorrtLlmSession
 
-    return TensorrtLlmSession(folder, manifest)
+    return OneSlot(TensorrtLlmSession(folder, manifest))

@@ -31,7 +31,7 @@ STOP = None
 
 
 class TensorrtLlmSession:
-    """Implements `vila_deploy.engine.session.Session`.
+    """Implements `vila_deploy.engine.session.SequenceSession`.
 
     `max_seq_len` is one less than the engine's, in which the token after the last pass counts.
     """
@@ -60,7 +60,6 @@ class TensorrtLlmSession:
 
         Earlier tokens are computed again: the runtime takes a prompt as a whole.
         """
-        self._check_room(len(embeds))
         self._end_generation()
         self._embeds.append(np.asarray(embeds, np.float32))
         prompt = np.concatenate(self._embeds)
@@ -77,7 +76,6 @@ class TensorrtLlmSession:
         return self._own(logits)
 
     def decode(self, token: int) -> Floats:
-        self._check_room(1)
         logits = self._thread.step(token) if self._generating else None
         if logits is None:  # the runtime took the token for an end
             self._generating = False
@@ -86,9 +84,10 @@ class TensorrtLlmSession:
         self.position += 1
         return self._own(logits)
 
-    def reset(self) -> None:
+    def truncate(self, tokens: int) -> None:
         self._end_generation()
-        self.position, self._embeds = 0, []
+        self._embeds = [np.concatenate(self._embeds)[:tokens]] if tokens else []
+        self.position = tokens
 
     def close(self) -> None:
         """Ends the thread and with it the engines."""
@@ -103,16 +102,6 @@ class TensorrtLlmSession:
     def _own(self, logits: Floats) -> Floats:
         """Without the rows that pad the vocabulary."""
         return logits[: self._vocab_size]
-
-    def _check_room(self, tokens: int) -> None:
-        if not tokens:
-            raise VilaDeployError("the prompt is empty", fix="give at least one token")
-        if self.position + tokens > self.max_seq_len:
-            raise VilaDeployError(
-                f"{self.position + tokens} tokens don't fit into the {self.max_seq_len} positions "
-                "of this engine",
-                fix="ask for less, or build it with a larger --max-seq-len",
-            )
 
 
 Step = Callable[[Floats], int | None]

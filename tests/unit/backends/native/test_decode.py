@@ -13,11 +13,13 @@ from tests.support.paths import TINY_VILA
 from tiny_vila.questions import held_out
 from vila_deploy.backends.native import open_session
 from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.engine.sampling import SamplingParams
+from vila_deploy.engine.session import OneSlot
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
 from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
 from vila_deploy.processing.tokenizer import Tokenizer, load_tokenizer
-from vila_deploy.runtime.generate import Conversation, SamplingParams, place_images
+from vila_deploy.runtime.conversation import Conversation, place_images
 
 MOST_TOKENS = 32
 # Descriptions are the longest answers: 9 and 15 tokens.
@@ -39,7 +41,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     checkpoint, folder = rounded(open_checkpoint(TINY_VILA)), tmp_path_factory.mktemp("native")
     with pytest.MonkeyPatch.context() as patch:
         manifest = built(folder / "engine", checkpoint, patch)
-    session = open_session(folder / "engine", manifest)
+    session = open_session(folder / "engine", manifest).sequence
     tokenizer = load_tokenizer(TINY_VILA / "llm")
     yield Pair(session, ReferenceSession(checkpoint), tokenizer, manifest.model)
     session.close()
@@ -54,7 +56,7 @@ def questions() -> list[Any]:
 def test_an_answer_up_to_its_end_is_the_references(pair: Pair, questions: list[Any]) -> None:
     """As vila-chat asks, each token chosen by the host."""
     found, expected = (
-        Conversation(session, pair.tokenizer, pair.model, 1000).ask(
+        Conversation(OneSlot(session), pair.tokenizer, pair.model, 1000).ask(
             questions[SHORT].prompt, questions[SHORT].images, SamplingParams(MOST_TOKENS)
         )
         for session in (pair.session, pair.reference)
@@ -74,7 +76,7 @@ def test_an_answer_chosen_on_the_device_is_the_references(pair: Pair, questions:
     pieces = text_chunks(pair.tokenizer, text, pair.model.image_end)
 
     for each in (session, reference):
-        each.reset()
+        each.truncate(0)
     logits = session.prefill(merge_embeddings(pieces, [*features], session.embed_tokens))
     wanted = reference.prefill(merge_embeddings(pieces, [*expected], reference.embed_tokens))
     assert deviation(logits, wanted) < TOLERANCE

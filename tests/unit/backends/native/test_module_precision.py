@@ -20,6 +20,7 @@ from vila_deploy.backends.native import open_session
 from vila_deploy.backends.native import weights as weights_module
 from vila_deploy.backends.native.build import host_parts
 from vila_deploy.backends.native.decode_step import Cache
+from vila_deploy.backends.native.session import NativeSession
 from vila_deploy.backends.native.weights import empty_llm, pack_head
 from vila_deploy.builder.fit import advise
 from vila_deploy.builder.memory_plan import EMBEDDINGS, VISION, plan_engine
@@ -28,13 +29,15 @@ from vila_deploy.checkpoint.presets import preset
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.precision import ModulePrecision, check_precision
+from vila_deploy.engine.sampling import SamplingParams
+from vila_deploy.engine.session import OneSlot
 from vila_deploy.engine.target import get_target
 from vila_deploy.kernels.kv_int8 import round_vectors, widen_vectors
 from vila_deploy.kernels.packed_linear import unpack
 from vila_deploy.kernels.sample import sample_reference
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.onnx_export.rounding import round_int4
-from vila_deploy.runtime.generate import SamplingParams, generate
+from vila_deploy.runtime.generate import generate
 
 GIB = 1 << 30
 
@@ -61,7 +64,7 @@ def with_head(checkpoint: Any, head: torch.Tensor) -> Any:
 
 
 def greedy(session: Any, prompt: Sequence[int], count: int) -> list[int]:
-    return list(generate(session, session.embed_tokens(prompt), (), SamplingParams(count)))
+    return list(generate(OneSlot(session), session.embed_tokens(prompt), (), SamplingParams(count)))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +111,7 @@ def test_tokens_of_a_head_in_4_bits_are_the_references(
         monkeypatch,
         module_precision=ModulePrecision(lm_head="int4"),
     )
-    session = open_session(tmp_path / "engine", manifest)
+    session = open_session(tmp_path / "engine", manifest).sequence
     reference = ReferenceSession(
         with_head(checkpoint, round_int4(head, 128, "lm_head").dequantize())
     )
@@ -137,7 +140,7 @@ def test_a_cache_in_8_bits_is_the_references_and_hardly_moves_the_logits(
     """Prompt in two parts, then a token; the head is in 8 bits on both sides."""
     module_precision = ModulePrecision(lm_head="int8", kv_cache="int8")
     manifest = built(tmp_path / "engine", small, monkeypatch, 24, module_precision)
-    session = open_session(tmp_path / "engine", manifest)
+    session = open_session(tmp_path / "engine", manifest).sequence
     head = unpack(pack_head(small.llm.tensor("lm_head.weight"), "int8"))
     whole, reference = (ReferenceSession(with_head(small, head)) for _ in range(2))
     reference._cache = RoundedCache()
@@ -164,10 +167,10 @@ def test_drawn_tokens_follow_the_numbers_of_their_positions(
 ) -> None:
     """The device draws what the rule of the host draws of the reference's logits."""
     manifest = built(tmp_path / "engine", small, monkeypatch, 24)
-    session, reference = open_session(tmp_path / "engine", manifest), ReferenceSession(small)
+    session, reference = NativeSession(tmp_path / "engine", manifest), ReferenceSession(small)
     sampling, prompt = SamplingParams(5, temperature=0.9, top_p=0.8, seed=3), [4, 9, 2]
     embeds = session.embed_tokens(prompt)
-    found = list(generate(session, embeds, (), sampling))
+    found = list(generate(OneSlot(session), embeds, (), sampling))
     assert session.position == int(session._cache.position) == len(prompt) + 4
 
     logits, expected = reference.prefill(embeds), []
@@ -178,10 +181,10 @@ def test_drawn_tokens_follow_the_numbers_of_their_positions(
         logits = reference.decode(expected[-1])
     assert found == expected
     assert expected != greedy(session, prompt, 5)
-    assert list(generate(session, embeds, (), sampling)) == found
+    assert list(generate(OneSlot(session), embeds, (), sampling)) == found
     # A stop token ends it, and what ran ahead of it is forgotten.
     monkeypatch.setattr(type(session), "_ahead", 1)
-    assert list(generate(session, embeds, (found[2],), sampling)) == found[:3]
+    assert list(generate(OneSlot(session), embeds, (found[2],), sampling)) == found[:3]
     assert session.position == int(session._cache.position) == len(prompt) + 2
 
 
@@ -196,7 +199,7 @@ def test_parts_in_host_memory_give_the_same_bits(
     card = replace(get_target("h100"), memory_bytes=1)
     for name, target, kept in (("all", None, ()), ("few", card, (EMBEDDINGS, VISION))):
         manifest = built(tmp_path / name, small, monkeypatch, 24, target=target)
-        session = open_session(tmp_path / name, manifest)
+        session = open_session(tmp_path / name, manifest).sequence
         hooks = [len(x._forward_pre_hooks) for x in session._vision.tower.encoder.layers]
         assert set(hooks) == {1 if kept else 0}
         features = session.encode_images(pixels)
@@ -211,7 +214,7 @@ def test_layers_of_a_streamed_tower_leave_behind_themselves(
     card = replace(get_target("h100"), memory_bytes=1)
     session = open_session(
         tmp_path / "few", built(tmp_path / "few", small, monkeypatch, 24, target=card)
-    )
+    ).sequence
     layers = [*session._vision.tower.encoder.layers]
     at_home = [next(layer.parameters()).data_ptr() for layer in layers]
     seen: list[list[bool]] = []

@@ -47,17 +47,17 @@ def test_decode_prefill_in_parts_and_reset(tmp_path: Path, monkeypatch: pytest.M
     session, reference = open_session(tmp_path / "engine", manifest), ReferenceSession(checkpoint)
     embeds = reference.embed_tokens(range(3, 17))
     expected = reference.prefill(embeds)
-    session.prefill(embeds[:9])
-    assert deviation(session.prefill(embeds[9:]), expected) < TOLERANCE
-    assert deviation(session.decode(7), reference.decode(7)) < TOLERANCE
-    assert session.position == 15
+    session.prefill(0, embeds[:9])
+    assert deviation(session.prefill(0, embeds[9:]), expected) < TOLERANCE
+    assert deviation(session.decode([0], [7])[0], reference.decode(7)) < TOLERANCE
+    assert session.length(0) == 15
     with pytest.raises(VilaDeployError, match="25 tokens don't fit into the 24 positions"):
-        session.prefill(embeds[:10])
-    session.reset()
+        session.prefill(0, embeds[:10])
+    session.keep(0, 0)
     with pytest.raises(VilaDeployError, match="empty"):
-        session.prefill(embeds[:0])
+        session.prefill(0, embeds[:0])
     monkeypatch.setattr("vila_deploy.backends.native.prefill.CHUNK", 11)
-    again = session.prefill(embeds)
+    again = session.prefill(0, embeds)
     assert deviation(again, expected) < TOLERANCE
     session.close()
 

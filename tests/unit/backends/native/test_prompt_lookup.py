@@ -44,14 +44,14 @@ def test_same_tokens_as_greedy_decoding(tmp_path: Path, monkeypatch: pytest.Monk
     prompt, slots, count = [5, 9, 17, 5, 9], 14, 9
     session = open_session(
         tmp_path / "engine", built(tmp_path / "engine", checkpoint, monkeypatch, slots)
-    )
+    ).sequence
     embeds = session.embed_tokens(prompt)
     first = int(session.prefill(embeds).argmax())
     expected = session.decode_greedy(count)
     assert len(expected) == count
     right, wrong = [*prompt, first, *expected], [*prompt, first, expected[0] + 1, 1, 2, 3]
     for text, most in (([*right, *prompt], 2), ([*wrong, *prompt], count)):
-        session.reset()
+        session.truncate(0)
         session.prefill(embeds)
         found, steps = session.decode_lookup(count, text)
         assert found == expected

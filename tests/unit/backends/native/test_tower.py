@@ -93,7 +93,7 @@ def test_engine_keeps_int8_in_file_and_memory(
         manifest = native_cases.built(
             tmp_path / name, checkpoint, monkeypatch, 24, INT8, target=target
         )
-        session = open_session(tmp_path / name, manifest)
+        session = open_session(tmp_path / name, manifest).sequence
         layers = session._vision.tower.encoder.layers
         small = [module for module in layers.modules() if isinstance(module, Int8Linear)]
         assert len(small) == 6 * len(layers)

@@ -72,7 +72,7 @@ def build(folder: Path, checkpoint: Any, max_seq_len: int = MAX_SEQ_LEN) -> tupl
 
 
 def opened(folder: Path, checkpoint: Any, max_seq_len: int = MAX_SEQ_LEN) -> OnnxRuntimeSession:
-    return open_session(*build(folder, checkpoint, max_seq_len))
+    return OnnxRuntimeSession(*build(folder, checkpoint, max_seq_len))
 
 
 def prompt(session: Any, size: int) -> np.ndarray:
@@ -131,11 +131,11 @@ def test_prompt_in_parts_equals_prompt_at_once(
     session = opened(tmp_path / "engine", checkpoint)
     embeds = prompt(session, checkpoint.config.vision.image_size)
     expected = session.prefill(embeds)
-    session.reset()
+    session.truncate(0)
     tolerance = INT4_TOLERANCE if quantized else TOLERANCE
     monkeypatch.setattr(session_module, "PREFILL_TOKENS", 5)
     assert deviation(session.prefill(embeds), expected) < tolerance
-    session.reset()
+    session.truncate(0)
     for part in (embeds[:1], embeds[1:20], embeds[20:21], embeds[21:]):
         logits = session.prefill(part)
     assert deviation(logits, expected) < tolerance
@@ -198,17 +198,17 @@ def test_memory_of_a_step_does_not_grow_with_the_cache(tmp_path: Path, int4: Che
 
 
 def test_too_many_tokens_are_refused(tmp_path: Path, int4: Checkpoint) -> None:
-    session = opened(tmp_path / "engine", int4, max_seq_len=8)
-    session.prefill(session.embed_tokens(range(3, 10)))
-    session.decode(4)
+    session = open_session(*build(tmp_path / "engine", int4, 8))
+    session.prefill(0, session.embed_tokens(range(3, 10)))
+    session.decode([0], [4])
     with pytest.raises(VilaDeployError, match="9 tokens don't fit into the 8 positions"):
-        session.decode(5)
+        session.decode([0], [5])
     with pytest.raises(VilaDeployError, match="--max-seq-len"):
-        session.prefill(session.embed_tokens([3]))
-    session.reset()
+        session.prefill(0, session.embed_tokens([3]))
+    session.keep(0, 0)
     with pytest.raises(VilaDeployError, match="empty"):
-        session.prefill(session.embed_tokens([]))
-    session.prefill(session.embed_tokens(range(3, 11)))
+        session.prefill(0, session.embed_tokens([]))
+    session.prefill(0, session.embed_tokens(range(3, 11)))
     session.close()
 
 

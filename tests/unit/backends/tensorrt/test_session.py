@@ -16,6 +16,7 @@ from tests.support.tensorrt_cases import DIALECTS, write_engine
 from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.tensorrt import cuda, decoder, files, open_session
 from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.engine.session import OneSlot
 from vila_deploy.engine.target import get_target
 from vila_deploy.formats.base import SYMMETRIC_ZERO
 from vila_deploy.model.vila import ReferenceSession
@@ -76,7 +77,8 @@ def test_logits_equal_the_reference(
         )
     gpu = install(monkeypatch, dialect)
     manifest = write_engine(tmp_path / "engine", checkpoint, dialect)
-    reference, session = ReferenceSession(checkpoint), open_session(tmp_path / "engine", manifest)
+    session = open_session(tmp_path / "engine", manifest).sequence
+    reference = ReferenceSession(checkpoint)
     embeds = prompt(session, checkpoint.config.vision.image_size)
     assert deviation(embeds, prompt(reference, checkpoint.config.vision.image_size)) < TOLERANCE
     logits, expected = session.prefill(embeds), reference.prefill(embeds)
@@ -117,7 +119,7 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_the_stream_free(
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c"))
     gpu = install(monkeypatch, "primitive")
     manifest = write_engine(tmp_path / "engine", checkpoint, "primitive")
-    session = open_session(tmp_path / "engine", manifest)
+    session = open_session(tmp_path / "engine", manifest).sequence
     session.prefill(session.embed_tokens([1, 2]))
     for _ in range(decoder.RUNS_BEFORE_CAPTURE):
         session.decode(3)
@@ -150,16 +152,16 @@ def test_prompt_in_chunks_equals_prompt_at_once(
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=True, kv_heads=2))
     install(monkeypatch, dialect)
     manifest = write_engine(tmp_path / "engine", checkpoint, dialect)
-    session = open_session(tmp_path / "engine", manifest)
+    session = open_session(tmp_path / "engine", manifest).sequence
     embeds = session.embed_tokens(np.random.default_rng(0).integers(0, 60, 100))
     expected = session.prefill(embeds)
     # What an earlier conversation left in the cache must not be seen.
-    session.reset()
+    session.truncate(0)
     session._decoder.chunk = chunk
     assert deviation(session.prefill(embeds), expected) < TOLERANCE
     assert session.position == 100
     with pytest.raises(VilaDeployError, match="161 tokens don't fit into the 160 positions"):
-        session.prefill(embeds[:61])
+        OneSlot(session).prefill(0, embeds[:61])
 
 
 def test_kernels_are_kept_beside_the_engine(
@@ -168,7 +170,7 @@ def test_kernels_are_kept_beside_the_engine(
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c"))
     install(monkeypatch, "standard")
     manifest = write_engine(tmp_path / "engine", checkpoint, "standard")
-    session = open_session(tmp_path / "engine", manifest)
+    session = open_session(tmp_path / "engine", manifest).sequence
     session.prefill(session.embed_tokens([1, 2]))
     session.close()
     cache = tmp_path / "engine" / files.LLM / files.RUNTIME_CACHE

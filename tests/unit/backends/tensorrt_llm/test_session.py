@@ -18,7 +18,9 @@ import torch
 from vila_deploy.backends.tensorrt_llm import files, session
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.model_info import ModelInfo
-from vila_deploy.runtime.generate import SamplingParams, generate
+from vila_deploy.engine.sampling import SamplingParams, sample
+from vila_deploy.engine.session import OneSlot
+from vila_deploy.runtime.generate import generate
 from vila_deploy.utils.errors import VilaDeployError
 
 VOCABULARY, PADDED, HIDDEN, STOP = 50, 64, 16, 7
@@ -149,16 +151,14 @@ def test_logits_are_the_models_step_by_step(opened):
 def test_the_one_generation_loop_runs_over_it(opened, temperature):
     sampling = SamplingParams(max_new_tokens=40, temperature=temperature, seed=3)
     prompt = TABLE[[1, 2, 3, 4]].astype(np.float32)
-    first = list(generate(opened, prompt, {STOP}, sampling))
+    first = list(generate(OneSlot(opened), prompt, {STOP}, sampling))
     assert len(first) > 1
     embeds, random = prompt, np.random.default_rng(3)
-    from vila_deploy.runtime.generate import choose
-
     for token in first:
-        assert token == choose(expected_logits(embeds), sampling, random)
+        assert token == sample(expected_logits(embeds), sampling, random)
         embeds = np.concatenate([embeds, TABLE[[token]]])
     assert first[-1] == STOP or len(first) == opened.max_seq_len - len(prompt) + 1
-    assert list(generate(opened, prompt, {STOP}, sampling)) == first
+    assert list(generate(OneSlot(opened), prompt, {STOP}, sampling)) == first
 
 
 def test_an_end_token_in_the_middle_starts_again(opened):
@@ -185,15 +185,15 @@ def test_more_prompt_and_pictures_between(opened):
     whole = np.concatenate([prompt, TABLE[[5]], more])
     np.testing.assert_allclose(found, expected_logits(whole), rtol=1e-3)
     assert opened.position == 5
-    opened.reset()
+    opened.truncate(0)
     np.testing.assert_allclose(opened.prefill(prompt), expected_logits(prompt), rtol=1e-5)
 
 
 def test_room_and_failures_are_one_line(opened, monkeypatch):
     with pytest.raises(VilaDeployError, match="the prompt is empty"):
-        opened.prefill(np.empty((0, HIDDEN), np.float32))
+        OneSlot(opened).prefill(0, np.empty((0, HIDDEN), np.float32))
     with pytest.raises(VilaDeployError, match=r"20 tokens don't fit into the 19 positions"):
-        opened.prefill(np.zeros((20, HIDDEN), np.float32))
+        OneSlot(opened).prefill(0, np.zeros((20, HIDDEN), np.float32))
     with pytest.raises(VilaDeployError, match="13 tokens are more than the 12 that this engine"):
         opened.prefill(np.zeros((13, HIDDEN), np.float32))
 
@@ -204,7 +204,7 @@ def test_room_and_failures_are_one_line(opened, monkeypatch):
         broken.setattr(FakeRunner, "generate", fail)
         with pytest.raises(VilaDeployError, match=r"failed \(CUDA error: out of memory\); build"):
             opened.prefill(np.zeros((3, HIDDEN), np.float32))
-    opened.reset()
+    opened.truncate(0)
     assert opened.prefill(TABLE[[1]].astype(np.float32)).shape == (VOCABULARY,)
 
 
