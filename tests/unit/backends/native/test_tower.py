@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from tests.support import native_cases
 from tests.support.module_precision_cases import rounded as rounded_to
+from tests.support.paths import TINY_VILA
 from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.native import build as build_module
 from vila_deploy.backends.native import files, open_session
@@ -122,7 +123,7 @@ def test_command_builds_and_measures_it(tmp_path: Path, monkeypatch: pytest.Monk
     row = {"text": "What is this?", "answer": "A red circle.", "image": "red.png"}
     (tmp_path / "one.jsonl").write_text(json.dumps(row), "utf-8")
     arguments = [
-        str(native_cases.TINY_VILA), "--target", "h100", "--max-seq-len", "128", "--vision", "int8",
+        str(TINY_VILA), "--target", "h100", "--max-seq-len", "128", "--vision", "int8",
         "-o", str(tmp_path / "engine"), "--eval", str(tmp_path / "one.jsonl"),
     ]  # fmt: skip
     done = CliRunner().invoke(main, arguments)
@@ -132,7 +133,7 @@ def test_command_builds_and_measures_it(tmp_path: Path, monkeypatch: pytest.Monk
     assert manifest.effect is not None
     assert manifest.effect["images"] == 1
     assert 0 < manifest.effect["kl_mean"] < 0.01
-    checkpoint = open_checkpoint(native_cases.TINY_VILA)
+    checkpoint = open_checkpoint(TINY_VILA)
     pixels = pixels_of(checkpoint, 1)
     found = open_session(tmp_path / "engine", manifest).encode_images(pixels)
     expected = VisionEncoder(checkpoint.config, dequantized(checkpoint), checkpoint.projector)
@@ -144,7 +145,7 @@ def test_command_builds_and_measures_it(tmp_path: Path, monkeypatch: pytest.Monk
 )
 def test_what_only_this_backend_keeps_so_is_not_measured(tmp_path: Path, flags: list[str]) -> None:
     arguments = [
-        str(native_cases.TINY_VILA), "--target", "h100", "-o", str(tmp_path / "engine"),
+        str(TINY_VILA), "--target", "h100", "-o", str(tmp_path / "engine"),
         "--eval", "shipped", *flags,
     ]  # fmt: skip
     done = CliRunner().invoke(main, arguments)
