@@ -159,7 +159,7 @@ def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pretend_host(monkeypatch: pytest.MonkeyPatch, platform: str, version: str) -> None:
-    for module in ("build", "backends.tensorrt.build"):
+    for module in ("builder.build", "backends.tensorrt.build"):
         monkeypatch.setattr(f"vila_deploy.{module}.host_platform", lambda: platform)
     trt = SimpleNamespace(__version__=version)
     monkeypatch.setattr(compilers.Compiler, "load", lambda self: trt)
