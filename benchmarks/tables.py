@@ -40,6 +40,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation-kl": accuracy.ablation_kl,
     "ablation-error": accuracy.ablation_error,
     "tiny-vila": accuracy.tiny_vila,
+    "tiny-vila-kinds": accuracy.tiny_vila_kinds,
+    "headline": accuracy.headline,
     "module-precision": accuracy.module_precision,
     "quantize-cost": builds.quantize_cost,
     "tensorrt-graphs": builds.tensorrt_graphs,

@@ -22,6 +22,9 @@ BASELINES = {
 TEXTS = {"topics": "docstring corpus", "source": "source code"}
 
 
+HEADLINE = (False, "topics")
+
+
 @cache
 def _candidates() -> dict[tuple[str, bool, str], Row]:
     """Return the rows of one processor by candidate, symmetric, text; later rows win."""
@@ -139,6 +142,36 @@ def tiny_vila() -> str:
         rows.append([*cells, kl, top1])
     titles = ["", "calibrated on", "exact answers", "mean KL on answers", "top-1 agreement"]
     return markdown(titles, rows)
+
+
+def tiny_vila_kinds() -> str:
+    """Return tiny-vila's exact answers by kind of question."""
+    names = {"fp32": "fp32", "awq-gptq": "int4, vila-quantize", "rtn": "int4, RTN"}
+    first = results("tiny-vila-quantization")[0]
+    kinds = list(first["by_kind"])
+    rows = [
+        [names[row["quantization"]], f"{row['exact_match']:.1%}"]
+        + [f"{row['by_kind'][kind]:.0%}" for kind in kinds]
+        for row in results("tiny-vila-quantization")
+        if row["commit"] == first["commit"] and row.get("calibration") != "text only"
+    ]
+    return markdown(["", "all", *kinds], rows)
+
+
+def headline() -> str:
+    """Return README's sentence about what has been measured so far."""
+    speeds = {row["precision"]: row["decode_tokens_per_s"] for row in results("cpu")}
+    kl = {key[0]: row["kl_mean"] for key, row in _candidates().items() if key[1:] == HEADLINE}
+    others = (
+        f"RTN {kl['rtn']:.3f}, AutoAWQ {kl['autoawq']:.3f}, "
+        f"llm-compressor's AWQ, then GPTQ {kl['llmcompressor-awq-gptq']:.3f}"
+    )
+    return (
+        f"**Measured**: on two CPU cores VILA1.5-3b's shapes (random weights) decode "
+        f"{speeds['int4']:.1f} tokens/s in int4,\n{speeds['fp16']:.1f} in fp16. "
+        f"SmolLM2-135M in int4 is a mean KL of {kl['vila-deploy-awq-gptq']:.3f} from fp32\n"
+        f"({others}).\n"
+    )
 
 
 def module_precision() -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from tests.support.commands import succeed
 from tests.support.comparison import NEW_TOKENS, greedy_tokens_of_both
+from tests.support.documents import blocks, commands
+from tests.support.paths import REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,14 @@ def test_chat_answers_a_question_about_pictures(tiny_engine: Path, tmp_path: Pat
         assert {"text", "tokens", "timings_ms"} <= answer.keys()
         right += answer["text"] == question.answer
     assert right >= 5
+
+
+def test_readme_shows_this_answer(tiny_engine: Path) -> None:
+    block = next(blocks(REPOSITORY / "README.md", "console"))
+    (command,) = commands(block)
+    name, _, *arguments = shlex.split(command.line)
+    paths = [REPOSITORY / word if word.endswith(".png") else word for word in arguments]
+    assert succeed(name, tiny_engine, *paths).splitlines() == list(command.output)
 
 
 def test_text_only_prompt_works(tiny_engine: Path) -> None:
