@@ -17,6 +17,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from vila_deploy.backends.onnxruntime.inference import load_graph, run_each
 from vila_deploy.backends.tensorrt import files, graphs
 from vila_deploy.backends.tensorrt.build import dialect_of
 from vila_deploy.checkpoint import Checkpoint
@@ -40,6 +41,8 @@ from vila_deploy.utils.progress import Advance, progress
 MAX_SEQUENCES = 16
 # Rows of logits in memory at a time.
 LOGIT_ROWS = 64
+# Otherwise onnxruntime would round activations to int8 where TensorRT does not.
+EXACT_ACTIVATIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 AS_ASKED, PLAIN = "asked", "plain"
 
 
@@ -214,18 +217,12 @@ class _Measured:
         config, found = checkpoint.config, {}
         for picture in {p.name: p for sequence in sequences for p in sequence.pictures}.values():
             (pixels,) = preprocess([picture.load()], config.image, config.tiling, alone=False)
-            features = _each(tower, pixels.tiles)
+            features = run_each(tower, pixels.tiles)
             if projector is not None:
                 blocks = s2_features(features, config.tiling, pixels.grid)
-                features = merge_s2_blocks(_each(projector, blocks), config.tiling, pixels.grid)
+                features = merge_s2_blocks(run_each(projector, blocks), config.tiling, pixels.grid)
             found[picture.name] = features[0]
         return found
-
-
-def _each(session: Any, batch: Floats) -> Floats:
-    """The only output for each item of a batch of the only input."""
-    name = session.get_inputs()[0].name
-    return np.concatenate([session.run(None, {name: item[None]})[0] for item in batch])
 
 
 def _divergence(expected: Floats, found: Floats) -> tuple[Floats, NDArray[np.bool_]]:
@@ -239,11 +236,7 @@ def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _load(path: Path) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    # Otherwise onnxruntime would round activations to int8 where TensorRT does not.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return load_graph(path, options=EXACT_ACTIVATIONS)
 
 
 def dialect_to_measure(request: BuildRequest, backend: str) -> str:

@@ -1,0 +1,56 @@
+"""Load and run ONNX graphs on the CPU with onnxruntime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from vila_deploy.utils.arrays import Floats
+from vila_deploy.utils.errors import VilaDeployError
+
+ERRORS_ONLY = 3
+NO_PREPACKING = {"session.disable_prepacking": "1"}
+
+
+def load_graph(
+    path: Path, *, threads: int = 0, options: Mapping[str, str] | None = None
+) -> onnxruntime.InferenceSession:
+    """Load an ONNX graph for the CPU.
+
+    Args:
+        threads: threads of one operator; 0 leaves the choice to onnxruntime.
+        options: onnxruntime's configuration entries of a session.
+
+    Raises:
+        VilaDeployError: onnxruntime can't load it.
+    """
+    settings = onnxruntime.SessionOptions()
+    settings.log_severity_level = ERRORS_ONLY
+    settings.intra_op_num_threads = threads
+    for key, value in (options or {}).items():
+        settings.add_session_config_entry(key, value)
+    try:
+        return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own types derive from Exception only
+        first_line = str(error).partition("\n")[0]
+        raise VilaDeployError(
+            f"onnxruntime {onnxruntime.__version__} can't load it ({first_line})",
+            where=path,
+            fix="build the engine again with this version",
+        ) from error
+
+
+def run_each(session: onnxruntime.InferenceSession, batch: Floats) -> Floats:
+    """Return the only output of a graph for each item of a batch of its only input.
+
+    Items go through one by one, so that memory holds the activations of one.
+    """
+    (source,), (target,) = session.get_inputs(), session.get_outputs()
+    outputs = [
+        session.run([target.name], {source.name: np.ascontiguousarray(item[None])})[0]
+        for item in batch
+    ]
+    return np.concatenate(outputs)
