@@ -1,0 +1,25 @@
+"""README's map and CONTRIBUTING's rooms name the folders that there are."""
+
+from __future__ import annotations
+
+import re
+
+from tests.support.documents import blocks
+from tests.support.paths import REPOSITORY
+
+LINKED = {"kernels", "engines"}
+ROOMS = {path.parent.name for path in (REPOSITORY / "vila_deploy").glob("*/__init__.py")}
+
+
+def test_map_in_readme() -> None:
+    (tree,) = [b for b in blocks(REPOSITORY / "README.md", "") if "vila_deploy/\n" in b.text]
+    assert set(re.findall(r"^  (\w+)/ ", tree.text, re.M)) == ROOMS - LINKED
+    top = set(re.findall(r"^(\w+)/", tree.text, re.M))
+    folders = {path.name for path in REPOSITORY.iterdir() if path.is_dir()}
+    assert top <= folders
+    assert top >= {"vila_deploy", "kernels", "engines", "benchmarks", "docs", "examples", "tests"}
+
+
+def test_rooms_in_contributing() -> None:
+    (rooms, *_) = blocks(REPOSITORY / "CONTRIBUTING.md", "")
+    assert sorted(rooms.text.split()) == sorted(ROOMS)
