@@ -16,7 +16,6 @@ from vila_deploy.engine.manifest import Manifest
 from vila_deploy.formats.module_dtypes import FP16
 from vila_deploy.processing.s2 import merge_s2_blocks, s2_features
 from vila_deploy.utils.arrays import Floats
-from vila_deploy.utils.errors import VilaDeployError
 
 # Tokens in a pass of the LLM: enough to keep all cores busy with little scratch memory.
 PREFILL_TOKENS = 256
