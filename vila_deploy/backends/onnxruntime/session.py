@@ -61,7 +61,7 @@ class OnnxRuntimeSession:
         self._single = single
 
     def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
-        """Tiles [tiles, 3, size, size] → [images, tokens, hidden], one tile at a time."""
+        """Return features [images, tokens, hidden] of tiles [tiles, 3, size, size], one by one."""
         features = run_each(self._vision, pixels)
         if not self._tiling.uses_s2:
             return features
@@ -72,7 +72,7 @@ class OnnxRuntimeSession:
         return self._table[np.asarray(tokens, np.int64)].astype(np.float32)
 
     def prefill(self, embeds: Floats) -> Floats:
-        """Appends [tokens, hidden] to the cache → logits of the last token [vocab]."""
+        """Append [tokens, hidden] to the cache; return logits of the last token [vocab]."""
         embeds = np.ascontiguousarray(embeds, np.float32)[None]
         count = embeds.shape[1]
         # Where there are two graphs, only the one for a single token returns logits.
@@ -99,7 +99,7 @@ class OnnxRuntimeSession:
         self.position = tokens
 
     def close(self) -> None:
-        """Frees the models and the cache."""
+        """Free the models and the cache."""
         for name in ("_vision", "_projector", "_decoder", "_prefill", "_table", "cache"):
             self.__dict__.pop(name, None)
 

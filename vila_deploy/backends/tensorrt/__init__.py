@@ -1,4 +1,4 @@
-"""TensorRT: engines compiled for a GPU elsewhere or on the device, and the Session over them."""
+"""TensorRT: engines compiled ahead of time or on the device, and the session that runs them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def open_session(folder: Path, manifest: Manifest) -> Session:
-    """Runs the engine in `folder`, whose files have been checked against `manifest`.
+    """Open the engine in `folder`, whose files have been checked against `manifest`.
 
     Raises:
         VilaDeployError: another version of TensorRT, another GPU or none, or too little memory.

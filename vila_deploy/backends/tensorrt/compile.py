@@ -1,4 +1,4 @@
-"""Compiles one ONNX graph into one TensorRT engine, with bounded memory and visible progress."""
+"""Compile an ONNX graph into a TensorRT engine, with bounded memory and visible progress."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from vila_deploy.backends.tensorrt.log import ErrorLog
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.progress import Advance
 
-# inputs by name: least, usual and largest shape
+# Smallest, usual and largest shape of each input.
 Profile = dict[str, tuple[Sequence[int], Sequence[int], Sequence[int]]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One graph and what its engine is for.
+    """A graph to compile, and the GPU and shapes to compile it for.
 
     Args:
-        graph: ONNX file, its weights beside it.
+        graph: ONNX file, with its weights in the same folder.
         plan: file to write.
-        profiles: ranges of shapes that the engine is made for, one execution context each.
-        capability: what to compile for; None means this computer's GPU.
-        timing_cache: file that remembers how fast kernels were, for compilers on the device.
+        profiles: ranges of shapes of the engine, one execution context each.
+        capability: compute capability to compile for; None means this computer's GPU.
+        timing_cache: file with measured times of kernels, for compilation on the device.
+        interrupted: signals received while the compiler ran.
+        stopped_by: exceptions raised in the compiler's callbacks.
     """
 
     graph: Path
@@ -42,9 +44,9 @@ class Job:
     stopped_by: list[Exception] = field(default_factory=list)
 
     def guarded(self, call: Callable[[], Any], otherwise: Any = None) -> Any:
-        """What `call` returns; an exception waits until the compiler has ended.
+        """Return the result of `call`; on an exception note it and return `otherwise`.
 
-        Thrown through the compiler's own code it would end the program, or be lost.
+        An exception that passes through the compiler's code would end the program or be lost.
         """
         try:
             return call()
@@ -54,10 +56,10 @@ class Job:
 
 
 def compile_graph(compiler: Compiler, job: Job, advance: Advance) -> None:
-    """Writes `job.plan`; the file is incomplete until this returns.
+    """Write `job.plan`; the file is incomplete until this returns.
 
     Raises:
-        VilaDeployError: the compiler refuses the graph; the message has its own first words.
+        VilaDeployError: the compiler refuses the graph; the message quotes its first error.
     """
     trt = compiler.load()
     log = ErrorLog(trt)
@@ -81,8 +83,8 @@ def _config(trt: Any, builder: Any, job: Job, advance: Advance) -> Any:
     config = builder.create_builder_config()
     for profile in job.profiles:
         shapes = builder.create_optimization_profile()
-        for name, (least, usual, largest) in profile.items():
-            shapes.set_shape(name, tuple(least), tuple(usual), tuple(largest))
+        for name, (smallest, usual, largest) in profile.items():
+            shapes.set_shape(name, tuple(smallest), tuple(usual), tuple(largest))
         config.add_optimization_profile(shapes)
     if job.capability is not None:
         config.num_compute_capabilities = 1
@@ -91,16 +93,16 @@ def _config(trt: Any, builder: Any, job: Job, advance: Advance) -> Any:
     if job.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
     if job.timing_cache is not None:
-        known = job.timing_cache.read_bytes() if job.timing_cache.exists() else b""
-        # One that it can't read is made anew.
-        cache = config.create_timing_cache(known) or config.create_timing_cache(b"")
+        earlier = job.timing_cache.read_bytes() if job.timing_cache.exists() else b""
+        # A cache of another version is refused; an empty one replaces it.
+        cache = config.create_timing_cache(earlier) or config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
     config.progress_monitor = _monitor(trt, job, advance)
     return config
 
 
 def _write_plan(trt: Any, builder: Any, network: Any, config: Any, job: Job) -> bool:
-    """Into a stream where the compiler can, so that the plan is never in memory as a whole.
+    """Compile to a stream where the package can, so that the full plan is never in memory.
 
     Returns:
         False if the compiler refuses the graph.
@@ -127,7 +129,7 @@ def _save_timing_cache(config: Any, job: Job) -> None:
 
 
 def _strongly_typed(trt: Any) -> int:
-    """Types are those of the graph: always so from TensorRT 11 on, a flag before."""
+    """Return the flag for types as in the graph; from TensorRT 11 on they always are."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
 
@@ -142,9 +144,9 @@ def _refused(compiler: Compiler, trt: Any, job: Job, reason: str) -> VilaDeployE
 
 @contextmanager
 def _interrupts_wait(job: Job) -> Iterator[None]:
-    """Signals that end a program are noted while the compiler runs, and answered afterwards.
+    """Note SIGINT and SIGTERM while the compiler runs, and raise the first one afterwards.
 
-    Python would raise in the middle of the compiler's calls, which swallows the exception.
+    Python would raise within the compiler's calls, which swallow the exception.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -157,13 +159,13 @@ def _interrupts_wait(job: Job) -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    for noted in job.interrupted[:1]:
-        signal.raise_signal(noted)
+    for number in job.interrupted[:1]:
+        signal.raise_signal(number)
 
 
 def _stream_writer(trt: Any, file: Any, job: Job) -> Any:
     class Writer(trt.IStreamWriter):
-        """Hands the plan on to a file."""
+        """Write the plan to a file."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -175,17 +177,17 @@ def _stream_writer(trt: Any, file: Any, job: Job) -> Any:
 
 
 def _monitor(trt: Any, job: Job, advance: Advance) -> Any:
-    part = job.graph.parent.name
+    graph = job.graph.parent.name
 
     class Monitor(trt.IProgressMonitor):
-        """Shows the phase that the compiler is in; an interrupt stops it at the next step."""
+        """Show the compiler's phase; an interrupt stops it at the next step."""
 
         def __init__(self) -> None:
             super().__init__()
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
             if parent is None:
-                job.guarded(lambda: advance(f"{part}: {name.lower()}", steps=0))
+                job.guarded(lambda: advance(f"{graph}: {name.lower()}", steps=0))
 
         def step_complete(self, name: str, step: int) -> bool:
             return not (job.stopped_by or job.interrupted)

@@ -1,4 +1,4 @@
-"""The few calls of the CUDA runtime that running an engine needs, each checked."""
+"""Call the CUDA runtime, as far as running an engine needs it, and check every result."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from vila_deploy.utils.errors import VilaDeployError
 
 INSTALL = "pip install cuda-bindings, of the CUDA release that the driver supports"
-# From 12.9 on cuda-bindings hold a CUDA runtime of their own, which the driver must not be behind.
-OLDER = "update the driver, or pip install cuda-bindings of its release (JetPack 6: 12.8.0)"
+# From 12.9 on cuda-bindings include a CUDA runtime, for which the driver must be new enough.
+DRIVER_FIX = "update the driver, or pip install cuda-bindings of its release (JetPack 6: 12.8.0)"
 
 
 def runtime() -> ModuleType:
-    """The CUDA runtime's Python module.
+    """Import and return the CUDA runtime's Python module.
 
     Raises:
         VilaDeployError: not installed.
@@ -31,7 +31,7 @@ def runtime() -> ModuleType:
 
 
 def call(function: str, *arguments: Any) -> Any:
-    """Calls the CUDA runtime; its one result, a tuple of several, or None.
+    """Call the CUDA runtime; return its one result, a tuple of several, or None.
 
     Raises:
         VilaDeployError: CUDA reports an error.
@@ -41,16 +41,16 @@ def call(function: str, *arguments: Any) -> Any:
     if error != cuda.cudaError_t.cudaSuccess:
         _, text = cuda.cudaGetErrorString(error)
         reason = text.decode() if isinstance(text, bytes) else str(error)
-        old = error == getattr(cuda.cudaError_t, "cudaErrorInsufficientDriver", None)
+        old_driver = error == getattr(cuda.cudaError_t, "cudaErrorInsufficientDriver", None)
         raise VilaDeployError(
             f"CUDA can't do {function} ({reason})",
-            fix=OLDER if old else "check the driver with nvidia-smi",
+            fix=DRIVER_FIX if old_driver else "check the driver with nvidia-smi",
         )
     return results[0] if len(results) == 1 else tuple(results) or None
 
 
 def compute_capability() -> str:
-    """Of the first GPU, e.g. "8.7"."""
+    """Return the compute capability of the first GPU, e.g. "8.7"."""
     names = runtime().cudaDeviceAttr
     major = call("cudaDeviceGetAttribute", names.cudaDevAttrComputeCapabilityMajor, 0)
     minor = call("cudaDeviceGetAttribute", names.cudaDevAttrComputeCapabilityMinor, 0)
@@ -58,7 +58,7 @@ def compute_capability() -> str:
 
 
 class Stream:
-    """A CUDA stream, with the copies that a session makes on it."""
+    """A CUDA stream, and copies and graph captures on it."""
 
     def __init__(self) -> None:
         self.handle = call("cudaStreamCreate")
@@ -67,20 +67,22 @@ class Stream:
         return int(self.handle)
 
     def synchronize(self) -> None:
+        """Wait until all work on the stream is done."""
         call("cudaStreamSynchronize", self.handle)
 
     def upload(self, destination: Buffer, source: NDArray[Any]) -> None:
-        """Host to device; `source` must stay until the stream is synchronized."""
+        """Copy host to device; `source` must live until the stream is synchronized."""
         self._copy(destination.address, source.ctypes.data, source.nbytes, "HostToDevice")
 
     def download(self, destination: NDArray[Any], source: Buffer) -> None:
+        """Copy device to host; `destination` is valid once the stream is synchronized."""
         size = destination.nbytes
         self._copy(destination.ctypes.data, source.address, size, "DeviceToHost")
 
     def copy_rows(
         self, destination: int, pitch: int, source: int, width_bytes: int, rows: int
     ) -> None:
-        """`rows` rows of `width_bytes`, side by side in `source`, `pitch` bytes apart there."""
+        """Copy contiguous rows of `width_bytes` to rows `pitch` bytes apart."""
         kind = runtime().cudaMemcpyKind.cudaMemcpyDeviceToDevice
         arguments = (destination, pitch, source, width_bytes, width_bytes, rows, kind, self.handle)
         call("cudaMemcpy2DAsync", *arguments)
@@ -90,28 +92,32 @@ class Stream:
         call("cudaMemcpyAsync", destination, source, size_bytes, direction, self.handle)
 
     def zero(self, buffer: Buffer) -> None:
+        """Fill `buffer` with zeros."""
         call("cudaMemsetAsync", buffer.address, 0, buffer.size_bytes, self.handle)
 
     def begin_capture(self) -> None:
+        """Record the work that follows as a CUDA graph, without running it."""
         mode = runtime().cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         call("cudaStreamBeginCapture", self.handle, mode)
 
     def end_capture(self) -> Any:
-        """What was put on the stream since `begin_capture`, as a graph that `launch` runs."""
+        """Return the work since `begin_capture` as a graph that `launch` runs."""
         graph = call("cudaStreamEndCapture", self.handle)
         executable = call("cudaGraphInstantiate", graph, 0)
         call("cudaGraphDestroy", graph)
         return executable
 
     def abandon_capture(self) -> None:
-        """Ends a capture in which something failed: until then the stream takes nothing else."""
+        """End a capture in which something failed: until then the stream takes no other work."""
         with suppress(VilaDeployError):
             call("cudaGraphDestroy", call("cudaStreamEndCapture", self.handle))
 
     def launch(self, executable: Any) -> None:
+        """Run a captured graph."""
         call("cudaGraphLaunch", executable, self.handle)
 
     def destroy(self, executable: Any) -> None:
+        """Free a captured graph."""
         call("cudaGraphExecDestroy", executable)
 
     def close(self) -> None:
@@ -119,7 +125,7 @@ class Stream:
 
 
 class Buffer:
-    """Memory of the GPU."""
+    """A block of GPU memory."""
 
     def __init__(self, size_bytes: int):
         self.size_bytes = size_bytes
@@ -130,7 +136,7 @@ class Buffer:
 
 
 class Pinned:
-    """Page-locked memory of the host, which copies need to run beside kernels; see `array`."""
+    """Page-locked host memory, as `array`: copies from other memory don't overlap with kernels."""
 
     def __init__(self, shape: tuple[int, ...], dtype: type[np.generic]):
         count = int(np.prod(shape))

@@ -1,4 +1,4 @@
-"""The LLM's engine with its cache: chunks of a prompt, and single tokens as a CUDA graph."""
+"""Run the LLM's engine with its cache: prompts in chunks, single tokens as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from vila_deploy.utils.errors import VilaDeployError
 
 # Tokens of a prompt that one pass of the engine takes.
 PREFILL_TOKENS = 256
-# Profiles of the engine; tensorrt-rtx has one for both.
+# Indices of the engine's profiles; engines of tensorrt-rtx have one for both.
 DECODE, PREFILL = 0, -1
-# The engine has run as often before its kernels are recorded, so that all are loaded by then.
+# Runs before a CUDA graph is captured, so that all kernels are loaded by then.
 RUNS_BEFORE_CAPTURE = 2
 ALIGNMENT_BYTES = 256
 NEW_CACHE = "new_cache"
@@ -25,11 +25,12 @@ HALF_BYTES = np.dtype(np.float16).itemsize
 
 
 class Decoder:
-    """Appends tokens to one sequence's cache.
+    """Append tokens to one sequence's cache.
 
     The cache is one buffer, keys and values of each layer in turn, each
-    [1, kv_heads, max_seq_len, head_dim] float16. Engines either write into it (present_key_0 is
-    bound to the memory of past_key_0) or return the new rows, which are then copied in.
+    [1, kv_heads, max_seq_len, head_dim] float16. Engines of dialect standard update it in place
+    (present_key_0 is bound to the memory of past_key_0); those of dialect primitive return the new
+    rows, which are then copied into it.
     """
 
     def __init__(self, engine: Engine, model: ModelInfo, limits: Limits, stream: Stream):
@@ -56,13 +57,13 @@ class Decoder:
         self._cache = Buffer(2 * self._layers * self._stride)
         if not self._in_place:
             self._device[NEW_CACHE] = Buffer(2 * self._layers * self._new_bytes(self.chunk))
-        # Memory that was never written may hold NaN, which no mask takes away.
+        # Uninitialized memory may hold NaN, which a mask does not remove.
         stream.zero(self._cache)
-        self._contexts = {profile: self._prepared(profile) for profile in (DECODE, PREFILL)}
+        self._contexts = {profile: self._bound_context(profile) for profile in (DECODE, PREFILL)}
         self._decoded, self._graph = 0, None
 
     def append(self, embeds: Floats, position: int) -> Floats:
-        """[tokens, hidden] from `position` on → logits of the last one [vocab]."""
+        """Append [tokens, hidden] at `position` and return the last token's logits [vocab]."""
         count = len(embeds)
         profile = DECODE if count == 1 else PREFILL
         context = self._contexts[profile]
@@ -83,12 +84,13 @@ class Decoder:
         else:
             self._engine.run(context, self._stream)
         if not self._in_place:
-            self._keep(position, count)
+            self._store_new_rows(position, count)
         self._stream.download(self._logits.array, self._device["logits"])
         self._stream.synchronize()
         return self._logits.array.copy()
 
     def close(self) -> None:
+        """Free the engine, its contexts and all buffers."""
         if self._graph is not None:
             self._stream.destroy(self._graph)
             self._graph = None
@@ -99,8 +101,8 @@ class Decoder:
         for pinned in (*self._host, self._logits):
             pinned.close()
 
-    def _prepared(self, profile: int) -> Any:
-        """A context with everything bound; that of single tokens has its shapes for good."""
+    def _bound_context(self, profile: int) -> Any:
+        """Return a context with all buffers bound; the decoding one never changes its shapes."""
         context = self._engine.context(profile, self._stream, captured=profile == DECODE)
         self._engine.bind(context, {name: b.address for name, b in self._device.items()})
         for layer in range(self._layers):
@@ -120,7 +122,7 @@ class Decoder:
         self._engine.shape(context, shapes)
 
     def _step(self, context: Any) -> None:
-        """One token: recorded as a CUDA graph, unless TensorRT does that itself."""
+        """Decode one token, as a CUDA graph unless TensorRT captures graphs itself."""
         if self._graph is not None:
             self._stream.launch(self._graph)
             return
@@ -140,12 +142,12 @@ class Decoder:
     def _new_bytes(self, count: int) -> int:
         return self._kv_heads * count * self._head_dim * HALF_BYTES
 
-    def _keep(self, position: int, count: int) -> None:
-        """Copies the rows that the engine returned to their places in the cache."""
+    def _store_new_rows(self, position: int, count: int) -> None:
+        """Copy the rows that the engine returned to their positions in the cache."""
         row, width = self._head_dim * HALF_BYTES, self._new_bytes(count)
         pitch, blocks, rows = self._max_seq_len * row, 2 * self._layers, self._kv_heads
         if self._stride == rows * pitch:
-            # All layers lie side by side without gaps: one copy does.
+            # All layers are contiguous: one copy is enough.
             blocks, rows = 1, blocks * rows
         for index in range(blocks):
             self._stream.copy_rows(

@@ -1,4 +1,4 @@
-"""One compiled TensorRT engine, loaded and run, whichever package made it."""
+"""Load and run a compiled TensorRT engine of either package."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from vila_deploy.utils.errors import VilaDeployError
 
 
 class Engine:
-    """An engine in memory of the GPU.
+    """An engine in GPU memory.
 
     Args:
-        plan: what the compiler wrote.
-        cache: file of kernels that tensorrt-rtx has made for this very GPU; read if it is there.
-            Other packages have none.
+        plan: file that the compiler wrote.
+        cache: file of the kernels that tensorrt-rtx has compiled for this GPU; read if it exists.
+            Package tensorrt has none.
     """
 
     def __init__(self, trt: Any, plan: Path, cache: Path | None = None):
         self._trt, self._cache_file = trt, cache
         self._log = ErrorLog(trt)
         self._runtime = trt.Runtime(self._log.logger)
-        with plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
-            engine = self._runtime.deserialize_cuda_engine(whole)
+        with (
+            plan.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            engine = self._runtime.deserialize_cuda_engine(content)
         if engine is None:
             raise VilaDeployError(
                 f"TensorRT {trt.__version__} can't load it ({self._log.first('no reason')})",
@@ -38,60 +41,62 @@ class Engine:
 
     @property
     def names(self) -> list[str]:
-        """Names of all inputs and outputs."""
+        """Return the names of all inputs and outputs."""
         return [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
 
     @property
     def captures_graphs(self) -> bool:
-        """Whether the package makes CUDA graphs by itself."""
+        """Return whether the package captures CUDA graphs by itself."""
         return self._config is not None
 
     def context(self, profile: int, stream: Stream, *, captured: bool = False) -> Any:
-        """A new execution context for shapes of one profile; -1 is the last one.
+        """Return a new execution context for the shapes of one profile; -1 is the last one.
 
         Args:
-            captured: it runs with the same shapes and addresses each time, so as a CUDA graph if
-                the package makes them; others would be captured anew for each shape.
+            captured: let the package run it as a CUDA graph. Only for a context whose shapes and
+                addresses never change: each change would capture the graph again.
 
         Raises:
-            VilaDeployError: mostly too little memory.
+            VilaDeployError: TensorRT can't make it, in most cases for want of memory.
         """
-        # Memory for the shapes of that profile; by default it would be that of the largest.
-        how = self._config
-        if how is None:
-            how = self._trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        # Allocate for the shapes of this profile, not of the largest one.
+        strategy = self._config
+        if strategy is None:
+            strategy = self._trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         else:
             captures = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            how.cuda_graph_strategy = captures if captured else self._captures_nothing
+            strategy.cuda_graph_strategy = captures if captured else self._captures_nothing
         index = profile % self.engine.num_optimization_profiles
         try:
-            made = self.engine.create_execution_context(how)
-            ready = made is not None and made.set_optimization_profile_async(index, int(stream))
+            context = self.engine.create_execution_context(strategy)
+            ready = context is not None and context.set_optimization_profile_async(
+                index, int(stream)
+            )
         except RuntimeError:
             ready = False
         if not ready:
             raise self._failed("can't prepare it")
-        return made
+        return context
 
     def bind(self, context: Any, addresses: Mapping[str, int]) -> None:
-        """Where each input and output lies in memory of the GPU."""
+        """Set the GPU addresses of inputs and outputs."""
         for name, address in addresses.items():
             if not context.set_tensor_address(name, address):
                 raise self._failed(f"can't bind {name}")
 
     def shape(self, context: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Shapes of the inputs for the next runs."""
+        """Set the shapes of inputs for the next runs."""
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise self._failed(f"does not take {name} of shape {list(shape)}")
 
     def run(self, context: Any, stream: Stream) -> None:
-        """Puts one pass on the stream."""
+        """Enqueue one pass on the stream."""
         if not context.execute_async_v3(int(stream)):
             raise self._failed("can't run it")
 
     def close(self) -> None:
-        """Frees everything; kernels made on the way stay beside the engine for the next time."""
+        """Free the engine; kernels compiled on this GPU are saved beside it for the next start."""
         self._save_cache()
         self._config = self.engine = self._runtime = None
 
@@ -103,7 +108,7 @@ class Engine:
             return None
         self._cache = config.create_runtime_cache()
         if self._cache_file is not None and self._cache_file.exists():
-            # One of another driver or version is refused, and then made anew.
+            # A cache of another driver or version is refused, and replaced when this engine closes.
             self._cache.deserialize(self._cache_file.read_bytes())
         config.set_runtime_cache(self._cache)
         self._captures_nothing = config.cuda_graph_strategy
@@ -123,9 +128,9 @@ class Engine:
             # A read-only engine folder only costs time at the next start.
             partial.unlink(missing_ok=True)
 
-    def _failed(self, what: str) -> VilaDeployError:
+    def _failed(self, problem: str) -> VilaDeployError:
         return VilaDeployError(
-            f"TensorRT {self._trt.__version__} {what} ({self._log.last('no reason given')})",
+            f"TensorRT {self._trt.__version__} {problem} ({self._log.last('no reason given')})",
             where=self._plan,
             fix="close other programs on this GPU, or build with a smaller --max-seq-len",
         )

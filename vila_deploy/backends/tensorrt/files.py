@@ -1,14 +1,15 @@
-"""What lies in an engine folder of this backend."""
+"""Name the files in an engine folder of this backend."""
 
 VISION, LLM, PROJECTOR = "vision", "llm", "projector"
 PLAN = "model.plan"
-# Only until they are compiled.
+# Removed once they are compiled.
 GRAPH, WEIGHTS = "model.onnx", "model.data"
 EMBEDDING = "embed_tokens.npy"
-# Beside the engine folder's own files, written while it runs: kernels made for this very GPU.
+# Not in the manifest, since written while an engine runs or is compiled: kernels compiled for this
+# GPU, and times of kernels.
 RUNTIME_CACHE = "runtime.cache"
 TIMING_CACHE = "timing.cache"
-# Package, dialect and profiles: what compiling a graph needs to know besides it.
+# Package, dialect and profiles, which compiling the graphs needs.
 DESCRIPTION = "tensorrt.json"
-# Under this key of the manifest's versions: the compute capability that engines are for.
+# Key of the manifest's versions: the compute capability that engines are compiled for.
 CAPABILITY = "compute-capability"

@@ -1,35 +1,35 @@
-"""What TensorRT says of errors, kept for the exception that follows."""
+"""Record TensorRT's error messages for the exception that follows."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# By package: TensorRT keeps the first logger that it is given, whatever comes later.
-_kept: dict[int, tuple[Any, Any, list[str]]] = {}
+# Logger and messages by package: TensorRT uses the first logger that it is given for all.
+_loggers: dict[int, tuple[Any, Any, list[str]]] = {}
 
 
 class ErrorLog:
-    """The errors of a package since this was made; `logger` is what TensorRT is given."""
+    """A package's errors since this log was made; pass `logger` to TensorRT."""
 
     def __init__(self, trt: Any):
-        if id(trt) not in _kept:
+        if id(trt) not in _loggers:
             messages: list[str] = []
-            _kept[id(trt)] = trt, _logger(trt, messages), messages
-        _, self.logger, self._messages = _kept[id(trt)]
+            _loggers[id(trt)] = trt, _logger(trt, messages), messages
+        _, self.logger, self._messages = _loggers[id(trt)]
         self._start = len(self._messages)
 
     def first(self, otherwise: str) -> str:
-        """What went wrong first; what follows is mostly its consequence."""
+        """Return the first error, of which later ones are mostly consequences, or `otherwise`."""
         return next(iter(self._messages[self._start :]), otherwise)
 
     def last(self, otherwise: str) -> str:
-        """Of a run that may have had troubles before."""
+        """Return the newest error, or `otherwise` if there is none."""
         return next(reversed(self._messages[self._start :]), otherwise)
 
 
 def _logger(trt: Any, messages: list[str]) -> Any:
     class Logger(trt.ILogger):
-        """Keeps errors and drops the rest."""
+        """Record errors and ignore all other messages."""
 
         def __init__(self) -> None:
             super().__init__()

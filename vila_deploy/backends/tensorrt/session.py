@@ -1,4 +1,4 @@
-"""Runs an engine on a GPU; numpy in and out, every buffer made once."""
+"""Run an engine on a GPU; numpy in and out, every buffer allocated once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vila_deploy.utils.files import read_json_object
 
 
 class TensorRtSession:
-    """Implements `vila_deploy.engine.session.SequenceSession`."""
+    """Run an engine folder; implements `vila_deploy.engine.session.SequenceSession`."""
 
     def __init__(self, folder: Path, manifest: Manifest):
         model, limits = manifest.model, manifest.limits
@@ -38,18 +38,18 @@ class TensorRtSession:
         self._decoder = Decoder(engine, model, limits, self._stream)
 
     def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
-        """Tiles [tiles, 3, size, size] → [images, tokens, hidden], one tile at a time."""
-        features = self._vision.each(pixels)
+        """Return features [images, tokens, hidden] of tiles [tiles, 3, size, size], one by one."""
+        features = self._vision.run_each(pixels)
         if self._projector is None:
             return features
         blocks = s2_features(features, self._tiling, grid)
-        return merge_s2_blocks(self._projector.each(blocks), self._tiling, grid)
+        return merge_s2_blocks(self._projector.run_each(blocks), self._tiling, grid)
 
     def embed_tokens(self, tokens: Sequence[int]) -> Floats:
         return self._table[np.asarray(tokens, np.int64)].astype(np.float32)
 
     def prefill(self, embeds: Floats) -> Floats:
-        """Appends [tokens, hidden] to the cache → logits of the last token [vocab]."""
+        """Append [tokens, hidden] to the cache; return logits of the last token [vocab]."""
         for start in range(0, len(embeds), self._decoder.chunk):
             logits = self._append(embeds[start : start + self._decoder.chunk])
         return logits
@@ -66,14 +66,14 @@ class TensorRtSession:
         self.position = tokens
 
     def close(self) -> None:
-        """Frees the engines, the cache and the stream."""
-        for part in (self._vision, self._projector, self._decoder, self._stream):
-            if part is not None:
-                part.close()
+        """Free the engines, the cache and the stream."""
+        for resource in (self._vision, self._projector, self._decoder, self._stream):
+            if resource is not None:
+                resource.close()
 
 
 class _Encoder:
-    """An engine with one input and one output, an item at a time."""
+    """An engine with one input and one output, run item by item."""
 
     def __init__(self, trt: Any, folder: Path, stream: cuda.Stream):
         self._stream = stream
@@ -82,10 +82,10 @@ class _Encoder:
         self._names = self._engine.names
         self._buffers: list[cuda.Buffer] = []
 
-    def each(self, batch: Floats) -> Floats:
-        return np.concatenate([self._one(item[None]) for item in batch])
+    def run_each(self, batch: Floats) -> Floats:
+        return np.concatenate([self._run(item[None]) for item in batch])
 
-    def _one(self, item: Floats) -> Floats:
+    def _run(self, item: Floats) -> Floats:
         source, target = self._names
         item = np.ascontiguousarray(item, np.float32)
         self._engine.shape(self._context, {source: item.shape})
@@ -108,9 +108,9 @@ class _Encoder:
 
 
 def _checked_package(folder: Path, manifest: Manifest) -> Any:
-    """The package that made the engine, in the same version, before the same kind of GPU."""
-    described = read_json_object(folder / files.DESCRIPTION)
-    compiler = COMPILERS[described["package"]]
+    """Import the package that compiled the engine and check its version and this GPU."""
+    description = read_json_object(folder / files.DESCRIPTION)
+    compiler = COMPILERS[description["package"]]
     trt = compiler.load()
     built, here = manifest.versions.get(compiler.package), str(trt.__version__)
     if built != here:
@@ -119,10 +119,11 @@ def _checked_package(folder: Path, manifest: Manifest) -> Any:
             where=folder,
             fix=f"install {compiler.package} {built}, or build the engine again with this one",
         )
-    asked, found = manifest.versions.get(files.CAPABILITY), cuda.compute_capability()
-    if asked != found:
+    built_for, found = manifest.versions.get(files.CAPABILITY), cuda.compute_capability()
+    if built_for != found:
         raise VilaDeployError(
-            f"was built for compute capability {asked} ({manifest.target}), this GPU has {found}",
+            f"was built for compute capability {built_for} ({manifest.target}), "
+            f"this GPU has {found}",
             where=folder,
             fix="build it again with this GPU's --target",
         )

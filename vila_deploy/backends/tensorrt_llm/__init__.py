@@ -1,4 +1,4 @@
-"""TensorRT-LLM: its checkpoint anywhere, its engines and its runtime on the device."""
+"""TensorRT-LLM: its checkpoint written anywhere, its engines built and run on the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vila_deploy.engine.session import OneSlot, Session
 
 
 def open_session(folder: Path, manifest: Manifest) -> Session:
-    """Loads the engines in `folder`, whose files have been checked.
+    """Open the engines in `folder`, whose files have been checked.
 
     Raises:
         VilaDeployError: TensorRT-LLM isn't here, or the engine is for several GPUs.

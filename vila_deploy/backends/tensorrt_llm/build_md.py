@@ -1,4 +1,4 @@
-"""BUILD.md of an unfinished engine folder: what is left, and every command, ready to paste."""
+"""Write BUILD.md of an unfinished engine folder: the steps left, with their commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 
 from vila_deploy.backends.tensorrt_llm import files
 from vila_deploy.backends.tensorrt_llm.releases import Release, build_command, shell_line
-from vila_deploy.backends.tensorrt_llm.vision import INPUT, MAX_IMAGES
 from vila_deploy.engine.build_request import BuildRequest
 
 TEMPLATE = """\
@@ -42,8 +41,11 @@ TensorRT-LLM at the installed version: in examples/models/core, in older release
 
 
 def instructions(release: Release, request: BuildRequest, precision: str, image_size: int) -> str:
-    """The text of BUILD.md."""
-    shapes = [f"{INPUT}:{count}x3x{image_size}x{image_size}" for count in (1, MAX_IMAGES)]
+    """Return the text of BUILD.md."""
+    shapes = [
+        f"{files.VISION_INPUT}:{count}x3x{image_size}x{image_size}"
+        for count in (1, files.MAX_IMAGES)
+    ]
     return TEMPLATE.format(
         title=request.target.title,
         target=request.target.name,

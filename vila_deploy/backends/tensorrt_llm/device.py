@@ -1,4 +1,4 @@
-"""What is on this device: trtllm-build, its GPU; and running the former."""
+"""Find trtllm-build and the GPU of this device, and run trtllm-build."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.progress import progress
 
 BUILDER = "trtllm-build"
-TROUBLE = re.compile(r"error|\[E\]|exception|out of memory|required but not provided", re.I)
-PREFIX = re.compile(r"^(\[[^\]]*\]\s*)+")  # date, program and level of a line
+ERROR_LINE = re.compile(r"error|\[E\]|exception|out of memory|required but not provided", re.I)
+# Date, program and level of a log line.
+PREFIX = re.compile(r"^(\[[^\]]*\]\s*)+")
 MEMORY_FIX = (
     "close other programs, add swap space, or build with a smaller --max-input-len, "
     "--max-seq-len or --max-batch-size"
 )
-KEPT_LINES = 400
+MAX_LOG_LINES = 400
 
 
 def find_builder(release: Release) -> str:
-    """The path of trtllm-build.
+    """Return the path of trtllm-build.
 
     Raises:
-        VilaDeployError: it is not here; says what to install.
+        VilaDeployError: it is not installed; the message says what to install.
     """
     path = shutil.which(BUILDER)
     if path is None:
@@ -41,7 +42,7 @@ def find_builder(release: Release) -> str:
 
 
 def check_capability(expected: str, title: str) -> None:
-    """Raises VilaDeployError if this computer's GPU is not of that CUDA compute capability."""
+    """Raise VilaDeployError if this computer's GPU has another CUDA compute capability."""
     import torch
 
     if not torch.cuda.is_available():
@@ -55,38 +56,41 @@ def check_capability(expected: str, title: str) -> None:
 
 
 def run_builder(command: list[str]) -> None:
-    """Runs trtllm-build, whose paths must be absolute, with its last line as progress.
+    """Run trtllm-build and show its newest line as progress.
+
+    Args:
+        command: its paths must be absolute, since it runs in a temporary folder.
 
     Raises:
-        VilaDeployError: it fails: with its own words, and where all of them are.
+        VilaDeployError: it fails; the message quotes its error and names the full log.
     """
     log = tempfile.NamedTemporaryFile(  # noqa: SIM115  outlives this function on failure
         "w", prefix="trtllm-build-", suffix=".log", delete=False, encoding="utf-8"
     )
-    last: deque[str] = deque(maxlen=KEPT_LINES)
-    # Where it runs it drops its timing cache.
-    with progress(1, BUILDER) as advance, log, tempfile.TemporaryDirectory() as aside:
+    lines: deque[str] = deque(maxlen=MAX_LOG_LINES)
+    # trtllm-build writes its timing cache into the working directory.
+    with progress(1, BUILDER) as advance, log, tempfile.TemporaryDirectory() as scratch:
         with subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            cwd=aside,
+            cwd=scratch,
         ) as process:
             assert process.stdout is not None
             try:
                 for line in process.stdout:
                     log.write(line)
-                    last.append(PREFIX.sub("", line.strip()))
-                    advance(last[-1][:80], steps=0)
+                    lines.append(PREFIX.sub("", line.strip()))
+                    advance(lines[-1][:80], steps=0)
                 code = process.wait()
             finally:
                 process.kill()
         if code == 0:
             advance("done")
     if code:
-        raise _failure(code, last, Path(log.name))
+        raise _failure(code, lines, Path(log.name))
     os.unlink(log.name)  # noqa: PTH108
 
 
@@ -95,10 +99,10 @@ def _failure(code: int, lines: deque[str], log: Path) -> VilaDeployError:
         return VilaDeployError(
             f"{BUILDER} was killed, as Linux does when memory runs out", fix=MEMORY_FIX
         )
-    said = next((line for line in reversed(lines) if TROUBLE.search(line)), "")
-    said = said or next((line for line in reversed(lines) if line), "it said nothing")
-    memory = re.search(r"out of memory|outofmemory|cannot allocate", said, re.I)
+    message = next((line for line in reversed(lines) if ERROR_LINE.search(line)), "")
+    message = message or next((line for line in reversed(lines) if line), "no output")
+    memory = re.search(r"out of memory|outofmemory|cannot allocate", message, re.I)
     return VilaDeployError(
-        f"{BUILDER} failed ({said[:200]})",
+        f"{BUILDER} failed ({message[:200]})",
         fix=MEMORY_FIX if memory else f"see {log}, then run the same command again",
     )

@@ -1,4 +1,4 @@
-"""TensorRT-LLM's releases that still build engines, and the commands that each understands.
+"""List the releases of TensorRT-LLM that build engines, and the commands of each.
 
 Sources: tensorrt_llm/commands/build.py and examples/multimodal of 0.12 to 1.2.1, README4Jetson.md
 of branch v0.12.0-jetson.
@@ -18,15 +18,15 @@ from vila_deploy.utils.errors import VilaDeployError
 
 @dataclass(frozen=True)
 class Release:
-    """What differs between versions.
+    """A range of versions with the same commands and names.
 
     Args:
         title: the versions, in words.
-        oldest, newest: first two numbers of the versions that it stands for.
-        vision_engine, vision_output: file and output that its multimodal runner looks for.
-        fused_mlp: switches by precision. A fused MLP has one prequant scale for gate and up, which
-            W4A16_AWQ does not.
-        install: how to get it.
+        oldest, newest: first two numbers of the oldest and newest version.
+        vision_engine, vision_output: file and output name that its multimodal runner expects.
+        fused_mlp: flags of trtllm-build by precision. A fused MLP has one prequant scale for gate
+            and up; W4A16_AWQ has two.
+        install: commands that install it.
     """
 
     title: str
@@ -59,12 +59,12 @@ DESKTOP = Release(
     fused_mlp={"fp16": ("--use_fused_mlp=enable",), "int4": ("--use_fused_mlp=disable",)},
     install=("pip install 'tensorrt-llm==1.2.1'",),
 )
-# CUDA compute capability → release; what is not here has never been served.
+# CUDA compute capability → release; no release builds engines for others.
 BY_CAPABILITY = {"8.0": DESKTOP, "8.6": DESKTOP, "8.9": DESKTOP, "9.0": DESKTOP, "8.7": JETSON}
 
 
 def release_for(capability: str | None, target: str) -> Release:
-    """Raises VilaDeployError for a device that no release builds engines for."""
+    """Return the release for a device; raise VilaDeployError if none builds engines for it."""
     if capability not in BY_CAPABILITY:
         raise VilaDeployError(
             f"TensorRT-LLM builds no engines for {target}", fix="use another --backend"
@@ -73,7 +73,7 @@ def release_for(capability: str | None, target: str) -> Release:
 
 
 def check_version(release: Release, version: str) -> None:
-    """Raises VilaDeployError if an installed TensorRT-LLM is not of this release."""
+    """Raise VilaDeployError if the installed version of TensorRT-LLM is not of this release."""
     numbers = version.split(".")
     found = (int(numbers[0]), int(numbers[1])) if numbers[1:] and numbers[0].isdigit() else (0, 0)
     if not release.oldest <= found <= release.newest:
@@ -86,10 +86,10 @@ def check_version(release: Release, version: str) -> None:
 def build_command(
     release: Release, request: BuildRequest, precision: str, folder: Path
 ) -> list[str]:
-    """The command that makes `folder`/llm out of `folder`/llm_checkpoint.
+    """Return the command that builds `folder`/llm from `folder`/llm_checkpoint.
 
-    The prompt table has room for the longest prompt of every request, so that any number of
-    pictures fits.
+    The prompt table is as large as the longest prompts of a full batch, so that any number of
+    images fits.
     """
     limits = request.limits
     tokens = limits.max_batch_size * limits.max_input_len
@@ -109,5 +109,5 @@ def build_command(
 
 
 def shell_line(command: list[str]) -> str:
-    """The command as it is typed."""
-    return " \\\n    ".join(shlex.quote(part) for part in command)
+    """Return the command as it is typed into a shell."""
+    return " \\\n    ".join(shlex.quote(argument) for argument in command)

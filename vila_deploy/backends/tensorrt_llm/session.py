@@ -1,12 +1,11 @@
-"""Runs an engine through TensorRT-LLM's Python runtime (ModelRunner, 0.12 to 1.2.1).
+"""Run an engine through TensorRT-LLM's Python runtime (ModelRunner, 0.12 to 1.2.1).
 
-Not yet run on a device: written against the source of those releases, and tested against a module
-that records its calls.
+Written against the source of those releases and tested against a module that records its calls.
 
-The whole prompt goes in as rows of the prompt table, its ids counting up from the vocabulary's end,
-so that pictures and text need not be told apart. `ModelRunner.generate` has a loop of its own; it
-runs in a thread, hands the logits of each step over in its logits processor, and is made to take
-the token that comes back by leaving no other.
+All embeddings of a prompt are rows of the prompt table, with ids that count up from the end of the
+vocabulary, so that images and text are treated alike. `ModelRunner.generate` loops by itself: it
+runs in a thread, its logits processor passes the logits of each step to the session, and it is made
+to choose the session's next token by masking the logits of all others.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ STOP = None
 
 
 class TensorrtLlmSession:
-    """Implements `vila_deploy.engine.session.SequenceSession`.
+    """Run an engine folder; implements `vila_deploy.engine.session.SequenceSession`.
 
-    `max_seq_len` is one less than the engine's, in which the token after the last pass counts.
+    `max_seq_len` is one less than the engine's, which also counts the token after the last pass.
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
@@ -47,7 +46,7 @@ class TensorrtLlmSession:
         self._thread = _RuntimeThread(lambda: Runtime(folder, manifest))
 
     def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
-        """Tiles [tiles, 3, size, size] → [images, tokens, hidden]; every tile is an image."""
+        """Return features [images, tokens, hidden] of [images, 3, size, size]."""
         self._end_generation()
         features: Floats = self._thread.call(lambda runtime: runtime.encode(pixels))
         return features
@@ -56,9 +55,9 @@ class TensorrtLlmSession:
         return self._table[np.asarray(tokens, np.int64)].astype(np.float32)
 
     def prefill(self, embeds: Floats) -> Floats:
-        """Appends [tokens, hidden] → logits of the last token [vocab].
+        """Append [tokens, hidden]; return logits of the last token [vocab].
 
-        Earlier tokens are computed again: the runtime takes a prompt as a whole.
+        Earlier tokens are computed again, since the runtime has no call that adds to a prompt.
         """
         self._end_generation()
         self._embeds.append(np.asarray(embeds, np.float32))
@@ -73,16 +72,16 @@ class TensorrtLlmSession:
         self.position = len(prompt)
         logits = self._thread.begin(lambda runtime, step: runtime.generate(prompt, step))
         self._generating = True
-        return self._own(logits)
+        return self._without_padding(logits)
 
     def decode(self, token: int) -> Floats:
         logits = self._thread.step(token) if self._generating else None
-        if logits is None:  # the runtime took the token for an end
+        if logits is None:  # the token ended the runtime's loop
             self._generating = False
             return self.prefill(self.embed_tokens([token]))
         self._embeds.append(self.embed_tokens([token]))
         self.position += 1
-        return self._own(logits)
+        return self._without_padding(logits)
 
     def truncate(self, tokens: int) -> None:
         self._end_generation()
@@ -90,7 +89,7 @@ class TensorrtLlmSession:
         self.position = tokens
 
     def close(self) -> None:
-        """Ends the thread and with it the engines."""
+        """End the thread, which frees the engines."""
         self._end_generation()
         self._thread.close()
 
@@ -99,17 +98,17 @@ class TensorrtLlmSession:
             self._generating = False
             self._thread.end()
 
-    def _own(self, logits: Floats) -> Floats:
-        """Without the rows that pad the vocabulary."""
+    def _without_padding(self, logits: Floats) -> Floats:
+        """Return the logits of the model's own vocabulary; the engine pads it."""
         return logits[: self._vocab_size]
 
 
 Step = Callable[[Floats], int | None]
-"""Takes the logits of a pass, returns the next token or STOP."""
+"""A function from the logits of a pass to the next token or STOP."""
 
 
 class Runtime:
-    """The engines of one GPU; everything here runs in one thread, as CUDA's state is a thread's."""
+    """The engines of one GPU; all calls come from one thread, since CUDA keeps state by thread."""
 
     device = "cuda"
 
@@ -126,18 +125,18 @@ class Runtime:
 
     def encode(self, pixels: Floats) -> Floats:
         torch = self._torch
-        from vila_deploy.backends.tensorrt_llm.vision import INPUT, MAX_IMAGES
-
         half = self._trtllm._utils.str_dtype_to_trt("float16")
         features = []
-        for start in range(0, len(pixels), MAX_IMAGES):
-            batch = torch.from_numpy(np.ascontiguousarray(pixels[start : start + MAX_IMAGES]))
+        for start in range(0, len(pixels), files.MAX_IMAGES):
+            batch = torch.from_numpy(np.ascontiguousarray(pixels[start : start + files.MAX_IMAGES]))
             batch = batch.to(self.device, torch.float16).contiguous()
-            info = self._trtllm.runtime.TensorInfo(INPUT, half, tuple(batch.shape))
-            (found,) = self._vision.infer_shapes([info])
-            output = torch.empty(tuple(found.shape), dtype=torch.float16, device=self.device)
+            info = self._trtllm.runtime.TensorInfo(files.VISION_INPUT, half, tuple(batch.shape))
+            (output_info,) = self._vision.infer_shapes([info])
+            output = torch.empty(tuple(output_info.shape), dtype=torch.float16, device=self.device)
             stream = torch.cuda.current_stream()
-            if not self._vision.run({INPUT: batch}, {self._output: output}, stream.cuda_stream):
+            if not self._vision.run(
+                {files.VISION_INPUT: batch}, {self._output: output}, stream.cuda_stream
+            ):
                 raise VilaDeployError(
                     "TensorRT could not run the vision engine", fix="build the engine again"
                 )
@@ -146,7 +145,7 @@ class Runtime:
         return np.concatenate(features)
 
     def generate(self, embeds: Floats, step: Step) -> None:
-        """One pass over the prompt, then one for each token that `step` returns, until STOP."""
+        """Run one pass over the prompt, then one for each token that `step` returns, until STOP."""
         torch, runner = self._torch, self._llm
         first, count = runner.vocab_size, len(embeds)
         stopped = False
@@ -157,12 +156,12 @@ class Runtime:
             if token is STOP:
                 stopped = True
                 return logits
-            # In place: the next pass writes into this very buffer.
+            # In place, since the next pass writes into this buffer.
             logits.fill_(torch.finfo(logits.dtype).min)
             logits[0, token] = 0
             return logits
 
-        # No penalty may reach for an end id before the first token; a stop token ends it anyway.
+        # min_length 0 leaves end_id without a penalty; `step` ends the loop, whatever end_id is.
         end = self._stops[-1] if self._stops else first - 1
         sampling = self._trtllm.runtime.SamplingConfig(
             end_id=end,
@@ -184,23 +183,23 @@ class Runtime:
 
 
 class _RuntimeThread:
-    """A Runtime in a thread of its own, which does one thing at a time for one caller."""
+    """A Runtime in its own thread, which does one call at a time for one caller."""
 
     def __init__(self, make: Callable[[], Runtime]):
-        self._asked: queue.Queue[Any] = queue.Queue()
+        self._requests: queue.Queue[Any] = queue.Queue()
         self._answers: queue.Queue[tuple[str, Any]] = queue.Queue()
         self._thread = threading.Thread(target=self._work, args=(make,), daemon=True)
         self._thread.start()
         self._answer()
 
     def call(self, work: Callable[[Runtime], Any]) -> Any:
-        """What `work` returns."""
-        self._asked.put(work)
+        """Return the result of `work` on the runtime."""
+        self._requests.put(work)
         return self._answer()[1]
 
     def begin(self, work: Callable[[Runtime, Step], None]) -> Floats:
-        """Starts a generation; logits of its first pass."""
-        self._asked.put(lambda runtime: work(runtime, self._step))
+        """Start a generation and return the logits of its first pass."""
+        self._requests.put(lambda runtime: work(runtime, self._step))
         kind, logits = self._answer()
         if kind != "logits":
             raise VilaDeployError(
@@ -210,18 +209,19 @@ class _RuntimeThread:
         return logits
 
     def step(self, token: int) -> Floats | None:
-        """Logits after `token`; None if the generation ended instead."""
-        self._asked.put(token)
+        """Return the logits after `token`; None if the generation ended instead."""
+        self._requests.put(token)
         kind, logits = self._answer()
         return logits if kind == "logits" else None
 
     def end(self) -> None:
-        """Ends the generation that waits for a token."""
-        self._asked.put(STOP)
+        """End the generation that waits for a token."""
+        self._requests.put(STOP)
         self._answer()
 
     def close(self) -> None:
-        self._asked.put(STOP)
+        """End the thread."""
+        self._requests.put(STOP)
         self._thread.join()
 
     def _answer(self) -> tuple[str, Any]:
@@ -231,9 +231,9 @@ class _RuntimeThread:
         return kind, value
 
     def _step(self, logits: Floats) -> int | None:
-        """Called by the runtime's loop, in the thread."""
+        """Pass logits to the caller and wait for its token; called by the runtime's loop."""
         self._answers.put(("logits", logits))
-        token: int | None = self._asked.get()
+        token: int | None = self._requests.get()
         return token
 
     def _work(self, make: Callable[[], Runtime]) -> None:
@@ -243,7 +243,7 @@ class _RuntimeThread:
             self._answers.put(("error", error))
             return
         self._answers.put(("done", None))
-        while (work := self._asked.get()) is not STOP:
+        while (work := self._requests.get()) is not STOP:
             try:
                 self._answers.put(("done", work(runtime)))
             except Exception as error:
@@ -259,7 +259,7 @@ def _failure(error: Exception) -> VilaDeployError:
 
 
 def _import() -> tuple[Any, Any]:
-    """tensorrt_llm and torch."""
+    """Import and return tensorrt_llm and torch."""
     try:
         import tensorrt_llm
         import tensorrt_llm._utils
