@@ -18,15 +18,20 @@ def speed() -> str:
     rows = [["vila-deploy", first["device"], first["label"], *_pairs(speeds)]]
     for gpu, title in GPUS.items():
         rows.append(["TinyChat, by VILA's authors", title, "published", *_pairs(_published(gpu))])
-    return markdown(["", "device", "figures are", *SHORT], rows)
+    int4 = measured[first["model"], "int4"]
+    note = (
+        f"Measured with {first['model']}'s shapes and {first['weights']} weights; int4 uses "
+        f"{int4['roofline_fraction']:.0%} of that host's read bandwidth."
+    )
+    return markdown(["", "device", "figures are", *SHORT], rows, note)
 
 
 def _pairs(speeds: dict[tuple[str, str], str]) -> list[str]:
-    """Return `int4 (fp16)` for each model of SHORT, empty where neither is known."""
+    """Return `int4 (fp16)` for each model of SHORT, a dash where neither is known."""
     cells = []
     for model in SHORT:
-        int4, fp16 = (speeds.get((model, precision), "") for precision in PRECISIONS)
-        cells.append(f"{int4} ({fp16})" if int4 else "")
+        int4, fp16 = (speeds.get((model, precision), "–") for precision in PRECISIONS)
+        cells.append(int4 if int4 == fp16 else f"{int4} ({fp16})")
     return cells
 
 
