@@ -6,7 +6,7 @@ $ python benchmarks/quantization/memory.py --shapes VILA1.5-13b SCRATCH --tokens
 
 --shapes writes a checkpoint of a released model's true shapes with random weights first (26 GB for
 VILA1.5-13b; --layers N for fewer decoder layers). --tokens calibrates on so much text of this
-Python's help, without pictures and without the comparison at the end. --stop N ends the run once N
+Python's help, without images and without the comparison at the end. --stop N ends the run once N
 decoder layers are finished; what was not run is not in its figures. Everything is removed again.
 
 Memory is what the process holds without mapped files (Linux), sampled from outside. `read_bytes`

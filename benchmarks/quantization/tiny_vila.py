@@ -1,9 +1,9 @@
-"""Calibration with pictures beside calibration with text alone, on the trained tiny-vila.
+"""Calibration with images beside calibration with text alone, on the trained tiny-vila.
 
 $ python benchmarks/quantization/tiny_vila.py          # default algorithm, and rtn to compare
 $ python benchmarks/quantization/tiny_vila.py --algorithm awq --symmetric
 
-Calibrates on tiny-vila's calibration questions, once with their pictures and once without. Prints
+Calibrates on tiny-vila's calibration questions, once with their images and once without. Prints
 a JSON line for fp32 and for each quantization: exact answers to 500 held-out questions by kind, and
 perplexity, KL and top-1 agreement on their answers, as in report.json. The lines go into
 benchmarks/results/tiny-vila-quantization.jsonl too.
@@ -23,16 +23,17 @@ from PIL import Image
 
 from vila_deploy.bench.measure import commit, device_name
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.data.examples import Example, Picture
+from vila_deploy.data.examples import Example, LazyImage
 from vila_deploy.engine.model_info import describe
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import OneSlot
-from vila_deploy.eval.fidelity import EvaluationData, evaluate
+from vila_deploy.eval.data import EvaluationData
+from vila_deploy.eval.fidelity import evaluate
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.chat_template import IMAGE_MARKER
 from vila_deploy.processing.tokenizer import load_tokenizer
-from vila_deploy.quantize.options import ALGORITHMS, Options
+from vila_deploy.quantize.options import ALGORITHMS, QuantizeOptions
 from vila_deploy.quantize.pipeline import quantize
 from vila_deploy.quantize.report import versions
 from vila_deploy.runtime.conversation import Conversation
@@ -48,13 +49,13 @@ from tiny_vila.questions import Question, calibration, held_out  # noqa: E402
 from tiny_vila.scoring import score  # noqa: E402
 
 
-def write_calibration(folder: Path, with_pictures: bool) -> Path:
-    """The calibration questions as JSON lines, their pictures beside them or left out."""
+def write_calibration(folder: Path, with_images: bool) -> Path:
+    """The calibration questions as JSON lines, their images beside them or left out."""
     folder.mkdir()
     lines = []
     for number, question in enumerate(calibration(CALIBRATION_QUESTIONS)):
         line: dict[str, Any] = {"text": question.prompt, "answer": question.answer}
-        if with_pictures:
+        if with_images:
             line["image"] = [f"{number}-{i}.png" for i in range(len(question.scenes))]
             for name, image in zip(line["image"], question.images, strict=True):
                 image.save(folder / name)
@@ -71,10 +72,10 @@ def examples(questions: Sequence[Question]) -> list[Example]:
     found = []
     for number, question in enumerate(questions):
         images = question.images
-        pictures = [
-            Picture(f"{number}-{i}", lambda image=image: image) for i, image in enumerate(images)
+        images = [
+            LazyImage(f"{number}-{i}", lambda image=image: image) for i, image in enumerate(images)
         ]
-        found.append(Example(question.prompt, question.answer, tuple(pictures)))
+        found.append(Example(question.prompt, question.answer, tuple(images)))
     return found
 
 
@@ -104,12 +105,12 @@ def rows(
     yield {"quantization": "fp32", **exact_answers(checkpoint, questions)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for kind, chosen in (("pictures", algorithm), ("text only", algorithm), ("none", "rtn")):
+        for kind, chosen in (("images", algorithm), ("text only", algorithm), ("none", "rtn")):
             text_only = kind == "text only"
             calib = None
             if kind != "none":
                 calib = write_calibration(folder / f"data {kind}", not text_only)
-            options = Options(
+            options = QuantizeOptions(
                 QuantScheme(group_size, symmetric), chosen, calib,
                 text_only=text_only, evaluate=False,
             )  # fmt: skip
@@ -133,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--algorithm", choices=ALGORITHMS, default=Options().algorithm)
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default=QuantizeOptions().algorithm)
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--questions", type=int, default=500)

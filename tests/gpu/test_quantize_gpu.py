@@ -10,7 +10,7 @@ import torch
 
 from tests.support.paths import TINY_VILA
 from vila_deploy.formats.scheme import QuantScheme
-from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.quantize.pipeline import quantize
 
 # Mean KL of two roundings of the same quality; they differ in single levels.
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch fin
 
 
 def quantized(out: Path, device: str, algorithm: str) -> dict[str, Any]:
-    options = Options(QuantScheme(64), algorithm, evaluate=True, device=device)
+    options = QuantizeOptions(QuantScheme(64), algorithm, evaluate=True, device=device)
     return quantize(TINY_VILA, out, options)
 
 

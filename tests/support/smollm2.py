@@ -70,7 +70,7 @@ def _write_eye(root: Path, hidden_size: int, scale: float) -> None:
     config = SiglipVisionConfig(**TOWER)
     tower = SiglipVisionModel(config)
     projector = Projector(config.hidden_size, hidden_size, order="column")
-    # Picture embeddings as large as word embeddings, so that they matter and don't swamp the text.
+    # Image embeddings as large as word embeddings, so that they matter and don't swamp the text.
     projector[-1].weight.data.normal_(std=scale / hidden_size**0.5 * 4)
     _write_json(root / "vision_tower" / "config.json", config.to_dict())
     _write_json(root / "vision_tower" / "preprocessor_config.json", PREPROCESSOR)

@@ -26,7 +26,7 @@ from vila_deploy.data.embed import TokenSequence, length_limit
 from vila_deploy.data.examples import load_held_out
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.precision import ModulePrecision
-from vila_deploy.eval.fidelity import EvaluationData
+from vila_deploy.eval.data import EvaluationData
 from vila_deploy.formats.module_dtypes import FP16, INT8
 from vila_deploy.onnx_export.dialects.registry import DIALECTS
 from vila_deploy.onnx_export.graph_writer import WeightFile
@@ -196,9 +196,9 @@ class _Measured:
             rows: Floats = table[torch.tensor(list(ids), dtype=torch.int64)].float().numpy()
             return rows
 
-        own = [features[picture.name] for picture in sequence.pictures]
-        limit = length_limit(self._checkpoint.config, len(sequence.pictures))
-        return merge_embeddings(sequence.pieces, own, embed_tokens)[:limit]
+        own = [features[picture.name] for picture in sequence.images]
+        limit = length_limit(self._checkpoint.config, len(sequence.images))
+        return merge_embeddings(sequence.text_chunks, own, embed_tokens)[:limit]
 
     def _features(
         self, sequences: Sequence[TokenSequence], name: str, dtype: str
@@ -215,7 +215,7 @@ class _Measured:
             for part in (files.VISION, files.PROJECTOR)
         )
         config, found = checkpoint.config, {}
-        for picture in {p.name: p for sequence in sequences for p in sequence.pictures}.values():
+        for picture in {p.name: p for sequence in sequences for p in sequence.images}.values():
             (pixels,) = preprocess([picture.load()], config.image, config.tiling, alone=False)
             features = run_each(tower, pixels.tiles)
             if projector is not None:

@@ -13,17 +13,16 @@ import click
 
 from vila_deploy.cli.common import EXIT_INTERRUPTED, command_errors, echo_json, fail, no_nan
 from vila_deploy.cli.formats import FormatNames
+from vila_deploy.quantize.options import ALGORITHMS, DEVICES
 from vila_deploy.writers.registry import FORMATS
 
 if TYPE_CHECKING:
     from vila_deploy.builder.fit import Fit
     from vila_deploy.quantize.estimate.plan import QuantizePlan
-    from vila_deploy.quantize.options import Options
+    from vila_deploy.quantize.options import QuantizeOptions
 
-ALGORITHMS = ("awq-gptq", "awq", "rtn")
-DEVICES = ("auto", "cpu", "cuda")
 FILE = click.Path(path_type=Path)
-SHIPPED = "shipped"
+BUILTIN, BUILTIN_OLD = "builtin", "shipped"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,17 +42,17 @@ SHIPPED = "shipped"
     "--calib", type=FILE, metavar="FILE_OR_DIR",
     help="Own calibration texts: .txt, .jsonl (text, answer, image) or a folder of them.",
 )  # fmt: skip
-@click.option("--calib-images", type=FILE, metavar="DIR", help="Own calibration pictures.")
-@click.option("--text-only", is_flag=True, help="Calibrate without pictures, e.g. to compare.")
+@click.option("--calib-images", type=FILE, metavar="DIR", help="Own calibration images.")
+@click.option("--text-only", is_flag=True, help="Calibrate without images, e.g. to compare.")
 @click.option(
     "--eval", "eval_data", type=FILE, metavar="FILE_OR_DIR",
     help="Own held-out data, as --calib, to compare with the original on; or the word "
-    f"{SHIPPED}. Default: {SHIPPED}, nothing for rtn.",
+    f"{BUILTIN}. Default: {BUILTIN}, nothing for rtn.",
 )  # fmt: skip
 @click.option("--no-eval", is_flag=True, help="Don't compare the result with the original.")
 @click.option(
     "--max-kl", type=click.FloatRange(min=0), metavar="X", callback=no_nan,
-    help="Exit code 1 if the mean KL of text or of answers about pictures is above X.",
+    help="Exit code 1 if the mean KL of text or of answers about images is above X.",
 )  # fmt: skip
 @click.option(
     "--format", "formats", type=FormatNames(), default="awq", show_default=True,
@@ -110,17 +109,19 @@ def main(
     if algorithm == "rtn" and (calib or calib_images):
         raise click.UsageError("--calib and --calib-images are of no use to --algorithm rtn")
     if text_only and calib_images:
-        raise click.UsageError("--text-only leaves out the pictures of --calib-images")
+        raise click.UsageError("--text-only leaves out the images of --calib-images")
     if no_eval and (eval_data or max_kl is not None):
         raise click.UsageError("--no-eval leaves nothing for --eval or --max-kl to do")
 
     from vila_deploy.formats.scheme import QuantScheme
-    from vila_deploy.quantize.options import Options
+    from vila_deploy.quantize.options import QuantizeOptions
 
     scheme = QuantScheme(group_size, symmetric)
-    options = Options(scheme, algorithm, calib, calib_images, seed, prompt_template, formats)
+    options = QuantizeOptions(
+        scheme, algorithm, calib, calib_images, seed, prompt_template, formats
+    )
     wanted = False if no_eval else True if eval_data or max_kl is not None else None
-    own = None if eval_data == Path(SHIPPED) else eval_data
+    own = None if eval_data in (Path(BUILTIN), Path(BUILTIN_OLD)) else eval_data
     options = replace(options, text_only=text_only, evaluate=wanted, eval=own, device=device)
     if plan_only or out is None:
         _plan(checkpoint, options, as_json)
@@ -130,7 +131,7 @@ def main(
             _check_kl(out, report, max_kl)
 
 
-def _plan(checkpoint: Path, options: Options, as_json: bool) -> None:
+def _plan(checkpoint: Path, options: QuantizeOptions, as_json: bool) -> None:
     from vila_deploy.builder.build import default_limits
     from vila_deploy.builder.fit import fit_everywhere
     from vila_deploy.checkpoint.config import load_config, with_template
@@ -146,7 +147,7 @@ def _plan(checkpoint: Path, options: Options, as_json: bool) -> None:
 
 
 def _quantize(
-    checkpoint: Path, out: Path, options: Options, resume: bool, as_json: bool
+    checkpoint: Path, out: Path, options: QuantizeOptions, resume: bool, as_json: bool
 ) -> dict[str, Any]:
     from vila_deploy.quantize.estimate.plan import work_path
 

@@ -1,4 +1,4 @@
-"""The pictures of the shipped calibration set, drawn when needed, and conversations about them."""
+"""Images of the built-in calibration set, drawn when needed, and conversations about them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Draw = Callable[[ImageDraw.ImageDraw, random.Random], None]
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn picture and what can be asked about it, as (question, answer)."""
+    """A drawn image and what can be asked about it, as (question, answer)."""
 
     name: str
     background: str
@@ -32,7 +32,7 @@ class Scene:
     conversations: tuple[tuple[str, str], ...]
     blur: float = 0.0
 
-    def picture(self) -> Image.Image:
+    def image(self) -> Image.Image:
         """SIDE × SIDE pixels, RGB; always the same."""
         image = Image.new("RGB", (SIDE, SIDE), self.background)
         self.draw(ImageDraw.Draw(image), random.Random(self.name))

@@ -1,4 +1,4 @@
-"""The pictures of the shipped evaluation set; none of their scenes is among the calibration's."""
+"""Images of the built-in evaluation set; none of their scenes is among the calibration's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples as token ids with pictures between them, and those as the model's input embeddings."""
+"""Turn examples into token sequences with images between them, and those into embeddings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import EMBEDDING
-from vila_deploy.data.examples import Example, Picture
+from vila_deploy.data.examples import Example, LazyImage
 from vila_deploy.model.vision import VisionEncoder
 from vila_deploy.processing.chat_template import (
     PROMPT_TEMPLATES,
@@ -32,26 +32,26 @@ from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.limits import MAX_TOKENS
 
-MIN_BLOCK_TOKENS = 16
+MIN_SAMPLE_TOKENS = 16
 MAX_TEXT_CHARACTERS = 1 << 20
-PICTURE_ID = -1
+IMAGE_TOKEN_ID = -1
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """Token ids, with a picture between each two pieces.
+    """Token ids, with an image between each two chunks of text.
 
     Args:
         answer_tokens: how many tokens at the end are the answer's; 0: it has none.
     """
 
-    pieces: list[list[int]]
-    pictures: tuple[Picture, ...] = ()
+    text_chunks: list[list[int]]
+    images: tuple[LazyImage, ...] = ()
     answer_tokens: int = 0
 
 
 class SampleTokenizer:
-    """Makes token sequences of examples, in the conversation template of the checkpoint."""
+    """Tokenizes examples with the conversation template of the checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint):
         self.config = checkpoint.config
@@ -59,64 +59,68 @@ class SampleTokenizer:
         template = choose_template(self.config, self.tokenizer)
         self._template: PromptTemplate = PROMPT_TEMPLATES[template]
 
-    def blocks(self, examples: Iterable[Example], most: int) -> list[TokenSequence]:
-        """Texts without pictures as one stream of tokens, each after a BOS, cut into blocks."""
+    def text_samples(self, examples: Iterable[Example], max_samples: int) -> list[TokenSequence]:
+        """Return samples of at most 512 tokens, cut out of all texts joined, a BOS before each.
+
+        Args:
+            examples: without images.
+        """
         limit = length_limit(self.config, 0)
         stream: list[int] = []
         for example in examples:
             text = example.text if example.is_plain else self._rendered(example)
             stream += self.tokenizer.bos_ids + self.tokenizer.encode(text[:MAX_TEXT_CHARACTERS])
-            if len(stream) >= most * limit:
+            if len(stream) >= max_samples * limit:
                 break
         starts = range(0, len(stream), limit)
-        blocks = [stream[start : start + limit] for start in starts]
-        kept = [block for block in blocks if len(block) >= MIN_BLOCK_TOKENS] or blocks[:1]
-        return [TokenSequence([block]) for block in kept]
+        samples = [stream[start : start + limit] for start in starts]
+        long_enough = [sample for sample in samples if len(sample) >= MIN_SAMPLE_TOKENS]
+        return [TokenSequence([sample]) for sample in long_enough or samples[:1]]
 
     def conversation(self, example: Example) -> TokenSequence:
-        """A question about pictures or not, with its answer if it has one."""
-        pieces = self._pieces(self._rendered(example))
+        """Return a question, about images or not, with its answer if it has one."""
+        chunks = self._chunks(self._rendered(example))
         if example.answer is None:
-            return TokenSequence(pieces, example.pictures)
-        asked = render(self._template, [], self._question(example))
-        last, prompt = pieces[-1], self._pieces(asked)[-1]
+            return TokenSequence(chunks, example.images)
+        prompt = render(self._template, [], self._question(example))
+        last_chunk, prompt_chunk = chunks[-1], self._chunks(prompt)[-1]
         # The last token of the prompt and the first of the answer may have become one.
-        asked_tokens = _same_at_the_start(last, prompt)
-        return TokenSequence(pieces, example.pictures, len(last) - asked_tokens)
+        prompt_tokens = _common_prefix_length(last_chunk, prompt_chunk)
+        return TokenSequence(chunks, example.images, len(last_chunk) - prompt_tokens)
 
-    def _pieces(self, text: str) -> list[list[int]]:
+    def _chunks(self, text: str) -> list[list[int]]:
         return text_chunks(self.tokenizer, text, self.config.image_end)
 
     def _question(self, example: Example) -> str:
-        return with_markers(example.text, len(example.pictures), self.config.image_end)
+        return with_markers(example.text, len(example.images), self.config.image_end)
 
     def _rendered(self, example: Example) -> str:
-        """The example as a turn of the model's own conversation template."""
+        """Return the example as a turn of the model's own conversation template."""
         question = self._question(example)
         if example.answer is None:
             return render(self._template, [], question)
         return render_answered(self._template, question, example.answer)
 
 
-def _same_at_the_start(first: Sequence[int], second: Sequence[int]) -> int:
+def _common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
     pairs = zip(first, second, strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def length_limit(config: VilaConfig, num_images: int) -> int:
-    """The most positions that a sequence with so many pictures is given."""
+    """Return the most positions that a sequence with so many images is given."""
     longest = MAX_TOKENS + num_images * config.tokens_per_block
     return min(longest, config.model_max_length, config.llm.max_position_embeddings)
 
 
 class MultimodalEmbedder:
-    """Embeds token sequences as the model does; holds the features of their pictures.
+    """Embeds token sequences as the model does; holds the features of their images.
 
-    `sha256` is of the token ids and pixels of all of them. The tower is in memory only while this
-    is made.
+    `sha256` is of the token ids and pixels of all of them. The vision tower is in memory only
+    during construction.
 
     Raises:
-        VilaDeployError: a picture can't be read.
+        VilaDeployError: an image can't be read.
     """
 
     def __init__(
@@ -124,29 +128,29 @@ class MultimodalEmbedder:
     ):
         self._config = checkpoint.config
         digest = hashlib.sha256()
-        pictures = {p.name: p for sequence in sequences for p in sequence.pictures}
-        self._features = _encode(checkpoint, pictures, digest, device)
-        # By number: the same pictures may lie in another folder tomorrow.
-        numbers = {name: number for number, name in enumerate(pictures)}
+        images = {p.name: p for sequence in sequences for p in sequence.images}
+        self._features = _encode(checkpoint, images, digest, device)
+        # Images by number: names are paths, and the same images may be in another folder tomorrow.
+        numbers = {name: number for number, name in enumerate(images)}
         for sequence in sequences:
-            shown = [numbers[picture.name] for picture in sequence.pictures]
-            digest.update(repr((sequence.pieces, shown)).encode())
+            image_numbers = [numbers[image.name] for image in sequence.images]
+            digest.update(repr((sequence.text_chunks, image_numbers)).encode())
         self.sha256 = digest.hexdigest()
-        self.num_pictures = len(pictures)
+        self.num_images = len(images)
 
     def ids(self, sequence: TokenSequence) -> Tensor:
-        """int64 [positions]; PICTURE_ID where a picture's embedding stands."""
-        ids = list(sequence.pieces[0])
-        for picture, piece in zip(sequence.pictures, sequence.pieces[1:], strict=True):
-            ids += [PICTURE_ID] * self.picture_tokens(picture) + piece
+        """Return int64 [positions]; IMAGE_TOKEN_ID where an image's embeddings are."""
+        ids = list(sequence.text_chunks[0])
+        for image, chunk in zip(sequence.images, sequence.text_chunks[1:], strict=True):
+            ids += [IMAGE_TOKEN_ID] * self.image_tokens(image) + chunk
         return torch.tensor(ids[: self._limit(sequence)], dtype=torch.int64)
 
-    def picture_tokens(self, picture: Picture) -> int:
-        """How many positions it takes."""
-        return len(self._features[picture.name])
+    def image_tokens(self, image: LazyImage) -> int:
+        """Return how many positions an image takes."""
+        return len(self._features[image.name])
 
     def embeds(self, sequence: TokenSequence, checkpoint: Checkpoint) -> Tensor:
-        """float32 [positions, hidden], with the token embeddings of `checkpoint`.
+        """Return float32 [positions, hidden], with the token embeddings of `checkpoint`.
 
         Raises:
             VilaDeployError: the tokenizer doesn't belong to the model.
@@ -162,30 +166,29 @@ class MultimodalEmbedder:
                 )
             return table[torch.tensor(list(ids), dtype=torch.int64)].float().numpy()
 
-        own = [self._features[picture.name] for picture in sequence.pictures]
-        return torch.from_numpy(
-            merge_embeddings(sequence.pieces, own, embed_tokens)[: self._limit(sequence)]
-        )
+        features = [self._features[image.name] for image in sequence.images]
+        embeds = merge_embeddings(sequence.text_chunks, features, embed_tokens)
+        return torch.from_numpy(embeds[: self._limit(sequence)])
 
     def _limit(self, sequence: TokenSequence) -> int:
-        return length_limit(self._config, len(sequence.pictures))
+        return length_limit(self._config, len(sequence.images))
 
 
 def _encode(
     checkpoint: Checkpoint,
-    pictures: dict[str, Picture],
+    images: dict[str, LazyImage],
     digest: hashlib._Hash,
     device: torch.device,
 ) -> dict[str, Floats]:
-    """Features [tokens, hidden] of each picture."""
-    if not pictures:
+    """Return the features [tokens, hidden] of each image."""
+    if not images:
         return {}
     config = checkpoint.config
     encoder = VisionEncoder(config, checkpoint.vision, checkpoint.projector).to(device)
     features: dict[str, NDArray[np.float32]] = {}
-    for name, picture in pictures.items():
-        # As if it were one of several: cut into dynamic tiles, pictures would drown the text.
-        (pixels,) = preprocess([picture.load()], config.image, config.tiling, alone=False)
+    for name, image in images.items():
+        # As if it were one of several: cut into dynamic tiles, images would drown the text.
+        (pixels,) = preprocess([image.load()], config.image, config.tiling, alone=False)
         digest.update(pixels.tiles.tobytes())
         tiles = torch.from_numpy(pixels.tiles).to(device)
         features[name] = encoder(tiles, pixels.grid)[0].cpu().numpy()

@@ -1,10 +1,9 @@
-"""Examples to calibrate or evaluate with: shipped ones, or the user's own texts and pictures."""
+"""Read examples to calibrate or evaluate with: built-in ones, or the user's texts and images."""
 
 from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -16,17 +15,15 @@ from vila_deploy.data import drawn_scenes_eval
 from vila_deploy.data.drawn_scenes import SCENES, Scene
 from vila_deploy.processing.chat_template import IMAGE_MARKER
 from vila_deploy.processing.images import open_image
-from vila_deploy.quantize.options import Options
 from vila_deploy.utils.errors import VilaDeployError, short
-from vila_deploy.writers.registry import FORMATS
 
 MAX_FILE_BYTES = 64 << 20
-PICTURE_SUFFIXES = (
+IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
 )  # fmt: skip
 EMPTY_LINES = re.compile(r"\r?\n[^\S\n]*\n")
 TEXT_SUFFIXES = (".txt", ".jsonl")
-PICTURE_QUESTIONS = (
+IMAGE_QUESTIONS = (
     "Describe this image.",
     "What is in the picture?",
     "Describe the image in detail, from left to right.",
@@ -35,110 +32,82 @@ PICTURE_QUESTIONS = (
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture that is opened when it is needed; `name` tells it from the others."""
+class LazyImage:
+    """An image that is opened when it is needed; `name` identifies it."""
 
     name: str
     load: Callable[[], Image.Image]
 
     @classmethod
-    def of_file(cls, path: Path) -> Picture:
+    def from_file(cls, path: Path) -> LazyImage:
         return cls(str(path), lambda: open_image(path))
 
 
 @dataclass(frozen=True)
 class Example:
-    """A plain text, or a question with pictures, an answer, or both."""
+    """A plain text, or a question with images, an answer, or both."""
 
     text: str
     answer: str | None = None
-    pictures: tuple[Picture, ...] = ()
+    images: tuple[LazyImage, ...] = ()
 
     @property
     def is_plain(self) -> bool:
-        return self.answer is None and not self.pictures
+        return self.answer is None and not self.images
 
 
 def load_examples(
-    texts: Path | None, pictures: Path | None, *, text_only: bool = False
+    texts: Path | None, images: Path | None, *, text_only: bool = False
 ) -> list[Example]:
-    """The examples to calibrate with; what the user gives replaces the shipped ones of its kind.
+    """Return the examples to calibrate with; the user's replace the built-in ones of their kind.
 
     Args:
         texts: a .txt file (paragraphs), a .jsonl file (objects with `text` and, if wanted, `answer`
             and `image`), or a folder of such files.
-        pictures: a folder of pictures.
-        text_only: leave out every example with pictures.
+        images: a folder of images.
+        text_only: leave out every example with images.
 
     Raises:
-        VilaDeployError: a file that is no such thing, is too large, or holds nothing.
+        VilaDeployError: a file is of another kind, too large, or empty.
     """
     own = _own_texts(texts) if texts else []
-    if pictures:
-        own += _own_pictures(pictures)
+    if images:
+        own += _own_images(images)
     examples = list(own)
-    if not any(not example.pictures for example in own):
-        examples += shipped_texts()
-    if not any(example.pictures for example in own):
-        examples += shipped_pictures()
-    return [e for e in examples if not (text_only and e.pictures)]
+    if not any(not example.images for example in own):
+        examples += builtin_text_examples()
+    if not any(example.images for example in own):
+        examples += builtin_image_examples()
+    return [e for e in examples if not (text_only and e.images)]
 
 
 def load_held_out(path: Path | None) -> list[Example]:
-    """The examples to evaluate with: the user's own, or the shipped ones.
+    """Return the examples to evaluate with: the user's own, or the built-in ones.
 
     Args:
-        path: what `load_examples` takes as `texts`, or a folder of nothing but pictures.
+        path: as `texts` of `load_examples`, or a folder that holds images only.
 
     Raises:
         VilaDeployError: as `load_examples`.
     """
     if path is None:
-        return _shipped_texts("evaluation") + _of_scenes(drawn_scenes_eval.SCENES)
-    if path.is_dir() and not _files(path, TEXT_SUFFIXES) and _files(path, PICTURE_SUFFIXES):
-        return _own_pictures(path)
+        return _builtin_texts("evaluation") + _scene_examples(drawn_scenes_eval.SCENES)
+    if path.is_dir() and not _files(path, TEXT_SUFFIXES) and _files(path, IMAGE_SUFFIXES):
+        return _own_images(path)
     return _own_texts(path)
 
 
-def data_warnings(
-    options: Options, calibration: Sequence[Example], held_out: Sequence[Example]
-) -> list[str]:
-    """What the user should know of data and formats; printed on stderr too, a line each."""
-    warnings = list[str]()
-    own_pictures = {p.name for e in calibration for p in e.pictures} - {s.name for s in SCENES}
-    if options.text_only and calibration:
-        warnings.append(
-            "calibrated without pictures (--text-only): answers about pictures may suffer most"
-        )
-    elif options.calib and not own_pictures:
-        warnings.append(
-            "no picture among the calibration data: the shipped drawings stand in; "
-            "give your own with --calib-images"
-        )
-    seen = {(e.text, e.answer) for e in calibration}
-    again = sum((e.text, e.answer) in seen for e in held_out if not e.pictures or e.answer)
-    if again:
-        warnings.append(
-            f"{again} of {len(held_out)} evaluation examples were calibrated on: the figures are "
-            "better than on new data"
-        )
-    warnings += filter(None, (FORMATS[name].warning(options.scheme) for name in options.formats))
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    return warnings
+def builtin_text_examples() -> list[Example]:
+    """Return the texts and conversations in calibration/, written for this project."""
+    return _builtin_texts("calibration")
 
 
-def shipped_texts() -> list[Example]:
-    """The texts and conversations in calibration/, written for this project."""
-    return _shipped_texts("calibration")
+def builtin_image_examples() -> list[Example]:
+    """Return conversations about the drawn scenes."""
+    return _scene_examples(SCENES)
 
 
-def shipped_pictures() -> list[Example]:
-    """Conversations about the drawn scenes."""
-    return _of_scenes(SCENES)
-
-
-def _shipped_texts(name: str) -> list[Example]:
+def _builtin_texts(name: str) -> list[Example]:
     folder = resources.files("vila_deploy.data") / name
     passages = (folder / "passages.txt").read_text("utf-8")
     conversations = (folder / "conversations.jsonl").read_text("utf-8")
@@ -148,18 +117,18 @@ def _shipped_texts(name: str) -> list[Example]:
     ]
 
 
-def _of_scenes(scenes: Sequence[Scene]) -> list[Example]:
+def _scene_examples(scenes: Sequence[Scene]) -> list[Example]:
     return [
-        Example(question, answer, (Picture(scene.name, scene.picture),))
+        Example(question, answer, (LazyImage(scene.name, scene.image),))
         for scene in scenes
         for question, answer in scene.conversations
     ]
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """But those that other systems hide: macOS leaves ._photo.jpg beside photo.jpg."""
-    found = (file for file in folder.iterdir() if file.suffix.lower() in suffixes)
-    return sorted(file for file in found if not file.name.startswith("."))
+    """Return the files with these suffixes but hidden ones: macOS leaves ._photo.jpg files."""
+    matching = (file for file in folder.iterdir() if file.suffix.lower() in suffixes)
+    return sorted(file for file in matching if not file.name.startswith("."))
 
 
 def _own_texts(path: Path) -> list[Example]:
@@ -187,7 +156,7 @@ def _read_file(path: Path) -> list[Example]:
             raise VilaDeployError(
                 f"is larger than {MAX_FILE_BYTES >> 20} MiB", where=path, fix="give a part of it"
             )
-        # Windows' programs put a mark before the text.
+        # Some Windows programs begin a file with a byte order mark.
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise VilaDeployError(f"cannot be read: {error.strerror}", where=path, fix=fix) from error
@@ -236,24 +205,24 @@ def _from_line(line: str, path: Path, number: int) -> Example:
     markers = value["text"].count(IMAGE_MARKER)
     if markers not in (0, len(names)) or IMAGE_MARKER in (answer or ""):
         raise error(f"has {markers} {IMAGE_MARKER} markers for {len(names)} images")
-    pictures = tuple(Picture.of_file(path.parent / name) for name in names)
-    return Example(_unicode(value["text"]), None if answer is None else _unicode(answer), pictures)
+    images = tuple(LazyImage.from_file(path.parent / name) for name in names)
+    return Example(_unicode(value["text"]), None if answer is None else _unicode(answer), images)
 
 
 def _unicode(text: str) -> str:
-    """JSON can spell half a surrogate pair, which no tokenizer takes."""
+    """Return `text` without halves of surrogate pairs, which JSON can spell and UTF-8 cannot."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _own_pictures(folder: Path) -> list[Example]:
+def _own_images(folder: Path) -> list[Example]:
     if not folder.is_dir():
-        raise VilaDeployError("no such folder", where=folder, fix="give a folder of pictures")
-    files = _files(folder, PICTURE_SUFFIXES)
+        raise VilaDeployError("no such folder", where=folder, fix="give a folder of images")
+    files = _files(folder, IMAGE_SUFFIXES)
     if not files:
         raise VilaDeployError(
-            f"holds no picture ({', '.join(PICTURE_SUFFIXES)})", where=folder, fix="add some"
+            f"holds no image ({', '.join(IMAGE_SUFFIXES)})", where=folder, fix="add some"
         )
     return [
-        Example(PICTURE_QUESTIONS[i % len(PICTURE_QUESTIONS)], None, (Picture.of_file(file),))
+        Example(IMAGE_QUESTIONS[i % len(IMAGE_QUESTIONS)], None, (LazyImage.from_file(file),))
         for i, file in enumerate(files)
     ]

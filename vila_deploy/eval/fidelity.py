@@ -15,8 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.llm_config import FINAL_NORM
-from vila_deploy.data.embed import PICTURE_ID, MultimodalEmbedder, SampleTokenizer, TokenSequence
-from vila_deploy.data.examples import Example
+from vila_deploy.data.embed import IMAGE_TOKEN_ID
+from vila_deploy.eval.data import EvaluationData
 from vila_deploy.eval.metrics import Quality, TokenMetrics, compare_logits
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.model.hidden_states import Sequences
@@ -25,7 +25,6 @@ from vila_deploy.utils.device import CPU
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.limits import CHUNK_TOKENS as LAYER_TOKENS
 from vila_deploy.utils.limits import HEAD_ROWS, LOGIT_ROWS
-from vila_deploy.utils.limits import MAX_EVALUATION_SEQUENCES as MAX_SEQUENCES
 from vila_deploy.utils.progress import progress
 
 TEXT, IMAGE = "text", "image"
@@ -46,7 +45,7 @@ class LayerDrift:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Quality by what is predicted: text, answers about pictures (`image`), and both (`all`)."""
+    """Quality by what is predicted: text, answers about images (`image`), and both (`all`)."""
 
     own_data: bool
     sequences: int
@@ -66,79 +65,6 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-class EvaluationData:
-    """Held-out examples as token sequences; pictures are encoded when this is made.
-
-    Plain texts are joined and cut into blocks of at most 512 tokens, of which every token but BOS
-    is predicted. A conversation is a sequence of its own, of which the answer is predicted; if it
-    has none, all that follows its pictures.
-
-    Args:
-        own: the user's examples, not the shipped ones.
-        max_sequences: the first so many are taken, at most half of them about pictures as long as
-            there are others.
-
-    Raises:
-        VilaDeployError: a picture can't be read, or there is nothing to predict.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        examples: Sequence[Example],
-        own: bool = False,
-        max_sequences: int = MAX_SEQUENCES,
-        device: torch.device = CPU,
-    ):
-        self.own = own
-        made = SampleTokenizer(checkpoint)
-        self._bos = made.tokenizer.bos_ids
-        about_pictures = [made.conversation(e) for e in examples if e.pictures]
-        others = [made.conversation(e) for e in examples if not (e.pictures or e.is_plain)]
-        others += made.blocks((e for e in examples if e.is_plain), max_sequences)
-        half = max(max_sequences // 2, max_sequences - len(others))
-        about_pictures = about_pictures[:half]
-        self.image_sequences = len(about_pictures)
-        self.sequences = about_pictures + others[: max_sequences - len(about_pictures)]
-        self._splicer = MultimodalEmbedder(checkpoint, self.sequences, device)
-        self.images, self.sha256 = self._splicer.num_pictures, self._splicer.sha256
-        self.ids = [self._splicer.ids(sequence) for sequence in self.sequences]
-        if not any(bool(self.predicted(index).any()) for index in range(len(self.ids))):
-            raise VilaDeployError(
-                "evaluation data gives no tokens to predict", fix="give more text"
-            )
-
-    def embeds(self, checkpoint: Checkpoint) -> list[Tensor]:
-        """float32 [positions, hidden] of each sequence, with this checkpoint's embeddings."""
-        return [self._splicer.embeds(sequence, checkpoint) for sequence in self.sequences]
-
-    def predicted(self, index: int) -> Tensor:
-        """bool [positions] of a sequence: where the next token's distribution is compared."""
-        ids, sequence = self.ids[index], self.sequences[index]
-        chosen = torch.zeros(len(ids), dtype=torch.bool)
-        chosen[:-1] = ids[1:] != PICTURE_ID
-        for token in self._bos:
-            chosen[:-1] &= ids[1:] != token
-        chosen[: self._first_predicted(sequence, len(ids)) - 1] = False
-        return chosen
-
-    def _first_predicted(self, sequence: TokenSequence, length: int) -> int:
-        whole = sum(map(len, sequence.pieces)) + self._picture_positions(sequence)
-        if sequence.answer_tokens:
-            return min(whole - sequence.answer_tokens, length)
-        return min(whole - len(sequence.pieces[-1]), length) if sequence.pictures else 1
-
-    def _picture_positions(self, sequence: TokenSequence) -> int:
-        return sum(self._splicer.picture_tokens(picture) for picture in sequence.pictures)
-
-
-def evaluation_data(
-    checkpoint: Checkpoint, examples: Sequence[Example], own: bool, device: torch.device
-) -> EvaluationData | None:
-    """The data of `examples`; None if there are none."""
-    return EvaluationData(checkpoint, examples, own, device=device) if examples else None
 
 
 class _Model:
@@ -203,7 +129,7 @@ def evaluate(
     predicted = torch.cat([data.predicted(index) for index in range(len(data.ids))])
     targets = torch.cat([ids[1:], ids[:1]])[predicted]
     kinds = [i < data.image_sequences for i, own in enumerate(data.ids) for _ in range(len(own))]
-    about_pictures = torch.tensor(kinds)[predicted]
+    about_images = torch.tensor(kinds)[predicted]
     layers = []
     num_layers, chunks = original.config.llm.num_layers, math.ceil(len(targets) / LOGIT_ROWS)
     with progress(num_layers + chunks, "evaluating") as advance:
@@ -211,7 +137,7 @@ def evaluate(
             advance(f"layer {index + 1}/{num_layers}", min(index, 1))
             for model in models:
                 model.advance(index)
-            layers.append(_drift(index, models, ids == PICTURE_ID))
+            layers.append(_drift(index, models, ids == IMAGE_TOKEN_ID))
         advance("logits")
         metrics = TokenMetrics.zeros(len(targets))
         rows_at_once = min(LOGIT_ROWS, len(targets))
@@ -228,15 +154,15 @@ def evaluate(
             compare_logits(*logits, following, metrics[here], scratch)
             begin += len(following)
             advance("logits")
-    everything = torch.ones_like(about_pictures)
-    classes = {"all": everything, TEXT: ~about_pictures, IMAGE: about_pictures}
+    everything = torch.ones_like(about_images)
+    classes = {"all": everything, TEXT: ~about_images, IMAGE: about_images}
     return Evaluation(
         own_data=data.own,
         sequences=len(data.sequences),
         image_sequences=data.image_sequences,
         images=data.images,
         positions=len(ids),
-        image_positions=int((ids == PICTURE_ID).sum()),
+        image_positions=int((ids == IMAGE_TOKEN_ID).sum()),
         sha256=data.sha256,
         quality={name: Quality.of(metrics[chosen]) for name, chosen in classes.items()},
         layers=tuple(layers),

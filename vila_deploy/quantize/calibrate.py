@@ -1,4 +1,4 @@
-"""Calibration through the real model: examples become what enters the first decoder layer."""
+"""Embed calibration examples with the real model: the input of the first decoder layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.data.embed import PICTURE_ID, MultimodalEmbedder, SampleTokenizer
+from vila_deploy.data.embed import IMAGE_TOKEN_ID, MultimodalEmbedder, SampleTokenizer
 from vila_deploy.data.examples import Example
 from vila_deploy.utils.device import CPU
 from vila_deploy.utils.errors import VilaDeployError
@@ -19,10 +19,10 @@ from vila_deploy.utils.limits import MAX_CALIBRATION_SEQUENCES as MAX_SEQUENCES
 
 @dataclass(frozen=True)
 class Calibration:
-    """The embeddings [tokens, hidden] of each sequence, and what they are made of.
+    """The embeddings [tokens, hidden] of each sequence, and counts of what is in them.
 
     Args:
-        is_image: bool [tokens of all sequences], which embeddings come from pictures.
+        is_image: bool [tokens of all sequences], whether an embedding is an image's.
     """
 
     embeds: list[Tensor]
@@ -41,33 +41,33 @@ def calibrate(
     seed: int,
     device: torch.device = CPU,
 ) -> Calibration:
-    """At most 128 sequences, pictures spliced into the text the way VILA does it.
+    """Return at most 128 embedded sequences, images merged into the text as VILA does.
 
-    Plain texts and conversations are joined and cut into blocks of at most 512 tokens, as llm-awq
-    does; a conversation about pictures is a sequence of its own, up to 512 tokens besides its
-    pictures. Pictures take at most half of the sequences as long as there is text for the others.
+    Plain texts and conversations are joined and cut into samples of at most 512 tokens, as llm-awq
+    does; a conversation about images is a sequence of its own, up to 512 tokens besides its
+    images. Images take at most half of the sequences as long as there is text for the others.
 
     Raises:
-        VilaDeployError: a picture can't be read, or the tokenizer doesn't belong to the model.
+        VilaDeployError: an image can't be read, or the tokenizer doesn't belong to the model.
     """
-    made = SampleTokenizer(checkpoint)
+    tokenizer = SampleTokenizer(checkpoint)
     shuffled = list(examples)
     random.Random(seed).shuffle(shuffled)
-    blocks = made.blocks((e for e in shuffled if not e.pictures), MAX_SEQUENCES)
-    conversations = [made.conversation(e) for e in shuffled if e.pictures]
-    conversations = conversations[: max(MAX_SEQUENCES // 2, MAX_SEQUENCES - len(blocks))]
-    sequences = conversations + blocks[: MAX_SEQUENCES - len(conversations)]
+    texts = tokenizer.text_samples((e for e in shuffled if not e.images), MAX_SEQUENCES)
+    conversations = [tokenizer.conversation(e) for e in shuffled if e.images]
+    conversations = conversations[: max(MAX_SEQUENCES // 2, MAX_SEQUENCES - len(texts))]
+    sequences = conversations + texts[: MAX_SEQUENCES - len(conversations)]
     if not sequences:
         raise VilaDeployError("calibration data gives no tokens", fix="give longer texts")
-    splicer = MultimodalEmbedder(checkpoint, sequences, device)
-    is_image = torch.cat([splicer.ids(sequence) == PICTURE_ID for sequence in sequences])
+    embedder = MultimodalEmbedder(checkpoint, sequences, device)
+    is_image = torch.cat([embedder.ids(sequence) == IMAGE_TOKEN_ID for sequence in sequences])
     return Calibration(
-        embeds=[splicer.embeds(sequence, checkpoint) for sequence in sequences],
+        embeds=[embedder.embeds(sequence, checkpoint) for sequence in sequences],
         is_image=is_image,
         text_sequences=len(sequences) - len(conversations),
         image_sequences=len(conversations),
-        images=splicer.num_pictures,
+        images=embedder.num_images,
         tokens=len(is_image),
         image_tokens=int(is_image.sum()),
-        sha256=splicer.sha256,
+        sha256=embedder.sha256,
     )

@@ -48,7 +48,7 @@ def model_card(checkpoint: Checkpoint, report: dict[str, Any]) -> str:
         "",
         "```console",
         "$ vila-build-engine FOLDER --target cpu -o ENGINE",
-        '$ vila-chat ENGINE --image cat.jpg -p "What is on the picture?"',
+        '$ vila-chat ENGINE --image cat.jpg -p "What is on the image?"',
         "```",
         "",
         "## What was lost",
@@ -108,7 +108,7 @@ def _calibration(calibration: dict[str, Any] | None) -> str:
         return "none needed"
     return (
         f"{calibration['tokens']:,} tokens in {calibration['sequences']} sequences, "
-        f"{calibration['image_sequences']} of them about {calibration['images']} pictures"
+        f"{calibration['image_sequences']} of them about {calibration['images']} images"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the user of `vila-quantize` asks for."""
+"""The options of `vila-quantize`; importing them needs no torch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pathlib import Path
 from vila_deploy.formats.scheme import QuantScheme
 
 ALGORITHMS = ("awq-gptq", "awq", "rtn")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the user asks for; see `vila-quantize --help`.
+class QuantizeOptions:
+    """Options of a quantization; see `vila-quantize --help`.
 
     Args:
         evaluate: None: if it costs less than the quantization, that is with calibration data, or
             if `eval` names data.
-        device: "cpu", "cuda", or "auto": the GPU if there is one with room.
+        device: one of DEVICES; "auto" is the GPU if there is one with room.
     """
 
     scheme: QuantScheme = field(default_factory=QuantScheme)

@@ -15,14 +15,16 @@ import torch
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import with_template
 from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, LlmConfig, layer_prefix
-from vila_deploy.data.examples import data_warnings, load_examples, load_held_out
-from vila_deploy.eval.fidelity import evaluate, evaluation_data
+from vila_deploy.data.examples import load_examples, load_held_out
+from vila_deploy.eval.data import evaluation_data
+from vila_deploy.eval.fidelity import evaluate
 from vila_deploy.formats.rtn import to_float16
 from vila_deploy.quantize.algorithms.base import Awq, AwqGptq, LayerEntry, Method, OnStep, Rtn
 from vila_deploy.quantize.calibrate import Calibration, calibrate
+from vila_deploy.quantize.data_warnings import data_warnings
 from vila_deploy.quantize.estimate.plan import QuantizePlan, plan, scratch_bytes
 from vila_deploy.quantize.model_card import model_card
-from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.quantize.report import Cost, build_report, markdown
 from vila_deploy.quantize.resume import (
     FinishedLayer,
@@ -38,7 +40,9 @@ from vila_deploy.utils.progress import progress
 from vila_deploy.writers.outputs import Outputs
 
 
-def quantize(root: Path, out: Path, options: Options, *, resume: bool = False) -> dict[str, Any]:
+def quantize(
+    root: Path, out: Path, options: QuantizeOptions, *, resume: bool = False
+) -> dict[str, Any]:
     """Writes the 4-bit checkpoint `out`, which appears whole or not at all.
 
     Args:
@@ -102,7 +106,7 @@ def quantize(root: Path, out: Path, options: Options, *, resume: bool = False) -
 
 def _method(
     checkpoint: Checkpoint,
-    options: Options,
+    options: QuantizeOptions,
     calibration: Calibration | None,
     device: torch.device,
     scratch: Path,
@@ -130,7 +134,7 @@ def _write_report(
         (each / "README.md").write_text(model_card(checkpoint, report), "utf-8")
 
 
-def _checkpoints(folder: Path, options: Options) -> list[Path]:
+def _checkpoints(folder: Path, options: QuantizeOptions) -> list[Path]:
     """The folders of the checkpoints that have been written, one a format."""
     several = len(options.formats) > 1
     return [folder / name for name in options.formats] if several else [folder]

@@ -17,7 +17,7 @@ from vila_deploy.quantize.algorithms.awq import LayerResult, ratios
 from vila_deploy.quantize.algorithms.awq_gptq import CompensatedLayer
 from vila_deploy.quantize.calibrate import Calibration
 from vila_deploy.quantize.estimate.plan import output_components
-from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.utils.estimates import MemoryItem
 from vila_deploy.utils.progress import clock
 from vila_deploy.writers.registry import FORMATS
@@ -29,10 +29,10 @@ REASONS = {
     "llm biases": "vectors that are added; nothing to gain",
     "llm norms": "vectors; they take up the scales of the linears behind them",
     "vision tower": "AWQ quantizes the language model only; copied unchanged",
-    "projector": "small, and every picture passes through it; copied unchanged",
+    "projector": "small, and every image passes through it; copied unchanged",
 }
 
-PREDICTED = {TEXT: "text", IMAGE: "answers about pictures", "all": "both"}
+PREDICTED = {TEXT: "text", IMAGE: "answers about images", "all": "both"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def rtn_entry(index: int, errors: dict[str, float]) -> dict[str, Any]:
 def build_report(
     checkpoint: Checkpoint,
     out: Path,
-    options: Options,
+    options: QuantizeOptions,
     calibration: Calibration | None,
     layers: list[dict[str, Any]],
     evaluation: Evaluation | None,
@@ -195,7 +195,7 @@ def _cost_line(report: dict[str, Any]) -> str:
 
 
 def quality_table(evaluation: dict[str, Any]) -> list[str]:
-    """Text, answers about pictures and both, a row each."""
+    """Text, answers about images and both, a row each."""
     rows = [
         f"| {title} | {q['tokens']:,} | {q['perplexity_original']:.4g} | {q['perplexity']:.4g} | "
         f"{q['kl_mean']:.4g} | {q['kl_p99']:.3g} | {q['top1_agreement']:.1%} |"
@@ -212,10 +212,10 @@ def quality_table(evaluation: dict[str, Any]) -> list[str]:
 
 def evaluation_data(evaluation: dict[str, Any]) -> str:
     """What the figures of `quality_table` were measured on."""
-    kind = "the user's own" if evaluation["own_data"] else "the shipped"
+    kind = "the user's own" if evaluation["own_data"] else "the built-in"
     return (
         f"Measured on {kind} evaluation set: {evaluation['sequences']} sequences, "
-        f"{evaluation['image_sequences']} of them about {evaluation['images']} pictures; SHA-256 "
+        f"{evaluation['image_sequences']} of them about {evaluation['images']} images; SHA-256 "
         f"{evaluation['sha256'][:16]}. Both models in float32 arithmetic. KL is "
         "KL(original ‖ quantized) per token, in nats; top-1 agreement is how often both find the "
         "same token most likely."
@@ -225,7 +225,7 @@ def evaluation_data(evaluation: dict[str, Any]) -> str:
 def _quality_lines(evaluation: dict[str, Any] | None) -> list[str]:
     title = ["## Quality on held-out data", ""]
     if evaluation is None:
-        return [*title, "Not evaluated; --eval shipped does it.", ""]
+        return [*title, "Not evaluated; --eval builtin does it.", ""]
     return [*title, *quality_table(evaluation), "", evaluation_data(evaluation), ""]
 
 
@@ -240,7 +240,7 @@ def _drift_table(evaluation: dict[str, Any] | None) -> list[str]:
         "data, errors of all layers up to it together: per token, square of the difference over "
         "square of the original; mean over the tokens.",
         "",
-        "| layer | text tokens | picture tokens |",
+        "| layer | text tokens | image tokens |",
         "|---|---:|---:|",
         *(
             f"| {e['layer']} | {_figure(e['text_error'])} | {_figure(e['image_error'])} |"
@@ -258,8 +258,8 @@ def _calibration_lines(calibration: dict[str, Any] | None) -> list[str]:
         return ["- calibration: none needed"]
     return [
         f"- calibration: {calibration['text_sequences']} text sequences and "
-        f"{calibration['image_sequences']} about {calibration['images']} pictures, "
-        f"{calibration['tokens']:,} tokens of which {calibration['image_tokens']:,} are picture "
+        f"{calibration['image_sequences']} about {calibration['images']} images, "
+        f"{calibration['tokens']:,} tokens of which {calibration['image_tokens']:,} are image "
         f"tokens; SHA-256 {calibration['sha256'][:16]}"
     ]
 

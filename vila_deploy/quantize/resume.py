@@ -29,7 +29,7 @@ from vila_deploy.checkpoint.llm_config import EMBEDDING, layer_prefix
 from vila_deploy.formats import awq
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.quantize.estimate.plan import work_path
-from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.quantize.report import versions
 from vila_deploy.utils.errors import OUT_OF_MEMORY, VilaDeployError, out_of_memory, short
 from vila_deploy.utils.files import (
@@ -131,7 +131,12 @@ class WorkFolder:
 
 @contextmanager
 def work_folder(
-    out: Path, checkpoint: Checkpoint, options: Options, device: torch.device, *, resume: bool
+    out: Path,
+    checkpoint: Checkpoint,
+    options: QuantizeOptions,
+    device: torch.device,
+    *,
+    resume: bool,
 ) -> Iterator[WorkFolder]:
     """Yields the work folder beside `out`, made if it isn't there, locked against other programs.
 
@@ -209,7 +214,7 @@ def _made_from(index: int) -> tuple[str, ...]:
     return (EMBEDDING, *(f"{layer_prefix(layer)}." for layer in range(index + 1)))
 
 
-def _state_of(checkpoint: Checkpoint, options: Options, device: torch.device) -> State:
+def _state_of(checkpoint: Checkpoint, options: QuantizeOptions, device: torch.device) -> State:
     """Everything but the weights that the layers depend on, by the name that a message gives it."""
     return {
         CHECKPOINT: checkpoint.outline(),

@@ -20,7 +20,7 @@ from vila_deploy.cli.build_engine import main
 from vila_deploy.data.examples import load_held_out
 from vila_deploy.engine.manifest import load_manifest
 from vila_deploy.engine.precision import ModulePrecision
-from vila_deploy.eval.fidelity import EvaluationData
+from vila_deploy.eval.data import EvaluationData
 from vila_deploy.model.vila import ReferenceSession
 
 TEXT = "The ferry leaves at nine.\n\nNobody had seen the letter that lay under the old clock."

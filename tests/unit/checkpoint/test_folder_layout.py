@@ -23,7 +23,7 @@ from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import OneSlot
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.model.vila import ReferenceSession
-from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.quantize.pipeline import quantize
 from vila_deploy.runtime.conversation import Conversation
 from vila_deploy.utils.errors import VilaDeployError
@@ -67,7 +67,7 @@ def test_quantized_it_has_three_folders_and_answers(algorithm: str, tmp_path: Pa
     root = flatten(make(tmp_path / "flat"), CLIP)
     texts = tmp_path / "texts.txt"
     texts.write_text("the king saw the red house on the hill.\n\n" * 8, "utf-8")
-    quantize(root, tmp_path / "q", Options(QuantScheme(64), algorithm, texts))
+    quantize(root, tmp_path / "q", QuantizeOptions(QuantScheme(64), algorithm, texts))
     config = json.loads((tmp_path / "q" / "llm" / "config.json").read_text())
     assert not [key for key in config if key.startswith("mm_")]
     with safe_open(tmp_path / "q" / "vision_tower" / "model.safetensors", "pt") as file:

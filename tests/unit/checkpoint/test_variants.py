@@ -38,7 +38,7 @@ from vila_deploy.quantize.algorithms.awq_scales import (
     has_group,
     weight_of,
 )
-from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.quantize.pipeline import quantize
 from vila_deploy.runtime.conversation import Conversation
 from vila_deploy.utils.errors import VilaDeployError
@@ -140,7 +140,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def picture(seed: int) -> Image.Image:
+def image(seed: int) -> Image.Image:
     random = np.random.default_rng(seed)
     return Image.fromarray(random.integers(0, 256, (40, 60, 3), np.uint8))
 
@@ -148,7 +148,7 @@ def picture(seed: int) -> Image.Image:
 def answers(session: Session, opened: Any) -> list[list[int]]:
     """Greedy tokens of questions about two pictures, then none; and about one, then another."""
     chat = Conversation(session, opened.tokenizer, opened.model, opened.max_input_len)
-    questions = [[picture(1), picture(2)], [], [picture(3)], [picture(4)]]
+    questions = [[image(1), image(2)], [], [image(3)], [image(4)]]
     found = []
     for index, pictures in enumerate(questions):
         if index == 2:
@@ -172,7 +172,7 @@ def test_engine_answers_as_the_reference(
     root = make_checkpoint(tmp_path / "c", max_length=1024, **fields)
     if precision != "fp16":
         calib = texts if precision == "awq" else None
-        quantize(root, tmp_path / "q", Options(QuantScheme(64), precision, calib))
+        quantize(root, tmp_path / "q", QuantizeOptions(QuantScheme(64), precision, calib))
         root = tmp_path / "q"
     build_engine(root, tmp_path / "e", BuildOptions("cpu"))
     with open_engine(tmp_path / "e") as opened:
@@ -221,7 +221,7 @@ def test_the_prompt_template_can_be_given(command: str, tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "c", added_tokens=LLAMA_3)
     named = "llama_3_original"
     if command == "quantize":
-        options = Options(QuantScheme(64), "rtn", prompt_template=named)
+        options = QuantizeOptions(QuantScheme(64), "rtn", prompt_template=named)
         quantize(root, tmp_path / "q", options)
         manifest = build_engine(tmp_path / "q", tmp_path / "e", BuildOptions("cpu"))
     else:
@@ -234,7 +234,7 @@ def test_the_prompt_template_can_be_given(command: str, tmp_path: Path) -> None:
 def test_biases_stay_as_they_are(algorithm: str, texts: Path, tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "c", **{**QWEN2, "kv_heads": 2})
     calib = texts if algorithm == "awq" else None
-    quantize(root, tmp_path / "q", Options(QuantScheme(64), algorithm, calib))
+    quantize(root, tmp_path / "q", QuantizeOptions(QuantScheme(64), algorithm, calib))
     before, after = open_checkpoint(root).llm, open_checkpoint(tmp_path / "q").llm
     biases = [name for name in before.names() if name.endswith(".bias")]
     assert len(biases) == 2 * 3
@@ -249,7 +249,7 @@ def test_an_unknown_template_is_refused(tmp_path: Path) -> None:
     for job in (
         lambda: build_engine(root, tmp_path / "e", options),
         lambda: plan_build(root, options),
-        lambda: quantize(root, tmp_path / "q", Options(prompt_template="vicuna_v0")),
+        lambda: quantize(root, tmp_path / "q", QuantizeOptions(prompt_template="vicuna_v0")),
     ):
         with pytest.raises(VilaDeployError, match=r"'vicuna_v0'; choose from vicuna_v1, llama_3"):
             job()

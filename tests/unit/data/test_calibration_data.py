@@ -1,4 +1,4 @@
-"""Calibration data: the shipped set, the user's own, and hostile files."""
+"""Calibration data: the built-in set, the user's own, and hostile files."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.data.drawn_scenes import SCENES
 from vila_deploy.data.examples import (
     Example,
-    Picture,
+    LazyImage,
+    builtin_image_examples,
+    builtin_text_examples,
     load_examples,
-    shipped_pictures,
-    shipped_texts,
 )
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.images import preprocess
@@ -28,26 +28,26 @@ def checkpoint(tmp_path_factory):
     return open_checkpoint(make_checkpoint(tmp_path_factory.mktemp("made") / "tiny"))
 
 
-def test_shipped_set_has_texts_conversations_and_pictures():
-    texts, pictures = shipped_texts(), shipped_pictures()
+def test_builtin_set_has_texts_conversations_and_images():
+    texts, images = builtin_text_examples(), builtin_image_examples()
     assert sum(len(e.text) for e in texts) > 14_000
     assert sum(e.answer is not None for e in texts) > 20
-    assert len({e.pictures[0].name for e in pictures}) == len(SCENES) == 8
-    images = [np.asarray(scene.picture()) for scene in SCENES]
+    assert len({e.images[0].name for e in images}) == len(SCENES) == 8
+    images = [np.asarray(scene.image()) for scene in SCENES]
     assert all(
-        np.array_equal(a, np.asarray(s.picture())) for a, s in zip(images, SCENES, strict=True)
+        np.array_equal(a, np.asarray(s.image())) for a, s in zip(images, SCENES, strict=True)
     )
     for i, image in enumerate(images):
         assert all(np.abs(image.astype(int) - other).mean() > 20 for other in images[:i])
 
 
-def test_pictures_are_spliced_as_the_model_does(checkpoint):
+def test_images_are_spliced_as_the_model_does(checkpoint):
     scene = SCENES[0]
-    example = Example("a <image> or <image> b", "yes", (Picture("s", scene.picture),) * 2)
+    example = Example("a <image> or <image> b", "yes", (LazyImage("s", scene.image),) * 2)
     embeds = calibrate(checkpoint, [example], seed=0).embeds[0]
     session = ReferenceSession(checkpoint)
     config = checkpoint.config
-    (pixels,) = preprocess([scene.picture()], config.image, config.tiling)
+    (pixels,) = preprocess([scene.image()], config.image, config.tiling)
     feature = session.encode_images(pixels.tiles)[0]
     rows = len(feature)
     found = [
@@ -67,7 +67,7 @@ def test_pictures_are_spliced_as_the_model_does(checkpoint):
 
 
 def test_texts_are_cut_into_blocks_and_counted(checkpoint):
-    result = calibrate(checkpoint, shipped_texts() + shipped_pictures(), seed=0)
+    result = calibrate(checkpoint, builtin_text_examples() + builtin_image_examples(), seed=0)
     lengths = [len(e) for e in result.embeds]
     assert max(lengths) <= 512
     assert lengths.count(512) >= result.text_sequences - 1 > 10
@@ -86,19 +86,19 @@ def test_budget_and_seed(checkpoint):
     assert all(torch.equal(a, b) for a, b in zip(first.embeds, again.embeds, strict=True))
 
 
-def test_own_data_replaces_the_shipped_of_its_kind(tmp_path):
+def test_own_data_replaces_the_builtin_of_its_kind(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\r\n\r\nthree", "utf-8")
     (tmp_path / "b.jsonl").write_text('{"text": "q", "answer": "a"}\n\n', "utf-8")
     own = load_examples(tmp_path, None)
-    assert [e.text for e in own if not e.pictures] == ["one", "two", "three", "q"]
-    assert sum(bool(e.pictures) for e in own) == len(shipped_pictures())
+    assert [e.text for e in own if not e.images] == ["one", "two", "three", "q"]
+    assert sum(bool(e.images) for e in own) == len(builtin_image_examples())
     Image.new("RGB", (4, 4)).save(tmp_path / "p.png")
-    with_pictures = load_examples(None, tmp_path)
-    assert [e.pictures[0].name for e in with_pictures if e.pictures] == [str(tmp_path / "p.png")]
-    assert sum(not e.pictures for e in with_pictures) == len(shipped_texts())
+    with_images = load_examples(None, tmp_path)
+    assert [e.images[0].name for e in with_images if e.images] == [str(tmp_path / "p.png")]
+    assert sum(not e.images for e in with_images) == len(builtin_text_examples())
     (tmp_path / "c.jsonl").write_text('{"text": "what?", "image": "p.png"}', "utf-8")
     asked = load_examples(tmp_path / "c.jsonl", None)[0]
-    assert (asked.text, asked.pictures[0].load().size) == ("what?", (4, 4))
+    assert (asked.text, asked.images[0].load().size) == ("what?", (4, 4))
 
 
 def test_what_other_systems_add_is_no_data(tmp_path):
@@ -107,8 +107,8 @@ def test_what_other_systems_add_is_no_data(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "p.png")
     (tmp_path / "._p.png").write_bytes(b"\0\5\x16\7")
     own = load_examples(tmp_path, tmp_path)
-    assert [e.text for e in own if not e.pictures] == ["four", "one", "two", "three"]
-    assert [p.name for e in own for p in e.pictures] == [str(tmp_path / "p.png")]
+    assert [e.text for e in own if not e.images] == ["four", "one", "two", "three"]
+    assert [p.name for e in own for p in e.images] == [str(tmp_path / "p.png")]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_refuses_other_paths(tmp_path):
         load_examples(Path("/dev/zero"), None)
     with pytest.raises(VilaDeployError, match="no such folder"):
         load_examples(None, tmp_path / "none")
-    with pytest.raises(VilaDeployError, match="holds no picture"):
+    with pytest.raises(VilaDeployError, match="holds no image"):
         load_examples(None, tmp_path)
 
 
@@ -156,8 +156,8 @@ def test_half_surrogates_become_question_marks(tmp_path):
     assert load_examples(tmp_path / "s.jsonl", None)[0].text == "a?b"
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture at all", b"\x89PNG\r\n\x1a\n\0\0"])
-def test_refuses_what_is_no_picture(checkpoint, tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n\0\0"])
+def test_refuses_what_is_no_image(checkpoint, tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(VilaDeployError, match=r"x.png: .*image"):
         calibrate(checkpoint, load_examples(None, tmp_path), seed=0)

@@ -16,24 +16,25 @@ from vila_deploy.cli.quantize import main
 from vila_deploy.data import drawn_scenes, drawn_scenes_eval
 from vila_deploy.data.examples import (
     Example,
-    Picture,
-    data_warnings,
+    LazyImage,
+    builtin_image_examples,
+    builtin_text_examples,
     load_examples,
     load_held_out,
-    shipped_pictures,
-    shipped_texts,
 )
 from vila_deploy.eval import fidelity as evaluating
-from vila_deploy.eval.fidelity import EvaluationData, evaluate
+from vila_deploy.eval.data import EvaluationData
+from vila_deploy.eval.fidelity import evaluate
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.images import preprocess
 from vila_deploy.processing.multimodal_prompt import text_chunks
 from vila_deploy.processing.tokenizer import load_tokenizer
 from vila_deploy.quantize import pipeline
-from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.data_warnings import data_warnings
+from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.utils.errors import VilaDeployError
-from vila_deploy.utils.host_memory import PeakMemory, own_bytes
+from vila_deploy.utils.host_memory import PeakMemory, give_back, own_bytes
 
 QUESTION, ANSWER = "What colour is it?", "Red, like the other one."
 PLAIN = "the king saw the red house on the hill and went home again."
@@ -58,14 +59,14 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def rounded(root, tmp_path_factory):
     out = tmp_path_factory.mktemp("rounded") / "out"
-    pipeline.quantize(root, out, Options(QuantScheme(64), "rtn"))
+    pipeline.quantize(root, out, QuantizeOptions(QuantScheme(64), "rtn"))
     return out
 
 
 @pytest.fixture(scope="module")
 def examples():
-    picture = Picture("red", red)
-    return [Example(PLAIN), Example(QUESTION, ANSWER, (picture,)), Example(PLAIN[4:])]
+    image = LazyImage("red", red)
+    return [Example(PLAIN), Example(QUESTION, ANSWER, (image,)), Example(PLAIN[4:])]
 
 
 def reference_logits(root, ids, features):
@@ -77,11 +78,11 @@ def reference_logits(root, ids, features):
     return session.llm(embeds)
 
 
-def expected_quality(root, rounded, picture):
+def expected_quality(root, rounded, image):
     """Plain torch over full logits; positions counted by hand."""
     checkpoint = open_checkpoint(root)
     tokenizer = load_tokenizer(root / "llm")
-    if picture:
+    if image:
         first, last = text_chunks(tokenizer, f"{BEFORE} {ANSWER}</s>")
         asked = len(text_chunks(tokenizer, BEFORE)[1])
         (pixels,) = preprocess([red()], checkpoint.config.image, checkpoint.config.tiling)
@@ -162,7 +163,7 @@ def test_drift_is_told_by_modality(root, rounded, examples):
 def test_what_is_predicted(root):
     checkpoint = open_checkpoint(root)
     tokenizer = load_tokenizer(root / "llm")
-    unanswered = Example("What is it?", None, (Picture("red", red),))
+    unanswered = Example("What is it?", None, (LazyImage("red", red),))
     data = EvaluationData(checkpoint, [unanswered, Example("2 + 2?", "4"), Example("one two")])
     texts = []
     for index, ids in enumerate(data.ids):
@@ -174,9 +175,9 @@ def test_what_is_predicted(root):
     assert stop == tokenizer.token_id("</s>"), "that an answer ends is predicted too"
 
 
-def test_shipped_sets_are_disjoint():
-    ours, theirs = load_held_out(None), shipped_texts() + shipped_pictures()
-    assert not {e.text for e in ours} & {e.text for e in theirs if not e.pictures}
+def test_builtin_sets_are_disjoint():
+    ours, theirs = load_held_out(None), builtin_text_examples() + builtin_image_examples()
+    assert not {e.text for e in ours} & {e.text for e in theirs if not e.images}
     assert not {e.answer for e in ours if e.answer} & {e.answer for e in theirs if e.answer}
     sentences = {s for e in theirs for s in e.text.split(". ") if len(s) > 20}
     assert not [e for e in ours if e.is_plain and sentences & set(e.text.split(". "))]
@@ -186,15 +187,15 @@ def test_shipped_sets_are_disjoint():
         == len(drawn_scenes_eval.SCENES)
         == 8
     )
-    old = [scene.picture() for scene in drawn_scenes.SCENES]
-    assert all(scene.picture() not in old for scene in drawn_scenes_eval.SCENES)
+    old = [scene.image() for scene in drawn_scenes.SCENES]
+    assert all(scene.image() not in old for scene in drawn_scenes_eval.SCENES)
     assert sum(e.is_plain for e in ours) > 12
-    assert sum(bool(e.pictures) for e in ours) == 8
+    assert sum(bool(e.images) for e in ours) == 8
 
 
 def test_a_budget_bounds_own_data(root):
     checkpoint = open_checkpoint(root)
-    about = Example(QUESTION, ANSWER, (Picture("red", red),))
+    about = Example(QUESTION, ANSWER, (LazyImage("red", red),))
     many = [about] * 100 + [Example("word " * 200)] * 400
     data = EvaluationData(checkpoint, many)
     assert (len(data.sequences), data.image_sequences) == (64, 32)
@@ -239,15 +240,15 @@ def test_command_reports_warns_and_gates(root, own, tmp_path):
     assert line.startswith(f"error: {out}: mean KL of ")
     assert f"is {worst:.4g}, above --max-kl 1e-09; the output is kept" in line
     assert open_checkpoint(out)
-    assert "answers about pictures: perplexity" in done.stdout
+    assert "answers about images: perplexity" in done.stdout
     assert report["evaluation"]["own_data"]
     assert report["evaluation_seconds"] < report["seconds"]
     (warning,) = report["warnings"]
-    assert "calibrated without pictures" in warning
+    assert "calibrated without images" in warning
     assert f"warning: {warning}" in done.stderr.splitlines()
     text = (out / "report.md").read_text("utf-8")
     assert f"- **warning**: {warning}" in text
-    for row in ("| text | ", "| answers about pictures | ", "| 1 | "):
+    for row in ("| text | ", "| answers about images | ", "| 1 | "):
         assert row in text
     assert str(own) not in text + (out / "README.md").read_text("utf-8")
 
@@ -283,7 +284,7 @@ def test_nan_never_passes_the_gate(root, tmp_path, monkeypatch):
         (["--no-eval", "--eval", "x"], "leaves nothing for --eval or --max-kl"),
         (["--max-kl", "nan"], "must be a number"),
         (["--max-kl", -1], "is not in the range"),
-        (["--text-only", "--calib-images", "x"], "leaves out the pictures"),
+        (["--text-only", "--calib-images", "x"], "leaves out the images"),
     ],
 )
 def test_refuses_flags_that_contradict(root, tmp_path, flags, message):
@@ -304,29 +305,31 @@ def test_bad_evaluation_data_is_refused_before_the_work(root, tmp_path, monkeypa
 
 
 def test_warns_of_text_only_and_of_data_seen_before(root, own, capsys):
-    options = Options(calib=own / "calib.txt", text_only=True)
+    options = QuantizeOptions(calib=own / "calib.txt", text_only=True)
     seen = load_examples(own / "calib.txt", None, text_only=True)
-    assert not [e for e in seen if e.pictures]
-    (third,) = data_warnings(Options(calib=own / "calib.txt"), shipped_pictures(), [])
-    assert "the shipped drawings stand in" in third
+    assert not [e for e in seen if e.images]
+    (third,) = data_warnings(QuantizeOptions(calib=own / "calib.txt"), builtin_image_examples(), [])
+    assert "the built-in drawings stand in" in third
     first, second = data_warnings(options, seen, [*seen[:1], Example("new")])
     assert "--text-only" in first
     assert second.startswith("1 of 2 evaluation examples were calibrated on")
-    assert data_warnings(Options(), load_examples(None, None), load_held_out(None)) == []
+    assert data_warnings(QuantizeOptions(), load_examples(None, None), load_held_out(None)) == []
     assert len(capsys.readouterr().err.splitlines()) == 3
 
 
-def test_a_folder_of_pictures_is_evaluation_data(own, tmp_path):
+def test_a_folder_of_images_is_evaluation_data(own, tmp_path):
     red().save(tmp_path / "a.png")
     (example,) = load_held_out(tmp_path)
     assert example.answer is None
-    assert len(example.pictures) == 1
+    assert len(example.images) == 1
     assert len(load_held_out(own)) == 5  # three paragraphs and two lines
 
 
 def test_own_memory_is_measured_without_mapped_files(tmp_path):
     file = tmp_path / "weights"
     file.write_bytes(os.urandom(1 << 20) * 64)
+    # Freed memory of earlier tests, were it kept, would be used again unseen.
+    give_back()
     with PeakMemory() as memory:
         before = memory.own_bytes
         mapped = torch.from_file(str(file), size=64 << 20, dtype=torch.uint8)

@@ -12,7 +12,7 @@ from tests.support.tiny import make_checkpoint
 from vila_deploy.builder.build import BuildOptions, build_engine
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.formats.scheme import QuantScheme
-from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.quantize.pipeline import quantize
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.writers.convert import convert
@@ -26,7 +26,7 @@ def made(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     variant = {"qwen2": True, "tied": True} if request.param != "Llama" else {"kv_heads": 2}
     root = make_checkpoint(folder / "c", **variant)
-    quantize(root, folder / "q", Options(SYMMETRIC, "rtn", formats=("awq", "trtllm")))
+    quantize(root, folder / "q", QuantizeOptions(SYMMETRIC, "rtn", formats=("awq", "trtllm")))
     return folder
 
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.presets import preset
 from vila_deploy.data.data_size import TEMPLATE_TOKENS, DataSize, data_size
-from vila_deploy.data.examples import Example, Picture
+from vila_deploy.data.examples import Example, LazyImage
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.quantize.algorithms.gptq import round_with_feedback
 from vila_deploy.quantize.algorithms.hessian import InputMoments, Metric
@@ -22,7 +22,7 @@ from vila_deploy.quantize.estimate import time
 from vila_deploy.quantize.estimate.memory import FLOAT32, MemoryNeed
 from vila_deploy.quantize.estimate.plan import plan
 from vila_deploy.quantize.estimate.time import Effort, Speed
-from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.options import QuantizeOptions
 
 ROWS, COLUMNS, GROUP = 768, 512, 64
 SCHEME = QuantScheme(GROUP, False)
@@ -32,12 +32,12 @@ NEED = MemoryNeed(CONFIG, GROUP, 0)
 
 def test_activations_that_do_not_stay_in_memory_are_planned_on_the_disk() -> None:
     config = preset("VILA1.5-13b", "fp16")
-    asked = Options(QuantScheme(128, False))
+    asked = QuantizeOptions(QuantScheme(128, False))
     assert plan(config, asked, DataSize(1024)).scratch_bytes == 0
     # 65,536 tokens: three of 5120 channels beside what enters down_proj, or four.
     states, inner = 65536 * 5120 * 4, 65536 * 13824 * 4
     assert plan(config, asked).scratch_bytes == 2 * states + max(2 * states, inner)
-    assert plan(config, Options(asked.scheme, "awq")).scratch_bytes == 0
+    assert plan(config, QuantizeOptions(asked.scheme, "awq")).scratch_bytes == 0
 
 
 def allocated(work: Callable[[], object]) -> int:
@@ -93,7 +93,9 @@ def test_products_of_rounding(metric: Metric) -> None:
 def test_true_shapes_of_13b_take_less_than_8_gb() -> None:
     config, data = preset("VILA1.5-13b", "fp16"), DataSize(1024)
     for algorithm in ("rtn", "awq-gptq"):
-        assert plan(config, Options(QuantScheme(), algorithm), data, data).device_bytes < 8e9
+        assert (
+            plan(config, QuantizeOptions(QuantScheme(), algorithm), data, data).device_bytes < 8e9
+        )
 
 
 def test_more_tokens_take_more_memory_until_they_lie_in_a_file() -> None:
@@ -104,7 +106,7 @@ def test_more_tokens_take_more_memory_until_they_lie_in_a_file() -> None:
 
 def test_seconds_of_each_stage() -> None:
     slow, fast = Speed(1e9, 1e8, 1e-5), Speed(2e9, 2e8, 5e-6)
-    options = Options(SCHEME)
+    options = QuantizeOptions(SCHEME)
     planned, faster = (plan(CONFIG, options, speed=speed) for speed in (slow, fast))
     assert planned.seconds == pytest.approx(sum(s.seconds or 0 for s in planned.stages))
     assert faster.seconds == pytest.approx(planned.seconds / 2 if planned.seconds else None)
@@ -140,11 +142,11 @@ def test_amount_of_data() -> None:
     texts = [Example("x" * 400)] * 100
     assert data_size(CONFIG, texts, 128) == DataSize(100 * 101)
     assert data_size(CONFIG, texts, 2) == DataSize(2 * 512)
-    picture = Picture("p", lambda: None)  # type: ignore[arg-type, return-value]
-    asked = [Example("y" * 40, "z" * 40, (picture,))] * 3
+    image = LazyImage("p", lambda: None)  # type: ignore[arg-type, return-value]
+    asked = [Example("y" * 40, "z" * 40, (image,))] * 3
     each = CONFIG.tokens_per_block
     spliced = 3 * (TEMPLATE_TOKENS + 20 + each)
     assert data_size(CONFIG, asked, 128) == DataSize(spliced, each, 1, 1)
-    # Pictures take at most half as long as there is text for the others.
+    # Images take at most half as long as there is text for the others.
     half = data_size(CONFIG, texts + asked, 2)
     assert half.tokens == 512 + TEMPLATE_TOKENS + 20 + each

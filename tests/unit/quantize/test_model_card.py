@@ -9,7 +9,7 @@ from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.quantize import pipeline
 from vila_deploy.quantize.model_card import model_card
-from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.options import QuantizeOptions
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(root, tmp_path_factory):
     out = tmp_path_factory.mktemp("q") / "out"
-    report = pipeline.quantize(root, out, Options(QuantScheme(64), "rtn"))
+    report = pipeline.quantize(root, out, QuantizeOptions(QuantScheme(64), "rtn"))
     assert (out / "README.md").read_text("utf-8") == model_card(open_checkpoint(root), report)
     return report
 

@@ -26,22 +26,22 @@ from vila_deploy.quantize import pipeline
 from vila_deploy.quantize.algorithms import base
 from vila_deploy.quantize.algorithms.awq_scales import GROUPS
 from vila_deploy.quantize.estimate.plan import plan
-from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.writers.folder import ShardWriter
 
 SCHEME = QuantScheme(64)
-RTN = Options(SCHEME, "rtn")
+RTN = QuantizeOptions(SCHEME, "rtn")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A text file and a folder of two pictures."""
+    """A text file and a folder of two images."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "texts.txt").write_text("the king saw the red house on the hill.\n\n" * 8, "utf-8")
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for name, colour in (("a.png", "red"), ("b.jpg", "blue")):
-        Image.new("RGB", (50, 40), colour).save(folder / "pictures" / name)
+        Image.new("RGB", (50, 40), colour).save(folder / "images" / name)
     return folder
 
 
@@ -78,8 +78,8 @@ def quantized(root, data, algorithm, tmp_path_factory):
 
 
 def own_data(data, algorithm="awq-gptq", scheme=SCHEME):
-    files = (data / "texts.txt", data / "pictures")
-    return Options(scheme, algorithm, *files, evaluate=False)
+    files = (data / "texts.txt", data / "images")
+    return QuantizeOptions(scheme, algorithm, *files, evaluate=False)
 
 
 def digests(folder):
@@ -167,7 +167,7 @@ def test_report_says_what_was_done(quantized, root, algorithm):
     assert names == {"llm embeddings", "llm head", "llm norms", "vision tower", "projector"}
     assert report["peak_memory_bytes"] > 50e6
     text = (out / "report.md").read_text("utf-8")
-    assert "2 pictures" in text
+    assert "2 images" in text
     assert "| 1 |" in text
 
 
@@ -246,7 +246,7 @@ def test_plan_needs_only_the_configs(root, quantized, tmp_path):
                  "vision_tower/preprocessor_config.json", "mm_projector/config.json"):  # fmt: skip
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_bytes((root / file).read_bytes())
-    planned = plan(load_config(tmp_path), Options(SCHEME))
+    planned = plan(load_config(tmp_path), QuantizeOptions(SCHEME))
     sizes = {part.name: part.bytes for part in planned.components}
     stored = load_file(quantized[0] / "llm" / "model.safetensors")
     actual = sum(t.nbytes for name, t in stored.items() if "_proj." in name)
@@ -278,7 +278,7 @@ def test_plan_tells_what_does_not_fit(root, monkeypatch):
 )
 def test_refuses_a_group_size_before_any_work(root, tmp_path, scheme, message):
     with pytest.raises(VilaDeployError, match=message):
-        pipeline.quantize(root, tmp_path / "out", Options(scheme))
+        pipeline.quantize(root, tmp_path / "out", QuantizeOptions(scheme))
     assert not (tmp_path / "out").exists()
 
 

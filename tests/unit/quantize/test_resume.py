@@ -31,7 +31,7 @@ from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.quantize import pipeline, resume
 from vila_deploy.quantize.algorithms import awq_gptq, base
-from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.utils import files
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -57,20 +57,20 @@ def _little_garbage():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A checkpoint, texts and a picture."""
+    """A checkpoint, texts and an image."""
     folder = tmp_path_factory.mktemp("data")
     make_checkpoint(folder / "root", **SIZES)
     (folder / "texts.txt").write_text(TEXT, "utf-8")
     (folder / "held_out.txt").write_text("a queen came to the river.\n\n" * 6, "utf-8")
-    (folder / "pictures").mkdir()
-    Image.new("RGB", (50, 40), "red").save(folder / "pictures" / "a.png")
+    (folder / "images").mkdir()
+    Image.new("RGB", (50, 40), "red").save(folder / "images" / "a.png")
     return folder
 
 
 @pytest.fixture(scope="module")
 def options(data):
-    own = {"calib_images": data / "pictures", "eval": data / "held_out.txt"}
-    return Options(SCHEME, calib=data / "texts.txt", **own)
+    own = {"calib_images": data / "images", "eval": data / "held_out.txt"}
+    return QuantizeOptions(SCHEME, calib=data / "texts.txt", **own)
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def refused(data, out, options, root="root", resume=True):
 def test_refuses_other_options(here, data, options, changed, message):
     (here / "other.txt").write_text("no kings in here.\n\n" * 20, "utf-8")
     changed = {k: here / v if v == "other.txt" else v for k, v in changed.items()}
-    line = refused(data, here / "out", Options(**{**vars(options), **changed}))
+    line = refused(data, here / "out", QuantizeOptions(**{**vars(options), **changed}))
     assert line.startswith(f"{here / PARTIAL}: {message}")
 
 
@@ -320,7 +320,7 @@ def test_goes_on_when_the_disk_was_full(here, data, options, whole, monkeypatch,
 
 
 def test_nothing_is_left_while_no_layer_is_finished(data, options, tmp_path, monkeypatch):
-    assert "output folder exists" in refused(data, data / "pictures", options)
+    assert "output folder exists" in refused(data, data / "images", options)
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
         with pytest.raises(VilaDeployError, match="are free; free some space"):
@@ -337,7 +337,7 @@ def test_qwen2_goes_on_too(data, tmp_path, algorithm):
     """Biases and shared value heads; every algorithm."""
     root = make_checkpoint(tmp_path / "root", **SIZES, qwen2=True, kv_heads=2, dtype=torch.float32)
     texts = None if algorithm == "rtn" else data / "texts.txt"
-    chosen = Options(SCHEME, algorithm, texts, evaluate=False, text_only=texts is not None)
+    chosen = QuantizeOptions(SCHEME, algorithm, texts, evaluate=False, text_only=texts is not None)
     pipeline.quantize(root, tmp_path / "whole", chosen)
     # Rounding to nearest keeps its layers only if asked to.
     flags = {"resume": True} if algorithm == "rtn" else {}

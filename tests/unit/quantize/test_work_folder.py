@@ -28,7 +28,7 @@ from vila_deploy.quantize import pipeline, resume
 from vila_deploy.quantize.algorithms import awq_gptq
 from vila_deploy.quantize.calibrate import calibrate
 from vila_deploy.quantize.estimate.plan import work_path
-from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.utils.errors import VilaDeployError
 
 
@@ -43,7 +43,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def options(data):
-    return Options(SCHEME, calib=data / "texts.txt", text_only=True, evaluate=False)
+    return QuantizeOptions(SCHEME, calib=data / "texts.txt", text_only=True, evaluate=False)
 
 
 def refused(root, out, options, **flags):
@@ -90,7 +90,7 @@ def test_names_without_room_for_a_suffix(data, options, tmp_path, monkeypatch):
 
 def test_rounding_to_nearest_does_not_pass_by_finished_layers(data, options, tmp_path):
     interrupted(data / "root", tmp_path / "out", options)
-    line = refused(data / "root", tmp_path / "out", Options(SCHEME, "rtn"))
+    line = refused(data / "root", tmp_path / "out", QuantizeOptions(SCHEME, "rtn"))
     assert "out.partial: holds 2 finished layers" in line
 
 
@@ -113,7 +113,7 @@ def test_finished_layers_are_as_readable_as_other_files(data, options, tmp_path)
     assert len(modes) == 1
 
 
-def test_pictures_may_have_moved(data, tmp_path):
+def test_images_may_have_moved(data, tmp_path):
     checkpoint, found = open_checkpoint(data / "root"), []
     for name, colour in (("here", "red"), ("there", "red"), ("other", "blue")):
         (tmp_path / name).mkdir()
@@ -157,7 +157,7 @@ def test_a_full_disk_says_what_is_for_finished_layers(data, options, tmp_path, m
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     line = refused(data / "root", tmp_path / "out", options)
     assert "MB for finished layers until it is done, 0.0 MB are free" in line
-    line = refused(data / "root", tmp_path / "out", Options(SCHEME, "rtn"))
+    line = refused(data / "root", tmp_path / "out", QuantizeOptions(SCHEME, "rtn"))
     assert "finished layers" not in line
 
 

@@ -10,7 +10,7 @@ from tests.support.pretend_gpu import PretendGpu
 from tests.support.tiny import make_checkpoint
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.quantize import pipeline
-from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.utils.device import choose_device
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -74,10 +74,10 @@ def test_every_operation_has_its_tensors_in_one_place(root, data, tmp_path, gpu,
     options = {"scheme": QuantScheme(64), "algorithm": algorithm, "evaluate": True, "eval": data}
     if algorithm != "rtn":
         options["calib"] = data
-    pipeline.quantize(root, tmp_path / "cpu", Options(**options, device="cpu"))
+    pipeline.quantize(root, tmp_path / "cpu", QuantizeOptions(**options, device="cpu"))
     pretended = PretendGpu()
     with pretended:
-        pipeline.quantize(root, tmp_path / "gpu", Options(**options, device="cuda"))
+        pipeline.quantize(root, tmp_path / "gpu", QuantizeOptions(**options, device="cuda"))
     assert pretended.operations > 1000
     assert files_of(tmp_path / "gpu") == files_of(tmp_path / "cpu")
     reports = [json.loads((tmp_path / f / "report.json").read_text()) for f in ("cpu", "gpu")]

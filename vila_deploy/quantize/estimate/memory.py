@@ -67,7 +67,7 @@ class MemoryNeed:
         return PROGRAM_BYTES + 2 * FLOAT16 * table
 
     def encode(self, tokens: int, tiles: int) -> int:
-        """To encode pictures and embed tokens."""
+        """To encode images and embed tokens."""
         vision, hidden = self.config.vision, self.config.llm.hidden_size
         parts = (
             parameters(tower_tensor_specs(self.config)),
@@ -75,8 +75,8 @@ class MemoryNeed:
         )
         # Inner activations of the feed-forward block before and after, and attention's inputs.
         inner = tiles * vision.positions * (2 * vision.intermediate_size + 6 * vision.hidden_size)
-        pictures = FLOAT32 * (sum(parts) + inner) if tiles else 0
-        return PROGRAM_BYTES + self.pending + pictures + 2 * tokens * hidden * FLOAT32
+        images = FLOAT32 * (sum(parts) + inner) if tiles else 0
+        return PROGRAM_BYTES + self.pending + images + 2 * tokens * hidden * FLOAT32
 
     def round_to_nearest(self) -> int:
         """A linear, two copies on the way to its levels, and the layer's linears so far."""
@@ -114,10 +114,10 @@ class MemoryNeed:
         base = PROGRAM_BYTES + self.pending + self.layer + 2 * held[hidden]
         return base + max(needed)
 
-    def evaluate(self, tokens: int, picture_tokens: int) -> int:
+    def evaluate(self, tokens: int, image_tokens: int) -> int:
         """Both models on held-out data, a layer at a time, then their logits."""
         llm = self.config.llm
-        states = (2 * tokens + picture_tokens) * llm.hidden_size * FLOAT32
+        states = (2 * tokens + image_tokens) * llm.hidden_size * FLOAT32
         chunk = min(tokens, CHUNK_TOKENS) * FLOAT32
         through = chunk * (4 * llm.hidden_size + 2 * llm.intermediate_size)
         layer = self.layer + max(2 * self.largest, through)

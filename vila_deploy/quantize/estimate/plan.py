@@ -17,7 +17,7 @@ from vila_deploy.formats.scheme import QuantScheme, check_scheme
 from vila_deploy.quantize.estimate import time
 from vila_deploy.quantize.estimate.memory import MemoryNeed, spilled
 from vila_deploy.quantize.estimate.time import Effort, Speed
-from vila_deploy.quantize.options import Options
+from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.estimates import MemoryItem, PlanStep, available_memory_bytes, parameters
 from vila_deploy.utils.limits import (
@@ -59,7 +59,7 @@ class QuantizePlan:
 
 def plan(
     config: VilaConfig,
-    options: Options,
+    options: QuantizeOptions,
     calibration: DataSize | None = None,
     evaluation: DataSize | None = None,
     speed: Speed | None = None,
@@ -100,7 +100,7 @@ def plan(
     )
 
 
-def scratch_bytes(config: VilaConfig, options: Options, tokens: int) -> int:
+def scratch_bytes(config: VilaConfig, options: QuantizeOptions, tokens: int) -> int:
     """Of activations in files, with so many tokens of calibration data."""
     return spilled(config, tokens) if options.algorithm == "awq-gptq" else 0
 
@@ -150,7 +150,7 @@ def _float16(name: str, count: int) -> MemoryItem:
     return MemoryItem.of(name, count, 16)
 
 
-def measured_plan(config: VilaConfig, options: Options) -> QuantizePlan:
+def measured_plan(config: VilaConfig, options: QuantizeOptions) -> QuantizePlan:
     """`plan` with as much data as `options` name, and times by a probe of this computer.
 
     Raises:
@@ -168,7 +168,7 @@ def measured_plan(config: VilaConfig, options: Options) -> QuantizePlan:
 
 def _stages(
     config: VilaConfig,
-    options: Options,
+    options: QuantizeOptions,
     calibration: DataSize,
     evaluation: DataSize,
     speed: Speed | None,
@@ -186,7 +186,7 @@ def _stages(
     stages = [stage("write embeddings and head", need.write_tables(), Effort(bytes=40.0 * table))]
     if options.calibrates:
         name, encoding = (
-            "encode pictures and embed tokens",
+            "encode images and embed tokens",
             time.encode(config, calibration.tiles),
         )
         stages.append(stage(name, need.encode(tokens, calibration.tiles_at_once), encoding))
@@ -199,7 +199,7 @@ def _stages(
         work = time.awq_gptq(config, tokens, group_size)
     stages.append(stage(f"{name} each decoder layer", memory, work))
     if options.evaluates:
-        memory = need.evaluate(evaluation.tokens, evaluation.picture_tokens)
+        memory = need.evaluate(evaluation.tokens, evaluation.image_tokens)
         work = time.evaluate(config, evaluation.tokens)
         work += time.encode(config, evaluation.tiles)
         stages.append(stage("compare with the original", memory, work))

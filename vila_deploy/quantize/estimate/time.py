@@ -150,7 +150,7 @@ def evaluate(config: VilaConfig, tokens: int) -> Effort:
 
 
 def encode(config: VilaConfig, tiles: int) -> Effort:
-    """Pictures of so many tiles in all through tower and projector."""
+    """Images of so many tiles in all through tower and projector."""
     weights = parameters(tower_tensor_specs(config)) + parameters(projector_tensor_specs(config))
     return Effort(2.0 * tiles * config.vision.positions * weights) if tiles else Effort()
 
