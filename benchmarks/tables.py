@@ -20,7 +20,7 @@ if __name__ == "__main__":
     # Python looks for modules beside a script only.
     sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.page_tables import accuracy, builds, models, speed  # noqa: E402
+from benchmarks.page_tables import accuracy, builds, models, precision, speed  # noqa: E402
 from benchmarks.page_tables.options import COMMANDS, options  # noqa: E402
 
 PAGES = ("README.md", "benchmarks/README.md", "examples/*/README.md", "docs/*.md")
@@ -43,6 +43,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tiny-vila-kinds": accuracy.tiny_vila_kinds,
     "headline": accuracy.headline,
     "module-precision": accuracy.module_precision,
+    "module-support": precision.module_support,
+    "module-sizes": precision.module_sizes,
     "quantize-cost": builds.quantize_cost,
     "tensorrt-graphs": builds.tensorrt_graphs,
     "tensorrt-engines": builds.tensorrt_engines,
