@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vila_deploy.cli.common import EXIT_INTERRUPTED, command_errors, echo_json
+from vila_deploy.cli.common import EXIT_INTERRUPTED, command, echo_json
 from vila_deploy.utils.errors import VilaDeployError, printable
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class Precision(click.Choice[str]):
         return value if value == "fp8" else super().convert(value, param, ctx)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@command("vila-build-engine")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--target", required=True, help="Device: a row of engines/, e.g. cpu or orin.")
 @click.option(
@@ -72,7 +72,6 @@ class Precision(click.Choice[str]):
 @click.option("--jetpack", metavar="6|7", help="Release of JetPack on a Jetson; 6 if left out.")
 @click.option("--plan", "plan_only", is_flag=True, help="Show sizes and memory; config files only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or manifest as JSON.")
-@command_errors
 def main(
     checkpoint: Path,
     target: str,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vila_deploy.cli.common import command_errors, echo_json, no_nan
+from vila_deploy.cli.common import command, echo_json, no_nan
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +23,7 @@ HELP_INTERACTIVE = (
 )
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@command("vila-chat")
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option(
     "--image", "images", type=click.Path(path_type=Path), multiple=True, help="Picture; repeatable."
@@ -50,7 +50,6 @@ HELP_INTERACTIVE = (
 )  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), help="Makes draws repeatable.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object; needs -p.")
-@command_errors
 def main(
     engine: Path,
     images: tuple[Path, ...],

@@ -1,4 +1,4 @@
-"""What every command shares: how problems end it, and how results go to programs."""
+"""How every command is declared, ends on a problem, and prints for people and programs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import click
 
+from vila_deploy import __version__
 from vila_deploy.utils.errors import OUT_OF_MEMORY, VilaDeployError, out_of_memory, printable
 
 if TYPE_CHECKING:
@@ -24,8 +25,19 @@ P = ParamSpec("P")
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
+def command(name: str) -> Callable[[Callable[P, None]], click.Command]:
+    """Declare a function as the command `name`, with -h, --version and `command_errors`."""
+
+    def declare(function: Callable[P, None]) -> click.Command:
+        settings = {"help_option_names": ["-h", "--help"]}
+        declared = click.command(name, context_settings=settings)(command_errors(function))
+        return click.version_option(__version__, message="%(prog)s %(version)s")(declared)
+
+    return declare
+
+
 def command_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """Ends a command with one line on stderr instead of a traceback; SIGTERM counts as Ctrl-C."""
+    """End a command with one line on stderr instead of a traceback; SIGTERM counts as Ctrl-C."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -49,32 +61,32 @@ def command_errors(command: Callable[P, None]) -> Callable[P, None]:
             where = f"{error.filename}: " if error.filename else ""
             fail(f"{where}{error.strerror or error}; check the path, its permissions and the disk")
         finally:
-            # A program that calls a command keeps its own way of ending.
+            # A program that calls a command keeps its own handler.
             signal.signal(signal.SIGTERM, previous)
 
     return run
 
 
 def no_nan(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
-    """Refuses NaN, which lies in every range as click sees it."""
+    """Refuse NaN, which click finds in every range."""
     if value is not None and math.isnan(value):
         raise click.BadParameter("must be a number")
     return value
 
 
 def fail(message: str) -> NoReturn:
-    """Prints `message` as one line and ends with exit code 1."""
+    """Print `message` as one line and end with exit code 1."""
     click.echo(f"error: {printable(message)}", err=True)
     sys.exit(EXIT_FAILED)
 
 
 def echo_json(value: Any) -> None:
-    """One JSON document on stdout."""
+    """Print `value` as one JSON document."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def show_plan(components: Iterable[MemoryItem], stages: Iterable[PlanStep]) -> None:
-    """Prints a plan's parts as a table and the memory of each of its stages."""
+    """Print a plan's memory items as a table, and memory and time of each of its steps."""
     from rich.console import Console
     from rich.table import Table
 
@@ -95,7 +107,7 @@ def show_plan(components: Iterable[MemoryItem], stages: Iterable[PlanStep]) -> N
 
 
 def show_fits(fits: Iterable[Fit]) -> None:
-    """Prints on which targets a model fits, and what to change where it doesn't."""
+    """Print on which targets a model fits, and what to change where it doesn't."""
     from rich.console import Console
     from rich.table import Table
 

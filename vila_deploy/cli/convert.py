@@ -6,12 +6,12 @@ from pathlib import Path
 
 import click
 
-from vila_deploy.cli.common import command_errors
+from vila_deploy.cli.common import command
 from vila_deploy.cli.formats import FormatNames
 from vila_deploy.writers.registry import FORMATS
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@command("vila-convert")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
     "--to", "formats", type=FormatNames(), required=True,
@@ -21,7 +21,6 @@ from vila_deploy.writers.registry import FORMATS
     "-o", "--out", type=click.Path(path_type=Path), required=True,
     help="Folder to write; must not exist.",
 )  # fmt: skip
-@command_errors
 def main(checkpoint: Path, formats: tuple[str, ...], out: Path) -> None:
     """Write the quantized CHECKPOINT in another format, weight for weight.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vila_deploy.cli.common import EXIT_INTERRUPTED, command_errors, echo_json, fail, no_nan
+from vila_deploy.cli.common import EXIT_INTERRUPTED, command, echo_json, fail, no_nan
 from vila_deploy.cli.formats import FormatNames
 from vila_deploy.quantize.options import ALGORITHMS, DEVICES
 from vila_deploy.writers.registry import FORMATS
@@ -25,7 +25,7 @@ FILE = click.Path(path_type=Path)
 BUILTIN, BUILTIN_OLD = "builtin", "shipped"
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@command("vila-quantize")
 @click.argument("checkpoint", type=FILE)
 @click.option("-o", "--out", type=FILE, help="Folder to write; must not exist.")
 @click.option(
@@ -76,7 +76,6 @@ BUILTIN, BUILTIN_OLD = "builtin", "shipped"
 )  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses calibration samples.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or report as JSON.")
-@command_errors
 def main(
     checkpoint: Path,
     out: Path | None,

@@ -9,13 +9,13 @@ import pytest
 from vila_deploy.backends.native.compile import compile_engine
 from vila_deploy.backends.tensorrt.compile_worker import CompileWorker
 from vila_deploy.checkpoint.presets import preset
-from vila_deploy.cli.bench import _measure
+from vila_deploy.cli.bench_worker import measure_in_subprocess
 from vila_deploy.utils.errors import VilaDeployError
 
 
 @pytest.fixture(autouse=True)
 def folder_with_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkout is such a folder: kernels/ and engines/ lie beside its vila_deploy/."""
+    """Stand in a folder that holds another vila_deploy, such as a checkout."""
     (tmp_path / "vila_deploy").mkdir()
     (tmp_path / "vila_deploy" / "__init__.py").write_text("raise SystemExit('another one')")
     monkeypatch.chdir(tmp_path)
@@ -23,7 +23,7 @@ def folder_with_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_measuring(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        _measure(Path("nowhere"))
+        measure_in_subprocess(Path("nowhere"))
     assert "nowhere: no such folder" in capfd.readouterr().err
 
 

@@ -19,7 +19,7 @@ from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
 from vila_deploy.checkpoint.variants import LLM_FAMILIES
 from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.utils.errors import VilaDeployError
-from vila_deploy.utils.module_command import command
+from vila_deploy.utils.module_command import module_command
 
 if TYPE_CHECKING:
     from vila_deploy.backends.native.decode_step import Cache, Sizes
@@ -60,7 +60,7 @@ def compile_engine(
     }
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        command(WORKER),
+        module_command(WORKER),
         input=json.dumps(request), capture_output=True, text=True, env=environment,
     )  # fmt: skip
     if done.returncode:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from vila_deploy.utils.errors import VilaDeployError
-from vila_deploy.utils.module_command import command
+from vila_deploy.utils.module_command import module_command
 
 FAILED = 1
 
@@ -21,7 +21,7 @@ class CompileWorker:
     def __init__(self, folder: Path, part: str):
         self._part = part
         # Not a fork of this process: torch's threads would not survive it.
-        pipe, child = subprocess.PIPE, command(__name__, str(folder), part)
+        pipe, child = subprocess.PIPE, module_command(__name__, str(folder), part)
         self.process = subprocess.Popen(child, stdout=pipe, stderr=pipe, text=True)
 
     def __enter__(self) -> CompileWorker:
