@@ -1,4 +1,4 @@
-"""vila-chat: asks an engine about pictures and videos."""
+"""vila-chat: ask an engine about images and videos."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     from vila_deploy.runtime.conversation import Answer, Conversation
 
 HELP_INTERACTIVE = (
-    "/image FILE and /video FILE add pictures to the next question, /reset begins anew, /quit ends"
+    "/image FILE and /video FILE add images to the next question, /reset begins anew, /quit ends"
 )
 
 
 @command("vila-chat")
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option(
-    "--image", "images", type=click.Path(path_type=Path), multiple=True, help="Picture; repeatable."
+    "--image", "images", type=click.Path(path_type=Path), multiple=True, help="Image; repeatable."
 )
 @click.option(
     "--video", "videos", type=click.Path(path_type=Path), multiple=True,
-    help="Video, taken as pictures at even distances; repeatable. Videos come after all pictures.",
+    help="Video, sampled as images at even distances; repeatable. Videos come after all images.",
 )  # fmt: skip
 @click.option(
     "--video-frames", type=click.IntRange(1),
-    help="Pictures from each video; the model's own number if left out, mostly 8.",
+    help="Images from each video; the model's own number if left out, mostly 8.",
 )  # fmt: skip
-@click.option("-p", "--prompt", help="Question; <image> in it marks where each picture goes.")
+@click.option("-p", "--prompt", help="Question; <image> in it marks where each image goes.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True)
 @click.option(
     "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True,
@@ -62,9 +62,9 @@ def main(
     seed: int | None,
     as_json: bool,
 ) -> None:
-    """Ask ENGINE, a folder made by vila-build-engine, about pictures and videos.
+    """Ask ENGINE, a folder made by vila-build-engine, about images and videos.
 
-    Without -p it is interactive.
+    Without -p it asks for questions until you end it.
 
     \b
     vila-chat ENGINE --image cat.jpg -p "What is this?"
@@ -76,12 +76,12 @@ def main(
 
     from vila_deploy.backends import open_engine
     from vila_deploy.engine.sampling import SamplingParams
-    from vila_deploy.processing.images import open_image
+    from vila_deploy.processing.images import read_image
     from vila_deploy.processing.video import sample_frames
     from vila_deploy.runtime.conversation import Conversation
     from vila_deploy.utils.errors import VilaDeployError
 
-    pictures = [open_image(path) for path in images]
+    turn_images = [read_image(path) for path in images]
     sampling = SamplingParams(max_new_tokens, temperature, top_p, seed)
     with open_engine(engine) as opened:
         if opened.tokenizer is None:
@@ -89,16 +89,14 @@ def main(
                 "has random weights and no tokenizer", where=engine, fix="use it with vila-bench"
             )
         frames_of = partial(sample_frames, count=video_frames or opened.model.num_video_frames)
-        pictures += [frame for path in videos for frame in frames_of(path)]
+        turn_images += [frame for path in videos for frame in frames_of(path)]
         conversation = Conversation(
             opened.session, opened.tokenizer, opened.model, opened.max_input_len
         )
         if prompt is None:
-            _interactive(conversation, pictures, sampling, frames_of)
+            _interactive(conversation, turn_images, sampling, frames_of)
             return
-        answer = conversation.ask(
-            prompt, pictures, sampling, on_text=(lambda text: None) if as_json else _show
-        )
+        answer = conversation.ask(prompt, turn_images, sampling, on_text=None if as_json else _show)
     if as_json:
         echo_json(_for_programs(answer))
     else:
@@ -118,11 +116,11 @@ def _for_programs(answer: Answer) -> dict[str, Any]:
 
 def _interactive(
     conversation: Conversation,
-    pictures: list[Image],
+    images: list[Image],
     sampling: SamplingParams,
     frames_of: Callable[[Path], list[Image]],
 ) -> None:
-    from vila_deploy.processing.images import open_image
+    from vila_deploy.processing.images import read_image
     from vila_deploy.utils.errors import VilaDeployError
 
     click.echo(HELP_INTERACTIVE, err=True)
@@ -131,23 +129,23 @@ def _interactive(
             line = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
-        command, _, argument = line.partition(" ")
+        verb, _, argument = line.partition(" ")
         try:
-            if command == "/quit":
+            if verb == "/quit":
                 return
-            if command == "/reset":
+            if verb == "/reset":
                 conversation.reset()
-                pictures = []
-            elif command == "/image":
-                pictures = [*pictures, open_image(Path(argument.strip()))]
-            elif command == "/video":
-                pictures = [*pictures, *frames_of(Path(argument.strip()))]
+                images = []
+            elif verb == "/image":
+                images = [*images, read_image(Path(argument.strip()))]
+            elif verb == "/video":
+                images = [*images, *frames_of(Path(argument.strip()))]
             elif line.startswith("/"):
                 click.echo(HELP_INTERACTIVE, err=True)
             elif line:
-                conversation.ask(line, pictures, sampling, on_text=_show)
+                conversation.ask(line, images, sampling, on_text=_show)
                 click.echo()
-                pictures = []
+                images = []
         # A wrong path or a full context must not end the conversation.
         except VilaDeployError as error:
             click.echo(f"error: {error}", err=True)

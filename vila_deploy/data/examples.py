@@ -14,7 +14,7 @@ from PIL import Image
 from vila_deploy.data import drawn_scenes_eval
 from vila_deploy.data.drawn_scenes import SCENES, Scene
 from vila_deploy.processing.chat_template import IMAGE_MARKER
-from vila_deploy.processing.images import open_image
+from vila_deploy.processing.images import read_image
 from vila_deploy.utils.errors import VilaDeployError, short
 
 MAX_FILE_BYTES = 64 << 20
@@ -40,7 +40,7 @@ class LazyImage:
 
     @classmethod
     def from_file(cls, path: Path) -> LazyImage:
-        return cls(str(path), lambda: open_image(path))
+        return cls(str(path), lambda: read_image(path))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,44 +19,62 @@ from vila_deploy.utils.errors import VilaDeployError
 MAX_IMAGE_PIXELS = 100_000_000
 
 
-def open_image(path: Path) -> Image.Image:
-    """Read an image file as RGB, upright by its EXIF orientation.
+def read_image(source: str | Path | Image.Image) -> Image.Image:
+    """Return an image file, or an image that Pillow has opened, as RGB and upright.
+
+    Upright by its EXIF orientation; transparency is dropped, as the models were trained.
 
     Raises:
-        VilaDeployError: not there, not an image, cut short, or more than MAX_IMAGE_PIXELS.
+        VilaDeployError: not there, not an image, cut short, more than 8 bits a channel, or more
+            than MAX_IMAGE_PIXELS.
     """
+    if isinstance(source, Image.Image):
+        with _one_line_errors(getattr(source, "filename", None) or "image"):
+            return _upright_rgb(source)
+    if not isinstance(source, str | Path):
+        raise VilaDeployError(
+            f"an image can't be a {type(source).__name__}", fix="give a path or a PIL image"
+        )
+    with _one_line_errors(source), Image.open(source) as image:
+        return _upright_rgb(image)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise VilaDeployError(
+            f"image of {image.width}x{image.height} is larger than "
+            f"{MAX_IMAGE_PIXELS // 1_000_000} megapixels",
+            fix="scale it down first",
+        )
+    if image.mode.startswith(("I", "F")):
+        # Pillow would clip such values to 255: a white or a black image.
+        raise VilaDeployError(
+            f"has {image.mode} pixels, 8 bits a channel are needed",
+            fix="convert it to 8 bits first",
+        )
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+@contextmanager
+def _one_line_errors(where: str | Path) -> Iterator[None]:
+    """Raise VilaDeployError, which names the image, instead of whatever Pillow raises."""
     fix = "give a PNG, JPEG, WebP, BMP or GIF image"
     try:
         with warnings.catch_warnings():
             # Pillow's own limit only warns; ours is an error, checked before any decoding.
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_IMAGE_PIXELS:
-                    raise VilaDeployError(
-                        f"image of {image.width}x{image.height} is larger than "
-                        f"{MAX_IMAGE_PIXELS // 1_000_000} megapixels",
-                        where=path,
-                        fix="scale it down first",
-                    )
-                if image.mode.startswith(("I", "F")):
-                    # Pillow would clip such values to 255: a white or a black image.
-                    raise VilaDeployError(
-                        f"has {image.mode} pixels, 8 bits a channel are needed",
-                        where=path,
-                        fix="convert it to 8 bits first",
-                    )
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except VilaDeployError:
-        raise
+            yield
+    except VilaDeployError as error:
+        raise VilaDeployError(error.what, where=where, fix=error.fix) from None
     except FileNotFoundError as error:
-        raise VilaDeployError("no such image", where=path, fix="check the path") from error
+        raise VilaDeployError("no such image", where=where, fix="check the path") from error
     except (UnidentifiedImageError, IsADirectoryError) as error:
-        raise VilaDeployError("is not an image", where=path, fix=fix) from error
+        raise VilaDeployError("is not an image", where=where, fix=fix) from error
     except Image.DecompressionBombError as error:
-        raise VilaDeployError("image is too large", where=path, fix="scale it down") from error
+        raise VilaDeployError("image is too large", where=where, fix="scale it down") from error
     # Pillow's decoders raise whatever their format parser stumbles on.
     except Exception as error:
-        raise VilaDeployError(f"image cannot be read ({error})", where=path, fix=fix) from error
+        raise VilaDeployError(f"image cannot be read ({error})", where=where, fix=fix) from error
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
 
 from PIL import Image
 
@@ -18,12 +20,22 @@ from vila_deploy.processing.chat_template import (
     with_markers,
     with_tile_markers,
 )
-from vila_deploy.processing.images import Pixels, preprocess
+from vila_deploy.processing.images import Pixels, preprocess, read_image
 from vila_deploy.processing.multimodal_prompt import merge_embeddings, prompt_length, text_chunks
 from vila_deploy.processing.tokenizer import TextStream, Tokenizer
 from vila_deploy.runtime.generate import generate
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
+
+ImageSource = str | Path | Image.Image
+
+
+class ImageEncoder(Protocol):
+    """The part of a session that turns pixels into features."""
+
+    def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
+        """Do what `Session.encode_images` does."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,10 +61,11 @@ class Answer:
 def place_images(
     question: str, images: Sequence[Image.Image], model: ModelInfo, first: bool = True
 ) -> tuple[str, list[Pixels]]:
-    """`question` with a marker for each place that a image takes, and the images' pixels.
+    """Return `question` with a marker for each place that an image takes, and the pixels.
 
     Args:
-        first: whether no earlier turn had a image.
+        images: RGB, as `read_image` returns them.
+        first: whether no earlier turn had an image.
 
     Raises:
         VilaDeployError: markers and images differ in number.
@@ -64,18 +77,21 @@ def place_images(
     return question, pixels
 
 
-def encode_images(session: Session, pixels: Sequence[Pixels]) -> list[Floats]:
-    """Features [tokens, hidden] for each place that the images take in the prompt."""
+def encode_images(session: ImageEncoder, pixels: Sequence[Pixels]) -> list[Floats]:
+    """Return features [tokens, hidden] for each place that the images take in the prompt."""
     encoded = (session.encode_images(image.tiles, image.grid) for image in pixels)
     return [features for image in encoded for features in image]
 
 
 @dataclass
 class Conversation:
-    """Questions about images, one after the other; earlier turns stay in the prompt.
+    """Ask questions about images, one after the other; earlier turns stay in the prompt.
 
-    The original answers one question at a time, and cuts a image into dynamic tiles where it is
-    the only one. Here that is the first image of a conversation, if it comes alone.
+    `OpenedEngine.chat` makes one. It uses slot 0 and prefills all turns at each question, so
+    several conversations may take turns on one session.
+
+    VILA answers one question at a time, and cuts an image into dynamic tiles where it is the only
+    one. Here that is the first image of a conversation, if it comes alone.
 
     Args:
         max_input_len: the longest prompt that the session takes, in tokens.
@@ -91,30 +107,39 @@ class Conversation:
     def ask(
         self,
         question: str,
-        images: list[Image.Image],
-        sampling: SamplingParams,
-        on_text: Callable[[str], None] = lambda text: None,
+        images: Sequence[ImageSource] = (),
+        sampling: SamplingParams | None = None,
+        on_text: Callable[[str], None] | None = None,
     ) -> Answer:
-        """Answers `question`, handing text to `on_text` as it comes, and remembers the turn.
+        """Return the answer to `question` and remember the turn.
 
         Args:
-            images: new images of this turn, in the order of their markers in `question`.
+            images: new images of this turn, paths or PIL images, in the order of the markers
+                <image> in `question`; without markers they come first.
+            sampling: greedy, at most 512 tokens, if left out.
+            on_text: called with each piece of text as it comes.
 
         Raises:
-            VilaDeployError: markers and images differ in number, or the prompt is too long.
+            VilaDeployError: an image that can't be read, markers and images that differ in number,
+                or a prompt that is too long.
         """
+        sampling = sampling or SamplingParams()
+        show = on_text or _ignore
         clock = _Clock()
         _check_text(question)
-        question, pixels = place_images(question, images, self.model, first=not self._features)
+        if isinstance(images, str | Path | Image.Image):
+            images = [images]
+        rgb = [read_image(image) for image in images]
+        question, pixels = place_images(question, rgb, self.model, first=not self._features)
         clock.lap("preprocess")
         prompt = render(PROMPT_TEMPLATES[self.model.prompt], self.turns, question)
-        pieces = text_chunks(self.tokenizer, prompt, self.model.image_end)
+        chunks = text_chunks(self.tokenizer, prompt, self.model.image_end)
         new_tokens = [count for image in pixels for count in self.model.tokens_of(image)]
-        length = prompt_length(pieces, [*map(len, self._features), *new_tokens])
+        length = prompt_length(chunks, [*map(len, self._features), *new_tokens])
         self._check_length(length)
         features = [*self._features, *encode_images(self.session, pixels)]
         clock.lap("vision")
-        embeds = merge_embeddings(pieces, features, self.session.embed_tokens)
+        embeds = merge_embeddings(chunks, features, self.session.embed_tokens)
 
         stream, text = TextStream(self.tokenizer), ""
         tokens: list[int] = []
@@ -122,16 +147,16 @@ class Conversation:
             if not tokens:
                 clock.lap("prefill")
             tokens.append(token)
-            shown = stream.push(token)
+            piece = stream.push(token)
             if not text:
-                shown = shown.lstrip()
-            text += shown
-            on_text(shown)
+                piece = piece.lstrip()
+            text += piece
+            show(piece)
         rest = stream.finish()
-        on_text(rest)
+        show(rest)
         clock.lap("decode")
         text = (text + rest).strip()
-        # An answer may spell a marker; in later prompts it would ask for a image.
+        # An answer may spell a marker; in later prompts it would ask for an image.
         self.turns.append((question, text.replace(IMAGE_MARKER, "")))
         self._features = features
         return Answer(
@@ -143,7 +168,7 @@ class Conversation:
         )
 
     def reset(self) -> None:
-        """Begins anew: no turns, no images."""
+        """Forget all turns and images."""
         self.turns, self._features = [], []
 
     def _check_length(self, length: int) -> None:
@@ -161,13 +186,17 @@ class Conversation:
 
 
 def _check_text(question: str) -> None:
-    """Bytes that are no UTF-8 arrive as lone surrogates, which no tokenizer takes."""
+    """Refuse lone surrogates, as which bytes that are no UTF-8 arrive: no tokenizer takes them."""
     try:
         question.encode("utf-8")
     except UnicodeEncodeError as error:
         raise VilaDeployError(
             "the question is not valid UTF-8", fix="check the encoding of your terminal or file"
         ) from error
+
+
+def _ignore(text: str) -> None:
+    pass
 
 
 class _Clock:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig
-from vila_deploy.processing.images import open_image, preprocess
+from vila_deploy.processing.images import preprocess, read_image
 from vila_deploy.utils.errors import VilaDeployError
 
 CONFIG = ImageConfig("resize", 42, 3, 1 / 255, (0.5, 0.4, 0.3), (0.5, 0.25, 0.2))
@@ -40,7 +40,7 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned by 90 degrees
     Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(tmp_path / "turned.jpg").size == (10, 20)
+    assert read_image(tmp_path / "turned.jpg").size == (10, 20)
 
 
 def png_of_size(width: int, height: int) -> bytes:
@@ -81,7 +81,7 @@ def hostile_pictures(folder: Path) -> dict[str, Path]:
 def test_hostile_picture_gives_one_line(tmp_path: Path, name: str) -> None:
     path = hostile_pictures(tmp_path)[name]
     with pytest.raises(VilaDeployError) as caught:
-        open_image(path)
+        read_image(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.fix
@@ -92,4 +92,4 @@ def test_pictures_that_would_be_clipped_are_refused(values: np.ndarray, tmp_path
     file = tmp_path / "deep.tiff"
     Image.fromarray(values).save(file)
     with pytest.raises(VilaDeployError, match=r"deep\.tiff: has \S+ pixels, 8 bits a channel"):
-        open_image(file)
+        read_image(file)
