@@ -23,8 +23,8 @@ from vila_deploy.utils.arrays import Floats
 Prompt = tuple[list[Image.Image], str]
 NEW_TOKENS = 64
 SAMPLING = SamplingParams(NEW_TOKENS)
-# Of the spread of the logits at a place. Seen so far: logits 0.0005 apart, at one of 1280 places
-# on processors with AVX-512.
+# Share of the standard deviation of a token's logits. Seen so far: logits 0.0005 apart, for one
+# token of 1280, on processors with AVX-512.
 TIE = 1e-3
 
 
@@ -33,11 +33,10 @@ def greedy_tokens_of_both(
 ) -> list[tuple[list[int], list[int]]]:
     """(reference's tokens, engine's tokens) for each prompt; stop tokens do not stop them.
 
-    Processors add in different orders: where two tokens are as good as equally likely, either will
-    do.
+    Processors add in different orders: at a near-tie of two tokens, either is right.
 
     The reference reads prompt and engine's answer at once and gives its most likely token at every
-    place: up to the first that differs, these are the tokens that it would have decoded itself.
+    position: up to the first that differs, these are the tokens that it would have decoded itself.
     """
     reference = ReferenceSession(open_checkpoint(checkpoint))
     pairs = []
@@ -47,26 +46,26 @@ def greedy_tokens_of_both(
         for images, question in prompts:
             placed, pixels = place_images(question, images, opened.model)
             text = render(template, [], placed)
-            pieces = text_chunks(opened.tokenizer, text, opened.model.image_end)
+            chunks = text_chunks(opened.tokenizer, text, opened.model.image_end)
 
             def embed(session: Session | SequenceSession) -> Floats:
                 features = encode_images(session, pixels)  # noqa: B023
-                return merge_embeddings(pieces, features, session.embed_tokens)  # noqa: B023
+                return merge_embeddings(chunks, features, session.embed_tokens)  # noqa: B023
 
             tokens = list(generate(opened.session, embed(opened.session), (), SAMPLING))
             prompt = embed(reference)
-            whole = np.concatenate([prompt, reference.embed_tokens(tokens[:-1])])
-            logits = reference.llm(torch.from_numpy(whole))[len(prompt) - 1 :]
+            sequence = np.concatenate([prompt, reference.embed_tokens(tokens[:-1])])
+            logits = reference.llm(torch.from_numpy(sequence))[len(prompt) - 1 :]
             pairs.append((_likeliest(logits, tokens), tokens))
     return pairs
 
 
 def _likeliest(logits: torch.Tensor, tokens: list[int]) -> list[int]:
-    """The most likely token at every place; of several within TIE the one in `tokens`."""
-    best, found = logits.max(-1)
+    """Return the most likely token at every position; of several within TIE that of `tokens`."""
+    best, likeliest = logits.max(-1)
     given = torch.tensor(tokens)
     tied = best - logits[range(len(tokens)), given] <= TIE * logits.std(-1)
-    return torch.where(tied, given, found).tolist()
+    return torch.where(tied, given, likeliest).tolist()
 
 
 def noise(seed: int) -> Image.Image:

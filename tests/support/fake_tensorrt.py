@@ -30,7 +30,7 @@ ON_PROFILE_CHANGE = "memory for a profile"
 
 
 class FakeCuda:
-    """The calls of cuda.bindings.runtime that the project makes; everything happens at once."""
+    """The calls of cuda.bindings.runtime that the project makes; every call is synchronous."""
 
     cudaError_t = SimpleNamespace(cudaSuccess=0, cudaErrorInsufficientDriver=35)
     cudaMemcpyKind = SimpleNamespace(
@@ -47,7 +47,7 @@ class FakeCuda:
         self.recorded: list[Callable[[], None]] | None = None
         self.launches = 0
         self.graphs = 0
-        # Of cudaDeviceGetAttribute.
+        # Result of cudaDeviceGetAttribute.
         self.error = 0
 
     def cudaDeviceGetAttribute(self, which: int, device: int) -> tuple[int, int]:

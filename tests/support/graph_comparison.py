@@ -18,6 +18,7 @@ from tests.support.comparison import NEW_TOKENS, Prompt
 from vila_deploy.backends.tensorrt import files, graphs
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.engine.model_info import describe
+from vila_deploy.eval.metrics import compare_logits
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
 from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
@@ -30,10 +31,14 @@ MAX_SEQ_LEN = 256
 
 @dataclass(frozen=True)
 class Comparison:
-    """`pairs`: (reference's tokens, graph's tokens) of each prompt. `kl`, `half_kl`: means over all
-    places of the divergence of the graph's and of fp16 PyTorch's next-token probabilities from
-    those of fp32 PyTorch, in nats. `margins`: where tokens differ, the reference's logit of its own
-    token minus that of the graph's, and `half_differs` how often fp16 PyTorch differs."""
+    """A graph and fp16 PyTorch, compared with fp32 PyTorch.
+
+    Args:
+        pairs: (reference's tokens, graph's tokens) of each prompt.
+        kl, half_kl: mean KL of the graph's and of fp16 PyTorch's next-token distributions, in nats.
+        margins: where tokens differ, the reference's logit of its token minus that of the graph's.
+        half_differs: how often fp16 PyTorch's token differs.
+    """
 
     pairs: list[tuple[list[int], list[int]]]
     kl: float
@@ -56,28 +61,28 @@ class GraphRunner:
     def run(self, embeds: Floats, positions: Any, last: Any) -> Floats:
         """[batch, tokens, hidden] at `positions` [batch, tokens] → logits at `last` [batch]."""
         feeds = {"inputs_embeds": embeds, "positions": positions, "last": last, **self._cache}
-        found = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
-        if "new_cache" in found:
+        results = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+        if "new_cache" in results:
             rows = np.arange(len(positions))[:, None]
-            for name, new in zip(self._cache, found["new_cache"], strict=True):
-                # Padding may lie behind the last place; nothing reads it.
-                places = np.minimum(positions, MAX_SEQ_LEN - 1)
-                self._cache[name][rows, :, places] = new.swapaxes(1, 2)
+            for name, new in zip(self._cache, results["new_cache"], strict=True):
+                # Padding may exceed the cache; nothing reads it.
+                columns = np.minimum(positions, MAX_SEQ_LEN - 1)
+                self._cache[name][rows, :, columns] = new.swapaxes(1, 2)
         else:
-            self._cache = {name: found[name.replace("past", "present")] for name in self._cache}
-        return found["logits"]
+            self._cache = {name: results[name.replace("past", "present")] for name in self._cache}
+        return results["logits"]
 
     def generate_in_chunks(self, prompt: Floats, embed: Any, size: int) -> list[int]:
         """Greedy tokens after one prompt [tokens, hidden] that is read `size` tokens at a time."""
         for start in range(0, len(prompt), size):
             chunk = prompt[start : start + size]
-            places = np.arange(start, start + len(chunk))[None]
-            logits = self.run(chunk[None], places, np.array([len(chunk) - 1]))
+            positions = np.arange(start, start + len(chunk))[None]
+            logits = self.run(chunk[None], positions, np.array([len(chunk) - 1]))
         tokens: list[int] = []
         for step in range(NEW_TOKENS):
             tokens.append(int(logits[0].argmax()))
-            places = np.array([[len(prompt) + step]])
-            logits = self.run(embed(tokens[-1:])[None], places, np.zeros(1, np.int64))
+            positions = np.array([[len(prompt) + step]])
+            logits = self.run(embed(tokens[-1:])[None], positions, np.zeros(1, np.int64))
         return tokens
 
     def generate(self, prompts: Sequence[Floats], embed: Any) -> tuple[Any, Floats]:
@@ -90,8 +95,8 @@ class GraphRunner:
         logits = [self.run(padded, positions, lengths - 1)]
         for step in range(NEW_TOKENS - 1):
             tokens = logits[-1].argmax(-1)
-            places = (lengths + step)[:, None]
-            logits.append(self.run(embed(tokens)[:, None], places, np.zeros_like(lengths)))
+            positions = (lengths + step)[:, None]
+            logits.append(self.run(embed(tokens)[:, None], positions, np.zeros_like(lengths)))
         stacked = np.stack(logits, 1)
         return stacked.argmax(-1), stacked
 
@@ -155,8 +160,8 @@ def compare(root: Path, folder: Path, prompts: Sequence[Prompt]) -> Comparison:
     differs = np.argwhere(best != tokens)
     return Comparison(
         pairs=[(a.tolist(), b.tolist()) for a, b in zip(best, tokens, strict=True)],
-        kl=divergence(expected, logits),
-        half_kl=divergence(expected, np.stack(halves)),
+        kl=mean_kl(expected, logits),
+        half_kl=mean_kl(expected, np.stack(halves)),
         margins=[
             float(expected[i, j, best[i, j]] - expected[i, j, tokens[i, j]]) for i, j in differs
         ],
@@ -164,14 +169,13 @@ def compare(root: Path, folder: Path, prompts: Sequence[Prompt]) -> Comparison:
     )
 
 
-def divergence(expected: Floats, found: Floats) -> float:
-    """Mean KL(expected ‖ found) over all leading axes, in nats."""
-    total = 0.0
-    for p, q in zip(expected, found, strict=True):
-        log_p = torch.from_numpy(p).double().log_softmax(-1)
-        log_q = torch.from_numpy(q).double().log_softmax(-1)
-        total += float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    return total / len(expected)
+def mean_kl(expected: Floats, actual: Floats) -> float:
+    """Return the mean KL(expected ‖ actual) of logits [prompts, tokens, vocabulary], in nats."""
+    kl = [
+        compare_logits(torch.from_numpy(p).double(), torch.from_numpy(q).double()).kl.mean()
+        for p, q in zip(expected, actual, strict=True)
+    ]
+    return float(torch.stack(kl).mean())
 
 
 def _read(session: ReferenceSession, prompt: Floats, answer: Any) -> Floats:

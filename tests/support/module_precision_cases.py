@@ -14,15 +14,15 @@ Doubles = NDArray[np.float64]
 
 
 def rounded(weight: torch.Tensor, dtype: str, largest: int) -> Doubles:
-    """What a head should be: a scale for each row in int8, for each group of 64 in int4."""
+    """Return a head as it should be: a scale for each row in int8, for each 64 weights in int4."""
     wide = weight.double().numpy()
     if dtype == "int8":
-        groups, most = wide[:, None], largest
+        groups, limit = wide[:, None], largest
     else:
-        groups, most = wide.reshape(len(wide), -1, 64), 7
-    scale = (np.abs(groups).max(-1, keepdims=True) / most).astype(np.float16).astype(np.float64)
-    levels = np.clip(np.rint(groups / np.where(scale == 0, 1, scale)), -most, most)
-    return (levels * scale).reshape(wide.shape)
+        groups, limit = wide.reshape(len(wide), -1, 64), 7
+    scale = (np.abs(groups).max(-1, keepdims=True) / limit).astype(np.float16).astype(np.float64)
+    values = np.clip(np.rint(groups / np.where(scale == 0, 1, scale)), -limit, limit)
+    return (values * scale).reshape(wide.shape)
 
 
 class Replaced:
@@ -32,12 +32,12 @@ class Replaced:
         self._source, self._tensors = source, tensors
 
     def tensor(self, name: str) -> torch.Tensor:
-        found = self._tensors.get(name)
-        return self._source.tensor(name) if found is None else found
+        replaced = self._tensors.get(name)
+        return self._source.tensor(name) if replaced is None else replaced
 
     def linear(self, prefix: str) -> Any:
-        found = self._tensors.get(f"{prefix}.weight")
-        return self._source.linear(prefix) if found is None else found
+        replaced = self._tensors.get(f"{prefix}.weight")
+        return self._source.linear(prefix) if replaced is None else replaced
 
 
 def with_head(checkpoint: Any, dtype: str, largest: int) -> Any:

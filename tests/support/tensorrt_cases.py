@@ -42,7 +42,7 @@ def write_engine(
     max_batch_size: int = 1,
     module_precision: ModulePrecision = ALL_FP16,
 ) -> Manifest:
-    """An engine folder whose plans are the graphs themselves."""
+    """Write an engine folder whose plans are paths of the graphs."""
     folder.mkdir()
     name, jetpack, package, version = DIALECTS[dialect]
     config, target = checkpoint.config, get_target(name)
@@ -87,7 +87,7 @@ CONSTANT_ARGUMENTS = {
 
 
 def refusals(model: onnx.ModelProto) -> list[str]:
-    """What TensorRT 10.3's parser would not take."""
+    """Return what TensorRT 10.3's parser would refuse."""
     model = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     constants = {tensor.name for tensor in model.graph.initializer}
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}

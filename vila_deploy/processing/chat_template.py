@@ -15,7 +15,7 @@ IMAGE_MARKER = "<image>"
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The strings around `system`, then of each turn: `user`, question, `assistant`, answer.
+    """The fixed strings of a conversation: `system`, then `user` and `assistant` of each turn.
 
     Args:
         end_of_answer: follows each answer.

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def open_session(folder: Path, manifest: Manifest) -> Session:
-    """Runs the engine in `folder`, whose files have been checked against `manifest`.
+    """Open the engine in `folder`, whose files have been checked against `manifest`.
 
     Raises:
         VilaDeployError: onnxruntime can't load it.

@@ -24,7 +24,7 @@ ONE_THREAD_BYTES = 16 << 20
 
 
 class OnnxRuntimeSession:
-    """Implements `vila_deploy.engine.session.SequenceSession`.
+    """Run an engine folder; implements `vila_deploy.engine.session.SequenceSession`.
 
     `cache` holds key and value of each layer in turn, [1, kv_heads, max_seq_len, head_dim].
     """

@@ -159,8 +159,8 @@ def _interrupts_wait(job: Job) -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    for number in job.interrupted[:1]:
-        signal.raise_signal(number)
+    for received in job.interrupted[:1]:
+        signal.raise_signal(received)
 
 
 def _stream_writer(trt: Any, file: Any, job: Job) -> Any:

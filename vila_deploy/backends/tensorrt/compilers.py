@@ -41,7 +41,7 @@ class Compiler:
 
     @property
     def present(self) -> bool:
-        """Whether the package is installed."""
+        """Return whether the package is installed."""
         return find_spec(self.module) is not None
 
     def load(self) -> ModuleType:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class TensorRt10_15Dialect(TensorRtDialect):
     opset: ClassVar[int] = 24
 
     def __init__(self, decomposable: bool = False) -> None:
-        self._attention_attributes = {"TRT_decomposable": 1} if decomposable else {}
+        self._attention_attributes: dict[str, Any] = {"TRT_decomposable": 1} if decomposable else {}
 
     def norm(self, graph: GraphWriter, x: str, weight: str, epsilon: float) -> str:
         return to_half(graph, graph.node("RMSNormalization", x, weight, axis=-1, epsilon=epsilon))
