@@ -1,6 +1,6 @@
 """Images, pixels and tiny weights from seeds, for comparing the image path with the original's.
 
-Imported by the tests and by whoever records tests/golden/{towers,scales,preprocess,spliced}.json
+Imported by the tests and by whoever records tests/golden/{towers,s2,preprocess,merged_prompts}.json
 again: see "recipe" there. Needs numpy and PIL only; every array is float32.
 """
 
@@ -72,7 +72,7 @@ def upright(image: Image.Image) -> Image.Image:
     return ImageOps.exif_transpose(image)
 
 
-def sized_picture(size: tuple[int, int]) -> Image.Image:
+def sized_image(size: tuple[int, int]) -> Image.Image:
     """The RGB image of that (width, height), such as those of SIZES."""
     return image(*size, seed=size[0] * 10007 + size[1])
 
@@ -222,7 +222,7 @@ def sample(array: np.ndarray, count: int = 64) -> dict[str, Any]:
     """What a golden file keeps of an array: `count` values, evenly strided, and three means.
 
     "values" is flatten()[::step][:count], step odd; "wave" is the mean of the elements times
-    cos(0, 1, 2, ...), which changes when elements change places. Rounded to 8 digits.
+    cos(0, 1, 2, ...), which changes when elements trade positions. Rounded to 8 digits.
     To compare: sample(actual, len(golden["values"])).
     """
     flat = np.asarray(array).reshape(-1)

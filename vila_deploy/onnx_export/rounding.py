@@ -61,8 +61,8 @@ def round_int4(weight: Tensor, group_size: int, name: str) -> QuantizedLinear:
     for rows, out in zip(weight.split(ROWS), q.split(ROWS), strict=True):
         groups = rows.float().unflatten(1, (-1, group_size))
         step = _scale(groups.abs().amax(2), largest, name)
-        levels = (groups / step.float()[..., None]).round_().clamp_(-largest, largest)
-        out.copy_((levels + SYMMETRIC_ZERO).flatten(1))
+        values = (groups / step.float()[..., None]).round_().clamp_(-largest, largest)
+        out.copy_((values + SYMMETRIC_ZERO).flatten(1))
         scales.append(step)
     scale = torch.cat(scales)
     return QuantizedLinear(q, scale, torch.full_like(scale, SYMMETRIC_ZERO, dtype=torch.uint8))

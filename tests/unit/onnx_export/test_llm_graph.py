@@ -118,10 +118,10 @@ def test_pre_quantization_scale_is_refused(tmp_path: Path) -> None:
 
 
 def test_nibbles_low_half_first() -> None:
-    levels = torch.tensor([[1, 2, 3], [15, 0, 7]], dtype=torch.uint8)
-    assert pack_nibbles(levels).tolist() == [[0x21, 0x03], [0x0F, 0x07]]
-    assert pack_transposed_nibbles(levels).tolist() == pack_nibbles(levels.T.contiguous()).tolist()
-    assert pack_transposed_nibbles(levels.T).tolist() == pack_nibbles(levels).tolist()
+    values = torch.tensor([[1, 2, 3], [15, 0, 7]], dtype=torch.uint8)
+    assert pack_nibbles(values).tolist() == [[0x21, 0x03], [0x0F, 0x07]]
+    assert pack_transposed_nibbles(values).tolist() == pack_nibbles(values.T.contiguous()).tolist()
+    assert pack_transposed_nibbles(values.T).tolist() == pack_nibbles(values).tolist()
 
 
 def test_values_beyond_float16_are_refused() -> None:

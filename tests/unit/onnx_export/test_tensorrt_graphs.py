@@ -101,9 +101,9 @@ def test_weights_of_four_bits_take_four_bits(tmp_path: Path) -> None:
 
 def test_int4_is_written_low_half_first(tmp_path: Path) -> None:
     """As ONNX lays it out, read back by onnx itself."""
-    levels = torch.arange(256, dtype=torch.uint8).reshape(16, 16) % 16
+    quantized = torch.arange(256, dtype=torch.uint8).reshape(16, 16) % 16
     linear = QuantizedLinear(
-        levels, torch.ones(16, 1).half(), torch.full((16, 1), 8, dtype=torch.uint8)
+        quantized, torch.ones(16, 1).half(), torch.full((16, 1), 8, dtype=torch.uint8)
     )
     with WeightFile(tmp_path / "w.data") as file:
         stored = TensorRt10_15Dialect().store_linear(file, "linear", [linear])
@@ -113,5 +113,5 @@ def test_int4_is_written_low_half_first(tmp_path: Path) -> None:
     graph.save(tmp_path / "w.onnx")
     (found,) = onnx.load(tmp_path / "w.onnx").graph.initializer
     values = onnx.numpy_helper.to_array(found).astype(np.int32)
-    assert (values == levels.T.numpy().astype(np.int32) - 8).all()
+    assert (values == quantized.T.numpy().astype(np.int32) - 8).all()
     assert helper.tensor_dtype_to_string(found.data_type) == "TensorProto.INT4"

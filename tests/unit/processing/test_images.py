@@ -32,7 +32,7 @@ def test_preprocess_equals_siglip_processor(size: tuple[int, int], mode: str) ->
     np.testing.assert_allclose(pixels.tiles, expected, atol=1e-5)
 
 
-def test_no_pictures_give_no_pixels() -> None:
+def test_no_images_give_no_pixels() -> None:
     assert preprocess([], CONFIG, TILING) == []
 
 
@@ -57,7 +57,7 @@ def png_of_size(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + data
 
 
-def hostile_pictures(folder: Path) -> dict[str, Path]:
+def hostile_images(folder: Path) -> dict[str, Path]:
     good = folder / "good.jpg"
     Image.effect_noise((200, 200), 80).convert("RGB").save(good)
     contents = {
@@ -79,7 +79,7 @@ def hostile_pictures(folder: Path) -> dict[str, Path]:
     ["text.jpg", "empty.png", "cut.jpg", "bomb.png", "bomb2.png", "lying.png", "absent", "folder"],
 )
 def test_hostile_picture_gives_one_line(tmp_path: Path, name: str) -> None:
-    path = hostile_pictures(tmp_path)[name]
+    path = hostile_images(tmp_path)[name]
     with pytest.raises(VilaDeployError) as caught:
         read_image(path)
     assert str(path) in str(caught.value)
@@ -88,7 +88,7 @@ def test_hostile_picture_gives_one_line(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("values", [np.uint16([[0, 65535]]), np.float32([[0.0, 1.0]])])
-def test_pictures_that_would_be_clipped_are_refused(values: np.ndarray, tmp_path: Path) -> None:
+def test_images_that_would_be_clipped_are_refused(values: np.ndarray, tmp_path: Path) -> None:
     file = tmp_path / "deep.tiff"
     Image.fromarray(values).save(file)
     with pytest.raises(VilaDeployError, match=r"deep\.tiff: has \S+ pixels, 8 bits a channel"):

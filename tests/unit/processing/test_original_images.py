@@ -23,9 +23,9 @@ from vila_deploy.processing.images import closest_grid, preprocess
 from vila_deploy.processing.multimodal_prompt import merge_embeddings
 from vila_deploy.processing.s2 import merge_s2_blocks, s2_features
 
-SCALES, PREPROCESS, SPLICED = (
+S2, PREPROCESS, MERGED = (
     json.loads((GOLDEN / f"{name}.json").read_text())
-    for name in ("scales", "preprocess", "spliced")
+    for name in ("s2", "preprocess", "merged_prompts")
 )
 SIGLIP = ImageConfig("resize", 30, 3, 1 / 255, (0.5,) * 3, (0.5,) * 3)
 ONE_TILE = TilingConfig("single", 30, (30,))
@@ -91,7 +91,7 @@ def test_pixels(tower: str, key: str, mode: str, name: str) -> None:
     assert_sample(pixels.tiles[0], expected)
 
 
-@pytest.mark.parametrize("row", SCALES["grids"])
+@pytest.mark.parametrize("row", S2["grids"])
 def test_grid_of_tiles(row: list[int]) -> None:
     width, height, *expected = row
     dynamic = closest_grid((width, height), 1, 12, 448)
@@ -101,19 +101,19 @@ def test_grid_of_tiles(row: list[int]) -> None:
 
 @pytest.mark.parametrize("size", cases.SIZES, ids=str)
 def test_dynamic_tiles(size: tuple[int, int]) -> None:
-    expected = SCALES["dynamic"]["{}x{}".format(*size)]
+    expected = S2["dynamic"]["{}x{}".format(*size)]
     tiling = TilingConfig("dynamic", 30, (30,), 0, 1, 12)
-    (pixels,) = preprocess([cases.sized_picture(size)], SIGLIP, tiling)
+    (pixels,) = preprocess([cases.sized_image(size)], SIGLIP, tiling)
     assert pixels.grid is None
     assert len(pixels.tiles) == expected["tiles"]
     assert_sample(pixels.tiles, expected["pixels"])
-    several = preprocess([cases.sized_picture(size)] * 2, SIGLIP, tiling)
+    several = preprocess([cases.sized_image(size)] * 2, SIGLIP, tiling)
     assert [len(each.tiles) for each in several] == [1, 1]
 
 
-@pytest.mark.parametrize("name", SCALES["static"])
+@pytest.mark.parametrize("name", S2["static"])
 def test_static_scales(name: str, tmp_path: Path) -> None:
-    expected = SCALES["static"][name]
+    expected = S2["static"][name]
     scales = expected["scales"]
     root = write_checkpoint(
         tmp_path / "c", scales=len(scales), processor_size=scales[-1],
@@ -127,13 +127,13 @@ def test_static_scales(name: str, tmp_path: Path) -> None:
         tokens.append(session.encode_images(tiles, (config.tiling.side(-1),) * 2)[0])
     assert_sample(np.stack(tokens), expected["tokens_column_major"])
     largest = dataclasses.replace(config.tiling, output_scale=len(scales) - 1)
-    joined = []
+    merged = []
     for pixels in cases.pixels(tuple(shape), seed):
         with torch.inference_mode():
             tiles = torch.from_numpy(static_tiles(pixels, config.tiling))
             features = session.vision.tower(tiles).numpy()
-        joined.append(s2_features(features, largest, (largest.side(-1),) * 2)[0])
-    assert_sample(np.stack(joined), expected["features_largest"])
+        merged.append(s2_features(features, largest, (largest.side(-1),) * 2)[0])
+    assert_sample(np.stack(merged), expected["features_largest"])
 
 
 def static_tiles(pixels: np.ndarray, tiling: TilingConfig) -> np.ndarray:
@@ -149,11 +149,11 @@ def static_tiles(pixels: np.ndarray, tiling: TilingConfig) -> np.ndarray:
 @pytest.mark.parametrize("index", [-1, 0])
 @pytest.mark.parametrize("size", cases.SIZES, ids=str)
 def test_dynamic_scales(size: tuple[int, int], index: int, tmp_path: Path) -> None:
-    expected = SCALES["dynamic_s2"]["{}x{}".format(*size)]
+    expected = S2["dynamic_s2"]["{}x{}".format(*size)]
     changes = {**DYNAMIC_S2, "s2_resize_output_to_scale_idx": index}
     root = write_checkpoint(tmp_path / "c", scales=3, mm_projector_token_order="row", **changes)
     session, config = session_of(root), open_checkpoint(root).config
-    (pixels,) = preprocess([cases.sized_picture(size)], config.image, config.tiling)
+    (pixels,) = preprocess([cases.sized_image(size)], config.image, config.tiling)
     assert list(pixels.grid or ()) == expected["block_size"]
     assert len(pixels.tiles) == expected["tiles"]
     assert_sample(pixels.tiles, expected["pixels"])
@@ -162,13 +162,13 @@ def test_dynamic_scales(size: tuple[int, int], index: int, tmp_path: Path) -> No
     assert_sample(session.encode_images(pixels.tiles, pixels.grid), wanted["tokens"])
     with torch.inference_mode():
         features = session.vision.tower(torch.from_numpy(pixels.tiles)).numpy()
-        joined = s2_features(features, config.tiling, pixels.grid)
-        tokens = session.vision.projector(torch.from_numpy(joined)).numpy()
+        merged = s2_features(features, config.tiling, pixels.grid)
+        tokens = session.vision.projector(torch.from_numpy(merged)).numpy()
     assert_sample(merge_s2_blocks(tokens, config.tiling, pixels.grid), wanted["tokens"])
 
 
-def test_several_pictures_repeat_one_scale(tmp_path: Path) -> None:
-    expected = SCALES["dynamic_s2_without_blocks"]
+def test_several_images_repeat_one_scale(tmp_path: Path) -> None:
+    expected = S2["dynamic_s2_without_blocks"]
     root = write_checkpoint(tmp_path / "c", scales=3, mm_projector_token_order="row", **DYNAMIC_S2)
     shape, seed = expected["pixels"]
     found = session_of(root).encode_images(cases.pixels(tuple(shape), seed))
@@ -176,7 +176,7 @@ def test_several_pictures_repeat_one_scale(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("case", "changes", "pieces"),
+    ("case", "changes", "chunks"),
     [
         ("vila15", {}, [[1, 5, 9], [7, 8], [11, 3]]),
         ("nvila", {"qwen2": True}, [[5, 9], [7, 7, 8], [7, 11, 3]]),
@@ -192,16 +192,16 @@ def test_several_pictures_repeat_one_scale(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_logits_of_a_spliced_prompt(
-    case: str, changes: dict[str, Any], pieces: list[list[int]], tmp_path: Path
+def test_logits_of_a_merged_prompt(
+    case: str, changes: dict[str, Any], chunks: list[list[int]], tmp_path: Path
 ) -> None:
     """Images in the text, NVILA's newline after each, and all logits of the prompt."""
-    expected = SPLICED[case]
+    expected = MERGED[case]
     session = session_of(write_checkpoint(tmp_path / "c", **changes))
     shape, seed = expected["pixels"]
     grid = tuple(expected["block_sizes"][0]) if "block_sizes" in expected else None
     features = session.encode_images(cases.pixels(tuple(shape), seed), grid)
-    embeds = merge_embeddings(pieces, list(features), session.embed_tokens)
+    embeds = merge_embeddings(chunks, list(features), session.embed_tokens)
     assert len(embeds) == expected["length"]
     assert_sample(embeds, expected["embeds"])
     logits = session.llm(torch.from_numpy(embeds)).numpy()
@@ -213,7 +213,7 @@ def test_logits_of_a_spliced_prompt(
 
 def test_truncated_prompt(tmp_path: Path) -> None:
     """The original cuts what is too long at its end; calibration does so, a question is refused."""
-    expected = SPLICED["vila15_truncated"]
+    expected = MERGED["vila15_truncated"]
     session = session_of(write_checkpoint(tmp_path / "c"))
     shape, seed = expected["pixels"]
     features = session.encode_images(cases.pixels(tuple(shape), seed))
