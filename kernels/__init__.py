@@ -1,1 +1,1 @@
-"""GPU kernels, each beside its reference; the native backend will bring the first."""
+"""Triton kernels of the native backend, each beside a reference of the same signature."""

@@ -1,7 +1,7 @@
-"""stream += x Wᵀ: o_proj and down_proj, each with the residual and half of the next norm.
+"""residual += x Wᵀ: o_proj and down_proj, each with the residual and half of the next norm.
 
-Besides the stream it writes what the next kernel needs of it: the stream times that norm's weight
-in float16, and a sum of squares for each program.
+Besides the residual it writes what the next kernel needs of it: the residual times that norm's
+weight in float16, and a sum of squares for each program.
 """
 
 from __future__ import annotations
@@ -11,78 +11,84 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vila_deploy.kernels.capability import ComputeCapability
 from vila_deploy.kernels.gemv import weight_arguments, weight_constants
 from vila_deploy.kernels.launch import Launch
-from vila_deploy.kernels.packed_dot import times_rows
+from vila_deploy.kernels.packed_dot import packed_dot
 from vila_deploy.kernels.packed_linear import PackedLinear, unpack
-from vila_deploy.kernels.pdl import wait_with_rows
-from vila_deploy.kernels.tile_config import gemv_tile
+from vila_deploy.kernels.pdl import wait_and_prefetch
+from vila_deploy.kernels.tile_config import gemv_programs, gemv_tile
 
 
 @triton.jit
 def add_residual_kernel(
-    x, words, scale_zero, norm, residual, out, squares, tokens, columns, rows,
+    x_ptr: tl.tensor, words_ptr: tl.tensor, scale_zero_ptr: tl.tensor, norm_ptr: tl.tensor,
+    residual_ptr: tl.tensor, out_ptr: tl.tensor, squares_ptr: tl.tensor, tokens: tl.tensor,
+    columns: tl.tensor, rows: tl.tensor,
     BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     tile = tl.program_id(0)
     if PDL:
-        wait_with_rows(tile, words, scale_zero, columns, BITS, BLOCK, GROUP, ROWS)
+        wait_and_prefetch(
+            tile, words_ptr, scale_zero_ptr, columns, BITS, BLOCK, GROUP, ROWS
+        )  # fmt: skip
     add_residual_rows(
-        tile, x, words, scale_zero, norm, residual, out, squares, tokens, columns, rows,
+        tile, x_ptr, words_ptr, scale_zero_ptr, norm_ptr, residual_ptr, out_ptr, squares_ptr,
+        tokens, columns, rows,
         BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
     )  # fmt: skip
 
 
 @triton.jit
 def add_residual_rows(
-    tile, x, words, scale_zero, norm, residual, out, squares, tokens, columns, rows,
+    tile: tl.tensor, x_ptr: tl.tensor, words_ptr: tl.tensor, scale_zero_ptr: tl.tensor,
+    norm_ptr: tl.tensor, residual_ptr: tl.tensor, out_ptr: tl.tensor, squares_ptr: tl.tensor,
+    tokens: tl.tensor, columns: tl.tensor, rows: tl.tensor,
     BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Rows tile · ROWS and on of the stream, and their sum of squares."""
+) -> None:  # fmt: skip
+    """Write rows tile · ROWS and on of the residual, and their sum of squares."""
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
     token = tl.arange(0, TOKENS)[None, :]
     inside = (row < rows) & (token < tokens)
-    place = token * rows + row
-    before = tl.load(residual + place, mask=inside, other=0.0)
-    weight = tl.load(norm + row, mask=row < rows, other=0.0)
-    total = before + times_rows(
-        x, words, scale_zero, tile, tokens, columns,
+    offset = token * rows + row
+    before = tl.load(residual_ptr + offset, mask=inside, other=0.0)
+    weight = tl.load(norm_ptr + row, mask=row < rows, other=0.0)
+    total = before + packed_dot(
+        x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns,
         BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
     )  # fmt: skip
-    tl.store(residual + place, total, mask=inside)
-    tl.store(out + place, (total * weight).to(tl.float16), mask=inside)
-    parts = tl.sum(tl.where(inside, total * total, 0.0), 0)
-    tl.store(squares + tile * TOKENS + tl.arange(0, TOKENS), parts)
+    tl.store(residual_ptr + offset, total, mask=inside)
+    tl.store(out_ptr + offset, (total * weight).to(tl.float16), mask=inside)
+    squares = tl.sum(tl.where(inside, total * total, 0.0), 0)
+    tl.store(squares_ptr + tile * TOKENS + tl.arange(0, TOKENS), squares)
 
 
 def add_residual(
-    x: Tensor, weight: PackedLinear, norm: Tensor, stream: Tensor, out: Tensor, squares: Tensor,
-    sm: int,
+    x: Tensor, weight: PackedLinear, norm: Tensor, residual: Tensor, out: Tensor, squares: Tensor,
+    capability: ComputeCapability,
 ) -> Launch:  # fmt: skip
-    """A launch that adds to `stream` and fills `out` and `squares`.
+    """Return a launch that adds to `residual` and fills `out` and `squares`.
 
     Args:
         x: float16 [tokens, in].
         norm: float32 [out], the next norm's weight, divided by a power of two.
-        stream: float32 [tokens, out].
-        out: float16 [tokens, out], the new stream times `norm`.
-        squares: float32 [parts(sm, out), 8].
+        residual: float32 [tokens, out].
+        out: float16 [tokens, out], the new residual times `norm`.
+        squares: float32 [gemv_programs(capability, out), 8].
     """
-    tile = gemv_tile(sm, weight.out_features)
-    programs = parts(sm, weight.out_features)
-    assert squares.shape[0] == programs
+    tile, programs = gemv_tile(capability, weight.out_features), squares.shape[0]
+    assert programs == gemv_programs(capability, weight.out_features)
     return Launch(
         add_residual_kernel,
         (programs,),
         {
             **weight_arguments(x, weight),
-            "norm": norm,
-            "residual": stream,
-            "out": out,
-            "squares": squares,
-            "rows": weight.out_features,
+            "norm_ptr": norm,
+            "residual_ptr": residual,
+            "out_ptr": out,
+            "squares_ptr": squares,
         },
         {
             **weight_constants(weight, tile.rows, tile.split),
@@ -93,14 +99,9 @@ def add_residual(
     )
 
 
-def parts(sm: int, out_features: int) -> int:
-    """Rows of `squares`: one for each program."""
-    return triton.cdiv(out_features, gemv_tile(sm, out_features).rows)
-
-
 def add_residual_reference(
-    x: Tensor, weight: PackedLinear, norm: Tensor, stream: Tensor
+    x: Tensor, weight: PackedLinear, norm: Tensor, residual: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """New stream, stream times norm, and the whole sum of squares [tokens], in float32."""
-    new = stream + torch.nn.functional.linear(x.float(), unpack(weight))
+    """Return the new residual, that times `norm`, and its sum of squares [tokens], in float32."""
+    new = residual + torch.nn.functional.linear(x.float(), unpack(weight))
     return new, new * norm, (new * new).sum(1)

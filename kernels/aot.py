@@ -1,4 +1,4 @@
-"""Compiling launches for a GPU that isn't here, and what the assembler says about them."""
+"""Ahead-of-time compilation of launches for a GPU that isn't here, with the assembler's figures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vila_deploy.kernels.capability import ComputeCapability
 from vila_deploy.kernels.launch import Launch
 
 WARP = 32
@@ -28,7 +29,7 @@ class Compiled:
     """
 
     kernel: str
-    sm: int
+    capability: ComputeCapability
     registers: int
     stack_bytes: int
     shared_bytes: int
@@ -36,41 +37,56 @@ class Compiled:
     constants: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the row of kernels.json; `sm` is the capability as compilers number it."""
+        return {
+            "kernel": self.kernel,
+            "sm": self.capability.sm,
+            "registers": self.registers,
+            "stack_bytes": self.stack_bytes,
+            "shared_bytes": self.shared_bytes,
+            "warps": self.warps,
+            "constants": self.constants,
+        }
 
 
-def compile_launch(launch: Launch, sm: int) -> tuple[Compiled, dict[str, Any]]:
-    """Compiles for compute capability sm / 10; needs no GPU. Also returns the stages' outputs."""
-    target = GPUTarget("cuda", sm, WARP)
+def compile_launch(
+    launch: Launch, capability: ComputeCapability
+) -> tuple[Compiled, dict[str, Any]]:
+    """Return the compiled kernel's figures, and the output of each of the compiler's stages.
+
+    Needs no GPU.
+    """
+    target = GPUTarget("cuda", capability.sm, WARP)
     options = {"num_warps": launch.warps, **launch.options}
     kernel = triton.compile(source(launch), target=target, options=options)
     registers, stack_bytes = resources(kernel.asm["cubin"])
     shared_bytes = int(kernel.metadata.shared)
     compiled = Compiled(
-        launch.name, sm, registers, stack_bytes, shared_bytes, launch.warps, launch.constants
-    )
+        launch.name, capability, registers, stack_bytes, shared_bytes, launch.warps,
+        launch.constants,
+    )  # fmt: skip
     return compiled, kernel.asm
 
 
 def source(launch: Launch) -> ASTSource:
-    """What Triton compiles, the same that its just-in-time compiler makes of the launch."""
+    """Return the source that Triton's just-in-time compiler would make of the launch."""
     return ASTSource(
         launch.kernel, launch.signature(), launch.compiled_constants(), launch.attributes()
     )
 
 
-def compile_all(launches: Iterable[Launch], sm: int) -> list[Compiled]:
-    """Each distinct kernel among `launches` once."""
+def compile_all(launches: Iterable[Launch], capability: ComputeCapability) -> list[Compiled]:
+    """Compile each distinct kernel among `launches` once."""
     distinct: dict[str, Launch] = {}
     for launch in launches:
-        how = (launch.compiled_constants(), launch.warps, launch.options)
-        key = repr((launch.name, launch.signature(), launch.attributes(), *how))
+        options = (launch.compiled_constants(), launch.warps, launch.options)
+        key = repr((launch.name, launch.signature(), launch.attributes(), *options))
         distinct.setdefault(key, launch)
-    return [compile_launch(launch, sm)[0] for launch in distinct.values()]
+    return [compile_launch(launch, capability)[0] for launch in distinct.values()]
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread, from the cuobjdump that comes with Triton."""
+    """Return registers and stack bytes of a thread, from the cuobjdump that comes with Triton."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
@@ -82,7 +98,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def parse_usage(report: str) -> tuple[int, int]:
-    """Registers and bytes of stack out of what `cuobjdump -res-usage` prints of one kernel."""
+    """Return registers and stack bytes out of `cuobjdump -res-usage`'s report of one kernel."""
     (registers,) = re.findall(r"\bREG:(\d+)", report)
     (stack,) = re.findall(r"\bSTACK:(\d+)", report)
     return int(registers), int(stack)

@@ -1,4 +1,4 @@
-"""The most likely token out of the parts that `head` left, and one step forward."""
+"""The greedy token out of each program's best one that `head` left, and one position forward."""
 
 from __future__ import annotations
 
@@ -12,44 +12,45 @@ from vila_deploy.kernels.tile_config import TOKENS
 
 
 @triton.jit
-def pick_kernel(
-    best, index, token, history, position, count, slots,
+def argmax_kernel(
+    best_ptr: tl.tensor, index_ptr: tl.tensor, token_ptr: tl.tensor, history_ptr: tl.tensor,
+    position_ptr: tl.tensor, count: tl.tensor, history_len: tl.tensor,
     COUNT: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     if PDL:
         wait()
     column = tl.program_id(0)
-    part = tl.arange(0, COUNT)
-    inside = part < count
-    values = tl.load(best + part * TOKENS + column, mask=inside, other=float("-inf"))
-    tokens = tl.load(index + part * TOKENS + column, mask=inside, other=2147483647)
-    # The lowest token of equal logits, as argmax gives it.
-    chosen = tl.min(tl.where(values == tl.max(values, 0), tokens, 2147483647), 0)
-    tl.store(token + column, chosen)
+    program = tl.arange(0, COUNT)
+    inside = program < count
+    values = tl.load(best_ptr + program * TOKENS + column, mask=inside, other=float("-inf"))
+    tokens = tl.load(index_ptr + program * TOKENS + column, mask=inside, other=2147483647)
+    # The lowest token of equal logits, as torch.argmax gives it.
+    token = tl.min(tl.where(values == tl.max(values, 0), tokens, 2147483647), 0)
+    tl.store(token_ptr + column, token)
     if STEP:
-        where = tl.load(position) + 1
-        tl.store(history + tl.minimum(where, slots - 1), chosen)
-        tl.store(position, where)
+        position = tl.load(position_ptr) + 1
+        tl.store(history_ptr + tl.minimum(position, history_len - 1), token)
+        tl.store(position_ptr, position)
 
 
-def pick(
+def argmax(
     best: Tensor, index: Tensor, token: Tensor, history: Tensor, position: Tensor, *, step: bool
 ) -> Launch:
-    """A launch that writes the greedy token of each column into `token`.
+    """Return a launch that writes the greedy token of each column into `token`.
 
     Args:
         best, index: as `head` fills them.
         token: int32 [tokens].
-        history: int32 [slots]; with `step`, the token goes to the place of its position.
+        history: int32 [positions]; with `step`, the token goes to its position there.
         position: int32 [1]; with `step` (one token only) it grows by one.
     """
     assert not step or token.shape[0] == 1
     return Launch(
-        pick_kernel,
+        argmax_kernel,
         (token.shape[0],),
         {
-            "best": best, "index": index, "token": token, "history": history,
-            "position": position, "count": best.shape[0], "slots": history.shape[0],
+            "best_ptr": best, "index_ptr": index, "token_ptr": token, "history_ptr": history,
+            "position_ptr": position, "count": best.shape[0], "history_len": history.shape[0],
         },
         {
             "COUNT": next_power_of_2(best.shape[0]), "TOKENS": TOKENS, "STEP": step,
@@ -59,6 +60,6 @@ def pick(
     )  # fmt: skip
 
 
-def pick_reference(logits: Tensor) -> Tensor:
-    """The first of the largest logits of each row."""
+def argmax_reference(logits: Tensor) -> Tensor:
+    """Return the first of the largest logits of each row, int64 [tokens]."""
     return logits.argmax(1)

@@ -1,8 +1,8 @@
 """Attention of one or a few new tokens over the cache, split along it, query heads in groups.
 
-Each program takes the query heads that share a key head and a part of the cache. Parts are added up
-in their order, so results repeat bit for bit: by a second kernel, or by the last program of a key
-head to finish.
+Each program takes the query heads that share a key head and one split of the cache. Splits are
+merged in their order, so results repeat bit for bit: by a second kernel, or by the last program of
+a key head to finish.
 """
 
 from __future__ import annotations
@@ -14,103 +14,124 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vila_deploy.kernels.kv_int8 import levels_of, scale_of, widened
+from vila_deploy.kernels.capability import ComputeCapability
+from vila_deploy.kernels.kv_int8 import dequantize_int8, int8_scale, quantize_int8
 from vila_deploy.kernels.launch import Launch, next_power_of_2
 from vila_deploy.kernels.pdl import prefetch, wait
-from vila_deploy.kernels.tile_config import attention_slots, device
+from vila_deploy.kernels.tile_config import attention_block, device
 
 QUERIES = 16  # rows of the narrowest tensor core product
 LOG2_E = 1.4426950408889634
-CACHE_LINES = tl.constexpr(128)  # of 128 bytes, of keys and of values, asked for ahead
+CACHE_LINES = tl.constexpr(128)  # of 128 bytes, of keys and of values, prefetched
 Scales = tuple[Tensor, Tensor]
 
 
 @triton.jit
-def attention_part_kernel(
-    q, keys, values, key_scales, value_scales, position, cos, sin, sums, maxima, weights,
-    heads, kv_heads, slots, splits, scale,
-    TURN: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
-    DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
+def attention_split_kernel(
+    q_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor, key_scales_ptr: tl.tensor,
+    value_scales_ptr: tl.tensor, position_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor,
+    sums_ptr: tl.tensor, maxima_ptr: tl.tensor, weights_ptr: tl.tensor,
+    heads: tl.tensor, kv_heads: tl.tensor, cache_len: tl.tensor, splits: tl.tensor,
+    scale: tl.tensor,
+    ROPE: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
-        prefetch_cache(token, kv_head, split, keys, values, position, slots, splits, DIM, SLOTS)
+        prefetch_cache(
+            token, kv_head, split, keys_ptr, values_ptr, position_ptr, cache_len, splits, DIM, BLOCK
+        )  # fmt: skip
         wait()
-    attention_part(
-        token, kv_head, split, q, keys, values, key_scales, value_scales, position, cos, sin,
-        sums, maxima, weights, heads, kv_heads, slots, splits, scale,
-        TURN, INT8, GROUP, DIM, DIM_BLOCK, QUERIES, SLOTS, STAGES,
+    attend_split(
+        token, kv_head, split, q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
+        position_ptr, cos_ptr, sin_ptr, sums_ptr, maxima_ptr, weights_ptr,
+        heads, kv_heads, cache_len, splits, scale,
+        ROPE, INT8, GROUP, DIM, DIM_BLOCK, QUERIES, BLOCK, STAGES,
     )  # fmt: skip
 
 
 @triton.jit
-def part_of_cache(newest, split, splits, SLOTS: tl.constexpr):
-    """The slots [start, end) that part `split` sees; none if start ≥ end."""
-    chunk = tl.cdiv(tl.cdiv(newest + 1, splits), SLOTS) * SLOTS
+def split_range(
+    newest: tl.tensor, split: tl.tensor, splits: tl.tensor, BLOCK: tl.constexpr
+) -> tl.tuple:
+    """Return the positions [start, end) that `split` sees; none if start ≥ end."""
+    chunk = tl.cdiv(tl.cdiv(newest + 1, splits), BLOCK) * BLOCK
     start = split * chunk
     return start, tl.minimum(start + chunk, newest + 1)
 
 
 @triton.jit
 def prefetch_cache(
-    token, kv_head, split, keys, values, position, slots, splits,
-    DIM: tl.constexpr, SLOTS: tl.constexpr,
-):  # fmt: skip
+    token: tl.tensor, kv_head: tl.tensor, split: tl.tensor, keys_ptr: tl.tensor,
+    values_ptr: tl.tensor, position_ptr: tl.tensor, cache_len: tl.tensor, splits: tl.tensor,
+    DIM: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """Prefetch the first keys and values of a split."""
     # Past the L1, which could give the kernel's own load this value again: a step too old.
-    newest = tl.load(position, cache_modifier=".cg") + token
-    start, end = part_of_cache(newest, split, splits, SLOTS)
+    newest = tl.load(position_ptr, cache_modifier=".cg") + token
+    start, end = split_range(newest, split, splits, BLOCK)
     if start < end:
-        first = (kv_head.to(tl.int64) * slots + start) * DIM
-        prefetch(keys + first, (end - start) * DIM, CACHE_LINES)
-        prefetch(values + first, (end - start) * DIM, CACHE_LINES)
+        first = (kv_head.to(tl.int64) * cache_len + start) * DIM
+        prefetch(keys_ptr + first, (end - start) * DIM, CACHE_LINES)
+        prefetch(values_ptr + first, (end - start) * DIM, CACHE_LINES)
 
 
 @triton.jit
-def attention_part(
-    token, kv_head, split, q, keys, values, key_scales, value_scales, position, cos, sin,
-    sums, maxima, weights, heads, kv_heads, slots, splits, scale,
-    TURN: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
-    DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Sums, maxima and weights of the query heads of `kv_head` over one part of the cache."""
-    newest = tl.load(position) + token
-    start, end = part_of_cache(newest, split, splits, SLOTS)
-    query, slot, dim = tl.arange(0, QUERIES), tl.arange(0, SLOTS), tl.arange(0, DIM_BLOCK)
+def attend_split(
+    token: tl.tensor, kv_head: tl.tensor, split: tl.tensor, q_ptr: tl.tensor, keys_ptr: tl.tensor,
+    values_ptr: tl.tensor, key_scales_ptr: tl.tensor, value_scales_ptr: tl.tensor,
+    position_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, sums_ptr: tl.tensor,
+    maxima_ptr: tl.tensor, weights_ptr: tl.tensor,
+    heads: tl.tensor, kv_heads: tl.tensor, cache_len: tl.tensor, splits: tl.tensor,
+    scale: tl.tensor,
+    ROPE: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write sums, maxima and weights of the query heads of `kv_head` over one split."""
+    newest = tl.load(position_ptr) + token
+    start, end = split_range(newest, split, splits, BLOCK)
+    query, offset, dim = tl.arange(0, QUERIES), tl.arange(0, BLOCK), tl.arange(0, DIM_BLOCK)
     head = kv_head * GROUP + query
-    mine, whole = query < GROUP, dim < DIM
+    in_group, in_dim = query < GROUP, dim < DIM
     rows = (token * heads + head)[:, None]
-    inside = mine[:, None] & whole[None, :]
-    keys += kv_head.to(tl.int64) * slots * DIM
-    values += kv_head.to(tl.int64) * slots * DIM
-    key_scales += kv_head * slots
-    value_scales += kv_head * slots
-    if TURN:
+    inside = in_group[:, None] & in_dim[None, :]
+    keys_ptr += kv_head.to(tl.int64) * cache_len * DIM
+    values_ptr += kv_head.to(tl.int64) * cache_len * DIM
+    key_scales_ptr += kv_head * cache_len
+    value_scales_ptr += kv_head * cache_len
+    if ROPE:
         # One token, straight from the product: q, k and v of all heads in a row.
-        vectors = turned(q + head[:, None] * DIM, dim[None, :], cos, sin, newest, inside, DIM)
-        source = q + (heads + kv_head) * DIM
-        new_key = turned(source, dim, cos, sin, newest, whole, DIM)
-        new_value = tl.load(source + kv_heads * DIM + dim, mask=whole, other=0.0)
-        here = (start <= newest) & (newest < end)
-        new_key = entered(new_key, keys, key_scales, newest, dim, whole, here, INT8, DIM)
-        new_value = entered(new_value, values, value_scales, newest, dim, whole, here, INT8, DIM)
+        vectors = rotate(
+            q_ptr + head[:, None] * DIM, dim[None, :], cos_ptr, sin_ptr, newest, inside, DIM
+        )  # fmt: skip
+        source_ptr = q_ptr + (heads + kv_head) * DIM
+        new_key = rotate(source_ptr, dim, cos_ptr, sin_ptr, newest, in_dim, DIM)
+        new_value = tl.load(source_ptr + kv_heads * DIM + dim, mask=in_dim, other=0.0)
+        in_split = (start <= newest) & (newest < end)
+        new_key = append_vector(
+            new_key, keys_ptr, key_scales_ptr, newest, dim, in_dim, in_split, INT8, DIM
+        )  # fmt: skip
+        new_value = append_vector(
+            new_value, values_ptr, value_scales_ptr, newest, dim, in_dim, in_split, INT8, DIM
+        )  # fmt: skip
     else:
-        vectors = tl.load(q + rows * DIM + dim[None, :], mask=inside, other=0.0)
+        vectors = tl.load(q_ptr + rows * DIM + dim[None, :], mask=inside, other=0.0)
     top = tl.full((QUERIES,), -1e30, tl.float32)
     mass = tl.zeros((QUERIES,), tl.float32)
     total = tl.zeros((QUERIES, DIM_BLOCK), tl.float32)
-    last = newest if TURN else newest + 1  # the slot being written is not read
-    for first in tl.range(start, end, SLOTS, num_stages=STAGES):
-        at = first + slot
-        k = read(
-            keys + at[None, :] * DIM + dim[:, None], key_scales + at[None, :],
-            at[None, :] < last, whole[:, None], INT8,
+    stored = newest if ROPE else newest + 1  # the position being written is not read
+    for first in tl.range(start, end, BLOCK, num_stages=STAGES):
+        at = first + offset
+        k = load_vectors(
+            keys_ptr + at[None, :] * DIM + dim[:, None], key_scales_ptr + at[None, :],
+            at[None, :] < stored, in_dim[:, None], INT8,
         )  # fmt: skip
-        v = read(
-            values + at[:, None] * DIM + dim[None, :], value_scales + at[:, None],
-            at[:, None] < last, whole[None, :], INT8,
+        v = load_vectors(
+            values_ptr + at[:, None] * DIM + dim[None, :], value_scales_ptr + at[:, None],
+            at[:, None] < stored, in_dim[None, :], INT8,
         )  # fmt: skip
-        if TURN:
+        if ROPE:
             k = tl.where(at[None, :] == newest, new_key[:, None], k)
             v = tl.where(at[:, None] == newest, new_value[None, :], v)
         scores = tl.where(at[None, :] < end, tl.dot(vectors, k) * scale, -1e30)
@@ -120,201 +141,214 @@ def attention_part(
         mass = mass * shrink + tl.sum(shares, 1)
         total = tl.dot(shares.to(tl.float16), v, total * shrink[:, None])
         top = new_top
-    place = rows * splits + split
-    tl.store(sums + place * DIM + dim[None, :], total, mask=inside)
+    row_split = rows * splits + split
+    tl.store(sums_ptr + row_split * DIM + dim[None, :], total, mask=inside)
     flat = (token * heads + head) * splits + split
-    tl.store(maxima + flat, top, mask=mine)
-    tl.store(weights + flat, mass, mask=mine)
+    tl.store(maxima_ptr + flat, top, mask=in_group)
+    tl.store(weights_ptr + flat, mass, mask=in_group)
 
 
 @triton.jit
-def entered(
-    vector, cache, scales, newest, dim, whole, here, INT8: tl.constexpr, DIM: tl.constexpr
-):  # fmt: skip
-    """The new token's vector as it will be read later, and into its slot if that is `here`."""
+def append_vector(
+    vector: tl.tensor, cache_ptr: tl.tensor, scales_ptr: tl.tensor, newest: tl.tensor,
+    dim: tl.tensor, in_dim: tl.tensor, in_split: tl.tensor, INT8: tl.constexpr, DIM: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Write the new token's vector to its position if `in_split`; return it as it is read later."""
     if INT8:
-        scale = scale_of(tl.max(tl.abs(vector.to(tl.float32)), 0))
-        levels = levels_of(vector, scale)
-        if here:
-            tl.store(cache + newest * DIM + dim, levels, mask=whole)
-            tl.store(scales + newest, scale)
-        return widened(levels, scale)
+        scale = int8_scale(tl.max(tl.abs(vector.to(tl.float32)), 0))
+        quantized = quantize_int8(vector, scale)
+        if in_split:
+            tl.store(cache_ptr + newest * DIM + dim, quantized, mask=in_dim)
+            tl.store(scales_ptr + newest, scale)
+        return dequantize_int8(quantized, scale)
     else:
-        if here:
-            tl.store(cache + newest * DIM + dim, vector, mask=whole)
+        if in_split:
+            tl.store(cache_ptr + newest * DIM + dim, vector, mask=in_dim)
         return vector
 
 
 @triton.jit
-def read(cells, scales, filled, whole, INT8: tl.constexpr):
-    """float16 vectors of slots; zeros where a slot isn't `filled`."""
-    found = tl.load(cells, mask=filled & whole, other=0)
+def load_vectors(
+    cells_ptr: tl.tensor, scales_ptr: tl.tensor, filled: tl.tensor, in_dim: tl.tensor,
+    INT8: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return float16 vectors of the cache; zeros at positions that aren't `filled`."""
+    vectors = tl.load(cells_ptr, mask=filled & in_dim, other=0)
     if INT8:
-        found = widened(found, tl.load(scales, mask=filled, other=0.0))
-    return found
+        vectors = dequantize_int8(vectors, tl.load(scales_ptr, mask=filled, other=0.0))
+    return vectors
 
 
 @triton.jit
-def turned(source, dim, cos, sin, position, inside, DIM: tl.constexpr):
-    """float16 vectors at `source` after rotary embedding at `position`."""
+def rotate(
+    source_ptr: tl.tensor, dim: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor,
+    position: tl.tensor, inside: tl.tensor, DIM: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Return float16 vectors at `source_ptr` after rotary embedding at `position`."""
     HALF: tl.constexpr = DIM // 2
-    partner = tl.where(dim < HALF, dim + HALF, dim - HALF)
-    own = tl.load(source + dim, mask=inside, other=0.0).to(tl.float32)
-    other = tl.load(source + partner, mask=inside, other=0.0).to(tl.float32)
+    partner_dim = tl.where(dim < HALF, dim + HALF, dim - HALF)
+    value = tl.load(source_ptr + dim, mask=inside, other=0.0).to(tl.float32)
+    partner = tl.load(source_ptr + partner_dim, mask=inside, other=0.0).to(tl.float32)
     angle = position * HALF + dim % HALF
-    c = tl.load(cos + angle, mask=dim < DIM, other=0.0)
-    s = tl.load(sin + angle, mask=dim < DIM, other=0.0)
-    return (own * c + tl.where(dim < HALF, -other, other) * s).to(tl.float16)
+    c = tl.load(cos_ptr + angle, mask=dim < DIM, other=0.0)
+    s = tl.load(sin_ptr + angle, mask=dim < DIM, other=0.0)
+    return (value * c + tl.where(dim < HALF, -partner, partner) * s).to(tl.float16)
 
 
 @triton.jit
 def attention_kernel(
-    q, keys, values, key_scales, value_scales, position, cos, sin, sums, maxima, weights, done, out,
-    heads, kv_heads, slots, splits, scale,
-    TURN: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
-    DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
+    q_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor, key_scales_ptr: tl.tensor,
+    value_scales_ptr: tl.tensor, position_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor,
+    sums_ptr: tl.tensor, maxima_ptr: tl.tensor, weights_ptr: tl.tensor, done_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    heads: tl.tensor, kv_heads: tl.tensor, cache_len: tl.tensor, splits: tl.tensor,
+    scale: tl.tensor,
+    ROPE: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
     SPLITS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
+    """Attend to one split; the last program of a key head to finish merges them all."""
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
-        prefetch_cache(token, kv_head, split, keys, values, position, slots, splits, DIM, SLOTS)
+        prefetch_cache(
+            token, kv_head, split, keys_ptr, values_ptr, position_ptr, cache_len, splits, DIM, BLOCK
+        )  # fmt: skip
         wait()
-    attention_whole(
-        token, kv_head, split, q, keys, values, key_scales, value_scales, position, cos, sin,
-        sums, maxima, weights, done, out, heads, kv_heads, slots, splits, scale,
-        TURN, INT8, GROUP, DIM, DIM_BLOCK, QUERIES, SLOTS, STAGES, SPLITS,
+    attend_split(
+        token, kv_head, split, q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
+        position_ptr, cos_ptr, sin_ptr, sums_ptr, maxima_ptr, weights_ptr,
+        heads, kv_heads, cache_len, splits, scale,
+        ROPE, INT8, GROUP, DIM, DIM_BLOCK, QUERIES, BLOCK, STAGES,
     )  # fmt: skip
-
-
-@triton.jit
-def attention_whole(
-    token, kv_head, split, q, keys, values, key_scales, value_scales, position, cos, sin,
-    sums, maxima, weights, done, out, heads, kv_heads, slots, splits, scale,
-    TURN: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
-    DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr, STAGES: tl.constexpr,
-    SPLITS: tl.constexpr,
-):  # fmt: skip
-    """One part; the last part of a key head to be ready also writes what its heads attended to."""
-    attention_part(
-        token, kv_head, split, q, keys, values, key_scales, value_scales, position, cos, sin,
-        sums, maxima, weights, heads, kv_heads, slots, splits, scale,
-        TURN, INT8, GROUP, DIM, DIM_BLOCK, QUERIES, SLOTS, STAGES,
-    )  # fmt: skip
-    count = done + token * kv_heads + kv_head
+    count_ptr = done_ptr + token * kv_heads + kv_head
     tl.debug_barrier()
-    if tl.atomic_add(count, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
-        tl.store(count, 0)
+    if tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") == SPLITS - 1:
+        tl.store(count_ptr, 0)
         query = tl.arange(0, QUERIES)
         row = token * heads + kv_head * GROUP + query
-        merge_parts(row, query < GROUP, sums, maxima, weights, out, SPLITS, DIM, DIM_BLOCK)
+        merge_splits(
+            row, query < GROUP, sums_ptr, maxima_ptr, weights_ptr, out_ptr, SPLITS, DIM, DIM_BLOCK
+        )  # fmt: skip
 
 
 @triton.jit
 def attention_merge_kernel(
-    sums, maxima, weights, out,
+    sums_ptr: tl.tensor, maxima_ptr: tl.tensor, weights_ptr: tl.tensor, out_ptr: tl.tensor,
     SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     if PDL:
         wait()
     row = tl.program_id(0) + tl.arange(0, 1)
-    merge_parts(row, row >= 0, sums, maxima, weights, out, SPLITS, DIM, DIM_BLOCK)
+    merge_splits(row, row >= 0, sums_ptr, maxima_ptr, weights_ptr, out_ptr, SPLITS, DIM, DIM_BLOCK)
 
 
 @triton.jit
-def merge_parts(
-    row, mine, sums, maxima, weights, out,
+def merge_splits(
+    row: tl.tensor, in_group: tl.tensor, sums_ptr: tl.tensor, maxima_ptr: tl.tensor,
+    weights_ptr: tl.tensor, out_ptr: tl.tensor,
     SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Rows of `out` where `mine`, parts added up in their order whoever does it."""
+) -> None:  # fmt: skip
+    """Write the rows of out that are `in_group`, splits added up in their order."""
     dim = tl.arange(0, DIM_BLOCK)[None, :]
-    inside = mine[:, None] & (dim < DIM)
+    inside = in_group[:, None] & (dim < DIM)
     first = row * SPLITS
-    top = tl.load(maxima + first, mask=mine, other=0.0)
+    top = tl.load(maxima_ptr + first, mask=in_group, other=0.0)
     for split in tl.static_range(1, SPLITS):
-        top = tl.maximum(top, tl.load(maxima + first + split, mask=mine, other=0.0))
+        top = tl.maximum(top, tl.load(maxima_ptr + first + split, mask=in_group, other=0.0))
     mass = tl.zeros(row.shape, tl.float32)
     total = tl.zeros(inside.shape, tl.float32)
     for split in tl.static_range(SPLITS):
-        share = tl.exp2(tl.load(maxima + first + split, mask=mine, other=0.0) - top)
-        mass += share * tl.load(weights + first + split, mask=mine, other=1.0)
-        part = sums + (first + split)[:, None] * DIM + dim
-        total += share[:, None] * tl.load(part, mask=inside, other=0.0)
+        share = tl.exp2(tl.load(maxima_ptr + first + split, mask=in_group, other=0.0) - top)
+        mass += share * tl.load(weights_ptr + first + split, mask=in_group, other=1.0)
+        split_ptr = sums_ptr + (first + split)[:, None] * DIM + dim
+        total += share[:, None] * tl.load(split_ptr, mask=inside, other=0.0)
     total /= mass[:, None]
-    tl.store(out + row[:, None] * DIM + dim, total.to(tl.float16), mask=inside)
+    tl.store(out_ptr + row[:, None] * DIM + dim, total.to(tl.float16), mask=inside)
 
 
 def attention(
-    q: Tensor, keys: Tensor, values: Tensor, position: Tensor, out: Tensor, parts: Parts, sm: int,
-    scales: Scales | None = None,
+    q: Tensor, keys: Tensor, values: Tensor, position: Tensor, out: Tensor,
+    scratch: SplitScratch, capability: ComputeCapability, scales: Scales | None = None,
 ) -> tuple[Launch, ...]:  # fmt: skip
-    """Two launches that fill `out`.
+    """Return two launches that fill `out`.
 
     Args:
-        q: float16 [tokens, heads, dim]; token i sees the slots up to position + i.
-        keys, values: float16 [kv_heads, slots, dim], or int8 with `scales`.
+        q: float16 [tokens, heads, dim]; token i sees the positions up to position + i.
+        keys, values: float16 [kv_heads, positions, dim], or int8 with `scales`.
         position: int32 [1], of the first token.
         out: float16 [tokens, heads · dim].
-        parts: scratch for at least as many tokens.
-        scales: of keys and of values, float16 [kv_heads, slots].
+        scratch: for at least as many tokens.
+        scales: of keys and of values, float16 [kv_heads, positions].
     """
-    return _launches(q, None, keys, values, position, out, parts, sm, scales, merged=False)
+    return _launches(
+        q, None, keys, values, position, out, scratch, capability, scales, merged=False
+    )  # fmt: skip
 
 
 def rope_attention(
     qkv: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, position: Tensor,
-    out: Tensor, parts: Parts, sm: int, scales: Scales | None = None, *, merged: bool = False,
+    out: Tensor, scratch: SplitScratch, capability: ComputeCapability,
+    scales: Scales | None = None, *, merged: bool = False,
 ) -> tuple[Launch, ...]:  # fmt: skip
-    """`rope_kv` and `attention` of one token in one boundary less, with the same bits as result.
+    """Return `rope_kv` and `attention` of one token in a launch less, with the same bits.
 
     Args:
         qkv: float16 [1, (heads + 2 · kv_heads) · dim], as the product left it.
-        angles: cos and sin, float32 [slots, dim / 2].
-        keys, values, scales: also written, at the slot `position`.
-        merged: the last part of a key head adds its parts up: one launch instead of two.
+        angles: cos and sin, float32 [positions, dim / 2].
+        keys, values, scales: also written, at `position`.
+        merged: the last program of a key head merges its splits: one launch instead of two.
     """
-    return _launches(qkv, angles, keys, values, position, out, parts, sm, scales, merged=merged)
+    return _launches(
+        qkv, angles, keys, values, position, out, scratch, capability, scales, merged=merged
+    )  # fmt: skip
 
 
 def _launches(
     q: Tensor, angles: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor,
-    position: Tensor, out: Tensor, parts: Parts, sm: int, scales: Scales | None, *, merged: bool,
+    position: Tensor, out: Tensor, scratch: SplitScratch, capability: ComputeCapability,
+    scales: Scales | None, *, merged: bool,
 ) -> tuple[Launch, ...]:  # fmt: skip
-    kv_heads, slots, dim = keys.shape
+    kv_heads, cache_len, dim = keys.shape
     tokens, heads = out.shape[0], out.shape[1] // dim
     assert heads // kv_heads <= QUERIES
     assert angles is None or tokens == 1
     block = max(16, next_power_of_2(dim))
-    scratch = {"sums": parts.sums, "maxima": parts.maxima, "weights": parts.weights}
-    cos, sin = angles or (parts.maxima, parts.maxima)
+    partial = {
+        "sums_ptr": scratch.sums, "maxima_ptr": scratch.maxima, "weights_ptr": scratch.weights,
+    }  # fmt: skip
+    cos, sin = angles or (scratch.maxima, scratch.maxima)
     assert (keys.dtype == torch.int8) == (scales is not None)
     key_scales, value_scales = scales or (out, out)
-    part = Launch(
-        attention_part_kernel,
-        (tokens, kv_heads, parts.splits),
+    splits = Launch(
+        attention_split_kernel,
+        (tokens, kv_heads, scratch.splits),
         {
-            "q": q, "keys": keys, "values": values, "key_scales": key_scales,
-            "value_scales": value_scales, "position": position, "cos": cos, "sin": sin,
-            **scratch, "heads": heads, "kv_heads": kv_heads, "slots": slots,
-            "splits": parts.splits, "scale": dim**-0.5 * LOG2_E,
+            "q_ptr": q, "keys_ptr": keys, "values_ptr": values, "key_scales_ptr": key_scales,
+            "value_scales_ptr": value_scales, "position_ptr": position, "cos_ptr": cos,
+            "sin_ptr": sin, **partial, "heads": heads, "kv_heads": kv_heads,
+            "cache_len": cache_len, "splits": scratch.splits, "scale": dim**-0.5 * LOG2_E,
         },
         {
-            "TURN": angles is not None, "INT8": scales is not None, "GROUP": heads // kv_heads,
-            "DIM": dim, "DIM_BLOCK": block, "QUERIES": QUERIES, "SLOTS": attention_slots(sm),
-            "STAGES": device(sm).attention_stages, "PDL": False,
+            "ROPE": angles is not None, "INT8": scales is not None, "GROUP": heads // kv_heads,
+            "DIM": dim, "DIM_BLOCK": block, "QUERIES": QUERIES,
+            "BLOCK": attention_block(capability), "STAGES": device(capability).attention_stages,
+            "PDL": False,
         },
         4,
     )  # fmt: skip
     if merged:
-        args = part.args | {"done": parts.done, "out": out}
-        constants = part.constants | {"SPLITS": parts.splits}
-        return (replace(part, kernel=attention_kernel, args=args, constants=constants),)
-    constants = {"SPLITS": parts.splits, "DIM": dim, "DIM_BLOCK": block, "PDL": False}
-    merge = Launch(attention_merge_kernel, (tokens * heads,), {**scratch, "out": out}, constants, 1)
-    return part, merge
+        args = splits.args | {"done_ptr": scratch.done, "out_ptr": out}
+        constants = splits.constants | {"SPLITS": scratch.splits}
+        return (replace(splits, kernel=attention_kernel, args=args, constants=constants),)
+    constants = {"SPLITS": scratch.splits, "DIM": dim, "DIM_BLOCK": block, "PDL": False}
+    merge = Launch(
+        attention_merge_kernel, (tokens * heads,), {**partial, "out_ptr": out}, constants, 1
+    )  # fmt: skip
+    return splits, merge
 
 
-class Parts:
-    """Scratch between the two kernels: float32 sums [tokens, heads, splits, dim] and their weights.
+class SplitScratch:
+    """Results of each split: float32 sums [tokens, heads, splits, dim], maxima and weights.
 
     Args:
         splits: a power of two.
@@ -326,12 +360,12 @@ class Parts:
         self.sums = torch.empty((*shape, dim), dtype=torch.float32, device=device)
         self.maxima = torch.empty(shape, dtype=torch.float32, device=device)
         self.weights = torch.empty(shape, dtype=torch.float32, device=device)
-        # Parts of each key head that are ready, at most one for each head; every launch leaves 0.
+        # Splits of each key head that are done, at most one a head; every launch leaves 0.
         self.done = torch.zeros((tokens, heads), dtype=torch.int32, device=device)
 
 
 def attention_reference(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-    """The same in float32, [tokens, heads · dim]."""
+    """Return what `attention` computes, in float32 [tokens, heads · dim]."""
     tokens, heads, dim = q.shape
     group = heads // keys.shape[0]
     outputs = []

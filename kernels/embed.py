@@ -1,4 +1,4 @@
-"""A token's row of the embedding table becomes the residual stream."""
+"""A token's row of the embedding table becomes the residual."""
 
 from __future__ import annotations
 
@@ -13,40 +13,43 @@ from vila_deploy.kernels.tile_config import TOKENS
 
 @triton.jit
 def embed_kernel(
-    token, table, norm, residual, out, squares, columns,
+    token_ptr: tl.tensor, table_ptr: tl.tensor, norm_ptr: tl.tensor, residual_ptr: tl.tensor,
+    out_ptr: tl.tensor, squares_ptr: tl.tensor, columns: tl.tensor,
     COLUMNS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     if PDL:
         wait()
-    place = tl.program_id(0)
+    token = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
     inside = column < columns
-    start = tl.load(token + place).to(tl.int64) * columns
-    row = tl.load(table + start + column, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(norm + column, mask=inside, other=0.0)
-    tl.store(residual + place * columns + column, row, mask=inside)
-    tl.store(out + place * columns + column, (row * weight).to(tl.float16), mask=inside)
-    tl.store(squares + place, tl.sum(row * row, 0))
+    start = tl.load(token_ptr + token).to(tl.int64) * columns
+    row = tl.load(table_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(norm_ptr + column, mask=inside, other=0.0)
+    tl.store(residual_ptr + token * columns + column, row, mask=inside)
+    tl.store(out_ptr + token * columns + column, (row * weight).to(tl.float16), mask=inside)
+    tl.store(squares_ptr + token, tl.sum(row * row, 0))
 
 
 def embed(
-    token: Tensor, table: Tensor, norm: Tensor, stream: Tensor, out: Tensor, squares: Tensor
+    token: Tensor, table: Tensor, norm: Tensor, residual: Tensor, out: Tensor, squares: Tensor
 ) -> Launch:
-    """A launch that fills `stream`, `out` and `squares`, one program a token.
+    """Return a launch that fills `residual`, `out` and `squares`, one program a token.
 
     Args:
         token: int32 [tokens].
         table: float16 [vocabulary, hidden]; may lie in pinned host memory.
         norm: float32 [hidden], the first norm's weight, divided by a power of two.
-        stream, out, squares: as for `add_residual`, with `squares` [1, 8].
+        residual: float32 [tokens, hidden].
+        out: float16 [tokens, hidden], the residual times `norm`.
+        squares: float32 [1, 8], the residual's sum of squares of each token.
     """
     columns = table.shape[1]
     return Launch(
         embed_kernel,
         (token.shape[0],),
         {
-            "token": token, "table": table, "norm": norm, "residual": stream, "out": out,
-            "squares": squares, "columns": columns,
+            "token_ptr": token, "table_ptr": table, "norm_ptr": norm, "residual_ptr": residual,
+            "out_ptr": out, "squares_ptr": squares, "columns": columns,
         },
         {"COLUMNS": next_power_of_2(columns), "TOKENS": TOKENS, "PDL": False},
         4,
@@ -54,6 +57,6 @@ def embed(
 
 
 def embed_reference(token: Tensor, table: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Stream, stream times norm, and the sum of squares [tokens], in float32."""
-    stream = table[token.long()].float()
-    return stream, stream * norm, (stream * stream).sum(1)
+    """Return the residual, that times `norm`, and its sum of squares [tokens], in float32."""
+    residual = table[token.long()].float()
+    return residual, residual * norm, (residual * residual).sum(1)

@@ -7,25 +7,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vila_deploy.kernels.capability import ComputeCapability
 from vila_deploy.kernels.launch import Launch
-from vila_deploy.kernels.packed_dot import MANTISSA_UNIT, TILE, plane
+from vila_deploy.kernels.packed_dot import MANTISSA_UNIT, TILE, unpack_lane
 from vila_deploy.kernels.packed_linear import PackedLinear, unpack
 from vila_deploy.kernels.tile_config import gemm_tile
 
 
 @triton.jit
 def gemm_kernel(
-    x, words, scale_zero, bias, y, tokens, columns, rows,
+    x_ptr: tl.tensor, words_ptr: tl.tensor, scale_zero_ptr: tl.tensor, bias_ptr: tl.tensor,
+    y_ptr: tl.tensor, tokens: tl.tensor, columns: tl.tensor, rows: tl.tensor,
     HAS_BIAS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    PLANES: tl.constexpr = 16 // BITS
-    WORDS: tl.constexpr = BLOCK // PLANES
-    INNER: tl.constexpr = BLOCK // GROUP if GROUP < BLOCK else 1
-    OUTER: tl.constexpr = GROUP // BLOCK if GROUP > BLOCK else 1
-    EACH: tl.constexpr = PLANES // INNER
+) -> None:  # fmt: skip
+    PACK_FACTOR: tl.constexpr = 16 // BITS
+    WORDS: tl.constexpr = BLOCK // PACK_FACTOR
+    GROUPS_PER_BLOCK: tl.constexpr = BLOCK // GROUP if GROUP < BLOCK else 1
+    BLOCKS_PER_GROUP: tl.constexpr = GROUP // BLOCK if GROUP > BLOCK else 1
+    LANES_PER_GROUP: tl.constexpr = PACK_FACTOR // GROUPS_PER_BLOCK
     blocks = tl.cdiv(columns, BLOCK)
-    groups = tl.cdiv(blocks * INNER, OUTER)
+    groups = tl.cdiv(blocks * GROUPS_PER_BLOCK, BLOCKS_PER_GROUP)
     # Programs that share a tile of weights run side by side, so that it is read once.
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[None, :]
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -33,49 +35,54 @@ def gemm_kernel(
     padded = tl.minimum(row, tl.cdiv(rows, 2 * TILE) * 2 * TILE - 1)
     start = (padded // TILE).to(tl.int64)
     word = tl.arange(0, WORDS)
-    words += start * (blocks * TILE * WORDS) + padded % TILE * WORDS + word[None, :]
-    scale_zero += start * (groups * TILE) + padded % TILE
-    x += token.to(tl.int64) * columns + word[:, None]
+    words_ptr += start * (blocks * TILE * WORDS) + padded % TILE * WORDS + word[None, :]
+    scale_zero_ptr += start * (groups * TILE) + padded % TILE
+    x_ptr += token.to(tl.int64) * columns + word[:, None]
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for block in tl.range(0, blocks, num_stages=STAGES):
-        packed = tl.load(words + block * (TILE * WORDS))
-        for inner in tl.static_range(INNER):
-            minus_zero, scale = 0.0, 1.0
+        packed = tl.load(words_ptr + block * (TILE * WORDS))
+        for group in tl.static_range(GROUPS_PER_BLOCK):
+            neg_zero_point, scale = 0.0, 1.0
             if BITS < 16:
-                both = tl.load(scale_zero + (block // OUTER * INNER + inner) * TILE)
-                scale = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-                minus_zero = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-                minus_zero = tl.broadcast_to(minus_zero, (ROWS, WORDS))
-            part = tl.zeros((ROWS, TOKENS), tl.float32)
-            for each in tl.static_range(EACH):
-                channel = block * BLOCK + (inner * EACH + each) * WORDS
+                scale_zero = tl.load(
+                    scale_zero_ptr + (block // BLOCKS_PER_GROUP * GROUPS_PER_BLOCK + group) * TILE
+                )
+                scale = scale_zero.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                neg_zero_point = (scale_zero >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+                neg_zero_point = tl.broadcast_to(neg_zero_point, (ROWS, WORDS))
+            partial = tl.zeros((ROWS, TOKENS), tl.float32)
+            for index in tl.static_range(LANES_PER_GROUP):
+                channel = block * BLOCK + (group * LANES_PER_GROUP + index) * WORDS
                 inside = (channel + word[:, None] < columns) & (token < tokens)
-                value = tl.load(x + channel, mask=inside, other=0.0)
-                part = tl.dot(plane(packed, minus_zero, inner * EACH + each, BITS), value, part)
-            total += part * scale
+                value = tl.load(x_ptr + channel, mask=inside, other=0.0)
+                weight = unpack_lane(packed, neg_zero_point, group * LANES_PER_GROUP + index, BITS)
+                partial = tl.dot(weight, value, partial)
+            total += partial * scale
     if BITS < 16:
         total *= MANTISSA_UNIT
     if HAS_BIAS:
-        total += tl.load(bias + row, mask=row < rows, other=0.0)
+        total += tl.load(bias_ptr + row, mask=row < rows, other=0.0)
     inside = (row < rows) & (token < tokens)
-    tl.store(y + token.to(tl.int64) * rows + row, total.to(tl.float16), mask=inside)
+    tl.store(y_ptr + token.to(tl.int64) * rows + row, total.to(tl.float16), mask=inside)
 
 
-def gemm(x: Tensor, weight: PackedLinear, bias: Tensor | None, y: Tensor, sm: int) -> Launch:
-    """A launch that fills `y`.
+def gemm(
+    x: Tensor, weight: PackedLinear, bias: Tensor | None, y: Tensor, capability: ComputeCapability
+) -> Launch:
+    """Return a launch that fills `y`.
 
     Args:
         x: float16 [tokens, in].
         bias: float32 [out] or None.
         y: float16 [tokens, out].
     """
-    tile = gemm_tile(sm, x.shape[0], weight.out_features)
+    tile = gemm_tile(capability, x.shape[0], weight.out_features)
     return Launch(
         gemm_kernel,
         (triton.cdiv(x.shape[0], tile.tokens), triton.cdiv(weight.out_features, tile.rows)),
         {
-            "x": x, "words": weight.words, "scale_zero": weight.scale_zero,
-            "bias": weight.scale_zero if bias is None else bias, "y": y,
+            "x_ptr": x, "words_ptr": weight.words, "scale_zero_ptr": weight.scale_zero,
+            "bias_ptr": weight.scale_zero if bias is None else bias, "y_ptr": y,
             "tokens": x.shape[0], "columns": weight.in_features, "rows": weight.out_features,
         },
         {
@@ -88,5 +95,5 @@ def gemm(x: Tensor, weight: PackedLinear, bias: Tensor | None, y: Tensor, sm: in
 
 
 def gemm_reference(x: Tensor, weight: PackedLinear, bias: Tensor | None) -> Tensor:
-    """The same in float32."""
+    """Return x Wᵀ + bias [tokens, out] in float32."""
     return torch.nn.functional.linear(x.float(), unpack(weight), bias)

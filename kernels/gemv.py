@@ -7,49 +7,52 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vila_deploy.kernels.launch import Launch
-from vila_deploy.kernels.packed_dot import times_rows
+from vila_deploy.kernels.capability import ComputeCapability
+from vila_deploy.kernels.launch import Argument, Launch
+from vila_deploy.kernels.packed_dot import packed_dot
 from vila_deploy.kernels.packed_linear import PackedLinear, unpack
 from vila_deploy.kernels.tile_config import TOKENS, gemv_tile
 
 
 @triton.jit
 def gemv_kernel(
-    x, words, scale_zero, bias, y, tokens, columns, rows,
+    x_ptr: tl.tensor, words_ptr: tl.tensor, scale_zero_ptr: tl.tensor, bias_ptr: tl.tensor,
+    y_ptr: tl.tensor, tokens: tl.tensor, columns: tl.tensor, rows: tl.tensor,
     HAS_BIAS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     tile = tl.program_id(0)
-    total = times_rows(
-        x, words, scale_zero, tile, tokens, columns,
+    total = packed_dot(
+        x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns,
         BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
     )  # fmt: skip
     row = tile * ROWS + tl.arange(0, ROWS)
     if HAS_BIAS:
-        total += tl.load(bias + row, mask=row < rows, other=0.0)[:, None]
+        total += tl.load(bias_ptr + row, mask=row < rows, other=0.0)[:, None]
     token = tl.arange(0, TOKENS)[None, :]
     inside = (row[:, None] < rows) & (token < tokens)
-    tl.store(y + token * rows + row[:, None], total.to(tl.float16), mask=inside)
+    tl.store(y_ptr + token * rows + row[:, None], total.to(tl.float16), mask=inside)
 
 
-def gemv(x: Tensor, weight: PackedLinear, bias: Tensor | None, y: Tensor, sm: int) -> Launch:
-    """A launch that fills `y`.
+def gemv(
+    x: Tensor, weight: PackedLinear, bias: Tensor | None, y: Tensor, capability: ComputeCapability
+) -> Launch:
+    """Return a launch that fills `y`.
 
     Args:
         x: float16 [tokens, in], at most 8 tokens.
         bias: float32 [out] or None.
         y: float16 [tokens, out].
-        sm: compute capability · 10, for the tile.
+        capability: the GPU's, for the tile.
     """
-    tile = gemv_tile(sm, weight.out_features)
+    tile = gemv_tile(capability, weight.out_features)
     return Launch(
         gemv_kernel,
         (triton.cdiv(weight.out_features, tile.rows),),
         {
             **weight_arguments(x, weight),
-            "bias": weight.scale_zero if bias is None else bias,
-            "y": y,
-            "rows": weight.out_features,
+            "bias_ptr": weight.scale_zero if bias is None else bias,
+            "y_ptr": y,
         },
         {"HAS_BIAS": bias is not None, **weight_constants(weight, tile.rows, tile.split)}
         | {"STAGES": tile.stages},
@@ -58,25 +61,30 @@ def gemv(x: Tensor, weight: PackedLinear, bias: Tensor | None, y: Tensor, sm: in
 
 
 def gemv_reference(x: Tensor, weight: PackedLinear, bias: Tensor | None) -> Tensor:
-    """The same in float32."""
+    """Return x Wᵀ + bias [tokens, out] in float32."""
     return torch.nn.functional.linear(x.float(), unpack(weight), bias)
 
 
-def weight_arguments(x: Tensor, weight: PackedLinear) -> dict[str, Tensor | int]:
-    """What every kernel over `times_rows` takes for its activations and its weight."""
+def weight_arguments(x: Tensor, weight: PackedLinear) -> dict[str, Argument]:
+    """Return the arguments for activations and weight of a kernel over `packed_dot`.
+
+    Args:
+        x: float16 [tokens, in], at most 8 tokens.
+    """
     assert x.shape[1] == weight.in_features
     assert x.shape[0] <= TOKENS
     return {
-        "x": x,
-        "words": weight.words,
-        "scale_zero": weight.scale_zero,
+        "x_ptr": x,
+        "words_ptr": weight.words,
+        "scale_zero_ptr": weight.scale_zero,
         "tokens": x.shape[0],
         "columns": weight.in_features,
+        "rows": weight.out_features,
     }
 
 
 def weight_constants(weight: PackedLinear, rows: int, split: int) -> dict[str, int | bool]:
-    """The constants of `times_rows` but for STAGES."""
+    """Return the constants of `packed_dot`, STAGES excepted."""
     return {
         "BITS": weight.bits,
         "BLOCK": weight.block,

@@ -7,79 +7,71 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vila_deploy.kernels.gemv import weight_arguments, weight_constants
-from vila_deploy.kernels.launch import Launch, next_power_of_2
-from vila_deploy.kernels.norm_qkv import normed
-from vila_deploy.kernels.packed_dot import inverse_rms, load_squares, times_rows
+from vila_deploy.kernels.capability import ComputeCapability
+from vila_deploy.kernels.launch import Launch
+from vila_deploy.kernels.packed_dot import packed_dot
 from vila_deploy.kernels.packed_linear import PackedLinear, unpack
-from vila_deploy.kernels.pdl import wait_with_rows
+from vila_deploy.kernels.pdl import wait_and_prefetch
+from vila_deploy.kernels.rms_norm import (
+    inverse_rms,
+    load_squares,
+    normed_launch,
+    normed_reference,
+)
 from vila_deploy.kernels.tile_config import gemv_tile
 
 
 @triton.jit
 def head_kernel(
-    x, squares, words, scale_zero, logits, best, index, tokens, columns, rows, count, epsilon, unit,
+    x_ptr: tl.tensor, squares_ptr: tl.tensor, words_ptr: tl.tensor, scale_zero_ptr: tl.tensor,
+    logits_ptr: tl.tensor, best_ptr: tl.tensor, index_ptr: tl.tensor, tokens: tl.tensor,
+    columns: tl.tensor, rows: tl.tensor, count: tl.tensor, epsilon: tl.tensor, prescale: tl.tensor,
     COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     tile = tl.program_id(0)
     if PDL:
-        wait_with_rows(tile, words, scale_zero, columns, BITS, BLOCK, GROUP, ROWS)
-    partial = load_squares(squares, count, tokens, COUNT, TOKENS)
-    total = times_rows(
-        x, words, scale_zero, tile, tokens, columns,
+        wait_and_prefetch(
+            tile, words_ptr, scale_zero_ptr, columns, BITS, BLOCK, GROUP, ROWS
+        )  # fmt: skip
+    squares = load_squares(squares_ptr, count, tokens, COUNT, TOKENS)
+    total = packed_dot(
+        x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns,
         BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
     )  # fmt: skip
-    total *= (inverse_rms(partial, columns, epsilon) * unit)[None, :]
+    total *= (inverse_rms(squares, columns, epsilon) * prescale)[None, :]
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
     token = tl.arange(0, TOKENS)
     inside = (row < rows) & (token[None, :] < tokens)
-    tl.store(logits + token[None, :] * rows + row, total, mask=inside)
+    tl.store(logits_ptr + token[None, :] * rows + row, total, mask=inside)
     total = tl.where(row < rows, total, float("-inf"))
-    tl.store(best + tile * TOKENS + token, tl.max(total, 0))
-    tl.store(index + tile * TOKENS + token, tile * ROWS + tl.argmax(total, 0).to(tl.int32))
+    tl.store(best_ptr + tile * TOKENS + token, tl.max(total, 0))
+    tl.store(index_ptr + tile * TOKENS + token, tile * ROWS + tl.argmax(total, 0).to(tl.int32))
 
 
 def head(
     x: Tensor, squares: Tensor, weight: PackedLinear, logits: Tensor, best: Tensor, index: Tensor,
-    epsilon: float, unit: float, sm: int,
+    epsilon: float, prescale: float, capability: ComputeCapability,
 ) -> Launch:  # fmt: skip
-    """A launch that fills `logits`, `best` and `index`.
+    """Return a launch that fills `logits`, `best` and `index`.
 
     Args:
-        x, squares, epsilon, unit: as for `norm_qkv`.
+        x, squares, epsilon, prescale: as for `normed_launch`.
         logits: float32 [tokens, vocabulary].
-        best, index: float32 and int32 [parts(sm, vocabulary), 8]: the largest logit of each part of
-            the vocabulary and its token, the lowest of equal ones.
+        best, index: float32 and int32 [gemv_programs(capability, vocabulary), 8]: the largest logit
+            of each program's share of the vocabulary and its token, the lowest of equal ones.
     """
-    tile = gemv_tile(sm, weight.out_features)
-    return Launch(
-        head_kernel,
-        (triton.cdiv(weight.out_features, tile.rows),),
-        {
-            **weight_arguments(x, weight),
-            "squares": squares,
-            "count": squares.shape[0],
-            "logits": logits,
-            "best": best,
-            "index": index,
-            "rows": weight.out_features,
-            "epsilon": epsilon,
-            "unit": unit,
-        },
-        {
-            **weight_constants(weight, tile.rows, tile.split),
-            "COUNT": next_power_of_2(squares.shape[0]),
-            "STAGES": tile.stages,
-            "PDL": False,
-        },
-        tile.split,
-    )
+    return normed_launch(
+        head_kernel, x, squares, weight, epsilon, prescale,
+        gemv_tile(capability, weight.out_features),
+        {"logits_ptr": logits, "best_ptr": best, "index_ptr": index},
+    )  # fmt: skip
 
 
 def head_reference(
-    x: Tensor, squares: Tensor, weight: PackedLinear, epsilon: float, unit: float
+    x: Tensor, squares: Tensor, weight: PackedLinear, epsilon: float, prescale: float
 ) -> Tensor:
-    """The logits in float32."""
-    return torch.nn.functional.linear(normed(x, squares, epsilon, unit), unpack(weight))
+    """Return the logits [tokens, vocabulary] in float32."""
+    normed = normed_reference(x, squares, epsilon, prescale)
+    return torch.nn.functional.linear(normed, unpack(weight))

@@ -1,4 +1,4 @@
-"""Whether kernels run in Triton's interpreter, and what old versions of it need for that."""
+"""Triton's interpreter: whether kernels run in it, and the patches that it needs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 from typing import Any
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Whose interpreter `quicken` knows from the inside; others run as they are.
-QUICKENED = "3.6."
+# The version of Triton whose interpreter `speed_up` patches; others run as they are.
+PATCHED_VERSION = "3.6."
 
 
 def accept_new_numpy() -> None:
-    """Triton before 3.9 takes an int of a one-element array, which numpy 2.4 no longer gives."""
+    """Let a one-element tensor be an index, which Triton before 3.9 can't do with numpy 2.4."""
     from triton.runtime import interpreter
 
     original = interpreter._patch_lang_tensor
@@ -25,7 +25,7 @@ def accept_new_numpy() -> None:
 
 
 def interpret_library() -> None:
-    """Triton's own functions too, if it was imported before the variable was set."""
+    """Interpret Triton's own functions too, if it was imported before the variable was set."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
@@ -36,15 +36,15 @@ def interpret_library() -> None:
                 setattr(module, name, InterpretedFunction(value.fn))
 
 
-def quicken() -> None:
-    """A quarter of the time: what it does again for every call or tensor is done once.
+def speed_up() -> None:
+    """Make it four times as fast: do once what it repeats for every call or tensor.
 
     Functions are patched once, types of equal shape share their lists of constants, and 32-bit
     sums aren't added up a second time in 64 bits to see whether they overflow.
     """
     import triton
 
-    if not triton.__version__.startswith(QUICKENED):
+    if not triton.__version__.startswith(PATCHED_VERSION):
         return
     _patch_once()
     _share_shapes()
@@ -56,7 +56,7 @@ def quicken() -> None:
 
 
 def _patch_once() -> None:
-    """Patches of a module's language stay, instead of being made for each call of a function."""
+    """Patch a module's language once, instead of for each call of a function."""
     from triton.runtime import interpreter
 
     original, done = interpreter._patch_lang, set[str]()
@@ -75,11 +75,11 @@ def _share_shapes() -> None:
     from triton.language import core
 
     known: dict[tuple[int, ...], tuple[Any, int, Any]] = {}
-    # Of the shapes that `known` keeps for good, and so by their identity.
+    # By the identity of the shapes, which `known` keeps alive.
     shared: dict[int, tuple[Any, int, Any]] = {}
 
     def forms(shape: Any) -> tuple[Any, int, Any]:
-        """A block's shape, its number of elements, and the shape in constants."""
+        """Return a block's shape, its number of elements, and the shape in constants."""
         if id(shape) in shared:
             return shared[id(shape)]
         plain = builtins.tuple(core._unwrap_if_constexpr(size) for size in shape)
@@ -110,7 +110,7 @@ def _share_shapes() -> None:
 
 
 def _broadcast_by_shape() -> None:
-    """Blocks of one shape are left as they are; what two shapes give is worked out once."""
+    """Leave blocks of one shape as they are; work out the result of two shapes once."""
     from triton.language import core
     from triton.language.semantic import TritonSemantic
 
@@ -132,9 +132,9 @@ def _broadcast_by_shape() -> None:
             return left, right
         key = (id(shapes[0]), id(shapes[1]))
         if key not in known:
-            found = original(self, left, right)
-            known[key] = found[0].type.shape if len(shapes[0]) == len(shapes[1]) else None
-            return found
+            pair = original(self, left, right)
+            known[key] = pair[0].type.shape if len(shapes[0]) == len(shapes[1]) else None
+            return pair
         if known[key] is None:
             return original(self, left, right)
         return fit(self, left, known[key]), fit(self, right, known[key])
@@ -161,4 +161,4 @@ def _share_numpy_types() -> None:
 if INTERPRETED:
     accept_new_numpy()
     interpret_library()
-    quicken()
+    speed_up()

@@ -1,4 +1,4 @@
-"""Keys and values in 8 bits: one float16 scale for each vector of a head, symmetric levels."""
+"""Keys and values in int8: one float16 scale for each vector of a head, symmetric."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ LEAST = tl.constexpr(2.0**-24)  # the least float16, so that zeros have a scale 
 
 
 @triton.jit
-def scale_of(largest):
-    """float16 scale of vectors whose largest absolute value is `largest`, float32."""
-    return tl.maximum(largest / LARGEST, LEAST).to(tl.float16)
+def int8_scale(max_abs: tl.tensor) -> tl.tensor:
+    """Return the float16 scale of vectors whose largest absolute value is `max_abs`, float32."""
+    return tl.maximum(max_abs / LARGEST, LEAST).to(tl.float16)
 
 
 @triton.jit
-def levels_of(vectors, scale):
-    """int8 levels of float16 vectors, the nearest; `scale` must have their shape but for 1s."""
+def quantize_int8(vectors: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """Return float16 vectors as int8, rounded to nearest; `scale` broadcasts to their shape."""
     nearest = tl.floor(vectors.to(tl.float32) * (1.0 / scale.to(tl.float32)) + 0.5)
     return tl.minimum(tl.maximum(nearest, -LARGEST), LARGEST).to(tl.int8)
 
 
 @triton.jit
-def widened(levels, scale):
-    """The float16 vectors that attention takes instead."""
-    return levels.to(tl.float16) * scale
+def dequantize_int8(quantized: tl.tensor, scale: tl.tensor) -> tl.tensor:
+    """Return the float16 vectors that attention takes."""
+    return quantized.to(tl.float16) * scale
 
 
-def round_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """What the kernels keep of float16 [..., dim]: int8 levels [..., dim], float16 scales [...]."""
+def quantize_vectors(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return float16 [..., dim] as the kernels store it: int8 [..., dim], float16 scales [...]."""
     wide = vectors.float()
     scale = (wide.abs().amax(-1) / LARGEST.value).clamp(min=LEAST.value).half()
     nearest = (wide * (1.0 / scale.float())[..., None] + 0.5).floor()
     return nearest.clamp(-LARGEST.value, LARGEST.value).to(torch.int8), scale
 
 
-def widen_vectors(levels: Tensor, scale: Tensor) -> Tensor:
-    """The float16 vectors [..., dim] that levels and scales stand for, rounded once."""
-    return levels.half() * scale[..., None]
+def dequantize_vectors(quantized: Tensor, scale: Tensor) -> Tensor:
+    """Return the float16 vectors [..., dim] of int8 [..., dim] and scales [...], rounded once."""
+    return quantized.half() * scale[..., None]

@@ -14,6 +14,7 @@ from torch import Tensor
 from vila_deploy.kernels import interpreter  # also prepares it before the first launch
 
 Argument = Tensor | int | float | tuple[Any, ...]
+# Index of an argument, and within a tuple of its element.
 Path = tuple[int, ...]
 
 TYPES = {
@@ -51,16 +52,17 @@ class Launch:
 
     @property
     def name(self) -> str:
+        """Name of the kernel."""
         return str(self.kernel.__name__)
 
     def __call__(self) -> None:
         options = {} if interpreter.INTERPRETED else self.options
         self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, **options)
 
-    def overlapped(self) -> Launch:
-        """The same by programmatic dependent launch: it begins before the launch before it ends.
+    def with_pdl(self) -> Launch:
+        """Return the same by programmatic dependent launch: begun before the last one's end.
 
-        Its kernel waits for that end itself (`boundary.py`). For compute capability 9.0 and above.
+        Its kernel waits for that end itself (`pdl.py`). For compute capability 9.0 and above.
         """
         assert "PDL" in self.constants
         return replace(
@@ -70,43 +72,43 @@ class Launch:
         )
 
     def compiled_constants(self) -> dict[Path, Any]:
-        """`constants`, those within tuples, and integers that are 1: Triton compiles them in."""
-        found = {path: each for path, each in self._leaves() if _type_of(each) == "constexpr"}
-        own = {
+        """Return what Triton compiles in: `constants`, those within tuples, integers that are 1."""
+        implied = {path: value for path, value in self._leaves() if _type_of(value) == "constexpr"}
+        named = {
             (self.kernel.arg_names.index(name),): value for name, value in self.constants.items()
         }
-        return found | own
+        return implied | named
 
     def signature(self) -> dict[str, Any]:
-        """Parameter → Triton's name of its type, as its just-in-time compiler would choose it."""
+        """Return Triton's type of each parameter, as its just-in-time compiler would choose it."""
         return dict(zip(self.kernel.arg_names, map(_type_of, self._values()), strict=True))
 
     def attributes(self) -> dict[Path, list[list[Any]]]:
-        """Which arguments are multiples of 16; every tensor of ours is aligned so.
+        """Return which arguments are multiples of 16; every tensor of ours is aligned so.
 
-        Other integers have nothing behind them, nor have constants from Triton 3.7 on; as Triton
+        Other integers have an empty list, and so have constants from Triton 3.7 on; as Triton
         says it, what was compiled ahead is found again on the device.
         """
-        found: dict[Path, list[list[Any]]] = {}
+        attributes: dict[Path, list[list[Any]]] = {}
         for path, value in self._leaves():
             kind = _type_of(value)
             if kind == "constexpr" and CONSTANTS_ARE_LISTED and len(path) == 1:
-                found[path] = []
+                attributes[path] = []
             elif kind not in ("constexpr", "fp32"):
                 aligned = isinstance(value, Tensor) or value % ALIGNMENT == 0
-                found[path] = [["tt.divisibility", ALIGNMENT]] if aligned else []
-        return found
+                attributes[path] = [["tt.divisibility", ALIGNMENT]] if aligned else []
+        return attributes
 
     def _values(self) -> list[Any]:
-        """What the kernel's parameters are, in their order."""
+        """Return the values of the kernel's parameters, in their order."""
         constants = {name: tl.constexpr(value) for name, value in self.constants.items()}
         return [(self.args | constants)[name] for name in self.kernel.arg_names]
 
     def _leaves(self) -> Iterator[tuple[Path, Any]]:
-        """Values and where they stand; of a tuple those within it."""
+        """Yield each value with its path; of a tuple its elements."""
         for index, value in enumerate(self._values()):
             if isinstance(value, tuple):
-                yield from (((index, inner), each) for inner, each in enumerate(value))
+                yield from (((index, inner), element) for inner, element in enumerate(value))
             else:
                 yield (index,), value
 
@@ -122,4 +124,5 @@ def _type_of(value: Any) -> Any:
 
 
 def next_power_of_2(value: int) -> int:
+    """Return the least power of two that is at least `value`."""
     return 1 << max(value - 1, 0).bit_length()

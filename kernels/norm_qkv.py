@@ -1,9 +1,4 @@
-"""RMSNorm, then q, k and v in one product: the first kernel of a decoder layer.
-
-The kernel that wrote the residual stream also left x = stream · norm weight in float16 and partial
-sums of squares. The norm's factor is one number a token, so it multiplies the product instead of
-the input, and no program reads the stream twice.
-"""
+"""RMSNorm, then q, k and v in one product: the first kernel of a decoder layer."""
 
 from __future__ import annotations
 
@@ -12,100 +7,89 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vila_deploy.kernels.gemv import weight_arguments, weight_constants
-from vila_deploy.kernels.launch import Launch, next_power_of_2
-from vila_deploy.kernels.packed_dot import inverse_rms, load_squares, times_rows
+from vila_deploy.kernels.capability import ComputeCapability
+from vila_deploy.kernels.launch import Launch
+from vila_deploy.kernels.packed_dot import packed_dot
 from vila_deploy.kernels.packed_linear import PackedLinear, unpack
-from vila_deploy.kernels.pdl import wait_with_rows
+from vila_deploy.kernels.pdl import wait_and_prefetch
+from vila_deploy.kernels.rms_norm import (
+    inverse_rms,
+    load_squares,
+    normed_launch,
+    normed_reference,
+)
 from vila_deploy.kernels.tile_config import gemv_tile
 
 
 @triton.jit
 def norm_qkv_kernel(
-    x, squares, words, scale_zero, bias, y, tokens, columns, rows, count, epsilon, unit,
+    x_ptr: tl.tensor, squares_ptr: tl.tensor, words_ptr: tl.tensor, scale_zero_ptr: tl.tensor,
+    bias_ptr: tl.tensor, y_ptr: tl.tensor, tokens: tl.tensor, columns: tl.tensor, rows: tl.tensor,
+    count: tl.tensor, epsilon: tl.tensor, prescale: tl.tensor,
     HAS_BIAS: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     tile = tl.program_id(0)
     if PDL:
-        wait_with_rows(tile, words, scale_zero, columns, BITS, BLOCK, GROUP, ROWS)
+        wait_and_prefetch(
+            tile, words_ptr, scale_zero_ptr, columns, BITS, BLOCK, GROUP, ROWS
+        )  # fmt: skip
     norm_qkv_rows(
-        tile, x, squares, words, scale_zero, bias, y, tokens, columns, rows, count, epsilon, unit,
+        tile, x_ptr, squares_ptr, words_ptr, scale_zero_ptr, bias_ptr, y_ptr, tokens, columns,
+        rows, count, epsilon, prescale,
         HAS_BIAS, COUNT, BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
     )  # fmt: skip
 
 
 @triton.jit
 def norm_qkv_rows(
-    tile, x, squares, words, scale_zero, bias, y, tokens, columns, rows, count, epsilon, unit,
+    tile: tl.tensor, x_ptr: tl.tensor, squares_ptr: tl.tensor, words_ptr: tl.tensor,
+    scale_zero_ptr: tl.tensor, bias_ptr: tl.tensor, y_ptr: tl.tensor, tokens: tl.tensor,
+    columns: tl.tensor, rows: tl.tensor, count: tl.tensor, epsilon: tl.tensor, prescale: tl.tensor,
     HAS_BIAS: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
     STAGES: tl.constexpr,
-):  # fmt: skip
-    """Rows tile · ROWS and on of `y`."""
+) -> None:  # fmt: skip
+    """Write rows tile · ROWS and on of y."""
     row = tile * ROWS + tl.arange(0, ROWS)
     # Loaded before the weights and summed after them, so that nothing waits for it.
-    partial = load_squares(squares, count, tokens, COUNT, TOKENS)
-    total = times_rows(
-        x, words, scale_zero, tile, tokens, columns,
+    squares = load_squares(squares_ptr, count, tokens, COUNT, TOKENS)
+    total = packed_dot(
+        x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns,
         BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
     )  # fmt: skip
-    total *= (inverse_rms(partial, columns, epsilon) * unit)[None, :]
+    total *= (inverse_rms(squares, columns, epsilon) * prescale)[None, :]
     if HAS_BIAS:
-        total += tl.load(bias + row, mask=row < rows, other=0.0)[:, None]
+        total += tl.load(bias_ptr + row, mask=row < rows, other=0.0)[:, None]
     token = tl.arange(0, TOKENS)[None, :]
     inside = (row[:, None] < rows) & (token < tokens)
-    tl.store(y + token * rows + row[:, None], total.to(tl.float16), mask=inside)
+    tl.store(y_ptr + token * rows + row[:, None], total.to(tl.float16), mask=inside)
 
 
 def norm_qkv(
     x: Tensor, squares: Tensor, weight: PackedLinear, bias: Tensor | None, y: Tensor,
-    epsilon: float, unit: float, sm: int,
+    epsilon: float, prescale: float, capability: ComputeCapability,
 ) -> Launch:  # fmt: skip
-    """A launch that fills `y`.
+    """Return a launch that fills `y`.
 
     Args:
-        x: float16 [tokens, hidden], the residual stream times norm weight / unit.
-        squares: float32 [parts, 8], sums of squares of the stream that add up to the whole.
+        x, squares, epsilon, prescale: as for `normed_launch`.
         bias: float32 [out] or None.
         y: float16 [tokens, out].
-        unit: a power of two that the norm weight was divided by, so that x can't overflow.
     """
-    tile = gemv_tile(sm, weight.out_features)
-    return Launch(
-        norm_qkv_kernel,
-        (triton.cdiv(weight.out_features, tile.rows),),
-        {
-            **weight_arguments(x, weight),
-            "squares": squares,
-            "count": squares.shape[0],
-            "bias": squares if bias is None else bias,
-            "y": y,
-            "rows": weight.out_features,
-            "epsilon": epsilon,
-            "unit": unit,
-        },
-        {
-            **weight_constants(weight, tile.rows, tile.split),
-            "HAS_BIAS": bias is not None,
-            "COUNT": next_power_of_2(squares.shape[0]),
-            "STAGES": tile.stages,
-            "PDL": False,
-        },
-        tile.split,
-    )
+    return normed_launch(
+        norm_qkv_kernel, x, squares, weight, epsilon, prescale,
+        gemv_tile(capability, weight.out_features),
+        {"bias_ptr": squares if bias is None else bias, "y_ptr": y},
+        {"HAS_BIAS": bias is not None},
+    )  # fmt: skip
 
 
 def norm_qkv_reference(
     x: Tensor, squares: Tensor, weight: PackedLinear, bias: Tensor | None, epsilon: float,
-    unit: float,
+    prescale: float,
 ) -> Tensor:  # fmt: skip
-    """The same in float32."""
-    return torch.nn.functional.linear(normed(x, squares, epsilon, unit), unpack(weight), bias)
-
-
-def normed(x: Tensor, squares: Tensor, epsilon: float, unit: float) -> Tensor:
-    """The output of RMSNorm in float32 from what the previous kernel left."""
-    mean = squares.sum(0)[: x.shape[0], None] / x.shape[1]
-    return x.float() * unit * torch.rsqrt(mean + epsilon)
+    """Return RMSNorm(x) Wᵀ + bias [tokens, out] in float32."""
+    normed = normed_reference(x, squares, epsilon, prescale)
+    return torch.nn.functional.linear(normed, unpack(weight), bias)

@@ -5,18 +5,20 @@ and stored tile by tile, block by block: [tiles, blocks, ROWS, words]. A program
 so it reads one unbroken stream. Output channels are padded with zero rows to PAD_ROWS, input
 channels with zero weights to whole blocks.
 
-Within a block, word i of a row holds `planes` levels: level j is input channel i + j · words of the
-block. So plane j of a tile is a [ROWS, words] matrix of neighbouring input channels: masking and
-one fused multiply-add turn two words at once into float16 weights, and no activation is permuted.
+Within a block, word i of a row packs the quantized values of several lanes: lane j is input channel
+i + j · words of the block. So lane j of a tile is a [ROWS, words] matrix of neighbouring input
+channels: masking and one fused multiply-add turn two words at once into float16 weights, and no
+activation is permuted.
 
-bits  word     planes  block                       scale_zero
-4     int16    4       64 (groups ≤ 64) or 128     one per group of a row
-8     int16    2       128                         one per block of a row
-16    float16  1       64                          none
+bits  word     pack factor  block                       scale_zero
+4     int16    4            64 (groups ≤ 64) or 128     one per group of a row
+8     int16    2            128                         one per block of a row
+16    float16  1            64                          none
 
-`scale_zero` is int32 [tiles, groups, ROWS]: the float16 scale in the low half, −zero · 2⁻⁹ as
-float16 in the high half, exact for zeros of 0..255. A level q enters as the float16 number whose
-bits it is, q · 2⁻²⁴, and q · 2⁻²⁴ · 2¹⁵ − zero · 2⁻⁹ = (q − zero) · 2⁻⁹, exact as well.
+`scale_zero` is int32 [tiles, groups, ROWS]: the float16 scale in the low half, and in the high half
+−zero_point · 2⁻⁹ as float16, exact for zero points of 0..255. A quantized value q enters as the
+float16 number whose bits it is, q · 2⁻²⁴, and q · 2⁻²⁴ · 2¹⁵ − zero_point · 2⁻⁹ =
+(q − zero_point) · 2⁻⁹, exact as well.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ from torch import Tensor
 from vila_deploy.formats.base import QuantizedLinear
 
 ROWS, PAD_ROWS = 16, 32
-PLANES = {4: 4, 8: 2, 16: 1}
+PACK_FACTOR = {4: 4, 8: 2, 16: 1}
 ZERO_UNIT = 2.0**-9
-INT8_ZERO, INT8_GROUP, FLOAT_BLOCK = 128, 128, 64
+INT8_ZERO_POINT, INT8_GROUP, FLOAT_BLOCK = 128, 128, 64
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ class PackedLinear:
     """A weight [out_features, in_features] in the layout above.
 
     Args:
-        words: int16 (4 and 8 bits) or float16 [tiles, blocks, ROWS, block / planes].
+        words: int16 (4 and 8 bits) or float16 [tiles, blocks, ROWS, block / pack factor].
         scale_zero: int32 [tiles, groups, ROWS]; one element that nothing reads for 16 bits.
-        group: input channels of a scale.
+        group: input channels to a scale.
     """
 
     words: Tensor
@@ -55,67 +57,70 @@ class PackedLinear:
     @property
     def block(self) -> int:
         """Input channels of a block."""
-        return self.words.shape[3] * PLANES[self.bits]
+        return self.words.shape[3] * PACK_FACTOR[self.bits]
 
     @property
     def size_bytes(self) -> int:
-        """What one pass over the weight reads."""
+        """Bytes that one pass over the weight reads."""
         scales = self.scale_zero.numel() * 4 if self.bits < 16 else 0
         return self.words.numel() * 2 + scales
 
 
 def block_size(bits: int, group: int) -> int:
-    """Input channels of a block: planes are whole groups, or groups are whole blocks."""
+    """Return the input channels of a block: lanes of whole groups, or groups of whole blocks."""
     if bits == 16:
         return FLOAT_BLOCK
     return 64 if group <= 64 else 128
 
 
 def pack_int4(linear: QuantizedLinear) -> PackedLinear:
-    """4-bit levels, scales and zeros; `bias` stays outside, `prequant_scale` must be None."""
+    """Return quantized values, scales and zero points packed; `prequant_scale` must be None."""
     assert linear.prequant_scale is None
     return _pack(linear.q, linear.scale, linear.zero, 4, linear.group_size)
 
 
 def pack_int8(weight: Tensor) -> PackedLinear:
-    """Rounds a float weight [out, in] to 8 bits, symmetric in groups of INT8_GROUP channels."""
+    """Return a float weight [out, in] in int8 (RTN), symmetric in groups of INT8_GROUP channels."""
     columns = weight.shape[1]
     padded = torch.nn.functional.pad(weight.float(), (0, -columns % INT8_GROUP))
     groups = padded.unflatten(1, (-1, INT8_GROUP))
     scale = (groups.abs().amax(-1) / 127).clamp(min=2.0**-24).half()
-    levels = (groups / scale.float()[..., None]).round().clamp(-127, 127) + INT8_ZERO
-    q = levels.flatten(1)[:, :columns].to(torch.uint8)
-    zero = torch.full(scale.shape, INT8_ZERO, dtype=torch.uint8, device=weight.device)
-    return _pack(q, scale, zero, 8, INT8_GROUP)
+    shifted = (groups / scale.float()[..., None]).round().clamp(-127, 127) + INT8_ZERO_POINT
+    q = shifted.flatten(1)[:, :columns].to(torch.uint8)
+    zero_point = torch.full(scale.shape, INT8_ZERO_POINT, dtype=torch.uint8, device=weight.device)
+    return _pack(q, scale, zero_point, 8, INT8_GROUP)
 
 
 def pack_float(weight: Tensor) -> PackedLinear:
-    """A float weight [out, in] as float16."""
+    """Return a float weight [out, in] packed as float16."""
     words = _tiles(weight.half(), FLOAT_BLOCK, FLOAT_BLOCK)
-    nothing = torch.zeros(1, dtype=torch.int32, device=weight.device)
-    return PackedLinear(words, nothing, *weight.shape, bits=16, group=FLOAT_BLOCK)
+    no_scales = torch.zeros(1, dtype=torch.int32, device=weight.device)
+    rows, columns = weight.shape
+    return PackedLinear(words, no_scales, rows, columns, bits=16, group=FLOAT_BLOCK)
 
 
 def unpack(packed: PackedLinear) -> Tensor:
-    """The weight that it stands for, float32 [out, in]; the inverse of packing, bit for bit."""
+    """Return the weight, float32 [out, in]; the inverse of packing, bit for bit."""
     tiles, blocks, rows, words = packed.words.shape
     if packed.bits == 16:
         weight = packed.words.permute(0, 2, 1, 3).reshape(tiles * rows, -1).float()
         return weight[: packed.out_features, : packed.in_features]
-    bits, planes = packed.bits, PLANES[packed.bits]
+    bits, pack_factor = packed.bits, PACK_FACTOR[packed.bits]
     wide = packed.words.int() & 0xFFFF
-    levels = torch.stack([(wide >> (bits * j)) & (2**bits - 1) for j in range(planes)], 3)
-    q = levels.permute(0, 2, 1, 3, 4).reshape(tiles * rows, blocks * words * planes)
+    lanes = torch.stack([(wide >> (bits * j)) & (2**bits - 1) for j in range(pack_factor)], 3)
+    q = lanes.permute(0, 2, 1, 3, 4).reshape(tiles * rows, blocks * words * pack_factor)
     halves = packed.scale_zero.view(torch.float16).unflatten(2, (ROWS, 2)).permute(0, 2, 1, 3)
-    scale, zero = halves.flatten(0, 1).float().unbind(2)
-    both = [half.repeat_interleave(packed.group, 1) for half in (scale, zero)]
-    q, (scale, zero) = q[:, : both[0].shape[1]], [half[:, : q.shape[1]] for half in both]
-    weight = (q.float() + zero / ZERO_UNIT) * scale
+    scale, neg_zero_point = (
+        half.repeat_interleave(packed.group, 1) for half in halves.flatten(0, 1).float().unbind(2)
+    )
+    columns = min(q.shape[1], scale.shape[1])
+    q, scale, neg_zero_point = (x[:, :columns] for x in (q, scale, neg_zero_point))
+    weight = (q.float() + neg_zero_point / ZERO_UNIT) * scale
     return weight[: packed.out_features, : packed.in_features]
 
 
 def interleave(gate: PackedLinear, up: PackedLinear) -> PackedLinear:
-    """Tiles of two weights of one shape in turn: 16 channels of `gate`, the same 16 of `up`."""
+    """Return tiles of two weights of one shape in turn: 16 channels of `gate`, then of `up`."""
     assert gate.words.shape == up.words.shape
     assert (gate.bits, gate.group) == (up.bits, up.group)
     words = torch.stack([gate.words, up.words], 1).flatten(0, 1)
@@ -126,27 +131,29 @@ def interleave(gate: PackedLinear, up: PackedLinear) -> PackedLinear:
     return PackedLinear(words, scales, rows, gate.in_features, gate.bits, gate.group)
 
 
-def join_rows(parts: Sequence[PackedLinear]) -> PackedLinear:
-    """Weights of the same input channels below each other; all but the last in whole PAD_ROWS."""
-    first = parts[0]
-    assert all(part.out_features % PAD_ROWS == 0 for part in parts[:-1])
-    assert len({(part.in_features, part.bits, part.group) for part in parts}) == 1
+def concat_rows(weights: Sequence[PackedLinear]) -> PackedLinear:
+    """Return weights of the same input channels as one; all but the last in whole PAD_ROWS."""
+    first = weights[0]
+    assert all(weight.out_features % PAD_ROWS == 0 for weight in weights[:-1])
+    assert len({(weight.in_features, weight.bits, weight.group) for weight in weights}) == 1
     scales = first.scale_zero
     if first.bits < 16:
-        scales = torch.cat([part.scale_zero for part in parts])
-    rows = sum(part.out_features for part in parts)
-    words = torch.cat([part.words for part in parts])
+        scales = torch.cat([weight.scale_zero for weight in weights])
+    rows = sum(weight.out_features for weight in weights)
+    words = torch.cat([weight.words for weight in weights])
     return PackedLinear(words, scales, rows, first.in_features, first.bits, first.group)
 
 
 def empty_like_packed(
     out_features: int, in_features: int, bits: int, group: int, device: str
 ) -> PackedLinear:
-    """A PackedLinear of that size without values, e.g. on the meta device."""
+    """Return a PackedLinear of that size without values, e.g. on the meta device."""
     block = block_size(bits, group)
     tiles, blocks = _up(out_features, PAD_ROWS) // ROWS, -(-in_features // block)
     word = torch.float16 if bits == 16 else torch.int16
-    words = torch.empty((tiles, blocks, ROWS, block // PLANES[bits]), dtype=word, device=device)
+    words = torch.empty(
+        (tiles, blocks, ROWS, block // PACK_FACTOR[bits]), dtype=word, device=device
+    )
     groups = max(blocks * block // group, -(-in_features // group))
     shape = (1,) if bits == 16 else (tiles, groups, ROWS)
     scales = torch.empty(shape, dtype=torch.int32, device=device)
@@ -154,27 +161,28 @@ def empty_like_packed(
     return PackedLinear(words, scales, out_features, in_features, bits, group)
 
 
-def _pack(q: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int) -> PackedLinear:
-    block, planes = block_size(bits, group), PLANES[bits]
-    levels = _tiles(q, block, block).unflatten(3, (planes, -1)).int()
-    shifted = [levels[..., j, :] << (bits * j) for j in range(planes)]
+def _pack(q: Tensor, scale: Tensor, zero_point: Tensor, bits: int, group: int) -> PackedLinear:
+    rows, columns = q.shape
+    block, pack_factor = block_size(bits, group), PACK_FACTOR[bits]
+    lanes = _tiles(q, block, block).unflatten(3, (pack_factor, -1)).int()
+    shifted = [lanes[..., j, :] << (bits * j) for j in range(pack_factor)]
     words = torch.stack(shifted).sum(0)
     words = torch.where(words >= 2**15, words - 2**16, words).to(torch.int16)
-    minus = (zero.float() * -ZERO_UNIT).half()
-    table = torch.stack([scale.half(), minus], 2).view(torch.int32).flatten(1)
+    neg_zero_point = (zero_point.float() * -ZERO_UNIT).half()
+    table = torch.stack([scale.half(), neg_zero_point], 2).view(torch.int32).flatten(1)
     blocks = words.shape[1]
     groups = max(blocks * block // group, table.shape[1])
-    table = torch.nn.functional.pad(table, (0, groups - table.shape[1], 0, -len(q) % PAD_ROWS))
+    table = torch.nn.functional.pad(table, (0, groups - table.shape[1], 0, -rows % PAD_ROWS))
     scale_zero = table.unflatten(0, (-1, ROWS)).transpose(1, 2).contiguous()
-    return PackedLinear(words.contiguous(), scale_zero, *q.shape, bits=bits, group=group)
+    return PackedLinear(words.contiguous(), scale_zero, rows, columns, bits=bits, group=group)
 
 
 def _tiles(matrix: Tensor, block: int, width: int) -> Tensor:
-    """[out, in] → [tiles, blocks, ROWS, width], padded with zeros."""
+    """Return [out, in] as [tiles, blocks, ROWS, width], padded with zeros."""
     rows, columns = matrix.shape
     padded = torch.nn.functional.pad(matrix, (0, -columns % block, 0, -rows % PAD_ROWS))
     return padded.unflatten(1, (-1, width)).unflatten(0, (-1, ROWS)).transpose(1, 2).contiguous()
 
 
-def _up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

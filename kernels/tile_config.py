@@ -1,44 +1,58 @@
-"""Tile sizes per compute capability: the tables that a run on a GPU is there to improve.
+"""Tile sizes by compute capability: the tables that a run on a GPU is there to improve.
 
-label "roofline": chosen from bytes in flight and program counts (docs/kernels.md), not measured.
+All of them are of label "roofline": chosen from bytes in flight and numbers of programs
+(docs/kernels.md), not measured.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-LABEL = "roofline"
+from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
+
 TOKENS = 8  # tokens of the narrowest tensor core product; one to eight cost the same
+WIDEST_GEMM = 256  # tokens up to which `gemm` is used on a GPU
 
 
 @dataclass(frozen=True)
 class Device:
-    """What tiles depend on: multiprocessors, and how many loads a program keeps in flight.
+    """A GPU as tiles depend on it: multiprocessors, and stages of loads in flight by kernel.
 
-    `joined_programs` of `joined` share a multiprocessor, by their registers and shared memory.
+    `fused_layer_programs` of a fused layer share a multiprocessor, by registers and shared memory.
     """
 
     processors: int
     gemv_stages: int
     gemm_stages: int
     attention_stages: int
-    joined_programs: int = 1
+    fused_layer_programs: int = 1
 
 
-# compute capability · 10 → the device of that kind that the project targets
+# The GPU of each compute capability that the project targets.
 DEVICES = {
     # A100
-    80: Device(processors=108, gemv_stages=4, gemm_stages=4, attention_stages=3, joined_programs=2),
+    ComputeCapability(8, 0): Device(
+        processors=108, gemv_stages=4, gemm_stages=4, attention_stages=3, fused_layer_programs=2
+    ),
     # AGX Orin
-    87: Device(processors=16, gemv_stages=4, gemm_stages=4, attention_stages=3, joined_programs=2),
+    ComputeCapability(8, 7): Device(
+        processors=16, gemv_stages=4, gemm_stages=4, attention_stages=3, fused_layer_programs=2
+    ),
     # The RTX 4090 has 99 KB of shared memory for a program; a third stage of attention is 100 KB.
-    89: Device(processors=128, gemv_stages=4, gemm_stages=3, attention_stages=2),
+    ComputeCapability(8, 9): Device(
+        processors=128, gemv_stages=4, gemm_stages=3, attention_stages=2
+    ),
     # H100, H200
-    90: Device(processors=132, gemv_stages=4, gemm_stages=4, attention_stages=3, joined_programs=2),
+    ComputeCapability(9, 0): Device(
+        processors=132, gemv_stages=4, gemm_stages=4, attention_stages=3, fused_layer_programs=2
+    ),
 }
-# Triton's interpreter pays per operation, not per element: few large programs.
-INTERPRETER = 0
-NEAREST = {86: 89, 100: 90, 120: 89}
+# Other capabilities → the one whose tiles they take.
+NEAREST = {
+    ComputeCapability(8, 6): ComputeCapability(8, 9),
+    ComputeCapability(10, 0): ComputeCapability(9, 0),
+    ComputeCapability(12, 0): ComputeCapability(8, 9),
+}
 
 
 @dataclass(frozen=True)
@@ -60,63 +74,70 @@ class GemmTile:
     stages: int
 
 
-def device(sm: int) -> Device:
-    """The row for a compute capability (major · 10 + minor), or that of its nearest relative."""
-    return DEVICES[NEAREST.get(sm, sm)] if NEAREST.get(sm, sm) in DEVICES else DEVICES[80]
+def device(capability: ComputeCapability) -> Device:
+    """Return the row for a compute capability, or that of its nearest relative."""
+    known = NEAREST.get(capability, capability)
+    return DEVICES.get(known, DEVICES[ComputeCapability(8, 0)])
 
 
-def gemv_tile(sm: int, out_features: int) -> GemvTile:
-    """32 rows where that still gives every multiprocessor two programs, else 16 and more warps."""
-    if sm == INTERPRETER:
+def gemv_tile(capability: ComputeCapability, out_features: int) -> GemvTile:
+    """Return 32 rows where each multiprocessor then has two programs, else 16 and more warps."""
+    # Triton's interpreter pays per operation, not per element: few large programs.
+    if capability == INTERPRETER:
         return GemvTile(rows=_divisor(out_features), split=4, stages=1)
-    found = device(sm)
-    if out_features >= 2 * 32 * found.processors:
-        return GemvTile(rows=32, split=4, stages=found.gemv_stages)
-    return GemvTile(rows=16, split=8, stages=found.gemv_stages)
+    gpu = device(capability)
+    if out_features >= 2 * 32 * gpu.processors:
+        return GemvTile(rows=32, split=4, stages=gpu.gemv_stages)
+    return GemvTile(rows=16, split=8, stages=gpu.gemv_stages)
 
 
-def gate_up_tile(sm: int, out_features: int) -> GemvTile:
-    """Gate and up channels come in pairs of 16, so a program has 32 rows or more."""
-    if sm == INTERPRETER:
+def gemv_programs(capability: ComputeCapability, out_features: int) -> int:
+    """Return how many programs a product over `gemv_tile` has."""
+    return -(-out_features // gemv_tile(capability, out_features).rows)
+
+
+def gate_up_tile(capability: ComputeCapability, out_features: int) -> GemvTile:
+    """Return the tile of `gate_up`: its channels come in pairs of 16, so it has 32 rows or more."""
+    if capability == INTERPRETER:
         return GemvTile(rows=_divisor(out_features), split=4, stages=1)
-    return GemvTile(rows=32, split=4, stages=device(sm).gemv_stages)
+    return GemvTile(rows=32, split=4, stages=device(capability).gemv_stages)
 
 
 def _divisor(out_features: int) -> int:
-    """The largest power of two up to 512 that divides the padded rows."""
+    """Return the largest power of two up to 512 that divides the padded rows."""
     padded = -(-out_features // 32) * 32
     return min(512, padded & -padded)
 
 
-def gemm_tile(sm: int, tokens: int, out_features: int) -> GemmTile:
-    """The narrowest tile that holds all tokens, at most 64: weights are then read least often."""
-    if sm == INTERPRETER:
+def gemm_tile(capability: ComputeCapability, tokens: int, out_features: int) -> GemmTile:
+    """Return the narrowest tile that holds all tokens, at most 64: it reads weights least often."""
+    if capability == INTERPRETER:
         return GemmTile(_divisor(out_features), tokens=256, warps=4, stages=1)
     width = next(size for size in (16, 32, 64) if size >= min(tokens, 64))
-    return GemmTile(rows=64, tokens=width, warps=4, stages=device(sm).gemm_stages)
+    return GemmTile(rows=64, tokens=width, warps=4, stages=device(capability).gemm_stages)
 
 
-def widest_gemm(sm: int) -> int:
-    """Tokens up to which `gemm` is used; from there on dequantizing costs less than it saves.
+def widest_gemm(capability: ComputeCapability) -> int:
+    """Return the most tokens that `gemm` takes; from there on dequantizing costs less.
 
     Writing and reading float16 weights takes as long as multiplying them by about 300 tokens on an
     H100 (2.8 TB/s, 700 Tflop/s).
     """
-    return 1 << 30 if sm == INTERPRETER else 256
+    return 1 << 30 if capability == INTERPRETER else WIDEST_GEMM
 
 
-def attention_slots(sm: int) -> int:
-    """Slots of the cache that a program takes at a time."""
-    return 256 if sm == INTERPRETER else 64
+def attention_block(capability: ComputeCapability) -> int:
+    """Return how many positions of the cache a program of attention takes at a time."""
+    return 256 if capability == INTERPRETER else 64
 
 
-def attention_splits(sm: int, kv_heads: int, max_seq_len: int) -> int:
-    """Parts of the cache that programs take side by side: one program a multiprocessor."""
-    if sm == INTERPRETER:
+def attention_splits(capability: ComputeCapability, kv_heads: int, max_seq_len: int) -> int:
+    """Return into how many splits the cache is cut: one program a multiprocessor, a power of 2."""
+    if capability == INTERPRETER:
         return 1
-    wanted = max(1, device(sm).processors // kv_heads)
-    longest = max(1, max_seq_len // attention_slots(sm))
+    for_all = max(1, device(capability).processors // kv_heads)
+    longest = max(1, max_seq_len // attention_block(capability))
     splits = 1
-    while splits * 2 <= min(wanted, longest, 16):
+    while splits * 2 <= min(for_all, longest, 16):
         splits *= 2
     return splits

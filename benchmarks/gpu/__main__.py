@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`: checks, then times; one JSON line a figure, and a plot."""
+"""`python -m benchmarks.gpu`: check, then time; one JSON line a figure, and a plot."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from benchmarks.gpu.environment import REPOSITORY, Run, make_importable
+from benchmarks.gpu.environment import REPOSITORY, Run
+from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
 
-# Rows of the table that a run goes through until its time is up, most wanted first.
+# Seconds of a run, and what a stage must have left of them to begin.
 LIMIT_S, LEAST_S = 560.0, 30.0
-# A way of these may hang, and a graph that another stage failed to capture must not stop them.
-APART = ("boundaries",)
+# One of these modes may hang, and a graph that another stage failed to capture must not stop it.
+IN_A_PROCESS = ("launch_modes",)
 COMPILE_S = 150.0
 
 
@@ -30,7 +31,6 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
-    make_importable()
     only = arguments.only and arguments.only.split(",")
     checked, out = not arguments.unchecked, arguments.out.resolve()
     return benchmark(out, arguments.limit_s, only, rehearse=arguments.rehearse, checked=checked)
@@ -39,13 +39,13 @@ def main() -> int:
 def benchmark(
     out: Path, limit_s: float, only: list[str] | None, *, rehearse: bool, checked: bool = True
 ) -> int:
-    """All stages in turn; 1 if a kernel disagrees with its reference, then nothing is timed."""
+    """Run all stages in turn; return 1, with nothing timed, if a check fails."""
     import torch
 
     from benchmarks.gpu.baseline_llamacpp import measure_llamacpp
     from benchmarks.gpu.baseline_tinychat import begin_compiling
     from benchmarks.gpu.checks import check_all
-    from benchmarks.gpu.gpu_state import measure_card
+    from benchmarks.gpu.memory_limit import measure_memory_limit
     from benchmarks.gpu.plot import plot
     from benchmarks.gpu.products import (
         measure_baselines,
@@ -53,31 +53,31 @@ def benchmark(
         measure_products,
         measure_stream,
     )
-    from benchmarks.gpu.steps import measure_boundaries, measure_steps
+    from benchmarks.gpu.prompt_lookup import measure_lookup
+    from benchmarks.gpu.steps import measure_launch_modes, measure_steps
 
     stages = {
         stage.__name__.removeprefix("measure_"): stage
         for stage in (
-            measure_stream, measure_steps, measure_card, measure_products, measure_prefill,
-            measure_baselines, measure_llamacpp, measure_boundaries,
+            measure_stream, measure_steps, measure_memory_limit, measure_products, measure_prefill,
+            measure_baselines, measure_llamacpp, measure_lookup, measure_launch_modes,
         )
     }  # fmt: skip
     if unknown := set(only or ()) - stages.keys():
         print(f"error: no stage {unknown.pop()}; there are {', '.join(stages)}", file=sys.stderr)
         return 2
-    device, sm = "cpu", 0
+    device, capability = "cpu", INTERPRETER
     if not rehearse:
         if not torch.cuda.is_available():
             print("error: torch finds no CUDA GPU; --rehearse needs none", file=sys.stderr)
             return 1
-        major, minor = torch.cuda.get_device_capability()
-        device, sm = "cuda", 10 * major + minor
-    run = Run(device, sm, limit_s, out)
+        device, capability = "cuda", ComputeCapability(*torch.cuda.get_device_capability())
+    run = Run(device, capability, limit_s, out)
     if not rehearse:
         if not only or "baselines" in only:
             begin_compiling()
         if checked:
-            _compile_ahead(sm)
+            _compile_ahead(capability)
     with torch.inference_mode():
         if checked and not check_all(run):
             print("error: a kernel disagrees with its reference; nothing was timed")
@@ -87,8 +87,8 @@ def benchmark(
                 run.add("skipped", name, reason="no time left")
                 continue
             with run.attempt(name):
-                if name in APART and not only:
-                    _run_apart(run, name)
+                if name in IN_A_PROCESS and not only:
+                    _run_in_process(run, name)
                 else:
                     stages[name](run)
     path = out.with_suffix(".png")
@@ -96,8 +96,8 @@ def benchmark(
     return 0
 
 
-def _run_apart(run: Run, name: str) -> None:
-    """A stage in a process of its own, whose rows come into the same file.
+def _run_in_process(run: Run, name: str) -> None:
+    """Run a stage in a process of its own, whose rows come into the same file.
 
     Raises:
         subprocess.SubprocessError: it failed, or its time was up.
@@ -119,23 +119,25 @@ def _run_apart(run: Run, name: str) -> None:
         run.rows += map(json.loads, lines)
 
 
-def _compile_ahead(sm: int) -> None:
-    """Fills Triton's memory from several processes, so that the run itself compiles little."""
+def _compile_ahead(capability: ComputeCapability) -> None:
+    """Fill Triton's cache from several processes, so that the run itself compiles little."""
     code = (
-        "import sys; from benchmarks.gpu.environment import make_importable; make_importable();"
-        "from benchmarks.gpu.steps import all_launches;"
+        "import sys; from benchmarks.gpu.steps import all_launches;"
         "from vila_deploy.kernels.aot import compile_all;"
-        "sm = int(sys.argv[3]); compile_all(all_launches(sys.argv[1], sys.argv[2], sm), sm)"
+        "from vila_deploy.kernels.capability import ComputeCapability;"
+        "gpu = ComputeCapability.parse(sys.argv[3]);"
+        "compile_all(all_launches(sys.argv[1], sys.argv[2], gpu), gpu)"
     )
-    wanted = [(m, p, str(sm)) for m in ("3B", "8B", "13B", "40B") for p in ("int4", "fp16")]
+    models = [(m, p, str(capability)) for m in ("3B", "8B", "13B", "40B") for p in ("int4", "fp16")]
 
     def compile_one(row: tuple[str, str, str]) -> None:
-        # What isn't compiled in time is compiled when it is launched.
+        # A kernel that isn't compiled in time is compiled when it is launched.
         with suppress(subprocess.TimeoutExpired):
-            subprocess.run([sys.executable, "-c", code, *row], timeout=COMPILE_S)
+            command = [sys.executable, "-c", code, *row]
+            subprocess.run(command, timeout=COMPILE_S, cwd=REPOSITORY)
 
-    with ThreadPoolExecutor(len(wanted)) as pool:
-        list(pool.map(compile_one, wanted))
+    with ThreadPoolExecutor(len(models)) as pool:
+        list(pool.map(compile_one, models))
 
 
 if __name__ == "__main__":

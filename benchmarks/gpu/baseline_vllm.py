@@ -55,8 +55,8 @@ def open_marlin(run: Run) -> Opened:
 
 def open_machete(run: Run) -> Opened:
     needs_cuda(run)
-    if run.sm != 90:
-        raise Missing(f"it runs on compute capability 9.0 only, this is {run.sm / 10}")
+    if run.capability != (9, 0):
+        raise Missing(f"it runs on compute capability 9.0 only, this is {run.capability}")
     return Opened(load("machete_mm", "machete_prepack_B"), prepare_machete)
 
 

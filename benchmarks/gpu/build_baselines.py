@@ -6,7 +6,8 @@ import argparse
 import subprocess
 import sys
 
-from benchmarks.gpu.environment import make_importable
+from benchmarks.gpu import baseline_llamacpp, baseline_tinychat
+from benchmarks.gpu.baseline import Missing
 
 NAMES = ("tinychat", "llamacpp")
 
@@ -17,11 +18,6 @@ def main() -> int:
     )
     parser.add_argument("name", choices=NAMES)
     name = parser.parse_args().name
-    make_importable()
-    # Only now: a bare checkout finds the package's parts no earlier.
-    from benchmarks.gpu import baseline_llamacpp, baseline_tinychat
-    from benchmarks.gpu.baseline import Missing
-
     try:
         print({"tinychat": baseline_tinychat, "llamacpp": baseline_llamacpp}[name].build())
     except (Missing, OSError, RuntimeError, subprocess.CalledProcessError) as error:

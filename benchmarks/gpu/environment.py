@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,16 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vila_deploy.kernels.capability import ComputeCapability
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def make_importable() -> None:
-    """A bare checkout works too: kernels/ and engines/ count as parts of the package."""
-    sys.path.insert(0, str(REPOSITORY))
-    import vila_deploy
-
-    if str(REPOSITORY) not in vila_deploy.__path__:
-        vila_deploy.__path__.append(str(REPOSITORY))
 
 
 @dataclass
@@ -34,7 +26,7 @@ class Run:
     """
 
     device: str
-    sm: int
+    capability: ComputeCapability
     limit_s: float
     out: Path
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -49,7 +41,7 @@ class Run:
         return self.limit_s - (time.monotonic() - self.start)
 
     def add(self, kind: str, name: str, **values: Any) -> None:
-        """Appends a row to the file at once, so that an interrupted run keeps what it has."""
+        """Append a row to the file at once, so that an interrupted run keeps what it has."""
         label = "rehearsed" if self.rehearsed else "measured"
         row = {"kind": kind, "name": name, "label": label, **values, **self._about}
         self.rows.append(row)
@@ -60,7 +52,7 @@ class Run:
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """What fails inside is a row of kind `failed`, and the run goes on."""
+        """Make a failure inside a row of kind `failed`, and go on."""
         try:
             yield
         except Exception as error:
@@ -86,7 +78,7 @@ class Run:
 
 
 def reason_of(error: Exception) -> str:
-    """One line for a row."""
+    """Return one line for a row."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
@@ -95,7 +87,7 @@ def _short(value: Any) -> Any:
 
 
 def driver() -> str | None:
-    """Version of NVIDIA's driver, None where there is none."""
+    """Return the version of NVIDIA's driver, None where there is none."""
     version = Path("/sys/module/nvidia/version")
     if version.exists():
         return version.read_text().strip()
@@ -103,7 +95,7 @@ def driver() -> str | None:
 
 
 def commit() -> str | None:
-    """VILA_DEPLOY_COMMIT, for a copy without its history, else the checkout's."""
+    """Return VILA_DEPLOY_COMMIT, for a copy without its history, else the checkout's commit."""
     found = os.environ.get("VILA_DEPLOY_COMMIT")
     return found or first_line("git", "-C", str(REPOSITORY), "rev-parse", "--short=12", "HEAD")
 

@@ -212,9 +212,6 @@ def _size(path: Path) -> int:
 
 def main() -> int:
     # Only here, since it needs torch and this doesn't otherwise.
-    from benchmarks.gpu.environment import make_importable
-
-    make_importable()
     from benchmarks.gpu.baseline import FOLDER
 
     parser = argparse.ArgumentParser(

@@ -20,17 +20,17 @@ MODELS = {
     "13B": "VILA1.5-13b",
     "40B": "VILA1.5-40b",
 }
-LEVEL_SPREAD = 4.7  # standard deviation of level − zero
+Q_SPREAD = 4.7  # standard deviation of q − zero point
 
 
 def config(model: str, precision: str, *, small: bool) -> LlmConfig:
-    """A model of the table, or one of its kind that the interpreter can run."""
-    found = preset(MODELS[model], precision).llm
+    """Return a model of the table, or one of its kind that the interpreter can run."""
+    llm = preset(MODELS[model], precision).llm
     if not small:
-        return found
-    group = found.num_heads // found.num_kv_heads
+        return llm
+    group = llm.num_heads // llm.num_kv_heads
     return replace(
-        found, hidden_size=128, intermediate_size=256, num_layers=1, num_heads=group,
+        llm, hidden_size=128, intermediate_size=256, num_layers=1, num_heads=group,
         num_kv_heads=1, head_dim=32, vocab_size=96,
     )  # fmt: skip
 
@@ -38,7 +38,7 @@ def config(model: str, precision: str, *, small: bool) -> LlmConfig:
 def random_packed(
     out_features: int, in_features: int, bits: int, device: str, group: int = 128
 ) -> PackedLinear:
-    """A weight of unit gain: outputs are as large as inputs."""
+    """Return a weight of unit gain: outputs are as large as inputs."""
     packed = empty_like_packed(out_features, in_features, bits, group, device)
     fill(packed.words, in_features)
     if bits < 16:
@@ -47,10 +47,14 @@ def random_packed(
 
 
 def random_llm(
-    sizes: LlmConfig, slots: int, device: str, lm_head: str = "fp16", table_in_host: bool = False
+    sizes: LlmConfig,
+    max_seq_len: int,
+    device: str,
+    lm_head: str = "fp16",
+    table_in_host: bool = False,
 ) -> PackedLlm:
-    """A decoder with random weights of unit gain and norms of 1."""
-    empty = empty_llm(sizes, slots, lm_head=lm_head)
+    """Return a decoder with random weights of unit gain and norms of 1."""
+    empty = empty_llm(sizes, max_seq_len, lm_head=lm_head)
 
     def make(name: str, tensor: Tensor) -> Tensor:
         if name == "table" and table_in_host:
@@ -75,7 +79,7 @@ def random_llm(
 
 
 def fill(tensor: Tensor, inputs: int) -> None:
-    """Any level, or floats of standard deviation 1 / √inputs."""
+    """Fill with any quantized values, or floats of standard deviation 1 / √inputs."""
     if tensor.dtype == torch.int16:
         tensor.random_(-(2**15), 2**15)
     else:
@@ -84,14 +88,14 @@ def fill(tensor: Tensor, inputs: int) -> None:
 
 def _fill_scales(scale_zero: Tensor, inputs: int, bits: int) -> None:
     halves = scale_zero.view(torch.float16).unflatten(-1, (-1, 2))
-    spread = LEVEL_SPREAD if bits == 4 else 74.0
+    spread = Q_SPREAD if bits == 4 else 74.0
     halves[..., 0].fill_(inputs**-0.5 / spread)
-    zeros = torch.randint(6, 10, halves.shape[:-1], device=scale_zero.device)
-    halves[..., 1] = -ZERO_UNIT * (zeros if bits == 4 else torch.full_like(zeros, 128))
+    zero_points = torch.randint(6, 10, halves.shape[:-1], device=scale_zero.device)
+    halves[..., 1] = -ZERO_UNIT * (zero_points if bits == 4 else torch.full_like(zero_points, 128))
 
 
 def linears(sizes: LlmConfig) -> dict[str, tuple[int, int]]:
-    """Name → (out, in) of a layer's products and of the head."""
+    """Return name → (out, in) of a layer's products and of the head."""
     hidden, inner, dim = sizes.hidden_size, sizes.intermediate_size, sizes.head_dim
     queries = sizes.num_heads * dim
     return {

@@ -151,11 +151,11 @@ def _layer(
     run: Run, opened: Opened, shapes: Mapping[str, tuple[int, int]]
 ) -> list[tuple[Call, int]]:
     """Calls of a layer's products over weights of its own, with the bytes that each reads."""
-    found: list[tuple[Call, int]] = []
+    calls: list[tuple[Call, int]] = []
     for rows, columns in shapes.values():
         prepared = opened.prepare(random_quantized(rows, columns, run.device))
-        found.append((_bound(prepared, _x(columns, 1, run)), prepared.size_bytes))
-    return found
+        calls.append((_bound(prepared, _x(columns, 1, run)), prepared.size_bytes))
+    return calls
 
 
 def _head(run: Run, shape: tuple[int, int], *, ours: bool) -> tuple[Call, int]:
@@ -212,7 +212,7 @@ def _layer_s(run: Run, sizes: LlmConfig, tokens: int, bits: int) -> float:
             call: Call = lambda x=x, w=dense: torch.nn.functional.linear(x, w)  # noqa: E731
         else:
             weight = random_packed(rows, columns, bits, run.device)
-            call = lambda x=x, w=weight: times(x, w, None, run.sm)  # noqa: E731
+            call = lambda x=x, w=weight: times(x, w, None, run.capability)  # noqa: E731
         total += seconds([call], run.device)
     return total
 
@@ -236,7 +236,7 @@ def _ours(bits: int) -> Callable[[Run], Opened]:
                 # A launch is over fixed buffers; the same input needs no other.
                 if x.data_ptr() not in known:
                     y = torch.empty(len(x), packed.out_features, dtype=x.dtype, device=x.device)
-                    known[x.data_ptr()] = (x, y, gemv(x, packed, None, y, run.sm))
+                    known[x.data_ptr()] = (x, y, gemv(x, packed, None, y, run.capability))
                 _, y, launch = known[x.data_ptr()]
                 launch()
                 return y

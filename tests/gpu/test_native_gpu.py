@@ -15,6 +15,7 @@ import torch
 from tests.support.paths import TINY_VILA
 
 NEW_TOKENS, RUNS = 64, 10
+PROMPT = [1, 5, 9, 30, 31, 5, 9]
 PRODUCTS = {"norm_qkv_kernel", "add_residual_kernel", "gate_up_kernel"}
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 
@@ -52,15 +53,16 @@ def pair(tmp_path_factory: pytest.TempPathFactory, target: str) -> Iterator[tupl
 
 
 def prompt(session: Any) -> np.ndarray:
-    return session.embed_tokens([1, 5, 9, 30, 31, 5, 9])
+    return session.embed_tokens(PROMPT)
 
 
 def test_every_kernel_equals_its_reference(tmp_path: Path) -> None:
     from benchmarks.gpu.checks import check_all
     from benchmarks.gpu.environment import Run
+    from vila_deploy.kernels.capability import ComputeCapability
 
-    major, minor = torch.cuda.get_device_capability()
-    assert check_all(Run("cuda", 10 * major + minor, 600.0, tmp_path / "rows.jsonl"))
+    capability = ComputeCapability(*torch.cuda.get_device_capability())
+    assert check_all(Run("cuda", capability, 600.0, tmp_path / "rows.jsonl"))
 
 
 def test_same_tokens_as_the_reference(pair: tuple[Any, Any]) -> None:
@@ -75,6 +77,10 @@ def test_same_tokens_as_the_reference(pair: tuple[Any, Any]) -> None:
 
 
 def test_ten_runs_give_equal_bytes_and_guessing_the_same_tokens(pair: tuple[Any, Any]) -> None:
+    from benchmarks.gpu.prompt_lookup import decode
+    from vila_deploy.backends.native.decode_step import DecodeStep
+    from vila_deploy.kernels.tile_config import TOKENS
+
     session, _ = pair
     seen = set()
     for _ in range(RUNS):
@@ -85,7 +91,9 @@ def test_ten_runs_give_equal_bytes_and_guessing_the_same_tokens(pair: tuple[Any,
     assert len(seen) == 1
     session.truncate(0)
     session.prefill(prompt(session))
-    assert session.decode_lookup(NEW_TOKENS, [1, 5, 9, 30, 31, 5, 9])[0] == tokens
+    wide = DecodeStep(session._config, session._llm, session._cache, TOKENS)
+    guessed, _ = decode(session._step, wide, session._cache, PROMPT, NEW_TOKENS)
+    assert guessed == tokens
 
 
 @pytest.fixture(scope="module")
@@ -129,20 +137,20 @@ def test_tokens_chosen_on_the_device_are_those_of_the_host(
     assert session.position == int(session._cache.position)
 
 
-def after_a_step(session: Any, boundaries: Any, *, alike: bool = False) -> list[torch.Tensor]:
+def after_a_step(session: Any, mode: Any, *, fused_warps: bool = False) -> list[torch.Tensor]:
     """What steps leave behind 20 tokens of noise: once launch by launch, then twice as a graph.
 
     Args:
-        alike: separate products have as many warps as those of a joined launch.
+        fused_warps: separate products have as many warps as those of a fused launch.
     """
     from vila_deploy.backends.native.decode_step import Cache, DecodeStep
-    from vila_deploy.kernels.fused_layer import separate
+    from vila_deploy.kernels.fused_layer import with_fused_warps
 
-    sizes = dataclasses.replace(session._sizes, boundaries=boundaries)
-    cache = Cache(sizes.config, sizes.slots, sizes.device)
-    step = DecodeStep(sizes, session._llm, cache)
+    config = dataclasses.replace(session._config, launch_mode=mode)
+    cache = Cache(config.llm, config.max_seq_len, config.device)
+    step = DecodeStep(config, session._llm, cache)
     launches = [
-        separate(launch) if alike and launch.name in PRODUCTS else launch
+        with_fused_warps(launch) if fused_warps and launch.name in PRODUCTS else launch
         for launch in step.launches
     ]
     torch.manual_seed(0)
@@ -176,28 +184,26 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
     return all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("merge", [False, True])
-def test_kernels_that_follow_each_other_otherwise_give_the_same_bits(
-    pair: tuple[Any, Any], overlap: bool, merge: bool
-) -> None:
-    from vila_deploy.kernels.pdl import LEAST_SM, Boundaries
+@pytest.mark.parametrize("name", ["separate", "merged-attention", "pdl", "pdl-merged-attention"])
+def test_other_launch_modes_give_the_same_bits(pair: tuple[Any, Any], name: str) -> None:
+    from vila_deploy.kernels.launch_mode import LAUNCH_MODES, PDL_CAPABILITY, LaunchMode
 
     session, _ = pair
-    if overlap and session._sizes.sm < LEAST_SM:
-        pytest.skip("dependent launch needs compute capability 9.0")
-    expected = after_a_step(session, Boundaries())
-    assert same(after_a_step(session, Boundaries(overlap=overlap, merge=merge)), expected)
+    if LAUNCH_MODES[name].pdl and session._config.capability < PDL_CAPABILITY:
+        pytest.skip("programmatic dependent launch needs compute capability 9.0")
+    expected = after_a_step(session, LaunchMode())
+    assert same(after_a_step(session, LAUNCH_MODES[name]), expected)
 
 
-def test_a_joined_launch_gives_the_bits_of_its_phases(pair: tuple[Any, Any]) -> None:
-    from vila_deploy.kernels.pdl import Boundaries
+def test_a_fused_launch_gives_the_bits_of_its_phases(pair: tuple[Any, Any]) -> None:
+    from vila_deploy.kernels.launch_mode import LaunchMode
 
     session, _ = pair
-    expected = after_a_step(session, Boundaries(), alike=True)
+    expected = after_a_step(session, LaunchMode(), fused_warps=True)
     assert expected[0].isfinite().all()
     for merge in (False, True):
-        assert same(after_a_step(session, Boundaries(join=True, merge=merge), alike=True), expected)
+        mode = LaunchMode(fuse_layers=True, merge_attention=merge)
+        assert same(after_a_step(session, mode, fused_warps=True), expected)
 
 
 def test_equal_seeds_draw_equal_tokens(pair: tuple[Any, Any]) -> None:

@@ -9,11 +9,12 @@ from triton.runtime import interpreter
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.presets import PRESETS, preset
 from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.kernels.capability import ComputeCapability
 from vila_deploy.kernels.launch import Launch
 from vila_deploy.kernels.packed_linear import PackedLinear, pack_float, pack_int4, pack_int8, unpack
 from vila_deploy.kernels.tile_config import TOKENS
 
-SM = 90
+CAPABILITY = ComputeCapability(9, 0)
 EPSILON = 1e-5
 
 
@@ -23,12 +24,13 @@ def model_table() -> list[LlmConfig]:
 
 
 def run_program(launch: Launch, *index: int) -> None:
-    """Only the program of the grid that has this index."""
+    """Run only the program of the grid that has this index."""
     builder = interpreter.interpreter_builder
-    kind, places = type(builder), [(*place, 0, 0)[:3] for place in (index, launch.grid)]
-    grid = [max(size, 1) for size in places[1]]
+    kind = type(builder)
+    program, grid = ([*numbers, 0, 0][:3] for numbers in (index, launch.grid))
+    grid = [max(size, 1) for size in grid]
     builder.set_grid_dim = lambda *_: kind.set_grid_dim(builder, *grid)
-    builder.set_grid_idx = lambda *_: kind.set_grid_idx(builder, *places[0])
+    builder.set_grid_idx = lambda *_: kind.set_grid_idx(builder, *program)
     try:
         launch.kernel[(1,)](**launch.args, **launch.constants)
     finally:
@@ -42,7 +44,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def random_int4(
     out_features: int, in_features: int, group: int, random: torch.Generator
 ) -> QuantizedLinear:
-    """Levels and zeros over their whole range, scales that differ by a factor of 20."""
+    """Quantized values and zero points over their whole range, scales a factor of 20 apart."""
     groups = (out_features, in_features // group)
     return QuantizedLinear(
         torch.randint(0, 16, (out_features, in_features), generator=random, dtype=torch.uint8),
@@ -69,12 +71,12 @@ def unwritten(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
     return torch.full(shape, float("nan"), dtype=dtype)
 
 
-def squares_of(stream: Tensor, parts: int) -> Tensor:
-    """Sums of squares [parts, 8] of a stream [tokens, hidden], as `add_residual` leaves them."""
-    found = torch.zeros(parts, TOKENS)
-    pieces = stream.float().square().tensor_split(parts, 1)
-    found[:, : len(stream)] = torch.stack([piece.sum(1) for piece in pieces])
-    return found
+def squares_of(residual: Tensor, programs: int) -> Tensor:
+    """Sums of squares [programs, 8] of a residual [tokens, hidden], as `add_residual` has them."""
+    sums = torch.zeros(programs, TOKENS)
+    shares = residual.float().square().tensor_split(programs, 1)
+    sums[:, : len(residual)] = torch.stack([share.sum(1) for share in shares])
+    return sums
 
 
 def plain(x: Tensor, weight: PackedLinear) -> Tensor:

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from vila_deploy.backends.native import build as build_module
-from vila_deploy.checkpoint.llm_config import QuantizationConfig
+from vila_deploy.backends.native.weights import Layer, PackedLlm, pack_shards
+from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
 from vila_deploy.engine.build_request import BuildRequest, ModulePrecision
 from vila_deploy.engine.manifest import Limits, Manifest
 from vila_deploy.engine.model_info import describe
@@ -20,8 +21,10 @@ from vila_deploy.engine.precision import ALL_FP16
 from vila_deploy.engine.target import Target, get_target
 from vila_deploy.formats.rtn import round_to_nearest
 from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.kernels.capability import ComputeCapability
+from vila_deploy.kernels.launch_mode import get_launch_mode
 
-SLOTS, GROUP = 160, 128
+MAX_SEQ_LEN, GROUP = 160, 128
 # Of the logits' spread; float16 activations differ by 2e-3 to 7e-3 here.
 TOLERANCE = 2e-2
 
@@ -52,25 +55,41 @@ def built(
     folder: Path,
     checkpoint: Any,
     monkeypatch: pytest.MonkeyPatch,
-    slots: int = SLOTS,
+    max_seq_len: int = MAX_SEQ_LEN,
     module_precision: ModulePrecision = ALL_FP16,
     target: Target | None = None,
+    kernel_launch: str = "separate",
 ) -> Manifest:
-    """Builds without compiling, which test_kernel_aot.py does."""
+    """Build without compiling, which test_aot.py does."""
     asked: list[Any] = []
     monkeypatch.setattr(build_module, "compile_engine", lambda *args: asked.append(args) or [])
     folder.mkdir()
-    limits = Limits(1, slots, slots)
-    request = BuildRequest(target or get_target("h100"), limits, module_precision=module_precision)
+    limits = Limits(1, max_seq_len, max_seq_len)
+    request = BuildRequest(
+        target or get_target("h100"),
+        limits,
+        module_precision=module_precision,
+        kernel_launch=kernel_launch,
+    )
     parts = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
     found = build_module.build(folder, checkpoint.config, *parts, request)
-    assert asked == [(checkpoint.config.llm, slots, ["9.0"], module_precision)]
+    mode = get_launch_mode(kernel_launch)
+    assert asked == [
+        (checkpoint.config.llm, max_seq_len, [ComputeCapability(9, 0)], module_precision, mode)
+    ]
     return Manifest(
         name="tiny", target="h100", backend="native", precision="int4", weights="trained",
         weight_bytes_per_token=found.weight_bytes_per_token, checkpoint_fingerprint=None,
         limits=request.limits, model=describe(checkpoint.config, None), versions=found.versions,
         module_precision=module_precision,
     )  # fmt: skip
+
+
+def pack_llm(config: LlmConfig, weights: Any, max_seq_len: int) -> PackedLlm:
+    """Return a decoder with all its layers in memory."""
+    *layers, rest = pack_shards(config, weights, max_seq_len, lambda name: None)
+    assert isinstance(rest, PackedLlm)
+    return replace(rest, layers=tuple(layer for layer in layers if isinstance(layer, Layer)))
 
 
 def deviation(found: np.ndarray, expected: np.ndarray) -> float:

@@ -134,15 +134,16 @@ def test_each_backend_asks_its_own_library(monkeypatch: pytest.MonkeyPatch) -> N
     import torch
 
     from vila_deploy.backends.native import session
+    from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
 
     assert gpu_name(get_target("cpu"), "onnxruntime") is None
     target = get_target("h100")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(cuda, "runtime", lambda: pytest.fail("not of this backend"))
     assert gpu_name(target, "tensorrt-llm") == "NVIDIA H100 80GB HBM3"
-    monkeypatch.setattr(session, "find_device", lambda: ("cuda", 90))
+    monkeypatch.setattr(session, "find_device", lambda: ("cuda", ComputeCapability(9, 0)))
     assert gpu_name(target, "native") == "NVIDIA H100 80GB HBM3"
-    monkeypatch.setattr(session, "find_device", lambda: ("cpu", 0))
+    monkeypatch.setattr(session, "find_device", lambda: ("cpu", INTERPRETER))
     assert gpu_name(target, "native") is None, "Triton's interpreter"
 
 

@@ -31,6 +31,7 @@ from benchmarks.gpu.environment import Run
 from benchmarks.gpu.inputs import config
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.formats.tinychat import unpack
+from vila_deploy.kernels.capability import INTERPRETER
 
 # sha256 of weights, scales and zeros as vLLM 0.26.0's own code for its tests packs `numbers`.
 BY_VLLM = {
@@ -41,7 +42,7 @@ BY_VLLM = {
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return Run("cpu", 0, 600.0, tmp_path / "rows.jsonl")
+    return Run("cpu", INTERPRETER, 600.0, tmp_path / "rows.jsonl")
 
 
 @pytest.fixture

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from tests.support.paths import REPOSITORY
+from vila_deploy.kernels.capability import INTERPRETER
+from vila_deploy.kernels.launch_mode import LAUNCH_MODES
 
 STEMS = {
     "gemv", "gemm", "dequantize", "norm_qkv", "rope_kv", "attention", "add_residual", "gate_up",
-    "head", "embed", "cache8", "sample",
+    "head", "embed", "kv_int8", "sample",
 }  # fmt: skip
 ABSENT = {
     "tinychat int4",
@@ -29,10 +31,6 @@ ABSENT = {
 STEPS = (
     "3B int4", "3B int4, lm-head int4", "3B int4, kv-cache int8",
     "3B int4, lm-head int4, kv-cache int8", "3B fp16",
-)  # fmt: skip
-WAYS = (
-    "as it is", "attention merged", "pdl", "pdl, attention merged", "joined",
-    "joined, attention merged",
 )  # fmt: skip
 
 
@@ -57,7 +55,7 @@ def test_rehearsal_goes_through_every_stage(tmp_path: Path) -> None:
     assert {row["name"].split()[0] for row in checks} == STEMS
     assert all(row["agrees"] and row["error"] < row["limit"] for row in checks)
     kinds = {row["kind"] for row in rows}
-    assert {"check", "stream", "step", "card", "product", "prefill"} <= kinds
+    assert {"check", "stream", "step", "memory_limit", "product", "prefill", "lookup"} <= kinds
     assert not [row for row in rows if row["kind"] == "failed"]
     skipped = {row["name"]: row["reason"] for row in rows if row["kind"] == "skipped"}
     assert skipped.keys() == ABSENT
@@ -76,11 +74,11 @@ def test_rehearsal_goes_through_every_stage(tmp_path: Path) -> None:
     small, whole = steps["3B int4, lm-head int4, kv-cache int8"], steps["3B int4"]
     assert small["weight_bytes"] < whole["weight_bytes"] < steps["3B fp16"]["weight_bytes"]
     assert small["cache_bytes"] < whole["cache_bytes"]
-    ways = {row["name"]: row for row in rows if row["kind"] == "boundaries"}
-    assert ways.keys() == {f"3B int4, {way}" for way in WAYS}
-    assert all(row["same_bits"] and row["error"] == 0 for row in ways.values())
+    modes = {row["name"]: row for row in rows if row["kind"] == "launch_mode"}
+    assert modes.keys() == {f"3B int4, {mode}" for mode in LAUNCH_MODES}
+    assert all(row["same_bits"] and row["error"] == 0 for row in modes.values())
     # Two layers: a launch less for each; the interpreter has one for each phase.
-    assert [row["launches"] for row in ways.values()] == [15, 13, 15, 13, 15, 13]
+    assert [row["launches"] for row in modes.values()] == [15, 13, 15, 13, 15, 13]
 
 
 def test_what_fails_is_a_row_and_the_rest_goes_on(
@@ -92,7 +90,7 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(
     def refused(*arguments: Any) -> Any:
         raise RuntimeError("out of resource: shared memory\nand more")
 
-    run = Run("cpu", 0, 600.0, tmp_path / "rows.jsonl")
+    run = Run("cpu", INTERPRETER, 600.0, tmp_path / "rows.jsonl")
     good = torch.ones(2)
     monkeypatch.setattr(checks, "CASES", {"bad": refused, "good": lambda *_: iter([(good, good)])})
     assert not checks.check_all(run)
@@ -101,9 +99,9 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(
     assert fine["agrees"]
     monkeypatch.setattr(steps, "random_llm", refused)
     steps.measure_steps(run)
-    steps.measure_boundaries(run)
+    steps.measure_launch_modes(run)
     failed = [row["name"] for row in run.rows if row["kind"] == "failed"]
-    assert failed == [*STEPS, "3B int4, boundaries"]
+    assert failed == [*STEPS, "3B int4, launch modes"]
     written = (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()
     assert list(map(json.loads, written)) == run.rows
 

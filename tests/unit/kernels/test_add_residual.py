@@ -1,4 +1,4 @@
-"""A product added to the residual stream, and what the next norm needs of it."""
+"""A product added to the residual residual, and what the next norm needs of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.kernel_cases import (
-    SM,
+    CAPABILITY,
     assert_exact_as_half,
     error,
     generator,
@@ -15,7 +15,8 @@ from tests.support.kernel_cases import (
     random_packed,
     unwritten,
 )
-from vila_deploy.kernels.add_residual import add_residual, add_residual_reference, parts
+from vila_deploy.kernels.add_residual import add_residual, add_residual_reference
+from vila_deploy.kernels.tile_config import gemv_programs
 
 
 @pytest.mark.parametrize(
@@ -24,13 +25,13 @@ from vila_deploy.kernels.add_residual import add_residual, add_residual_referenc
 def test_equals_the_reference(rows: int, columns: int, bits: int, tokens: int) -> None:
     random = generator(rows)
     weight, x = random_packed(rows, columns, bits, random, 64), halves(tokens, columns, random)
-    stream, norm = torch.randn(tokens, rows, generator=random), torch.rand(rows, generator=random)
-    expected, normed, squares = add_residual_reference(x, weight, norm, stream)
+    residual, norm = torch.randn(tokens, rows, generator=random), torch.rand(rows, generator=random)
+    expected, normed, squares = add_residual_reference(x, weight, norm, residual)
     out = unwritten(tokens, rows)
-    found = unwritten(parts(SM, rows), 8, dtype=torch.float32)
-    new = stream.clone()
-    add_residual(x, weight, norm, new, out, found, SM)()
-    half = stream.half() + plain(x, weight)
+    found = unwritten(gemv_programs(CAPABILITY, rows), 8, dtype=torch.float32)
+    new = residual.clone()
+    add_residual(x, weight, norm, new, out, found, CAPABILITY)()
+    half = residual.half() + plain(x, weight)
     assert_exact_as_half(new, expected, half)
     assert_exact_as_half(out, normed, half * norm.half())
     assert error(found.sum(0)[:tokens], squares) < 1e-4

@@ -15,20 +15,26 @@ from tests.support.paths import REPOSITORY
 from vila_deploy.backends.native.compile import compile_engine
 from vila_deploy.checkpoint.presets import preset
 from vila_deploy.kernels.aot import parse_usage
+from vila_deploy.kernels.capability import ComputeCapability
 from vila_deploy.kernels.tile_config import device
 
 PROBE = REPOSITORY / "tests" / "support" / "kernel_probe.py"
 # Shared memory that a program may have, in bytes: CUDA's documented limits.
-SHARED_BYTES = {"8.0": 163 << 10, "8.7": 163 << 10, "8.9": 99 << 10, "9.0": 227 << 10}
+SHARED_BYTES = {
+    ComputeCapability(8, 0): 163 << 10,
+    ComputeCapability(8, 7): 163 << 10,
+    ComputeCapability(8, 9): 99 << 10,
+    ComputeCapability(9, 0): 227 << 10,
+}
 KERNELS = {
-    "embed_kernel", "norm_qkv_kernel", "rope_kv_kernel", "attention_part_kernel",
-    "attention_merge_kernel", "add_residual_kernel", "gate_up_kernel", "head_kernel", "pick_kernel",
-    "gemm_kernel", "dequantize_kernel", "sample_kernel",
+    "embed_kernel", "norm_qkv_kernel", "rope_kv_kernel", "attention_split_kernel",
+    "attention_merge_kernel", "add_residual_kernel", "gate_up_kernel", "head_kernel",
+    "argmax_kernel", "gemm_kernel", "dequantize_kernel", "sample_kernel",
 }  # fmt: skip
 
-# What only a prompt or a step of several tokens launches, or a step that doesn't overlap.
+# What only a prompt or a step of several tokens launches, or a step without PDL.
 NOT_IN_A_STEP = {
-    "rope_kv_kernel", "gemm_kernel", "dequantize_kernel", "attention_part_kernel",
+    "rope_kv_kernel", "gemm_kernel", "dequantize_kernel", "attention_split_kernel",
     "attention_merge_kernel",
 }  # fmt: skip
 # Of a multiprocessor: CUDA's documented limits.
@@ -41,15 +47,16 @@ Rows = list[dict[str, Any]]
 
 def check(rows: Rows, kernels: set[str]) -> None:
     assert {(row["kernel"], row["sm"]) for row in rows} == {
-        (kernel, int(capability.replace(".", "")))
-        for kernel in kernels
-        for capability in SHARED_BYTES
+        (kernel, capability.sm) for kernel in kernels for capability in SHARED_BYTES
     }
     for row in rows:
         assert row["stack_bytes"] == 0, row
         assert 0 < row["registers"] <= 255, row
-        major, minor = divmod(row["sm"], 10)
-        assert row["shared_bytes"] <= SHARED_BYTES[f"{major}.{minor}"], row
+        assert row["shared_bytes"] <= SHARED_BYTES[capability_of(row)], row
+
+
+def capability_of(row: dict[str, Any]) -> ComputeCapability:
+    return ComputeCapability(*divmod(row["sm"], 10))
 
 
 def constants(rows: Rows, kernel: str, name: str) -> set[Any]:
@@ -62,7 +69,7 @@ def test_all_kernels_compile_and_none_spills() -> None:
     check(rows, KERNELS)
     assert constants(rows, "norm_qkv_kernel", "BITS") == {4}
     assert constants(rows, "head_kernel", "BITS") == {16}
-    assert constants(rows, "attention_part_kernel", "TURN") == {True, False}
+    assert constants(rows, "attention_split_kernel", "ROPE") == {True, False}
 
 
 @pytest.fixture(scope="module")
@@ -78,55 +85,55 @@ def probed() -> dict[str, Rows]:
 def test_quantized_components_compile_and_none_spills(probed: dict[str, Rows]) -> None:
     """An int4 head is left out: it is the loop of the int4 linears."""
     rows = probed["small"]
-    check(rows, {"head_kernel", "rope_kv_kernel", "attention_part_kernel"})
+    check(rows, {"head_kernel", "rope_kv_kernel", "attention_split_kernel"})
     assert constants(rows, "head_kernel", "BITS") == {8}
-    for kernel in ("rope_kv_kernel", "attention_part_kernel"):
+    for kernel in ("rope_kv_kernel", "attention_split_kernel"):
         assert constants(rows, kernel, "INT8") == {True}
 
 
 def test_on_a_gpu_arguments_are_what_they_were_compiled_for(probed: dict[str, Rows]) -> None:
     """Up to where Triton would compile: names that it keeps for itself are refused there."""
     rows = probed["bound"]
-    assert {row["kernel"] for row in rows} == KERNELS | {"attention_kernel", "joined_kernel"}
+    assert {row["kernel"] for row in rows} == KERNELS | {"attention_kernel", "fused_layer_kernel"}
     for row in rows:
         assert all(row[key] for key in ("signature", "constants", "attributes", "hash", "warps")), (
             row
         )
     chosen = {row["kernel"]: row["options"] for row in rows if row["options"]}
-    assert chosen.pop("joined_kernel") == ["launch_cooperative_grid"]
+    assert chosen.pop("fused_layer_kernel") == ["launch_cooperative_grid"]
     assert set(chosen) == KERNELS - NOT_IN_A_STEP | {"attention_kernel"}
     assert all(options == ["launch_pdl"] for options in chosen.values())
 
 
-def test_overlapped_kernels_wait_once_behind_their_prefetches(probed: dict[str, Rows]) -> None:
-    rows = [row for row in probed["joined"] if row["kernel"] != "joined_kernel"]
-    assert {row["overlap"] for row in rows} == {True, False}
+def test_kernels_with_pdl_wait_once_behind_their_prefetches(probed: dict[str, Rows]) -> None:
+    rows = [row for row in probed["modes"] if row["kernel"] != "fused_layer_kernel"]
+    assert {row["pdl"] for row in rows} == {True, False}
     for row in rows:
         assert row["stack_bytes"] == 0, row
         counts, places = row["counts"], row["places"]
-        on = int(row["overlap"])
+        on = int(row["pdl"])
         assert counts["griddepcontrol.wait"] == counts["griddepcontrol.launch_dependents"] == on
-        assert (counts["prefetch.global.L2"] > 0) == row["overlap"]
+        assert (counts["prefetch.global.L2"] > 0) == row["pdl"]
         if on:
             assert row["last_prefetch"] < places["griddepcontrol.wait"] < places["cp.async"]
             # Attention reads the position before, to know what of the cache to ask for.
-            early = row["kernel"] == "attention_kernel"
-            assert early or places["griddepcontrol.wait"] < places["ld.global"]
+            loads_early = row["kernel"] == "attention_kernel"
+            assert loads_early or places["griddepcontrol.wait"] < places["ld.global"]
 
 
-def test_programs_of_a_joined_kernel_fit_on_the_device(probed: dict[str, Rows]) -> None:
+def test_programs_of_a_fused_layer_fit_on_the_device(probed: dict[str, Rows]) -> None:
     """All of them at once, or they would wait for each other forever."""
-    rows = [row for row in probed["joined"] if row["kernel"] == "joined_kernel"]
+    rows = [row for row in probed["modes"] if row["kernel"] == "fused_layer_kernel"]
     assert {row["sm"] for row in rows} == set(ALL_SHARED_BYTES)
     for row in rows:
         assert row["stack_bytes"] == 0, row
         assert row["counts"]["ld.acquire.gpu"] == row["counts"]["atom.global.gpu.acq_rel"] == 3
-        each, left = divmod(row["programs"], device(row["sm"]).processors)
-        assert left == 0
+        programs, rest = divmod(row["programs"], device(capability_of(row)).processors)
+        assert rest == 0
         # Registers are given out 256 at a time to a warp; each program takes 1 KB more.
         warp = -(-row["registers"] * 32 // 256) * 256
-        assert each * row["warps"] * warp <= REGISTERS
-        assert each * (row["shared_bytes"] + 1024) <= ALL_SHARED_BYTES[row["sm"]]
+        assert programs * row["warps"] * warp <= REGISTERS
+        assert programs * (row["shared_bytes"] + 1024) <= ALL_SHARED_BYTES[row["sm"]]
 
 
 def test_what_a_spilling_kernel_looks_like() -> None:

@@ -1,18 +1,18 @@
-"""Attention over the cache in parts against plain softmax attention."""
+"""Attention over a split cache against plain softmax attention."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.support.kernel_cases import SM, assert_exact_as_half, generator, unwritten
+from tests.support.kernel_cases import CAPABILITY, assert_exact_as_half, generator, unwritten
 from vila_deploy.kernels.attention import (
-    Parts,
+    SplitScratch,
     attention,
     attention_reference,
     rope_attention,
 )
-from vila_deploy.kernels.kv_int8 import round_vectors
+from vila_deploy.kernels.kv_int8 import quantize_vectors
 from vila_deploy.kernels.rope_kv import rope_kv
 
 
@@ -30,16 +30,16 @@ from vila_deploy.kernels.rope_kv import rope_kv
 def test_equals_plain_attention(
     tokens: int, heads: int, kv_heads: int, dim: int, position: int, splits: int
 ) -> None:
-    random, slots = generator(position), 200
+    random, positions = generator(position), 200
     q = torch.randn(tokens, heads, dim, generator=random).half()
     # What lies behind the position is left over from a longer conversation and must not be seen.
-    keys, values = torch.randn(2, kv_heads, slots, dim, generator=random).half()
+    keys, values = torch.randn(2, kv_heads, positions, dim, generator=random).half()
     keys[:, position + tokens :] = 1e4
     values[:, position + tokens :] = torch.inf
     place = torch.tensor([position], dtype=torch.int32)
     out = unwritten(tokens, heads * dim)
     for launch in attention(
-        q, keys, values, place, out, Parts(tokens, heads, dim, splits, "cpu"), SM
+        q, keys, values, place, out, SplitScratch(tokens, heads, dim, splits, "cpu"), CAPABILITY
     ):
         launch()
     expected = attention_reference(q, keys, values, place)
@@ -66,22 +66,24 @@ def _half(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position: i
 def test_with_rotation_inside_it_gives_the_same_bits(
     heads: int, kv_heads: int, dim: int, position: int, splits: int
 ) -> None:
-    random, slots = generator(position), 200
+    random, positions = generator(position), 200
     qkv = torch.randn(1, (heads + 2 * kv_heads) * dim, generator=random).half()
-    angles = torch.rand(slots, dim // 2, generator=random) * 6
-    cache = torch.randn(2, kv_heads, slots, dim, generator=random).half()
+    angles = torch.rand(positions, dim // 2, generator=random) * 6
+    cache = torch.randn(2, kv_heads, positions, dim, generator=random).half()
     cache[:, :, position:] = torch.inf
     place, scratch = (
         torch.tensor([position], dtype=torch.int32),
-        Parts(1, heads, dim, splits, "cpu"),
+        SplitScratch(1, heads, dim, splits, "cpu"),
     )
     apart, inside = cache.clone(), cache.clone()
     expected, out = unwritten(1, heads * dim), unwritten(1, heads * dim)
     q = unwritten(1, heads, dim)
     rope_kv(qkv, angles.cos(), angles.sin(), place, q, *apart)()
     for launch in (
-        *attention(q, *apart, place, expected, scratch, SM),
-        *rope_attention(qkv, (angles.cos(), angles.sin()), *inside, place, out, scratch, SM),
+        *attention(q, *apart, place, expected, scratch, CAPABILITY),
+        *rope_attention(
+            qkv, (angles.cos(), angles.sin()), *inside, place, out, scratch, CAPABILITY
+        ),
     ):
         launch()
     assert torch.equal(out, expected)
@@ -93,27 +95,27 @@ def test_merged_by_its_last_program_gives_the_same_bits(
     int8: bool, splits: int, position: int
 ) -> None:
     """Twice: every launch leaves its counters as it found them."""
-    heads, kv_heads, dim, slots = 6, 2, 48, 200
+    heads, kv_heads, dim, positions = 6, 2, 48, 200
     random = generator(splits)
     qkv = torch.randn(1, (heads + 2 * kv_heads) * dim, generator=random).half()
-    angles = torch.rand(slots, dim // 2, generator=random) * 6
+    angles = torch.rand(positions, dim // 2, generator=random) * 6
     tables, place = (angles.cos(), angles.sin()), torch.tensor([position], dtype=torch.int32)
-    vectors, scales = torch.randn(2, kv_heads, slots, dim, generator=random).half(), None
+    vectors, scales = torch.randn(2, kv_heads, positions, dim, generator=random).half(), None
     if int8:
-        vectors, both = round_vectors(vectors)
-        scales = (both[0], both[1])
+        vectors, both_scales = quantize_vectors(vectors)
+        scales = (both_scales[0], both_scales[1])
     outs = []
     for merged in (False, True):
-        out, parts = unwritten(1, heads * dim), Parts(1, heads, dim, splits, "cpu")
+        out, scratch = unwritten(1, heads * dim), SplitScratch(1, heads, dim, splits, "cpu")
         launches = rope_attention(
-            qkv, tables, *vectors, place, out, parts, SM, scales, merged=merged
+            qkv, tables, *vectors, place, out, scratch, CAPABILITY, scales, merged=merged
         )
         assert len(launches) == 2 - merged
         for _ in range(1 + merged):
             out.fill_(torch.nan)
             for launch in launches:
                 launch()
-            assert not parts.done.any()
+            assert not scratch.done.any()
             outs.append(out.clone())
     assert outs[0].isfinite().all()
     assert torch.equal(outs[0], outs[1])

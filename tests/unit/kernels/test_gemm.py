@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.kernel_cases import (
-    SM,
+    CAPABILITY,
     assert_exact_as_half,
     generator,
     halves,
@@ -22,7 +22,7 @@ def check(rows: int, columns: int, tokens: int, bits: int, group: int = 128) -> 
     weight, x = random_packed(rows, columns, bits, random, group), halves(tokens, columns, random)
     bias = torch.randn(rows, generator=random)
     y = unwritten(tokens, rows)
-    gemm(x, weight, bias, y, SM)()
+    gemm(x, weight, bias, y, CAPABILITY)()
     assert_exact_as_half(y, gemm_reference(x, weight, bias), plain(x, weight) + bias.half())
 
 

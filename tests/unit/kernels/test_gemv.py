@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support.kernel_cases import (
-    SM,
+    CAPABILITY,
     assert_exact_as_half,
     generator,
     halves,
@@ -21,7 +21,7 @@ from vila_deploy.kernels.tile_config import gemv_tile
 
 def run(x: torch.Tensor, weight: PackedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
     y = unwritten(len(x), weight.out_features)
-    gemv(x, weight, bias, y, SM)()
+    gemv(x, weight, bias, y, CAPABILITY)()
     return y
 
 
@@ -48,11 +48,11 @@ def test_wide_tiles_equal_narrow_ones() -> None:
     """Enough channels for the 32-row tile; its sums are in another order, not other sums."""
     random = generator()
     rows = 64 * 132
-    assert gemv_tile(SM, rows).rows == 32
-    assert gemv_tile(SM, rows - 1).rows == 16
+    assert gemv_tile(CAPABILITY, rows).rows == 32
+    assert gemv_tile(CAPABILITY, rows - 1).rows == 16
     weight, x = random_packed(64, 512, 4, random), halves(1, 512, random)
     wide = unwritten(1, 64)
-    launch = gemv(x, weight, None, wide, SM)
+    launch = gemv(x, weight, None, wide, CAPABILITY)
     constants = {**launch.constants, "ROWS": 32, "SPLIT": 4}
     type(launch)(launch.kernel, (2,), launch.args, constants, 4)()
     assert torch.allclose(wide, run(x, weight), rtol=2e-3, atol=1e-2)

@@ -5,29 +5,40 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support.kernel_cases import SM, assert_exact_as_half, generator, halves, unwritten
-from vila_deploy.kernels.attention import Parts, attention, attention_reference, rope_attention
-from vila_deploy.kernels.kv_int8 import round_vectors, widen_vectors
+from tests.support.kernel_cases import (
+    CAPABILITY,
+    assert_exact_as_half,
+    generator,
+    halves,
+    unwritten,
+)
+from vila_deploy.kernels.attention import (
+    SplitScratch,
+    attention,
+    attention_reference,
+    rope_attention,
+)
+from vila_deploy.kernels.kv_int8 import dequantize_vectors, quantize_vectors
 from vila_deploy.kernels.rope_kv import rope_kv, rope_kv_reference
 
-SLOTS = 200
+POSITIONS = 200
 
 
 def random_cache(kv_heads: int, dim: int, random: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """Levels [2, kv_heads, slots, dim] and scales [2, kv_heads, slots] of random vectors."""
-    return round_vectors(torch.randn(2, kv_heads, SLOTS, dim, generator=random).half())
+    """int8 [2, kv_heads, positions, dim] and scales [2, kv_heads, positions] of random vectors."""
+    return quantize_vectors(torch.randn(2, kv_heads, POSITIONS, dim, generator=random).half())
 
 
-def test_rounding_is_to_the_nearest_level_of_each_vector() -> None:
+def test_rounding_is_to_the_nearest_value_of_each_vector() -> None:
     vectors = torch.randn(5, 7, 64, generator=generator()).half()
     vectors[2, 3], vectors[4, 4, 0] = 0, 3e4
-    levels, scale = round_vectors(vectors)
-    found = widen_vectors(levels, scale).float()
-    # Half a level, and the rounding of scale and product to float16.
+    quantized, scale = quantize_vectors(vectors)
+    found = dequantize_vectors(quantized, scale).float()
+    # Half a step, and the rounding of scale and product to float16.
     most = vectors.float().abs().amax(-1, keepdim=True)
     assert ((found - vectors).abs() <= most * (0.5 / 127 + 2**-10)).all()
     assert not found[2, 3].any()
-    assert int(levels.abs().max()) == 127
+    assert int(quantized.abs().max()) == 127
 
 
 @pytest.mark.parametrize(
@@ -39,21 +50,21 @@ def test_rotated_keys_and_values_are_rounded(
 ) -> None:
     random = generator(tokens)
     qkv = halves(tokens, (heads + 2 * kv_heads) * dim, random)
-    angles = torch.rand(SLOTS, dim // 2, generator=random) * 6
+    angles = torch.rand(POSITIONS, dim // 2, generator=random) * 6
     position, q = torch.tensor([start], dtype=torch.int32), unwritten(tokens, heads, dim)
-    keys, values = torch.zeros(2, kv_heads, SLOTS, dim, dtype=torch.int8)
-    scales = torch.zeros(2, kv_heads, SLOTS).half()
-    turn = rope_kv(qkv, angles.cos(), angles.sin(), position, q, keys, values, (*scales,))
-    turn()
+    keys, values = torch.zeros(2, kv_heads, POSITIONS, dim, dtype=torch.int8)
+    scales = torch.zeros(2, kv_heads, POSITIONS).half()
+    launch = rope_kv(qkv, angles.cos(), angles.sin(), position, q, keys, values, (*scales,))
+    launch()
     expected = rope_kv_reference(qkv, angles.cos(), angles.sin(), position, heads, kv_heads)
     assert_exact_as_half(q, expected[0], expected[0].half())
     where = slice(start, start + tokens)
-    for levels, scale, vectors in zip((keys, values), scales, expected[1:], strict=True):
-        right, right_scale = round_vectors(vectors.half())
-        # PyTorch's rotation may differ in the last bit of float16, hence by one level.
-        assert (levels[:, where].int() - right.int()).abs().max() <= 1
+    for quantized, scale, vectors in zip((keys, values), scales, expected[1:], strict=True):
+        right, right_scale = quantize_vectors(vectors.half())
+        # PyTorch's rotation may differ in the last bit of float16, hence by one.
+        assert (quantized[:, where].int() - right.int()).abs().max() <= 1
         assert torch.allclose(scale[:, where], right_scale, rtol=2e-3)
-        for written in (levels, scale):
+        for written in (quantized, scale):
             assert not written[:, :start].any()
             assert not written[:, start + tokens :].any()
 
@@ -67,14 +78,14 @@ def test_attention_equals_the_reference(
 ) -> None:
     random = generator(position)
     q = torch.randn(tokens, heads, dim, generator=random).half()
-    levels, scales = random_cache(kv_heads, dim, random)
+    quantized, scales = random_cache(kv_heads, dim, random)
     # What lies behind the position is left over from a longer conversation and must not be seen.
-    levels[:, :, position + tokens :], scales[:, :, position + tokens :] = 127, torch.inf
+    quantized[:, :, position + tokens :], scales[:, :, position + tokens :] = 127, torch.inf
     place, out = torch.tensor([position], dtype=torch.int32), unwritten(tokens, heads * dim)
-    scratch = Parts(tokens, heads, dim, splits, "cpu")
-    for launch in attention(q, *levels, place, out, scratch, SM, (*scales,)):
+    scratch = SplitScratch(tokens, heads, dim, splits, "cpu")
+    for launch in attention(q, *quantized, place, out, scratch, CAPABILITY, (*scales,)):
         launch()
-    keys, values = widen_vectors(levels, scales)
+    keys, values = dequantize_vectors(quantized, scales)
     expected = attention_reference(q, keys, values, place)
     half = torch.cat(
         [
@@ -98,18 +109,18 @@ def test_with_rotation_inside_it_gives_the_same_bits(
     """A token sees itself as later tokens will see it."""
     random = generator(position)
     qkv = halves(1, (heads + 2 * kv_heads) * dim, random)
-    angles = torch.rand(SLOTS, dim // 2, generator=random) * 6
+    angles = torch.rand(POSITIONS, dim // 2, generator=random) * 6
     tables = angles.cos(), angles.sin()
     place = torch.tensor([position], dtype=torch.int32)
-    scratch = Parts(1, heads, dim, splits, "cpu")
+    scratch = SplitScratch(1, heads, dim, splits, "cpu")
     apart = random_cache(kv_heads, dim, random)
-    inside = tuple(part.clone() for part in apart)
+    inside = tuple(tensor.clone() for tensor in apart)
     expected, out = unwritten(1, heads * dim), unwritten(1, heads * dim)
     q = unwritten(1, heads, dim)
     rope_kv(qkv, *tables, place, q, *apart[0], (*apart[1],))()
     for launch in (
-        *attention(q, *apart[0], place, expected, scratch, SM, (*apart[1],)),
-        *rope_attention(qkv, tables, *inside[0], place, out, scratch, SM, (*inside[1],)),
+        *attention(q, *apart[0], place, expected, scratch, CAPABILITY, (*apart[1],)),
+        *rope_attention(qkv, tables, *inside[0], place, out, scratch, CAPABILITY, (*inside[1],)),
     ):
         launch()
     assert torch.equal(out, expected)

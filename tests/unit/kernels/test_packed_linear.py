@@ -25,10 +25,10 @@ def test_int4_comes_back_bit_for_bit(group: int, rows: int, groups: int) -> None
     assert torch.equal(unpack(pack_int4(linear)), linear.dequantize())
 
 
-def test_levels_lie_where_the_layout_says() -> None:
+def test_quantized_values_lie_where_the_layout_says() -> None:
     linear = random_int4(48, 256, 128, generator())
     words = pack_int4(linear).words.int() & 0xFFFF
-    row, channel = 37, 128 + 2 * 32 + 5  # second block, plane 2, word 5
+    row, channel = 37, 128 + 2 * 32 + 5  # second block, lane 2, word 5
     assert words[row // ROWS, 1, row % ROWS, 5] >> 8 & 15 == linear.q[row, channel]
 
 

@@ -10,7 +10,7 @@ from tests.support.kernel_cases import generator
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.sampling import sample as sample_on_host
 from vila_deploy.kernels import sample as module
-from vila_deploy.kernels.sample import kept_reference, sample, sample_reference
+from vila_deploy.kernels.sample import nucleus_reference, sample, sample_reference
 
 
 def draw(logits: torch.Tensor, uniform: float, temperature: float, top_p: float) -> int:
@@ -35,7 +35,7 @@ def test_same_token_as_sorting(
     logits = torch.randn(100, generator=generator(int(uniform * 1000))) * 3
     found = draw(logits, uniform, temperature, top_p)
     assert found == sample_reference(logits, uniform, temperature, top_p)
-    assert kept_reference(logits, temperature, top_p)[found]
+    assert nucleus_reference(logits, temperature, top_p)[found]
     if top_p < 1e-3:
         assert found == int(logits.argmax())
 
@@ -55,12 +55,12 @@ def test_draws_follow_the_hosts_probabilities(monkeypatch: pytest.MonkeyPatch) -
     """Equally spaced numbers draw each token as often as the host's own rule gives it weight."""
     monkeypatch.setattr(module, "ROUNDS", 30)
     logits, count = torch.randn(12, generator=generator(5)) * 2, 100
-    wanted = host_probabilities(logits.numpy(), SamplingParams(temperature=0.8, top_p=0.85))
-    found = np.zeros(len(wanted))
+    expected = host_probabilities(logits.numpy(), SamplingParams(temperature=0.8, top_p=0.85))
+    found = np.zeros(len(expected))
     for i in range(count):
         found[draw(logits, (i + 0.5) / count, 0.8, 0.85)] += 1 / count
-    assert np.abs(found - wanted).max() <= 1 / count
-    assert not found[wanted == 0].any()
+    assert np.abs(found - expected).max() <= 1 / count
+    assert not found[expected == 0].any()
 
 
 class _Recorded:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from tests.support.kernel_cases import (
+    CAPABILITY,
     EPSILON,
-    SM,
     assert_exact_as_half,
     error,
     generator,
@@ -27,8 +27,8 @@ from tests.support.kernel_cases import (
     unwritten,
 )
 from vila_deploy.kernels import sample as sample_module
-from vila_deploy.kernels.add_residual import add_residual, add_residual_reference, parts
-from vila_deploy.kernels.attention import Parts, attention, attention_reference
+from vila_deploy.kernels.add_residual import add_residual, add_residual_reference
+from vila_deploy.kernels.attention import SplitScratch, attention, attention_reference
 from vila_deploy.kernels.dequantize import dequantize, dequantize_reference
 from vila_deploy.kernels.embed import embed, embed_reference
 from vila_deploy.kernels.gate_up import gate_up, gate_up_reference
@@ -40,6 +40,7 @@ from vila_deploy.kernels.norm_qkv import norm_qkv, norm_qkv_reference
 from vila_deploy.kernels.packed_linear import ROWS, PackedLinear, empty_like_packed
 from vila_deploy.kernels.rope_kv import rope_kv, rope_kv_reference
 from vila_deploy.kernels.sample import sample, sample_reference
+from vila_deploy.kernels.tile_config import gemv_programs
 
 Shape = tuple[int, int]
 MODELS = model_table()
@@ -73,10 +74,10 @@ def run_last(launch: Launch, out_features: int) -> int:
     return out_features - (out_features - 1) // rows * rows
 
 
-def stream_of(columns: int) -> tuple[Tensor, Tensor]:
+def normed_input(columns: int) -> tuple[Tensor, Tensor]:
     """x [1, columns] and the sums of squares that a kernel before left."""
     x = halves(1, columns, generator(columns))
-    return x, squares_of(x, parts(SM, columns))
+    return x, squares_of(x, gemv_programs(CAPABILITY, columns))
 
 
 def at_every(shapes: set[Any]) -> Any:
@@ -91,9 +92,9 @@ def assert_last(y: Tensor, count: int, reference: Tensor, half: Tensor) -> None:
 
 @at_every(QKV)
 def test_norm_qkv(shape: Shape) -> None:
-    (weight, tile), (x, squares) = true_size(shape, 4), stream_of(shape[1])
+    (weight, tile), (x, squares) = true_size(shape, 4), normed_input(shape[1])
     bias, y = torch.randn(shape[0], generator=generator()), unwritten(1, shape[0])
-    count = run_last(norm_qkv(x, squares, weight, bias, y, EPSILON, 2.0, SM), shape[0])
+    count = run_last(norm_qkv(x, squares, weight, bias, y, EPSILON, 2.0, CAPABILITY), shape[0])
     ours = bias[-LAST:]
     expected = norm_qkv_reference(x, squares, tile, ours, EPSILON, 2.0)
     normed = torch.nn.functional.rms_norm(x, x.shape[1:], None, EPSILON) * 2
@@ -104,25 +105,25 @@ def test_norm_qkv(shape: Shape) -> None:
 def test_add_residual(shape: Shape) -> None:
     weight, tile = true_size(shape, 4)
     random, rows = generator(shape[1]), shape[0]
-    x, stream = halves(1, shape[1], random), torch.randn(1, rows, generator=random)
+    x, residual = halves(1, shape[1], random), torch.randn(1, rows, generator=random)
     norm, out = torch.rand(rows, generator=random), unwritten(1, rows)
-    squares = unwritten(parts(SM, rows), 8, dtype=torch.float32)
-    new = stream.clone()
-    count = run_last(add_residual(x, weight, norm, new, out, squares, SM), rows)
-    before, scale = stream[:, -LAST:], norm[-LAST:]
+    squares = unwritten(gemv_programs(CAPABILITY, rows), 8, dtype=torch.float32)
+    new = residual.clone()
+    count = run_last(add_residual(x, weight, norm, new, out, squares, CAPABILITY), rows)
+    before, scale = residual[:, -LAST:], norm[-LAST:]
     expected, normed, _ = add_residual_reference(x, tile, scale, before)
     half = before.half() + plain(x, tile)
     assert_exact_as_half(new[:, -count:], expected[:, -count:], half[:, -count:])
-    assert torch.equal(new[:, :-count], stream[:, :-count])
+    assert torch.equal(new[:, :-count], residual[:, :-count])
     assert_last(out, count, normed, half * scale.half())
     assert error(squares[-1, :1], expected[:, -count:].square().sum(1)) < 1e-4
 
 
 @at_every(GATE_UP)
 def test_gate_up(shape: Shape) -> None:
-    (weight, tile), (x, squares) = true_size(shape, 4), stream_of(shape[1])
+    (weight, tile), (x, squares) = true_size(shape, 4), normed_input(shape[1])
     y = unwritten(1, shape[0] // 2)
-    count = run_last(gate_up(x, squares, weight, y, EPSILON, 1.0, SM), shape[0]) // 2
+    count = run_last(gate_up(x, squares, weight, y, EPSILON, 1.0, CAPABILITY), shape[0]) // 2
     expected = gate_up_reference(x, squares, tile, LAST // 2, EPSILON, 1.0)
     normed = torch.nn.functional.rms_norm(x, x.shape[1:], None, EPSILON)
     gate, up = plain(normed, tile).unflatten(1, (-1, 2, ROWS)).unbind(2)
@@ -133,11 +134,11 @@ def test_gate_up(shape: Shape) -> None:
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @at_every(HEADS)
 def test_head(shape: Shape, bits: int) -> None:
-    (weight, tile), (x, squares) = true_size(shape, bits), stream_of(shape[1])
-    programs = parts(SM, shape[0])
+    (weight, tile), (x, squares) = true_size(shape, bits), normed_input(shape[1])
+    programs = gemv_programs(CAPABILITY, shape[0])
     logits = unwritten(1, shape[0], dtype=torch.float32)
     best, index = torch.full((programs, 8), torch.nan), torch.zeros(programs, 8, dtype=torch.int32)
-    launch = head(x, squares, weight, logits, best, index, EPSILON, 1.0, SM)
+    launch = head(x, squares, weight, logits, best, index, EPSILON, 1.0, CAPABILITY)
     count = run_last(launch, shape[0])
     normed = torch.nn.functional.rms_norm(x, x.shape[1:], None, EPSILON)
     assert_last(logits, count, head_reference(x, squares, tile, EPSILON, 1.0), plain(normed, tile))
@@ -149,7 +150,7 @@ def test_head(shape: Shape, bits: int) -> None:
 def test_gemm(shape: Shape) -> None:
     weight, tile = true_size(shape, 4)
     x, y = halves(9, shape[1], generator(shape[0])), unwritten(9, shape[0])
-    count = run_last(gemm(x, weight, None, y, SM), shape[0])
+    count = run_last(gemm(x, weight, None, y, CAPABILITY), shape[0])
     assert_last(y, count, gemm_reference(x, tile, None), plain(x, tile))
 
 
@@ -169,31 +170,33 @@ def test_gemv(shape: Shape) -> None:
     """As the prompt's last few tokens use it; eight columns at once."""
     weight, tile = true_size(shape, 4)
     x, y = halves(8, shape[1], generator(shape[1])), unwritten(8, shape[0])
-    count = run_last(gemv(x, weight, None, y, SM), shape[0])
+    count = run_last(gemv(x, weight, None, y, CAPABILITY), shape[0])
     assert_last(y, count, gemv_reference(x, tile, None), plain(x, tile))
 
 
 @at_every(ATTENTIONS)
 def test_attention_and_its_rotation(shape: tuple[int, int, int]) -> None:
-    """The last key head over two parts of the cache, and the head that shares it."""
+    """The last key head over two splits of the cache, and the head that shares it."""
     heads, kv_heads, dim = shape
-    random, at, slots = generator(heads), 90, 200
+    random, at, positions = generator(heads), 90, 200
     qkv = halves(1, (heads + 2 * kv_heads) * dim, random)
-    angles = torch.rand(slots, dim // 2, generator=random) * 6
+    angles = torch.rand(positions, dim // 2, generator=random) * 6
     position = torch.tensor([at], dtype=torch.int32)
-    keys, values = torch.randn(2, kv_heads, slots, dim, generator=random).half()
+    keys, values = torch.randn(2, kv_heads, positions, dim, generator=random).half()
     q, out = unwritten(1, heads, dim), unwritten(1, heads * dim)
-    turn = rope_kv(qkv, angles.cos(), angles.sin(), position, q, keys, values)
+    rope = rope_kv(qkv, angles.cos(), angles.sin(), position, q, keys, values)
     for head_index in (heads - 1, heads + kv_heads - 1, heads + 2 * kv_heads - 1):
-        run_program(turn, 0, head_index)
+        run_program(rope, 0, head_index)
     wanted = rope_kv_reference(qkv, angles.cos(), angles.sin(), position, heads, kv_heads)
     assert_exact_as_half(q[:, -1], wanted[0][:, -1], wanted[0][:, -1].half())
     for cache, row in ((keys, wanted[1]), (values, wanted[2])):
         assert_exact_as_half(cache[-1, at], row[-1, 0], row[-1, 0].half())
     q[:] = halves(heads, dim, random)
-    part, merge = attention(q, keys, values, position, out, Parts(1, heads, dim, 2, "cpu"), SM)
+    splits, merge = attention(
+        q, keys, values, position, out, SplitScratch(1, heads, dim, 2, "cpu"), CAPABILITY
+    )
     for split in range(2):
-        run_program(part, 0, kv_heads - 1, split)
+        run_program(splits, 0, kv_heads - 1, split)
     run_program(merge, heads - 1)
     expected = attention_reference(q, keys, values, position)
     k, v = (x[-1:, : at + 1] for x in (keys, values))
@@ -208,11 +211,11 @@ def test_embed(shape: Shape) -> None:
     table, norm = torch.empty(shape, dtype=torch.float16), torch.rand(hidden, generator=random)
     table[-1] = torch.randn(hidden, generator=random)
     token = torch.tensor([shape[0] - 1], dtype=torch.int32)
-    stream, out = unwritten(1, hidden, dtype=torch.float32), unwritten(1, hidden)
+    residual, out = unwritten(1, hidden, dtype=torch.float32), unwritten(1, hidden)
     squares = torch.zeros(1, 8)
-    embed(token, table, norm, stream, out, squares)()
+    embed(token, table, norm, residual, out, squares)()
     expected, normed, total = embed_reference(token, table, norm)
-    assert torch.equal(stream, expected)
+    assert torch.equal(residual, expected)
     assert torch.equal(out, normed.half())
     assert torch.allclose(squares[0, :1], total)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def open_session(folder: Path, manifest: Manifest) -> Session:
-    """Runs the engine in `folder`, whose files have been checked against `manifest`.
+    """Open the engine in `folder`, whose files have been checked against `manifest`.
 
     Raises:
         VilaDeployError: triton is missing, or no CUDA GPU is here.
@@ -27,6 +27,6 @@ def open_session(folder: Path, manifest: Manifest) -> Session:
 
 
 def require_triton() -> None:
-    """Raises VilaDeployError if it is missing; torch with CUDA brings it."""
+    """Raise VilaDeployError if it is missing; torch with CUDA brings it."""
     if find_spec("triton") is None:
         raise VilaDeployError("backend native needs triton", fix="pip install triton")

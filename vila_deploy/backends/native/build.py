@@ -1,9 +1,9 @@
-"""Writes the files of an engine for the native backend; no GPU is needed."""
+"""Write the files of an engine for the native backend; no GPU is needed."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,21 +11,24 @@ from safetensors.torch import save_file
 
 from vila_deploy.backends.native import files, require_triton
 from vila_deploy.backends.native.compile import compile_engine
-from vila_deploy.backends.native.model_file import write_model
+from vila_deploy.backends.native.model_file import ModelFile, Prescales, write_model
 from vila_deploy.backends.native.tower import tower_tensors
 from vila_deploy.backends.native.weights import (
     Layer,
     PackedLlm,
     empty_llm,
-    norm_units,
-    pack_parts,
-    part_names,
+    norm_prescales,
+    pack_shards,
+    shard_names,
     tensors,
 )
 from vila_deploy.builder.memory_plan import plan_engine
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.build_request import BuildRequest, Built
+from vila_deploy.engine.target import Target
+from vila_deploy.kernels.capability import ComputeCapability
+from vila_deploy.kernels.launch_mode import get_launch_mode
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import canonical_json
 from vila_deploy.utils.progress import progress
@@ -39,6 +42,7 @@ MOST_HEADS_IN_GROUP = 16
 def check(config: VilaConfig, request: BuildRequest) -> None:
     """Raises VilaDeployError if this backend can't build the model; before any work."""
     llm = config.llm
+    get_launch_mode(request.kernel_launch).check(_capability(request.target))
     if request.gpus > 1:
         raise VilaDeployError(
             "backend native runs on one GPU, --tp and --pp are for several",
@@ -78,19 +82,23 @@ def build(
     Every kernel is compiled for the target. One decoder layer is in memory at a time.
     """
     check(config, request)
-    max_seq_len, capability = request.limits.max_seq_len, request.target.compute_capability
-    assert capability is not None
+    max_seq_len, launch_mode = request.limits.max_seq_len, get_launch_mode(request.kernel_launch)
+    capability = _capability(request.target)
     module_precision, in_host_memory = request.module_precision, host_parts(config, request)
     steps = config.llm.num_layers + 1
     if in_host_memory:
-        print(f"to fit, {' and '.join(in_host_memory)} stay in the host's memory", file=sys.stderr)
+        print(f"to fit, {' and '.join(in_host_memory)} stay in host memory", file=sys.stderr)
     with progress(steps + 2, "building") as advance:
-        parts = pack_parts(config.llm, llm, max_seq_len, advance, module_precision.lm_head)
-        _save_llm(folder, config, parts, in_host_memory)
+        shards = pack_shards(config.llm, llm, max_seq_len, advance, module_precision.lm_head)
+        prescales = _save_llm(folder, config, shards)
+        model = ModelFile(config, prescales, in_host_memory, request.kernel_launch)
+        write_model(folder / files.MODEL, model)
         vision = tower_tensors(config, tower, projector, module_precision.vision)
         save_file({n: tensor.contiguous() for n, tensor in vision}, folder / files.VISION)
         advance("vision tower")
-        report = compile_engine(config.llm, max_seq_len, [capability], module_precision)
+        report = compile_engine(
+            config.llm, max_seq_len, [capability], module_precision, launch_mode
+        )
         kernels = {"components": module_precision.to_json(), "kernels": report}
         (folder / files.KERNELS).write_text(canonical_json(kernels), "utf-8")
         advance("kernels")
@@ -99,7 +107,7 @@ def build(
 
 
 def host_parts(config: VilaConfig, request: BuildRequest) -> tuple[str, ...]:
-    """What the plan leaves in the host's memory because the device has no room for it."""
+    """Return the rows of the plan that stay in host memory because the device lacks room."""
     precision = "int4" if config.llm.quantization else "fp16"
     plan = plan_engine(
         config, request.target, "native", precision, request.limits, request.module_precision
@@ -110,14 +118,18 @@ def host_parts(config: VilaConfig, request: BuildRequest) -> tuple[str, ...]:
 def _save_llm(
     folder: Path,
     config: VilaConfig,
-    parts: Iterator[Layer | PackedLlm],
-    in_host_memory: Sequence[str],
-) -> None:
-    """One file a part, so that only one is in memory."""
+    shards: Iterator[Layer | PackedLlm],
+) -> Prescales:
+    """Write one file a shard, so that only one is in memory; return the norms' prescales."""
     (folder / files.LLM).mkdir()
-    units: dict[str, dict[str, float]] = {}
-    for name, part in zip(part_names(config.llm.num_layers), parts, strict=True):
-        contiguous = {key: tensor.contiguous() for key, tensor in tensors(part).items()}
-        save_file(contiguous, folder / files.LLM / files.part(name))
-        units[name] = norm_units(part)
-    write_model(folder / files.MODEL, config, units, in_host_memory)
+    prescales: Prescales = {}
+    for name, shard in zip(shard_names(config.llm.num_layers), shards, strict=True):
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors(shard).items()}
+        save_file(contiguous, folder / files.LLM / files.shard_file(name))
+        prescales[name] = norm_prescales(shard)
+    return prescales
+
+
+def _capability(target: Target) -> ComputeCapability:
+    assert target.compute_capability is not None
+    return ComputeCapability.parse(target.compute_capability)

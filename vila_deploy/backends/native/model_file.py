@@ -1,9 +1,9 @@
-"""model.json: a VilaConfig as an engine keeps it, units of its packed norms, what is where."""
+"""model.json of a native engine: its config, and what its weights and launches need besides."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,42 +11,66 @@ from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
 from vila_deploy.checkpoint.variants import LLM_FAMILIES, PROJECTOR_TYPES, TOWER_FAMILIES
 from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig, VisionConfig
+from vila_deploy.kernels.launch_mode import DEFAULT_LAUNCH_MODE, LaunchMode, get_launch_mode
 from vila_deploy.utils.files import canonical_json, read_json_object
 
 Row = TypeVar("Row")
-# Part of the decoder → norm → its unit.
-Units = dict[str, dict[str, float]]
+# Shard of the decoder → norm → its prescale.
+Prescales = dict[str, dict[str, float]]
 
 
-def write_model(
-    path: Path, config: VilaConfig, norm_units: Units, in_host_memory: Sequence[str] = ()
-) -> None:
-    """Writes what `read_model` reads; families and projector by the names of their tables."""
+@dataclass(frozen=True)
+class ModelFile:
+    """The content of model.json.
+
+    Args:
+        norm_prescales: the power of two that each norm's weight was divided by.
+        in_host_memory: rows of the plan that stay in host memory.
+        kernel_launch: a name in LAUNCH_MODES, how the kernels of a step follow each other.
+    """
+
+    config: VilaConfig
+    norm_prescales: Prescales
+    in_host_memory: tuple[str, ...] = ()
+    kernel_launch: str = DEFAULT_LAUNCH_MODE
+
+    @property
+    def launch_mode(self) -> LaunchMode:
+        """The mode that `kernel_launch` names."""
+        return get_launch_mode(self.kernel_launch)
+
+
+def write_model(path: Path, model: ModelFile) -> None:
+    """Write what `read_model` reads; families and projector by the names of their tables."""
+    config = model.config
     llm, vision = asdict(config.llm), asdict(config.vision)
     llm["family"] = _key(LLM_FAMILIES, config.llm.family)
     vision["family"] = _key(TOWER_FAMILIES, config.vision.family)
     content = {
-        **asdict(config),
-        "llm": llm,
-        "vision": vision,
-        "projector": _key(PROJECTOR_TYPES, config.projector),
+        "config": {
+            **asdict(config),
+            "llm": llm,
+            "vision": vision,
+            "projector": _key(PROJECTOR_TYPES, config.projector),
+        },
+        "norm_units": model.norm_prescales,
+        "in_host_memory": list(model.in_host_memory),
+        "kernel_launch": model.kernel_launch,
     }
-    text = canonical_json(
-        {"config": content, "norm_units": norm_units, "in_host_memory": list(in_host_memory)}
-    )
-    path.write_text(text, "utf-8")
+    path.write_text(canonical_json(content), "utf-8")
 
 
-def read_model(path: Path) -> tuple[VilaConfig, Units, tuple[str, ...]]:
-    """The config, the units of the norms and what stays in host memory, as `plan_engine` has it.
+def read_model(path: Path) -> ModelFile:
+    """Return what `write_model` wrote; the manifest vouches for the file.
 
-    The manifest vouches for the file.
+    Raises:
+        VilaDeployError: it names a kernel launch mode that this version doesn't have.
     """
     content = read_json_object(path)
-    found: dict[str, Any] = content["config"]
-    llm, vision = found["llm"], found["vision"]
+    config: dict[str, Any] = content["config"]
+    llm, vision = config["llm"], config["vision"]
     quantization = llm["quantization"]
-    found["llm"] = LlmConfig(
+    config["llm"] = LlmConfig(
         **llm
         | {
             "family": LLM_FAMILIES[llm["family"]],
@@ -54,15 +78,20 @@ def read_model(path: Path) -> tuple[VilaConfig, Units, tuple[str, ...]]:
             "quantization": quantization and QuantizationConfig(**quantization),
         }
     )
-    found["vision"] = VisionConfig(**vision | {"family": TOWER_FAMILIES[vision["family"]]})
-    image, tiling = found["image"], found["tiling"]
+    config["vision"] = VisionConfig(**vision | {"family": TOWER_FAMILIES[vision["family"]]})
+    image, tiling = config["image"], config["tiling"]
     means = {"mean": tuple(image["mean"]), "std": tuple(image["std"])}
-    found["image"] = ImageConfig(**image | means)
-    found["tiling"] = TilingConfig(**tiling | {"scales": tuple(tiling["scales"])})
-    found["projector"] = PROJECTOR_TYPES[found["projector"]]
-    return VilaConfig(**found), content["norm_units"], tuple(content["in_host_memory"])
+    config["image"] = ImageConfig(**image | means)
+    config["tiling"] = TilingConfig(**tiling | {"scales": tuple(tiling["scales"])})
+    config["projector"] = PROJECTOR_TYPES[config["projector"]]
+    # Engines made before this field run their kernels one after another.
+    kernel_launch = content.get("kernel_launch", DEFAULT_LAUNCH_MODE)
+    get_launch_mode(kernel_launch, str(path))
+    return ModelFile(
+        VilaConfig(**config), content["norm_units"], tuple(content["in_host_memory"]), kernel_launch
+    )
 
 
-def _key(table: Mapping[str, Row], row: Row) -> str:
-    (key,) = (key for key, each in table.items() if each == row)
+def _key(table: Mapping[str, Row], value: Row) -> str:
+    (key,) = (key for key, row in table.items() if row == value)
     return key

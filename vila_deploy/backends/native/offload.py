@@ -1,4 +1,4 @@
-"""A vision tower whose layers stay in host memory and visit the GPU one after the other."""
+"""A vision tower whose layers stay in host memory and are copied to the GPU one after the other."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from torch import Tensor, nn
 
 from vila_deploy.model.vision import VisionEncoder
 
-# Of a weight in its layer's buffer, in bytes: what cuBLAS and vector loads like best.
+# Bytes that a weight's offset in its layer's buffer is a multiple of, as cuBLAS likes it best.
 ALIGNMENT = 256
 
 
 def stream_layers(encoder: VisionEncoder, device: str) -> VisionEncoder:
-    """Moves `encoder` to `device` but for its layers, each of which is there while it computes."""
-    inside, blocks = encoder.tower.encoder, encoder.tower.encoder.get_submodule("layers")
-    inside.layers = nn.ModuleList()
+    """Move `encoder` to `device` except its layers, each of which is there while it computes."""
+    tower, layers = encoder.tower.encoder, encoder.tower.encoder.get_submodule("layers")
+    tower.layers = nn.ModuleList()
     encoder.to(device)
-    inside.layers = blocks
-    for layer in blocks.children():
-        _Visit(layer, device)
+    tower.layers = layers
+    for layer in layers.children():
+        _StreamedLayer(layer, device)
     return encoder
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A weight's parameter `name` in `parameters` of its module, and where its bytes lie."""
+class _WeightSlice:
+    """A weight's parameter `name` in `parameters` of its module, and its bytes in a buffer."""
 
     parameters: dict[str, nn.Parameter | None]
     name: str
@@ -34,48 +34,50 @@ class _Place:
     dtype: torch.dtype
     bytes: slice
 
-    def of(self, buffer: Tensor) -> Tensor:
+    def view(self, buffer: Tensor) -> Tensor:
         return buffer[self.bytes].view(self.dtype).view(self.shape)
 
-    def put(self, buffer: Tensor) -> None:
-        self.parameters[self.name] = nn.Parameter(self.of(buffer), requires_grad=False)
+    def point_to(self, buffer: Tensor) -> None:
+        self.parameters[self.name] = nn.Parameter(self.view(buffer), requires_grad=False)
 
 
-class _Visit:
-    """Hooks of a layer: its weights come before it computes and are dropped behind it.
+class _StreamedLayer:
+    """Hooks of a layer: its weights are copied in before it computes and dropped behind it.
 
-    They lie in one buffer, which comes in one copy. torch rounds each piece of page-locked memory
-    up to a power of two, which in many pieces would take half as much again.
+    They lie in one buffer, which takes one copy. torch rounds each piece of page-locked memory up
+    to a power of two, which in many pieces would take half as much again.
     """
 
     def __init__(self, layer: nn.Module, device: str):
-        self._device, self._places = device, list[_Place]()
+        self._device, self._slices = device, list[_WeightSlice]()
         weights, end = [], 0
         for module in layer.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 start = -(-end // ALIGNMENT) * ALIGNMENT
                 end = start + parameter.nbytes
                 kind = parameter.shape, parameter.dtype
-                self._places.append(_Place(module._parameters, name, *kind, slice(start, end)))
+                self._slices.append(
+                    _WeightSlice(module._parameters, name, *kind, slice(start, end))
+                )
                 weights.append(parameter.detach())
-        self._stored = torch.empty(end, dtype=torch.uint8, pin_memory=device != "cpu")
-        for place, weight in zip(self._places, weights, strict=True):
-            place.of(self._stored).copy_(weight)
-        self._leave()
-        layer.register_forward_pre_hook(lambda module, inputs: self._come())
-        layer.register_forward_hook(lambda module, inputs, output: self._leave())
+        self._in_host = torch.empty(end, dtype=torch.uint8, pin_memory=device != "cpu")
+        for location, weight in zip(self._slices, weights, strict=True):
+            location.view(self._in_host).copy_(weight)
+        self._drop()
+        layer.register_forward_pre_hook(lambda module, inputs: self._copy_in())
+        layer.register_forward_hook(lambda module, inputs, output: self._drop())
 
-    def _come(self) -> None:
-        # Copies and kernels are on one stream, so a layer waits for its weights by itself.
-        here = self._stored.to(self._device, non_blocking=True, copy=True)
-        for place in self._places:
-            place.put(here)
+    def _copy_in(self) -> None:
+        # Copies and kernels are on one CUDA stream, so a layer waits for its weights by itself.
+        on_device = self._in_host.to(self._device, non_blocking=True, copy=True)
+        for weight in self._slices:
+            weight.point_to(on_device)
 
-    def _leave(self) -> None:
-        for place in self._places:
-            place.put(self._stored)
+    def _drop(self) -> None:
+        for weight in self._slices:
+            weight.point_to(self._in_host)
 
 
 def pinned(tensor: Tensor, device: str) -> Tensor:
-    """In host memory that `device` can read by itself; in the interpreter any memory is."""
+    """Return it in host memory that `device` can read; in the interpreter any memory is."""
     return tensor.cpu() if device == "cpu" else tensor.cpu().pin_memory()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vila_deploy.backends.native.decode_step import Cache, Sizes
+from vila_deploy.backends.native.decode_step import Cache, StepConfig
 from vila_deploy.backends.native.weights import Layer, Norm, PackedLlm
 from vila_deploy.kernels.linear import linear
 from vila_deploy.kernels.packed_linear import ROWS
@@ -14,54 +14,59 @@ from vila_deploy.kernels.rope_kv import rope_kv
 CHUNK = 1024  # tokens that go through the decoder at a time
 
 
-def prefill(sizes: Sizes, llm: PackedLlm, cache: Cache, embeds: Tensor, start: int) -> Tensor:
-    """Appends `embeds` float32 [tokens, hidden] at slot `start` → stream [hidden] of the last one.
+def prefill(config: StepConfig, llm: PackedLlm, cache: Cache, embeds: Tensor, start: int) -> Tensor:
+    """Append `embeds` to the cache from position `start` on, and move its position behind them.
 
-    The cache's position is set behind them.
+    Args:
+        embeds: float32 [tokens, hidden].
+
+    Returns:
+        The last token's residual behind the last layer, float32 [hidden].
     """
-    stream = embeds
+    residual = embeds
     for first in range(0, len(embeds), CHUNK):
-        stream = embeds[first : first + CHUNK].clone()
+        residual = embeds[first : first + CHUNK].clone()
         cache.position.fill_(start + first)
         for index, layer in enumerate(llm.layers):
-            _attend(sizes, llm, cache, index, layer, stream, start + first)
-            _transform(sizes, layer, stream)
+            _attention(config, llm, cache, index, layer, residual, start + first)
+            _mlp(config, layer, residual)
     cache.position.fill_(start + len(embeds))
-    return stream[-1]
+    return residual[-1]
 
 
-def _attend(
-    sizes: Sizes, llm: PackedLlm, cache: Cache, index: int, layer: Layer, stream: Tensor, start: int
-) -> None:
-    config, tokens = sizes.config, len(stream)
-    x = _normed(stream, layer.input_norm, config.rms_norm_eps)
-    qkv = linear(x, layer.qkv, layer.qkv_bias, sizes.sm)
-    q = x.new_empty((tokens, config.num_heads, config.head_dim))
+def _attention(
+    config: StepConfig, llm: PackedLlm, cache: Cache, index: int, layer: Layer, residual: Tensor,
+    start: int,
+) -> None:  # fmt: skip
+    sizes, tokens = config.llm, len(residual)
+    x = _normed(residual, layer.input_norm, sizes.rms_norm_eps)
+    qkv = linear(x, layer.qkv, layer.qkv_bias, config.capability)
+    q = x.new_empty((tokens, sizes.num_heads, sizes.head_dim))
     keys, values, scales = cache.layer(index)
     rope_kv(qkv, llm.cos, llm.sin, cache.position, q, keys, values, scales)()
     end = start + tokens
-    k, v = (part[None] for part in cache.read(index, end))
+    k, v = (vectors[None] for vectors in cache.read(index, end))
     # Token i sees the cache up to start + i.
     mask = None
     if start:
         mask = torch.ones(tokens, end, dtype=torch.bool, device=q.device).tril(start)
     attended = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(0, 1)[None], k, v, mask, is_causal=not start,
-        enable_gqa=config.num_heads != config.num_kv_heads,
+        enable_gqa=sizes.num_heads != sizes.num_kv_heads,
     )  # fmt: skip
-    stream += linear(attended[0].transpose(0, 1).flatten(1), layer.o, None, sizes.sm)
+    residual += linear(attended[0].transpose(0, 1).flatten(1), layer.o, None, config.capability)
 
 
-def _transform(sizes: Sizes, layer: Layer, stream: Tensor) -> None:
-    x = _normed(stream, layer.post_norm, sizes.config.rms_norm_eps)
-    both = linear(x, layer.gate_up, None, sizes.sm).unflatten(1, (-1, 2, ROWS))
-    gate, up = (both[:, :, half].flatten(1) for half in (0, 1))
+def _mlp(config: StepConfig, layer: Layer, residual: Tensor) -> None:
+    x = _normed(residual, layer.post_norm, config.llm.rms_norm_eps)
+    pairs = linear(x, layer.gate_up, None, config.capability).unflatten(1, (-1, 2, ROWS))
+    gate, up = (pairs[:, :, half].flatten(1) for half in (0, 1))
     inner = torch.nn.functional.silu(gate) * up
-    inner = inner[:, : sizes.config.intermediate_size].contiguous()
-    stream += linear(inner, layer.down, None, sizes.sm)
+    inner = inner[:, : config.llm.intermediate_size].contiguous()
+    residual += linear(inner, layer.down, None, config.capability)
 
 
-def _normed(stream: Tensor, norm: Norm, epsilon: float) -> Tensor:
-    """RMSNorm of the float32 stream, rounded to float16 once."""
-    factor = torch.rsqrt(stream.square().mean(1, keepdim=True) + epsilon)
-    return (stream * factor * (norm.weight * norm.unit)).half()
+def _normed(residual: Tensor, norm: Norm, epsilon: float) -> Tensor:
+    """Return RMSNorm of the float32 residual, rounded to float16 once."""
+    factor = torch.rsqrt(residual.square().mean(1, keepdim=True) + epsilon)
+    return (residual * factor * (norm.weight * norm.prescale)).half()

@@ -1,4 +1,4 @@
-"""Runs an engine on a CUDA GPU, or, slowly, on the CPU in Triton's interpreter."""
+"""The session of a native engine: on a CUDA GPU, or slowly in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from vila_deploy.backends.native import files, prompt_lookup
-from vila_deploy.backends.native.decode_step import Cache, DecodeStep, Sizes
-from vila_deploy.backends.native.model_file import Units, read_model
+from vila_deploy.backends.native import files
+from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
+from vila_deploy.backends.native.model_file import Prescales, read_model
 from vila_deploy.backends.native.offload import pinned, stream_layers
 from vila_deploy.backends.native.prefill import prefill
 from vila_deploy.backends.native.tower import load_encoder
 from vila_deploy.backends.native.weights import (
     PackedLlm,
-    Part,
+    Shard,
     empty_llm,
     map_tensors,
-    part_names,
-    with_units,
+    shard_names,
+    with_prescales,
 )
 from vila_deploy.builder.memory_plan import EMBEDDINGS, VISION
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import check_room
 from vila_deploy.engine.target import get_target
+from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
 from vila_deploy.kernels.interpreter import INTERPRETED
-from vila_deploy.kernels.tile_config import INTERPRETER, TOKENS
 from vila_deploy.model.vision import VisionEncoder
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
@@ -48,25 +48,27 @@ class NativeSession:
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
-        self._device, sm = find_device()
-        _check_capability(manifest.target, sm)
+        self._device, capability = find_device()
+        _check_capability(manifest.target, capability)
         self.position, self.max_seq_len = 0, manifest.limits.max_seq_len
-        config, units, in_host_memory = read_model(folder / files.MODEL)
-        self._sizes = Sizes(config.llm, self.max_seq_len, sm, self._device)
+        model = read_model(folder / files.MODEL)
+        config, in_host_memory = model.config, model.in_host_memory
+        self._config = StepConfig(
+            config.llm, self.max_seq_len, capability, self._device, model.launch_mode
+        )
         empty = empty_llm(config.llm, self.max_seq_len, lm_head=manifest.module_precision.lm_head)
         table_at = HOST if EMBEDDINGS in in_host_memory else self._device
-        self._llm = _load_llm(folder, empty, units, self._device, table_at)
+        self._llm = _load_llm(folder, empty, model.norm_prescales, self._device, table_at)
         # The tower runs in the precision that this device is fast in.
         self._vision_dtype = torch.float32 if self._device == "cpu" else torch.float16
         encoder = load_encoder(load_file(folder / files.VISION), config, self._vision_dtype)
-        place = stream_layers if VISION in in_host_memory else VisionEncoder.to
-        self._vision = place(encoder, self._device)
+        move = stream_layers if VISION in in_host_memory else VisionEncoder.to
+        self._vision = move(encoder, self._device)
         dtype = manifest.module_precision.kv_cache
         self._cache = Cache(config.llm, self.max_seq_len, self._device, dtype)
-        self._step = DecodeStep(self._sizes, self._llm, self._cache)
-        self._wide: DecodeStep | None = None
-        # By tokens and whether the step draws its own; each is captured when it is first needed.
-        self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._step = DecodeStep(self._config, self._llm, self._cache)
+        # By whether the step samples; each is captured when it is first needed.
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
 
     def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
         tiles = torch.from_numpy(pixels).to(self._device, self._vision_dtype)
@@ -78,9 +80,9 @@ class NativeSession:
 
     @torch.inference_mode()
     def prefill(self, embeds: Floats) -> Floats:
-        """Appends [tokens, hidden] to the cache → logits of the last token [vocab]."""
+        """Append [tokens, hidden] to the cache; return logits of the last token [vocab]."""
         x = torch.from_numpy(np.ascontiguousarray(embeds, np.float32)).to(self._device)
-        last = prefill(self._sizes, self._llm, self._cache, x, self.position)
+        last = prefill(self._config, self._llm, self._cache, x, self.position)
         self.position += len(embeds)
         self._step.finish(last)
         return self._logits()
@@ -88,24 +90,26 @@ class NativeSession:
     @torch.inference_mode()
     def decode(self, token: int) -> Floats:
         self._step.token.fill_(token)
-        self._run_step(self._step)
+        self._run_step()
         self.position += 1
         return self._logits()
 
     @torch.inference_mode()
     def decode_greedy(self, tokens: int) -> list[int]:
-        """The next `tokens` greedy tokens after prefill or decode, chosen and fed back on the
-        device; the host waits once, at the end."""
+        """Return the next `tokens` greedy tokens after prefill or decode, chosen on the device.
+
+        The host waits once, at the end.
+        """
         check_room(self.position, tokens, self.max_seq_len)
         start = self.position
         for _ in range(tokens):
-            self._run_step(self._step)
+            self._run_step()
         self.position += tokens
         return self._cache.history[start + 1 : self.position + 1].tolist()
 
     @torch.inference_mode()
     def stream(self, stop_token_ids: Collection[int], sampling: SamplingParams) -> Iterator[int]:
-        """Yields tokens after prefill, chosen and fed back on the device, the stop token included.
+        """Yield tokens after prefill, chosen on the device, the stop token included.
 
         The host reads one token behind, so the device never waits for it. Numbers for sampling are
         drawn beforehand from `sampling.seed`: equal seeds give equal tokens.
@@ -120,7 +124,7 @@ class NativeSession:
             while sampling.max_new_tokens:
                 # Nothing runs ahead of the first token, so that it is seen as soon as it is known.
                 while len(read) <= (self._ahead if taken else 0) and taken + len(read) <= steps:
-                    self._run_step(self._step, sampled=sampled)
+                    self._run_step(sampled=sampled)
                     read.append(self._read_token())
                 token = read.popleft()()
                 yield token
@@ -133,7 +137,7 @@ class NativeSession:
             self._cache.position.fill_(self.position)
 
     def _begin_sampling(self, sampling: SamplingParams) -> None:
-        """Draws the numbers of all positions, and the first token."""
+        """Draw the random numbers of all positions, and the first token."""
         random = torch.Generator()
         random.seed() if sampling.seed is None else random.manual_seed(sampling.seed)
         step = self._step
@@ -142,7 +146,7 @@ class NativeSession:
         step.draw()
 
     def _read_token(self) -> Callable[[], int]:
-        """Begins to copy the newest token → a call that waits for it."""
+        """Begin to copy the newest token; return a call that waits for it."""
         if self._device == "cpu":
             value = int(self._step.token)
             return lambda: value
@@ -159,64 +163,31 @@ class NativeSession:
 
     @property
     def _ahead(self) -> int:
-        """Tokens that are computed before the one before them is read."""
+        """How many tokens are computed before the one before them is read."""
         return 0 if self._device == "cpu" else 1
-
-    @torch.inference_mode()
-    def decode_lookup(self, tokens: int, text: Sequence[int]) -> tuple[list[int], int]:
-        """The same tokens as `decode_greedy`, in fewer steps where the text repeats itself.
-
-        Args:
-            text: token ids of the prompt, whose repetitions serve as guesses.
-
-        Returns:
-            The tokens, and how many steps they took.
-        """
-        check_room(self.position, tokens, self.max_seq_len)
-        if self._wide is None:
-            self._wide = DecodeStep(self._sizes, self._llm, self._cache, TOKENS)
-        known, found, steps = int(self._step.token), list[int](), 0
-        seen = [*text, known]
-        while len(found) < tokens:
-            steps += 1
-            if self.position + TOKENS > self.max_seq_len:
-                # No room to check guesses behind the last slots.
-                self._step.token.fill_(known)
-                new = self.decode_greedy(1)
-            else:
-                now = self._cache, known, seen, self.position
-                new = prompt_lookup.run(self._wide, *now, self._run_step)
-                new = new[: tokens - len(found)]
-                self.position += len(new)
-            found += new
-            seen += new
-            known = new[-1]
-        self._cache.position.fill_(self.position)
-        self._step.token.fill_(known)
-        return found, steps
 
     def truncate(self, tokens: int) -> None:
         self.position = tokens
         self._cache.position.fill_(tokens)
 
     def close(self) -> None:
-        """Frees weights, cache and graphs."""
-        for name in ("_graphs", "_step", "_wide", "_cache", "_vision", "_llm"):
+        """Free weights, cache and graphs."""
+        for name in ("_graphs", "_step", "_cache", "_vision", "_llm"):
             self.__dict__.pop(name, None)
 
-    def _run_step(self, step: DecodeStep, *, sampled: bool = False) -> None:
+    def _run_step(self, *, sampled: bool = False) -> None:
         if self._device == "cpu":
-            step(sampled=sampled)
+            self._step(sampled=sampled)
             return
-        kind = len(step.token), sampled
-        if kind not in self._graphs:
-            self._graphs[kind] = self._capture(step, sampled=sampled)
-        self._graphs[kind].replay()
+        if sampled not in self._graphs:
+            self._graphs[sampled] = self._capture(sampled=sampled)
+        self._graphs[sampled].replay()
 
-    def _capture(self, step: DecodeStep, *, sampled: bool) -> torch.cuda.CUDAGraph:
-        """The step as a graph; the run that compiles its kernels must leave no trace."""
+    def _capture(self, *, sampled: bool) -> torch.cuda.CUDAGraph:
+        """Return the step as a graph; the run that compiles its kernels must leave no trace."""
+        step = self._step
         token, position = step.token.clone(), self._cache.position.clone()
-        # The compiling run writes slots of the cache that the first replay writes again.
+        # The compiling run writes a position of the cache that the first replay writes again.
         step(sampled=sampled)
         torch.cuda.synchronize()
         step.token.copy_(token)
@@ -230,8 +201,12 @@ class NativeSession:
         return self._step.logits[0].cpu().numpy().copy()
 
 
-def find_device() -> tuple[str, int]:
-    """torch's name of the device and its compute capability · 10, or the interpreter's 0."""
+def find_device() -> tuple[str, ComputeCapability]:
+    """Return torch's name of the device and its compute capability, or INTERPRETER.
+
+    Raises:
+        VilaDeployError: torch has no CUDA, or finds no GPU.
+    """
     if INTERPRETED:
         return "cpu", INTERPRETER
     if torch.version.cuda is None:
@@ -245,15 +220,14 @@ def find_device() -> tuple[str, int]:
             fix="open it on the target (nvidia-smi says whether the driver works and how new it "
             "is), or set TRITON_INTERPRET=1 to try it slowly on the CPU",
         )
-    major, minor = torch.cuda.get_device_capability()
-    return "cuda", 10 * major + minor
+    return "cuda", ComputeCapability(*torch.cuda.get_device_capability())
 
 
-def _check_capability(target: str, sm: int) -> None:
-    if sm == INTERPRETER:
+def _check_capability(target: str, here: ComputeCapability) -> None:
+    if here == INTERPRETER:
         return
-    asked, here = get_target(target).compute_capability, f"{sm // 10}.{sm % 10}"
-    if here != asked:
+    asked = get_target(target).compute_capability
+    if str(here) != asked:
         raise VilaDeployError(
             f"was built for target {target} with compute capability {asked}, this GPU has {here}",
             fix="build it with the --target of this GPU",
@@ -261,13 +235,13 @@ def _check_capability(target: str, sm: int) -> None:
 
 
 def _load_llm(
-    folder: Path, empty: PackedLlm, units: Units, device: str, table_at: str
+    folder: Path, empty: PackedLlm, prescales: Prescales, device: str, table_at: str
 ) -> PackedLlm:
-    """The decoder on `device`, its embedding table there or in HOST memory."""
+    """Return the decoder on `device`, its embedding table there or in HOST memory."""
 
-    def load(name: str, part: Part) -> Part:
+    def load(name: str, shard: Shard) -> Shard:
         # What isn't for the device must not pass through its memory either.
-        stored = load_file(folder / files.LLM / files.part(name))
+        stored = load_file(folder / files.LLM / files.shard_file(name))
 
         def take(tensor: str, _: Tensor) -> Tensor:
             value = stored.pop(tensor)
@@ -275,8 +249,8 @@ def _load_llm(
                 return pinned(value, device)
             return value.to(device)
 
-        return with_units(map_tensors(part, take), units[name])
+        return with_prescales(map_tensors(shard, take), prescales[name])
 
-    *names, rest = part_names(len(empty.layers))
+    *names, rest = shard_names(len(empty.layers))
     layers = tuple(load(name, layer) for name, layer in zip(names, empty.layers, strict=True))
     return replace(load(rest, replace(empty, layers=())), layers=layers)

@@ -45,27 +45,27 @@ class Int8Linear(nn.Module):
 def tower_tensors(
     config: VilaConfig, tower: WeightSource, projector: WeightSource, dtype: str = FP16
 ) -> Iterator[tuple[str, Tensor]]:
-    """What an engine keeps of tower and projector, whose names don't meet.
+    """Yield the tensors of tower and projector by name, as an engine stores them.
 
     Raises:
         VilaDeployError: a weight is so large that its scale is no float16.
     """
-    for expected in tower_tensor_specs(config):
-        weight = tower.tensor(expected.name)
-        if dtype == FP16 or not is_tower_linear(expected.name, expected.shape):
-            yield expected.name, weight.half()
+    for spec in tower_tensor_specs(config):
+        weight = tower.tensor(spec.name)
+        if dtype == FP16 or not is_tower_linear(spec.name, spec.shape):
+            yield spec.name, weight.half()
             continue
-        rounded = round_int8(weight, expected.name)
-        yield expected.name, rounded.q
-        yield expected.name + SCALE, rounded.scale
-    for expected in projector_tensor_specs(config):
-        yield expected.name, projector.tensor(expected.name).half()
+        rounded = round_int8(weight, spec.name)
+        yield spec.name, rounded.q
+        yield spec.name + SCALE, rounded.scale
+    for spec in projector_tensor_specs(config):
+        yield spec.name, projector.tensor(spec.name).half()
 
 
 def load_encoder(
     stored: Mapping[str, Tensor], config: VilaConfig, dtype: torch.dtype
 ) -> VisionEncoder:
-    """The encoder of what `tower_tensors` gave; matrices in int8 stay so."""
+    """Return the encoder of what `tower_tensors` gave; matrices in int8 stay so."""
     source = _Stored(stored)
     encoder = VisionEncoder(config, source, source, dtype)
     prefix = config.vision.family.prefix
@@ -80,14 +80,14 @@ def load_encoder(
 
 
 class _Stored:
-    """Tensors of a file as a WeightSource; those in int8 are places to be taken."""
+    """Tensors of a file as a WeightSource; those in int8 are without values, to be replaced."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self._tensors = tensors
 
     def tensor(self, name: str) -> Tensor:
-        found = self._tensors[name]
-        return found if found.is_floating_point() else found.to("meta")
+        tensor = self._tensors[name]
+        return tensor if tensor.is_floating_point() else tensor.to("meta")
 
     def linear(self, prefix: str) -> Tensor:
         return self.tensor(f"{prefix}.weight")

@@ -1,4 +1,4 @@
-"""The language model as the kernels take it: packed layer by layer, kept in one file."""
+"""The language model as the kernels take it: packed layer by layer, a file each."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from vila_deploy.kernels.packed_linear import (
     FLOAT_BLOCK,
     INT8_GROUP,
     PackedLinear,
+    concat_rows,
     empty_like_packed,
     interleave,
-    join_rows,
     pack_float,
     pack_int4,
     pack_int8,
@@ -35,19 +35,20 @@ HEAD_ROWS = 4096
 
 @dataclass(frozen=True)
 class Norm:
-    """RMSNorm's weight float32 [hidden], divided by the power of two `unit` so that none exceeds 1.
+    """RMSNorm's weight float32 [hidden], over the power of two `prescale`: at most 1.
 
-    The stream times this weight then fits into float16 wherever the stream itself does.
+    The residual times this weight then fits into float16 wherever the residual itself does.
     """
 
     weight: Tensor
-    unit: float
+    prescale: float
 
     @classmethod
     def of(cls, weight: Tensor) -> Norm:
+        """Return the norm whose weight [hidden] is `weight`."""
         largest = float(weight.float().abs().max())
-        unit = 2.0 ** max(0, math.ceil(math.log2(largest))) if largest > 0 else 1.0
-        return cls(weight.float() / unit, unit)
+        prescale = 2.0 ** max(0, math.ceil(math.log2(largest))) if largest > 0 else 1.0
+        return cls(weight.float() / prescale, prescale)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class PackedLlm:
-    """A whole decoder; `table` float16 [vocabulary, hidden], `cos` and `sin` [slots, dim / 2]."""
+    """A decoder: `table` float16 [vocabulary, hidden], `cos` and `sin` [positions, dim / 2]."""
 
     layers: tuple[Layer, ...]
     norm: Norm
@@ -84,11 +85,13 @@ class PackedLlm:
 
 
 def pack_layer(config: LlmConfig, weights: WeightSource, index: int) -> Layer:
-    """Decoder layer `index`, repacked from the checkpoint's own form."""
+    """Return decoder layer `index`, repacked from the checkpoint's own form."""
     prefix = layer_prefix(index)
 
     def linear(block: str, *names: str) -> PackedLinear:
-        return pack_joined([weights.linear(f"{prefix}.{block}.{name}") for name in names], prefix)
+        return pack_concatenated(
+            [weights.linear(f"{prefix}.{block}.{name}") for name in names], prefix
+        )
 
     def norm(name: str) -> Norm:
         return Norm.of(weights.tensor(f"{prefix}.{name}.weight"))
@@ -108,61 +111,62 @@ def pack_layer(config: LlmConfig, weights: WeightSource, index: int) -> Layer:
     )
 
 
-def pack_joined(parts: Sequence[Tensor | QuantizedLinear], where: str) -> PackedLinear:
-    """Linears that read the same input as one, rows below each other."""
-    quantized = [part for part in parts if isinstance(part, QuantizedLinear)]
+def pack_concatenated(linears: Sequence[Tensor | QuantizedLinear], where: str) -> PackedLinear:
+    """Return linears of the same input as one, rows below each other.
+
+    Raises:
+        VilaDeployError: a linear scales its input channels; the message begins with `where`.
+    """
+    quantized = [linear for linear in linears if isinstance(linear, QuantizedLinear)]
     if not quantized:
-        return pack_float(torch.cat([part for part in parts if isinstance(part, Tensor)]))
-    if any(part.prequant_scale is not None for part in quantized):
+        return pack_float(torch.cat([x for x in linears if isinstance(x, Tensor)]))
+    if any(linear.prequant_scale is not None for linear in quantized):
         raise VilaDeployError(
             "backend native takes no scales of input channels beside the weights",
             where=where,
             fix="quantize with --format awq, which folds them into the norms",
         )
-    joined = QuantizedLinear(
-        *(torch.cat([getattr(part, name) for part in quantized]) for name in ("q", "scale", "zero"))
-    )
-    return pack_int4(joined)
+    names = ("q", "scale", "zero")
+    rows = (torch.cat([getattr(linear, name) for linear in quantized]) for name in names)
+    return pack_int4(QuantizedLinear(*rows))
 
 
 def pack_head(weight: Tensor, dtype: str) -> PackedLinear:
-    """lm_head [vocabulary, hidden], rounded to nearest unless `dtype` is fp16.
+    """Return lm_head [vocabulary, hidden], by RTN unless `dtype` is fp16.
 
     int8: symmetric in groups of 128 channels; int4: as `round_int4` for every backend.
     """
-    if dtype == FP16:
-        pack = pack_float
-    elif dtype == INT8:
-        pack = pack_int8
-    else:
-        group_size = head_group_size(weight.shape[1])
 
-        def pack(rows: Tensor) -> PackedLinear:
-            return pack_int4(round_int4(rows, group_size, HEAD))
+    def pack(rows: Tensor) -> PackedLinear:
+        if dtype == FP16:
+            return pack_float(rows)
+        if dtype == INT8:
+            return pack_int8(rows)
+        return pack_int4(round_int4(rows, head_group_size(weight.shape[1]), HEAD))
 
-    return join_rows([pack(rows) for rows in weight.split(HEAD_ROWS)])
+    return concat_rows([pack(rows) for rows in weight.split(HEAD_ROWS)])
 
 
 def head_format(hidden_size: int, dtype: str) -> tuple[int, int]:
-    """Bits of lm_head, and its input channels to a scale."""
+    """Return bits of lm_head, and its input channels to a scale."""
     if dtype == FP16:
         return 16, FLOAT_BLOCK
     return (8, INT8_GROUP) if dtype == INT8 else (4, head_group_size(hidden_size))
 
 
-def part_names(num_layers: int) -> list[str]:
-    """Files of a decoder: one a layer, then the rest, in the order of `pack_parts`."""
+def shard_names(num_layers: int) -> list[str]:
+    """Return the shards of a decoder: one a layer, then the rest, in `pack_shards`'s order."""
     return [*(f"layer-{index:03d}" for index in range(num_layers)), "rest"]
 
 
-def pack_parts(
+def pack_shards(
     config: LlmConfig,
     weights: WeightSource,
     max_seq_len: int,
     advance: Advance,
     lm_head: str = FP16,
 ) -> Iterator[Layer | PackedLlm]:
-    """Each layer in turn, then everything else as a decoder without layers."""
+    """Yield each layer in turn, then everything else as a decoder without layers."""
     # Only here, since that module needs onnx, which a device may lack.
     from vila_deploy.onnx_export.llm import rotary_tables
 
@@ -178,26 +182,13 @@ def pack_parts(
     advance("lm_head")
 
 
-def pack_llm(
-    config: LlmConfig,
-    weights: WeightSource,
-    max_seq_len: int,
-    advance: Advance,
-    lm_head: str = FP16,
-) -> PackedLlm:
-    """Everything but the vision part, all in memory."""
-    *layers, rest = pack_parts(config, weights, max_seq_len, advance, lm_head)
-    assert isinstance(rest, PackedLlm)
-    return replace(rest, layers=tuple(layer for layer in layers if isinstance(layer, Layer)))
-
-
 def empty_llm(
     config: LlmConfig,
     max_seq_len: int,
     device: str = "meta",
     lm_head: str = FP16,
 ) -> PackedLlm:
-    """A decoder of these sizes without values; what compiling ahead of time needs."""
+    """Return a decoder of these sizes without values, as compiling ahead of time needs it."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
     bits, group = 16, FLOAT_BLOCK
@@ -232,45 +223,45 @@ def empty_llm(
     return PackedLlm(layers, norm(), head, table, cos, sin)
 
 
-Part = TypeVar("Part", Layer, PackedLlm)
+Shard = TypeVar("Shard", Layer, PackedLlm)
 
 
-def map_tensors(part: Part, change: Callable[[str, Tensor], Tensor]) -> Part:
-    """The same layer or decoder with every tensor replaced by `change(name, tensor)`."""
-    mapped: Part = _map("", part, change)
+def map_tensors(shard: Shard, change: Callable[[str, Tensor], Tensor]) -> Shard:
+    """Return the layer or decoder with every tensor replaced by `change(name, tensor)`."""
+    mapped: Shard = _map("", shard, change)
     return mapped
 
 
-def tensors(part: Layer | PackedLlm) -> dict[str, Tensor]:
-    """Every tensor under its name, as it stands in the file."""
-    found: dict[str, Tensor] = {}
+def tensors(shard: Layer | PackedLlm) -> dict[str, Tensor]:
+    """Return every tensor under its name in the file."""
+    named: dict[str, Tensor] = {}
 
     def keep(name: str, tensor: Tensor) -> Tensor:
-        found[name] = tensor
+        named[name] = tensor
         return tensor
 
-    _map("", part, keep)
-    return found
+    _map("", shard, keep)
+    return named
 
 
-def norm_units(part: Layer | PackedLlm) -> dict[str, float]:
-    """The unit of each norm outside of `layers`, by its field; units are no tensors."""
-    values = ((field.name, getattr(part, field.name)) for field in fields(part))
-    return {name: value.unit for name, value in values if isinstance(value, Norm)}
+def norm_prescales(shard: Layer | PackedLlm) -> dict[str, float]:
+    """Return the prescale of each norm outside of `layers`, by its field: they are no tensors."""
+    values = ((field.name, getattr(shard, field.name)) for field in fields(shard))
+    return {name: value.prescale for name, value in values if isinstance(value, Norm)}
 
 
-def with_units(part: Part, units: Mapping[str, float]) -> Part:
-    """The same with the units that `norm_units` gave."""
-    changed = {name: replace(getattr(part, name), unit=unit) for name, unit in units.items()}
-    return replace(part, **changed)
+def with_prescales(shard: Shard, prescales: Mapping[str, float]) -> Shard:
+    """Return the shard with the prescales that `norm_prescales` gave."""
+    norms = {name: replace(getattr(shard, name), prescale=p) for name, p in prescales.items()}
+    return replace(shard, **norms)
 
 
 def _map(name: str, value: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
-    """A dataclass, or a tuple of them, with its tensors replaced."""
+    """Return a dataclass, or a tuple of them, with its tensors replaced."""
     if isinstance(value, Tensor):
         return change(name, value)
     if isinstance(value, tuple):
-        return tuple(_map(f"{name}.{i}", part, change) for i, part in enumerate(value))
+        return tuple(_map(f"{name}.{i}", element, change) for i, element in enumerate(value))
     if not isinstance(value, Norm | Layer | PackedLinear | PackedLlm):
         return value
     dot = f"{name}." if name else ""

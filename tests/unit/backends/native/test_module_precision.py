@@ -32,7 +32,7 @@ from vila_deploy.engine.precision import ModulePrecision, check_precision
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import OneSlot
 from vila_deploy.engine.target import get_target
-from vila_deploy.kernels.kv_int8 import round_vectors, widen_vectors
+from vila_deploy.kernels.kv_int8 import dequantize_vectors, quantize_vectors
 from vila_deploy.kernels.packed_linear import unpack
 from vila_deploy.kernels.sample import sample_reference
 from vila_deploy.model.vila import ReferenceSession
@@ -130,7 +130,9 @@ class RoundedCache(DynamicCache):
     """transformers' cache with what goes into it rounded to 8 bits."""
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *rest: Any) -> Any:
-        both = (widen_vectors(*round_vectors(part.half())).float() for part in (keys, values))
+        both = (
+            dequantize_vectors(*quantize_vectors(part.half())).float() for part in (keys, values)
+        )
         return super().update(*both, *rest)
 
 

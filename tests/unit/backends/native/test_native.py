@@ -10,20 +10,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.support.native_cases import TOLERANCE, built, deviation
+from tests.support.native_cases import TOLERANCE, built, deviation, pack_llm
 from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.native import build as build_module
 from vila_deploy.backends.native import files, open_session
 from vila_deploy.backends.native import session as session_module
-from vila_deploy.backends.native.decode_step import Cache, DecodeStep, Sizes
-from vila_deploy.backends.native.model_file import read_model, write_model
+from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
+from vila_deploy.backends.native.model_file import ModelFile, read_model, write_model
 from vila_deploy.backends.native.weights import (
     Norm,
     empty_llm,
     map_tensors,
-    pack_joined,
-    pack_llm,
-    part_names,
+    pack_concatenated,
+    shard_names,
     tensors,
 )  # fmt: skip
 from vila_deploy.checkpoint import open_checkpoint
@@ -32,6 +31,8 @@ from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.precision import ALL_FP16
 from vila_deploy.engine.target import get_target
+from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
+from vila_deploy.kernels.launch_mode import LaunchMode
 from vila_deploy.model.random_weights import random_parts
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.utils.errors import VilaDeployError
@@ -67,9 +68,9 @@ def test_several_tokens_of_a_step_see_those_before(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "c", quantized=True, kv_heads=1, layers=1)
     checkpoint = open_checkpoint(root)
     config = checkpoint.config.llm
-    llm = pack_llm(config, checkpoint.llm, 16, lambda name: None)
-    sizes, cache = Sizes(config, 16, 0, "cpu"), Cache(config, 16, "cpu")
-    step = DecodeStep(sizes, llm, cache, tokens=3)
+    llm = pack_llm(config, checkpoint.llm, 16)
+    cache = Cache(config, 16, "cpu")
+    step = DecodeStep(StepConfig(config, 16, INTERPRETER, "cpu"), llm, cache, tokens=3)
     step.token.copy_(torch.tensor([4, 9, 2], dtype=torch.int32))
     step()
     reference = ReferenceSession(checkpoint)
@@ -84,7 +85,7 @@ def test_packed_llm_is_described_by_its_sizes() -> None:
     whole = preset("NVILA-8B", "int4")
     config = replace(whole.llm, num_layers=1, vocab_size=64, intermediate_size=1152)
     weights = random_parts(replace(whole, llm=config))[0]
-    llm = pack_llm(config, weights, 8, lambda name: None)
+    llm = pack_llm(config, weights, 8)
     real, empty = tensors(llm), tensors(empty_llm(config, 8))
     assert real.keys() == empty.keys()
     for name in real:
@@ -105,17 +106,30 @@ def test_bytes_of_a_step_of_vila_3b() -> None:
 @pytest.mark.parametrize("model", ["VILA1.5-3b", "NVILA-Lite-8B", "VILA1.5-40b", "VILA-7b"])
 @pytest.mark.parametrize("precision", ["int4", "fp16"])
 def test_model_file_comes_back(tmp_path: Path, model: str, precision: str) -> None:
-    config = preset(model, precision)
-    write_model(tmp_path / "model.json", config, {"rest": {"norm": 2.0}}, ["embeddings"])
-    found = read_model(tmp_path / "model.json")
-    assert found == (config, {"rest": {"norm": 2.0}}, ("embeddings",))
+    written = ModelFile(preset(model, precision), {"rest": {"norm": 2.0}}, ("embeddings",), "pdl")
+    write_model(tmp_path / "model.json", written)
+    assert read_model(tmp_path / "model.json") == written
+
+
+def test_model_file_without_a_launch_mode_or_with_an_unknown_one(tmp_path: Path) -> None:
+    """Engines of earlier versions have none: their kernels run one after another."""
+    file = tmp_path / "model.json"
+    write_model(file, ModelFile(preset("VILA1.5-3b", "int4"), {}))
+    content = json.loads(file.read_text("utf-8"))
+    assert content.pop("kernel_launch") == "separate"
+    file.write_text(json.dumps(content), "utf-8")
+    assert read_model(file).launch_mode == LaunchMode()
+    file.write_text(json.dumps({**content, "kernel_launch": "fast"}), "utf-8")
+    with pytest.raises(VilaDeployError, match=r"unknown kernel launch mode 'fast'") as error:
+        read_model(file)
+    assert str(file) in str(error.value)
 
 
 def test_norms_are_scaled_to_at_most_one() -> None:
     norm = Norm.of(torch.tensor([0.1, -5.0, 3.0]))
-    assert norm.unit == 8.0
-    assert torch.equal(norm.weight * norm.unit, torch.tensor([0.1, -5.0, 3.0]))
-    assert Norm.of(torch.tensor([0.3])).unit == Norm.of(torch.zeros(2)).unit == 1.0
+    assert norm.prescale == 8.0
+    assert torch.equal(norm.weight * norm.prescale, torch.tensor([0.1, -5.0, 3.0]))
+    assert Norm.of(torch.tensor([0.3])).prescale == Norm.of(torch.zeros(2)).prescale == 1.0
 
 
 def test_what_has_no_kernel_is_refused() -> None:
@@ -124,6 +138,10 @@ def test_what_has_no_kernel_is_refused() -> None:
         BuildRequest(get_target("h100"), Limits(1, 8, 8)),
     )
     build_module.check(config, request)
+    with pytest.raises(VilaDeployError, match=r"needs compute capability 9\.0, this is 8\.9"):
+        build_module.check(
+            config, replace(request, target=get_target("rtx4090"), kernel_launch="pdl")
+        )
     with pytest.raises(VilaDeployError, match="--tp"):
         build_module.check(config, replace(request, tp=2))
     assert config.llm.quantization is not None
@@ -136,7 +154,7 @@ def test_what_has_no_kernel_is_refused() -> None:
     linear = random_parts(config)[0].linear("model.layers.0.mlp.up_proj")
     scaled = replace(linear, prequant_scale=torch.ones(2560, dtype=torch.float16))
     with pytest.raises(VilaDeployError, match=r"model\.layers\.0"):
-        pack_joined([scaled], "model.layers.0")
+        pack_concatenated([scaled], "model.layers.0")
 
 
 def test_without_a_gpu_the_session_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +167,7 @@ def test_without_a_gpu_the_session_says_what_to_do(monkeypatch: pytest.MonkeyPat
 def test_another_gpu_than_the_targets_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "find_device", lambda: ("cuda", 89))
+    monkeypatch.setattr(session_module, "find_device", lambda: ("cuda", ComputeCapability(8, 9)))
     with pytest.raises(VilaDeployError, match=r"h100 with compute capability 9\.0, .* has 8\.9"):
         session_module.NativeSession(tmp_path, SimpleNamespace(target="h100"))
 
@@ -160,9 +178,9 @@ def test_equal_checkpoints_give_equal_files(
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=True))
     for name in ("first", "second"):
         built(tmp_path / name, checkpoint, monkeypatch)
-    names = part_names(checkpoint.config.llm.num_layers)
-    parts = [f"{files.LLM}/{files.part(name)}" for name in names]
-    for name in (*parts, files.VISION, files.MODEL, files.KERNELS):
+    names = shard_names(checkpoint.config.llm.num_layers)
+    shards = [f"{files.LLM}/{files.shard_file(name)}" for name in names]
+    for name in (*shards, files.VISION, files.MODEL, files.KERNELS):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
     found = json.loads((tmp_path / "first" / files.KERNELS).read_text())
     assert found == {"components": ALL_FP16.to_json(), "kernels": []}

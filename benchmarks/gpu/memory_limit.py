@@ -1,9 +1,10 @@
-"""40B on a card of 24 GB: a picture, a prompt and tokens within 22.5 GiB of device memory."""
+"""40B on a GPU of 24 GB: an image, a prompt and tokens within 22.5 GiB of device memory."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from benchmarks.gpu.environment import Run
 from benchmarks.gpu.inputs import MODELS, config, random_llm
 from benchmarks.gpu.steps import STEPS, timed_steps
-from vila_deploy.backends.native.decode_step import Cache, DecodeStep, Sizes
+from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
 from vila_deploy.backends.native.offload import stream_layers
 from vila_deploy.backends.native.prefill import prefill
 from vila_deploy.backends.native.tower import SCALE, load_encoder
@@ -22,22 +23,22 @@ from vila_deploy.checkpoint.presets import preset
 from vila_deploy.checkpoint.tensor_schema import projector_tensor_specs, tower_tensor_specs
 from vila_deploy.formats.module_dtypes import FP16, INT8, is_tower_linear
 
-MODEL, LM_HEAD, SLOTS = "40B", "int4", 2048
+MODEL, LM_HEAD, MAX_SEQ_LEN = "40B", "int4", 2048
 LIMIT_BYTES = int(22.5 * 2**30)
-# What the driver and CUDA's libraries take, which torch's own limit doesn't see.
+# Memory of the driver and CUDA's libraries, which torch's own limit doesn't see.
 CONTEXT_BYTES = 800 << 20
 
 
-def measure_card(run: Run) -> None:
-    """One row; torch is kept from taking more than the limit, so what runs has room."""
+def measure_memory_limit(run: Run) -> None:
+    """Add one row; torch is kept from taking more than the limit, so what runs has room."""
     name = f"{MODEL} int4, lm-head {LM_HEAD}, table and tower in host memory"
     if not run.rehearsed:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        whole = torch.cuda.mem_get_info()[1]
+        total = torch.cuda.mem_get_info()[1]
         allowed = LIMIT_BYTES - CONTEXT_BYTES
-        if whole > allowed:
-            torch.cuda.set_per_process_memory_fraction(allowed / whole)
+        if total > allowed:
+            torch.cuda.set_per_process_memory_fraction(allowed / total)
     try:
         figures = _measure(run)
     except torch.OutOfMemoryError as error:
@@ -48,30 +49,30 @@ def measure_card(run: Run) -> None:
             torch.cuda.set_per_process_memory_fraction(1.0)
     peak = None if run.rehearsed else CONTEXT_BYTES + torch.cuda.max_memory_reserved()
     run.add(
-        "card", name, weights="random", limit_bytes=LIMIT_BYTES, peak_memory_bytes=peak,
+        "memory_limit", name, weights="random", limit_bytes=LIMIT_BYTES, peak_memory_bytes=peak,
         fits=peak and peak <= LIMIT_BYTES, **figures,
     )  # fmt: skip
 
 
 def _measure(run: Run) -> dict[str, float]:
     vila = _vila(run)
-    slots = 96 if run.rehearsed else SLOTS
-    prompt = 40 if run.rehearsed else slots - 2 * STEPS
-    llm = random_llm(vila.llm, slots, run.device, LM_HEAD, table_in_host=True)
-    cache = Cache(vila.llm, slots, run.device)
-    sizes = Sizes(vila.llm, slots, run.sm, run.device)
-    step = DecodeStep(sizes, llm, cache)
-    picture_s, features = _picture(run, vila, FP16)
-    small_s, _ = _picture(run, vila, INT8)
+    max_seq_len = 96 if run.rehearsed else MAX_SEQ_LEN
+    prompt = 40 if run.rehearsed else max_seq_len - 2 * STEPS
+    llm = random_llm(vila.llm, max_seq_len, run.device, LM_HEAD, table_in_host=True)
+    cache = Cache(vila.llm, max_seq_len, run.device)
+    step_config = StepConfig(vila.llm, max_seq_len, run.capability, run.device)
+    step = DecodeStep(step_config, llm, cache)
+    image_s, features = _image(run, vila, FP16)
+    small_s, _ = _image(run, vila, INT8)
     embeds = torch.randn(prompt, vila.llm.hidden_size, device=run.device)
     embeds[: len(features)] = features[:prompt].float()
-    prefill(sizes, llm, cache, embeds, 0)
-    prefill_s, _ = _timed(run, lambda: prefill(sizes, llm, cache, embeds, 0))
+    prefill(step_config, llm, cache, embeds, 0)
+    prefill_s, _ = _timed(run, lambda: prefill(step_config, llm, cache, embeds, 0))
     step_s = timed_steps(run, step, cache, prompt).seconds
-    weight_bytes = empty_llm(vila.llm, slots, lm_head=LM_HEAD).bytes_per_step
+    weight_bytes = empty_llm(vila.llm, max_seq_len, lm_head=LM_HEAD).bytes_per_step
     return {
-        "picture_ms": picture_s * 1e3,
-        "picture_int8_ms": small_s * 1e3,
+        "image_ms": image_s * 1e3,
+        "image_int8_ms": small_s * 1e3,
         "prompt_tokens": prompt,
         "prefill_ms": prefill_s * 1e3,
         "context": prompt,
@@ -80,32 +81,32 @@ def _measure(run: Run) -> dict[str, float]:
     }
 
 
-def _timed(run: Run, call):  # type: ignore[no-untyped-def]
-    wait = (lambda: None) if run.rehearsed else torch.cuda.synchronize
+def _timed(run: Run, call: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    wait: Callable[[], None] = (lambda: None) if run.rehearsed else torch.cuda.synchronize
     wait()
     start = time.perf_counter()
-    found = call()
+    result = call()
     wait()
-    return time.perf_counter() - start, found
+    return time.perf_counter() - start, result
 
 
 def _vila(run: Run) -> VilaConfig:
-    whole = preset(MODELS[MODEL], "int4")
+    full = preset(MODELS[MODEL], "int4")
     if not run.rehearsed:
-        return whole
+        return full
     vision = replace(
-        whole.vision, hidden_size=64, num_layers=5, num_heads=2, intermediate_size=128,
+        full.vision, hidden_size=64, num_layers=5, num_heads=2, intermediate_size=128,
         image_size=56,
     )  # fmt: skip
-    tiling = replace(whole.tiling, tile=56, scales=(56,))
+    tiling = replace(full.tiling, tile=56, scales=(56,))
     return replace(
-        whole, llm=config(MODEL, "int4", small=True), vision=vision, tiling=tiling,
-        image=replace(whole.image, size=56),
+        full, llm=config(MODEL, "int4", small=True), vision=vision, tiling=tiling,
+        image=replace(full.image, size=56),
     )  # fmt: skip
 
 
-def _picture(run: Run, vila: VilaConfig, dtype: str) -> tuple[float, Tensor]:
-    """Seconds of a picture through a streamed tower, and its features [tokens, hidden]."""
+def _image(run: Run, vila: VilaConfig, dtype: str) -> tuple[float, Tensor]:
+    """Return seconds of an image through a streamed tower, and its features [tokens, hidden]."""
     kind = torch.float32 if run.rehearsed else torch.float16
     encoder = stream_layers(load_encoder(_vision(vila, dtype), vila, kind), run.device)
     size = vila.vision.image_size
@@ -115,20 +116,20 @@ def _picture(run: Run, vila: VilaConfig, dtype: str) -> tuple[float, Tensor]:
 
 
 def _vision(vila: VilaConfig, dtype: str) -> dict[str, Tensor]:
-    """Random tensors of tower and projector; those of one shape are the same numbers."""
+    """Return random tensors of tower and projector; those of one shape are the same numbers."""
     known: dict[tuple[bool, tuple[int, ...]], Tensor] = {}
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for tensor in (*tower_tensor_specs(vila), *projector_tensor_specs(vila)):
         name, shape = tensor.name, tensor.shape
         scale = 1 / math.sqrt(math.prod(shape[1:]) or 1)
         small = dtype == INT8 and is_tower_linear(name, shape)
         if small:
-            found[name + SCALE] = torch.full(shape[:1], scale / 74, dtype=torch.float16)
+            tensors[name + SCALE] = torch.full(shape[:1], scale / 74, dtype=torch.float16)
         if (small, shape) not in known:
             known[small, shape] = (
                 torch.randint(-127, 128, shape, dtype=torch.int8)
                 if small
                 else torch.randn(shape).mul_(scale).half()
             )
-        found[name] = known[small, shape]
-    return found
+        tensors[name] = known[small, shape]
+    return tensors

@@ -1,0 +1,94 @@
+"""Every launch mode: the same bits as separate launches, and an error where a GPU lacks it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.native_cases import pack_llm, rounded
+from tests.support.paths import TINY_VILA
+from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
+from vila_deploy.backends.native.weights import PackedLlm
+from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
+from vila_deploy.kernels.launch_mode import LAUNCH_MODES, LaunchMode, get_launch_mode
+from vila_deploy.utils.errors import VilaDeployError
+
+POSITIONS, POSITION, TOKEN = 32, 9, 30
+Model = tuple[LlmConfig, PackedLlm]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """tiny-vila's decoder, its linears rounded to 4 bits."""
+    checkpoint = rounded(open_checkpoint(TINY_VILA))
+    config = checkpoint.config.llm
+    return config, pack_llm(config, checkpoint.llm, POSITIONS)
+
+
+def make(
+    model: Model, mode: LaunchMode, capability: ComputeCapability = INTERPRETER
+) -> tuple[DecodeStep, Cache]:
+    config, llm = model
+    cache = Cache(config, POSITIONS, "cpu")
+    step = DecodeStep(StepConfig(config, POSITIONS, capability, "cpu", mode), llm, cache)
+    return step, cache
+
+
+def run(model: Model, mode: LaunchMode) -> list[torch.Tensor]:
+    """What a step leaves behind some tokens of which the cache is full of noise."""
+    step, cache = make(model, mode)
+    random = torch.Generator().manual_seed(0)
+    cache.keys.copy_(torch.randn(cache.keys.shape, generator=random))
+    cache.values.copy_(torch.randn(cache.values.shape, generator=random))
+    cache.position.fill_(POSITION)
+    step.token.fill_(TOKEN)
+    step()
+    return [step.logits, step.token, cache.keys, cache.values, cache.position, cache.history]
+
+
+@pytest.fixture(scope="module")
+def separate(model: Model) -> list[torch.Tensor]:
+    return run(model, LaunchMode())
+
+
+@pytest.mark.parametrize("name", [name for name in LAUNCH_MODES if name != "separate"])
+def test_a_step_of_tiny_vila_has_the_same_bits(
+    model: Model, separate: list[torch.Tensor], name: str
+) -> None:
+    assert separate[0].isfinite().all()
+    found = run(model, get_launch_mode(name))
+    assert all(torch.equal(*pair) for pair in zip(found, separate, strict=True))
+
+
+def names(model: Model, mode: LaunchMode) -> list[str]:
+    step, _ = make(model, mode, ComputeCapability(9, 0))
+    return [launch.name.removesuffix("_kernel") for launch in step.launches]
+
+
+def test_what_a_step_launches(model: Model) -> None:
+    """Four layers: three of them end in what the next one begins with."""
+    ends = ["add_residual", "gate_up", "add_residual", "head", "argmax"]
+    whole = names(model, LaunchMode())
+    assert (len(whole), whole[-5:]) == (6 * 4 + 3, ends)
+    attends = ["attention_split", "attention_merge"]
+    fused = names(model, LaunchMode(fuse_layers=True))
+    assert fused == ["embed", "norm_qkv", *attends, *(["fused_layer", *attends] * 3), *ends]
+    fused = names(model, LaunchMode(fuse_layers=True, merge_attention=True))
+    assert fused == ["embed", "norm_qkv", "attention", *(["fused_layer", "attention"] * 3), *ends]
+    assert len(names(model, LaunchMode(merge_attention=True))) == 5 * 4 + 3
+
+
+def test_what_a_gpu_lacks_is_refused(model: Model) -> None:
+    for capability in (INTERPRETER, ComputeCapability(9, 0), ComputeCapability(12, 0)):
+        LaunchMode(pdl=True, merge_attention=True).check(capability)
+    with pytest.raises(VilaDeployError, match=r"needs compute capability 9\.0, this is 8\.9"):
+        make(model, LaunchMode(pdl=True), ComputeCapability(8, 9))
+    with pytest.raises(VilaDeployError, match="choose either"):
+        LaunchMode(pdl=True, fuse_layers=True).check(ComputeCapability(9, 0))
+
+
+def test_unknown_names_are_one_line() -> None:
+    with pytest.raises(VilaDeployError, match=r"unknown kernel launch mode 'fast'.*separate"):
+        get_launch_mode("fast", "model.json")
