@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.environment import Run
-from benchmarks.gpu.inputs import LEVEL_SPREAD
+from benchmarks.gpu.inputs import Q_SPREAD
 from vila_deploy.formats.base import QuantizedLinear
 
 # Where get_baselines.py puts what others made; git ignores it.
@@ -64,7 +64,7 @@ def random_quantized(out_features: int, in_features: int, device: str) -> Quanti
     """Random levels, scales and zero points in groups of GROUP, of about unit gain."""
     groups = (out_features, in_features // GROUP)
     q = torch.randint(0, 16, (out_features, in_features), dtype=torch.uint8, device=device)
-    scale = (0.75 + torch.rand(groups, device=device) / 2) * in_features**-0.5 / LEVEL_SPREAD
+    scale = (0.75 + torch.rand(groups, device=device) / 2) * in_features**-0.5 / Q_SPREAD
     zero = torch.randint(6, 10, groups, dtype=torch.uint8, device=device)
     return QuantizedLinear(q, scale.half(), zero)
 

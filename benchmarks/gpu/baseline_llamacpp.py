@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu.baseline import FOLDER, Missing, brought, use_packages
 from benchmarks.gpu.environment import Run
-from benchmarks.gpu.inputs import LEVEL_SPREAD, config
+from benchmarks.gpu.inputs import Q_SPREAD, config
 from vila_deploy.checkpoint.llm_config import LlmConfig
 
 SOURCES, VERSION, BUILD = "llama.cpp.tar.xz", "llama.cpp-version.txt", FOLDER / "llama.cpp-build"
@@ -189,7 +189,7 @@ def _blocks(shape: tuple[int, ...]) -> NDArray[Any]:
     """uint8 [out, in / 32 · 18]: any levels, with scales of unit gain."""
     rows, blocks = shape[0], shape[1] // BLOCK
     data = np.random.default_rng(0).integers(0, 256, (rows, blocks, BLOCK_BYTES), np.uint8)
-    scale = np.array([shape[1] ** -0.5 / LEVEL_SPREAD], "<f2").view(np.uint8)
+    scale = np.array([shape[1] ** -0.5 / Q_SPREAD], "<f2").view(np.uint8)
     data[..., :2] = scale
     return data.reshape(rows, blocks * BLOCK_BYTES)
 

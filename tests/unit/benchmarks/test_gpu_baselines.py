@@ -31,7 +31,7 @@ from benchmarks.gpu.environment import Run
 from benchmarks.gpu.inputs import config
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.formats.tinychat import unpack
-from vila_deploy.kernels.capability import INTERPRETER
+from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
 
 # sha256 of weights, scales and zeros as vLLM 0.26.0's own code for its tests packs `numbers`.
 BY_VLLM = {
@@ -275,7 +275,7 @@ def test_products_of_baselines_stand_beside_our_whole_step(run: Run) -> None:
 
 
 def test_without_its_files_every_baseline_says_how_to_get_them(run: Run, folder: Path) -> None:
-    on_device = SimpleNamespace(rehearsed=False, sm=90, device="cuda")
+    on_device = SimpleNamespace(rehearsed=False, capability=ComputeCapability(9, 0), device="cuda")
     for each in products.BASELINES:
         if not each.name.startswith("tinygemm"):
             with pytest.raises(Missing, match="get_baselines"):
