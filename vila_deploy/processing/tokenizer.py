@@ -207,7 +207,7 @@ def _added_tokens(path: Path) -> dict[str, int]:
     return {token: number for token, number in tokens.items() if token}
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Turn ids that arrive one by one into text; incomplete characters are held back."""
 
     def __init__(self, tokenizer: Tokenizer):

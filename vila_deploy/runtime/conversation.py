@@ -22,7 +22,7 @@ from vila_deploy.processing.chat_template import (
 )
 from vila_deploy.processing.images import Pixels, preprocess, read_image
 from vila_deploy.processing.multimodal_prompt import merge_embeddings, prompt_length, text_chunks
-from vila_deploy.processing.tokenizer import TextStream, Tokenizer
+from vila_deploy.processing.tokenizer import IncrementalDetokenizer, Tokenizer
 from vila_deploy.runtime.generate import generate
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
@@ -141,18 +141,18 @@ class Conversation:
         clock.lap("vision")
         embeds = merge_embeddings(chunks, features, self.session.embed_tokens)
 
-        stream, text = TextStream(self.tokenizer), ""
+        detokenizer, text = IncrementalDetokenizer(self.tokenizer), ""
         tokens: list[int] = []
         for token in generate(self.session, embeds, self.model.stop_token_ids, sampling):
             if not tokens:
                 clock.lap("prefill")
             tokens.append(token)
-            piece = stream.push(token)
+            piece = detokenizer.push(token)
             if not text:
                 piece = piece.lstrip()
             text += piece
             show(piece)
-        rest = stream.finish()
+        rest = detokenizer.finish()
         show(rest)
         clock.lap("decode")
         text = (text + rest).strip()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.tiny import make_checkpoint
-from vila_deploy.processing.tokenizer import TextStream, load_tokenizer
+from vila_deploy.processing.tokenizer import IncrementalDetokenizer, load_tokenizer
 from vila_deploy.utils.errors import VilaDeployError
 
 
@@ -52,8 +52,8 @@ def test_sentencepiece_equals_transformers(llama_folder: Path, text: str) -> Non
 def test_sentencepiece_streams_what_it_decodes(llama_folder: Path, text: str) -> None:
     tokenizer = load_tokenizer(llama_folder)
     ids = tokenizer.encode(text)
-    stream = TextStream(tokenizer)
-    assert "".join(map(stream.push, ids)) + stream.finish() == tokenizer.decode(ids)
+    detokenizer = IncrementalDetokenizer(tokenizer)
+    assert "".join(map(detokenizer.push, ids)) + detokenizer.finish() == tokenizer.decode(ids)
 
 
 def test_bos_comes_from_the_file_and_special_tokens_are_found(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from vila_deploy.engine.sampling import SamplingParams, sample
 from vila_deploy.engine.session import OneSlot
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render, with_markers
 from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
-from vila_deploy.processing.tokenizer import TextStream, load_tokenizer
+from vila_deploy.processing.tokenizer import IncrementalDetokenizer, load_tokenizer
 from vila_deploy.runtime.conversation import Conversation
 from vila_deploy.runtime.generate import generate
 from vila_deploy.utils.errors import VilaDeployError
@@ -179,8 +179,8 @@ def test_splice_puts_features_between_pieces() -> None:
 
 def test_text_stream_holds_back_half_a_character(checkpoint: Path) -> None:
     tokenizer = load_tokenizer(checkpoint / "llm")
-    stream = TextStream(tokenizer)
+    detokenizer = IncrementalDetokenizer(tokenizer)
     ids = tokenizer.encode("a é🎉b")
-    pushed = [stream.push(i) for i in ids]
-    assert "".join(pushed) + stream.finish() == tokenizer.decode(ids)
+    pushed = [detokenizer.push(i) for i in ids]
+    assert "".join(pushed) + detokenizer.finish() == tokenizer.decode(ids)
     assert not any("\ufffd" in text for text in pushed)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vila_deploy.backends.tensorrt.cuda import Buffer, Pinned, Stream
-from vila_deploy.backends.tensorrt.engine import Engine
+from vila_deploy.backends.tensorrt.cuda_engine import CudaEngine
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.utils.arrays import Floats
@@ -33,7 +33,7 @@ class Decoder:
     rows, which are then copied into it.
     """
 
-    def __init__(self, engine: Engine, model: ModelInfo, limits: Limits, stream: Stream):
+    def __init__(self, engine: CudaEngine, model: ModelInfo, limits: Limits, stream: Stream):
         self._engine, self._stream = engine, stream
         self.chunk = min(PREFILL_TOKENS, limits.max_input_len)
         self._hidden, self._layers = model.hidden_size, model.num_layers
@@ -60,7 +60,7 @@ class Decoder:
         # Uninitialized memory may hold NaN, which a mask does not remove.
         stream.zero(self._cache)
         self._contexts = {profile: self._bound_context(profile) for profile in (DECODE, PREFILL)}
-        self._decoded, self._graph = 0, None
+        self._decoded, self._cuda_graph = 0, None
 
     def append(self, embeds: Floats, position: int) -> Floats:
         """Append [tokens, hidden] at `position` and return the last token's logits [vocab]."""
@@ -91,9 +91,9 @@ class Decoder:
 
     def close(self) -> None:
         """Free the engine, its contexts and all buffers."""
-        if self._graph is not None:
-            self._stream.destroy(self._graph)
-            self._graph = None
+        if self._cuda_graph is not None:
+            self._stream.destroy(self._cuda_graph)
+            self._cuda_graph = None
         self._contexts.clear()
         self._engine.close()
         for buffer in (*self._device.values(), self._cache):
@@ -123,10 +123,10 @@ class Decoder:
 
     def _step(self, context: Any) -> None:
         """Decode one token, as a CUDA graph unless TensorRT captures graphs itself."""
-        if self._graph is not None:
-            self._stream.launch(self._graph)
+        if self._cuda_graph is not None:
+            self._stream.launch(self._cuda_graph)
             return
-        if self._engine.captures_graphs or self._decoded < RUNS_BEFORE_CAPTURE:
+        if self._engine.captures_cuda_graphs or self._decoded < RUNS_BEFORE_CAPTURE:
             self._engine.run(context, self._stream)
             self._decoded += 1
             return
@@ -136,8 +136,8 @@ class Decoder:
         except VilaDeployError:
             self._stream.abandon_capture()
             raise
-        self._graph = self._stream.end_capture()
-        self._stream.launch(self._graph)
+        self._cuda_graph = self._stream.end_capture()
+        self._stream.launch(self._cuda_graph)
 
     def _new_bytes(self, count: int) -> int:
         return self._kv_heads * count * self._head_dim * HALF_BYTES

@@ -10,8 +10,8 @@ import numpy as np
 
 from vila_deploy.backends.tensorrt import cuda, files
 from vila_deploy.backends.tensorrt.compilers import COMPILERS
+from vila_deploy.backends.tensorrt.cuda_engine import CudaEngine
 from vila_deploy.backends.tensorrt.decoder import Decoder
-from vila_deploy.backends.tensorrt.engine import Engine
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.processing.s2 import merge_s2_blocks, s2_features
 from vila_deploy.utils.arrays import Floats
@@ -34,7 +34,7 @@ class TensorRtSession:
         if self._tiling.uses_s2:
             self._projector = _Encoder(trt, folder / files.PROJECTOR, self._stream)
         llm = folder / files.LLM
-        engine = Engine(trt, llm / files.PLAN, llm / files.RUNTIME_CACHE)
+        engine = CudaEngine(trt, llm / files.PLAN, llm / files.RUNTIME_CACHE)
         self._decoder = Decoder(engine, model, limits, self._stream)
 
     def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
@@ -77,7 +77,7 @@ class _Encoder:
 
     def __init__(self, trt: Any, folder: Path, stream: cuda.Stream):
         self._stream = stream
-        self._engine = Engine(trt, folder / files.PLAN, folder / files.RUNTIME_CACHE)
+        self._engine = CudaEngine(trt, folder / files.PLAN, folder / files.RUNTIME_CACHE)
         self._context = self._engine.context(0, stream)
         self._names = self._engine.names
         self._buffers: list[cuda.Buffer] = []

@@ -12,8 +12,8 @@ from vila_deploy.backends.tensorrt.log import ErrorLog
 from vila_deploy.utils.errors import VilaDeployError
 
 
-class Engine:
-    """An engine in GPU memory.
+class CudaEngine:
+    """An engine in GPU memory, TensorRT's ICudaEngine, with its runtime.
 
     Args:
         plan: file that the compiler wrote.
@@ -45,7 +45,7 @@ class Engine:
         return [self.engine.get_tensor_name(i) for i in range(self.engine.num_io_tensors)]
 
     @property
-    def captures_graphs(self) -> bool:
+    def captures_cuda_graphs(self) -> bool:
         """Return whether the package captures CUDA graphs by itself."""
         return self._config is not None
 
