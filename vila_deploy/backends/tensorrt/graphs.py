@@ -110,27 +110,29 @@ def profiles(
     cache = (llm.num_kv_heads, limits.max_seq_len, llm.head_dim)
     past = {f"past_{n}": cache for layer in range(llm.num_layers) for n in cache_names(layer)}
 
-    def steps(least: int, largest: int) -> Profile:
+    def llm_shapes(smallest: int, largest: int) -> Profile:
         shapes = {
             "inputs_embeds": (lambda b, t: (b, t, llm.hidden_size)),
             "positions": (lambda b, t: (b, t)),
             "last": (lambda b, t: (b,)),
         }
         profile: Profile = {
-            name: (shape(1, least), shape(1, largest), shape(batch, largest))
+            name: (shape(1, smallest), shape(1, largest), shape(batch, largest))
             for name, shape in shapes.items()
         }
         profile |= {name: ((1, *dims), (1, *dims), (batch, *dims)) for name, dims in past.items()}
         return profile
 
-    def tiles(name: str, most: int, *dims: int) -> Profile:
-        return {name: ((1, *dims), (1, *dims), (most, *dims))}
+    def tile_shapes(name: str, largest_count: int, *dims: int) -> Profile:
+        return {name: ((1, *dims), (1, *dims), (largest_count, *dims))}
 
     side, tiling = config.feature_side, config.tiling
     by_graph: dict[str, tuple[Profile, ...]] = {
-        files.VISION: (tiles("pixels", 1, 3, size, size),),
-        files.LLM: (steps(1, chunk),) if one_for_all else (steps(1, 1), steps(1, chunk)),
+        files.VISION: (tile_shapes("pixels", 1, 3, size, size),),
+        files.LLM: (llm_shapes(1, chunk),)
+        if one_for_all
+        else (llm_shapes(1, 1), llm_shapes(1, chunk)),
     }
     if tiling.uses_s2:
-        by_graph[files.PROJECTOR] = (tiles("features", 1, side**2, config.feature_channels),)
+        by_graph[files.PROJECTOR] = (tile_shapes("features", 1, side**2, config.feature_channels),)
     return by_graph

@@ -47,10 +47,10 @@ def check_capability(expected: str, title: str) -> None:
 
     if not torch.cuda.is_available():
         raise VilaDeployError("no CUDA GPU is here", fix=f"run the same command on the {title}")
-    found = "{}.{}".format(*torch.cuda.get_device_capability())
-    if found != expected:
+    actual = "{}.{}".format(*torch.cuda.get_device_capability())
+    if actual != expected:
         raise VilaDeployError(
-            f"this GPU has compute capability {found}, the engine is for {expected}",
+            f"this GPU has compute capability {actual}, the engine is for {expected}",
             fix=f"run the same command on the {title}, or choose another --target",
         )
 

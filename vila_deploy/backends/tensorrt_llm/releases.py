@@ -75,8 +75,10 @@ def release_for(capability: str | None, target: str) -> Release:
 def check_version(release: Release, version: str) -> None:
     """Raise VilaDeployError if the installed version of TensorRT-LLM is not of this release."""
     numbers = version.split(".")
-    found = (int(numbers[0]), int(numbers[1])) if numbers[1:] and numbers[0].isdigit() else (0, 0)
-    if not release.oldest <= found <= release.newest:
+    version_numbers = (
+        (int(numbers[0]), int(numbers[1])) if numbers[1:] and numbers[0].isdigit() else (0, 0)
+    )
+    if not release.oldest <= version_numbers <= release.newest:
         raise VilaDeployError(
             f"TensorRT-LLM {version} is here, this engine needs {release.title}",
             fix=f"install it ({release.install[0]}) or use --backend tensorrt",
