@@ -34,10 +34,11 @@ from vila_deploy.checkpoint.llm_config import (
     load_llm_config,
 )
 from vila_deploy.formats.scheme import QuantScheme
-from vila_deploy.model.hidden_states import Sequences
+from vila_deploy.model.layerwise import PackedHiddenStates
 from vila_deploy.model.llm import dense_weight, load_decoder_layer
-from vila_deploy.model.streams import Streams
 from vila_deploy.quantize.algorithms import awq, awq_gptq
+from vila_deploy.utils.device import CPU
+from vila_deploy.utils.limits import CHUNK_TOKENS
 
 GROUP_SIZE = 64
 
@@ -59,9 +60,13 @@ def quantize(
     algorithm: str, config: LlmConfig, weights: Weights, embeds: list[Tensor], scheme: QuantScheme
 ) -> dict[str, Tensor]:
     """Effective weights by name."""
-    sequences = Sequences.of(config, embeds)
-    streams = Streams.of(config, embeds, Path(tempfile.gettempdir()))
-    found = dict(weights.tensors)
+    if algorithm == "awq":
+        states = PackedHiddenStates.on_device(config, embeds)
+    else:
+        scratch = Path(tempfile.gettempdir())
+        states = PackedHiddenStates.on_host(config, embeds, scratch, CPU, CHUNK_TOKENS)
+        quantized = states.copy()
+    effective = dict(weights.tensors)
     for index in range(config.num_layers):
         where = layer_prefix(index)
         layer = load_decoder_layer(config, weights, index)
@@ -71,18 +76,18 @@ def quantize(
             result = awq.quantize_layer(
                 layer,
                 lambda name, where=where: dense_weight(weights, f"{where}.{name}", torch.float32),
-                sequences,
+                states,
                 scheme,
                 where,
             )
         else:
-            result = awq_gptq.quantize_layer(layer, streams, scheme, where)
+            result = awq_gptq.quantize_layer(layer, states, quantized, scheme, where)
         for name in NORMS:
-            found[f"{where}.{name}.weight"] = result.norms[name].half().float()
+            effective[f"{where}.{name}.weight"] = result.norms[name].half().float()
         for name in LINEARS:
-            found[f"{where}.{name}.weight"] = result.linears[name].dequantize()
+            effective[f"{where}.{name}.weight"] = result.linears[name].dequantize()
         print(f"layer {index}: {time.process_time():.0f} CPU seconds", flush=True)
-    return {name: tensor.clone().contiguous() for name, tensor in found.items()}
+    return {name: tensor.clone().contiguous() for name, tensor in effective.items()}
 
 
 def main() -> None:
@@ -99,7 +104,7 @@ def main() -> None:
     tokens = load_file(args.scratch / "tokens.safetensors")["calibration"]
     start = time.process_time()
     embeds = list(weights.tensors[EMBEDDING][tokens])
-    found = quantize(args.algorithm, config, weights, embeds, scheme)
+    effective = quantize(args.algorithm, config, weights, embeds, scheme)
     facts = {
         "candidate": f"vila-deploy-{args.algorithm}-{'sym' if args.symmetric else 'asym'}",
         "version": f"vila-deploy {version('vila-deploy')}",
@@ -111,7 +116,7 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-    save_file(found, args.output, metadata={"facts": json.dumps(facts)})
+    save_file(effective, args.output, metadata={"facts": json.dumps(facts)})
     print(json.dumps(facts))
 
 

@@ -8,7 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.variants import LLM_FAMILIES
-from vila_deploy.model.hidden_states import Sequences
+from vila_deploy.model.layerwise import PackedHiddenStates
 from vila_deploy.model.llm import transformers_config
 
 
@@ -76,5 +76,5 @@ def random_layer(case):
     return layer, inputs
 
 
-def sequences_of(case, inputs):
-    return Sequences.of(llm_config(case), inputs)
+def packed_states(case, inputs):
+    return PackedHiddenStates.on_device(llm_config(case), list(inputs))

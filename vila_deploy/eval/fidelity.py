@@ -1,11 +1,11 @@
-"""What quantization lost: the quantized checkpoint beside the original on held-out data."""
+"""Measure what quantization lost: the quantized checkpoint beside the original."""
 
 from __future__ import annotations
 
 import gc
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.checkpoint.llm_config import FINAL_NORM
+from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD
 from vila_deploy.data.embed import IMAGE_TOKEN_ID
 from vila_deploy.eval.data import EvaluationData
-from vila_deploy.eval.metrics import Quality, TokenMetrics, compare_logits
+from vila_deploy.eval.metrics import Quality, TokenMetrics, compare_logits, relative_errors
 from vila_deploy.formats.base import QuantizedLinear
-from vila_deploy.model.hidden_states import Sequences
+from vila_deploy.model.layerwise import PackedHiddenStates
 from vila_deploy.model.llm import load_decoder_layer
 from vila_deploy.utils.device import CPU
 from vila_deploy.utils.errors import VilaDeployError
@@ -31,8 +31,8 @@ TEXT, IMAGE = "text", "image"
 
 
 @dataclass(frozen=True)
-class LayerDrift:
-    """How far the hidden states behind a decoder layer are from the original's, per modality.
+class LayerError:
+    """Relative error (NMSE) of the hidden states behind a decoder layer, per modality.
 
     Mean over tokens of the square of the difference over the square of the original. None: there
     are no such tokens.
@@ -55,13 +55,7 @@ class Evaluation:
     image_positions: int
     sha256: str
     quality: dict[str, Quality | None]
-    layers: tuple[LayerDrift, ...]
-
-    @property
-    def worst_kl(self) -> tuple[str, float]:
-        """The larger mean KL of text and image, and which of them it is."""
-        found = {k: q.kl_mean for k, q in self.quality.items() if q is not None and k != "all"}
-        return max(found.items(), key=lambda pair: (math.isnan(pair[1]), pair[1]))
+    layers: tuple[LayerError, ...]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,45 +64,38 @@ class Evaluation:
 class _Model:
     """One of the two models: its hidden states, one decoder layer further at a time."""
 
-    def __init__(self, checkpoint: Checkpoint, embeds: Iterable[Tensor], device: torch.device):
+    def __init__(self, checkpoint: Checkpoint, embeds: list[Tensor], device: torch.device):
         self._checkpoint, self._config = checkpoint, checkpoint.config.llm
         self._device = device
-        self.parts = [Sequences.of(self._config, part, device) for part in _batches(embeds)]
+        self.states = PackedHiddenStates.on_device(self._config, embeds, device, LAYER_TOKENS)
 
     def advance(self, index: int) -> None:
         layer = load_decoder_layer(self._config, self._checkpoint.llm, index).to(self._device)
-        for part in self.parts:
-            part.pass_through(layer)
-        # Two layers at a time would be twice the memory; looking for garbage always takes long.
+        self.states.advance(layer)
+        # Two layers at a time would be twice the memory; collecting garbage always takes long.
         alive = weakref.ref(layer)
         del layer
         if alive() is not None:
             gc.collect()
 
-    def rows(self, chosen: Tensor) -> Tensor:
-        """Final hidden states [chosen positions, hidden], normed."""
+    def final_states(self, predicted: Tensor) -> Tensor:
+        """Return normed hidden states [predicted positions, hidden] behind the last layer.
+
+        Args:
+            predicted: bool [positions].
+        """
         norm = LlamaRMSNorm(self._config.hidden_size, eps=self._config.rms_norm_eps)
         weight = self._checkpoint.llm.tensor(FINAL_NORM).float().to(self._device)
         norm.weight = nn.Parameter(weight, requires_grad=False)
-        masks = chosen.to(self._device).split([len(part.hidden) for part in self.parts])
-        return torch.cat([norm(p.hidden[mask]) for p, mask in zip(self.parts, masks, strict=True)])
+        mask, states = predicted.to(self._device), self.states
+        parts = [states.load(chunk)[mask[chunk.tokens]] for chunk in states.chunks]
+        return torch.cat([norm(part) for part in parts])
 
     def head(self) -> Tensor:
-        """[vocabulary, hidden] as stored, mapped from the file unless it is quantized."""
-        name = "model.embed_tokens" if self._config.tie_word_embeddings else "lm_head"
-        head = self._checkpoint.llm.linear(name)
+        """Return [vocabulary, hidden] as stored, mapped from the file unless it is quantized."""
+        name = EMBEDDING if self._config.tie_word_embeddings else HEAD
+        head = self._checkpoint.llm.linear(name.removesuffix(".weight"))
         return head.dequantize() if isinstance(head, QuantizedLinear) else head
-
-
-def _batches(embeds: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Whole sequences, of LAYER_TOKENS together where that is possible."""
-    batch: list[Tensor] = []
-    for sequence in embeds:
-        if batch and sum(map(len, batch)) + len(sequence) > LAYER_TOKENS:
-            yield batch
-            batch = []
-        batch.append(sequence)
-    yield batch
 
 
 @torch.inference_mode()
@@ -118,17 +105,17 @@ def evaluate(
     data: EvaluationData,
     device: torch.device = CPU,
 ) -> Evaluation:
-    """Runs both models on `data`, one decoder layer in memory at a time. Deterministic.
+    """Run both models on `data`, one decoder layer in memory at a time; deterministic.
 
     Raises:
         VilaDeployError: the two are not the same model.
     """
     _check_same_model(original, quantized)
-    models = [_Model(each, data.embeds(each), device) for each in (original, quantized)]
+    models = [_Model(c, data.embeds(c), device) for c in (original, quantized)]
     ids = torch.cat(data.ids)
     predicted = torch.cat([data.predicted(index) for index in range(len(data.ids))])
     targets = torch.cat([ids[1:], ids[:1]])[predicted]
-    kinds = [i < data.image_sequences for i, own in enumerate(data.ids) for _ in range(len(own))]
+    kinds = [i < data.image_sequences for i, ids_ in enumerate(data.ids) for _ in ids_]
     about_images = torch.tensor(kinds)[predicted]
     layers = []
     num_layers, chunks = original.config.llm.num_layers, math.ceil(len(targets) / LOGIT_ROWS)
@@ -137,13 +124,13 @@ def evaluate(
             advance(f"layer {index + 1}/{num_layers}", min(index, 1))
             for model in models:
                 model.advance(index)
-            layers.append(_drift(index, models, ids == IMAGE_TOKEN_ID))
+            layers.append(_layer_error(index, models, ids == IMAGE_TOKEN_ID))
         advance("logits")
         metrics = TokenMetrics.zeros(len(targets))
         rows_at_once = min(LOGIT_ROWS, len(targets))
         # Allocated once: small results between freed logits would leave holes, chunk after chunk.
         buffers = torch.empty(3, rows_at_once, original.config.llm.vocab_size, device=device)
-        rows = [model.rows(predicted).split(LOGIT_ROWS) for model in models]
+        rows = [model.final_states(predicted).split(LOGIT_ROWS) for model in models]
         heads = [model.head() for model in models]
         begin = 0
         for *states, following in zip(*rows, targets.to(device).split(LOGIT_ROWS), strict=True):
@@ -181,17 +168,13 @@ def _check_same_model(original: Checkpoint, quantized: Checkpoint) -> None:
             )
 
 
-def _drift(index: int, models: Sequence[_Model], is_image: Tensor) -> LayerDrift:
-    exact, other = (model.parts for model in models)
-    errors = [_relative_errors(a.hidden, b.hidden) for a, b in zip(exact, other, strict=True)]
+def _layer_error(index: int, models: Sequence[_Model], is_image: Tensor) -> LayerError:
+    original, quantized = (model.states for model in models)
+    errors = [
+        relative_errors(original.load(chunk), quantized.load(chunk)) for chunk in original.chunks
+    ]
     error = torch.cat(errors).cpu()
-    return LayerDrift(index, _mean(error[~is_image]), _mean(error[is_image]))
-
-
-def _relative_errors(exact: Tensor, other: Tensor) -> Tensor:
-    """Of each row. By token, since a few tokens' states are a thousand times those of others."""
-    power = exact.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
-    return (other - exact).square().sum(1) / power
+    return LayerError(index, _mean(error[~is_image]), _mean(error[is_image]))
 
 
 def _mean(values: Tensor) -> float | None:
@@ -199,7 +182,7 @@ def _mean(values: Tensor) -> float | None:
 
 
 def _logits(rows: Tensor, head: Tensor, out: Tensor) -> Tensor:
-    """float32 [rows, vocabulary]; the head is widened bit by bit, not as a whole."""
+    """Write float32 logits [rows, vocabulary] to `out`; the head is widened part by part."""
     for part, columns in zip(head.split(HEAD_ROWS), out.split(HEAD_ROWS, 1), strict=True):
         torch.mm(rows, part.to(rows.device).float().T, out=columns)
     return out

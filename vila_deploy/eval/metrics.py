@@ -109,3 +109,12 @@ def perplexity(losses: Tensor) -> float:
 def top1_agreement(same_top1: Tensor) -> float:
     """Return the share of tokens for which both models find the same one most likely."""
     return float(same_top1.double().mean())
+
+
+def relative_errors(expected: Tensor, actual: Tensor) -> Tensor:
+    """Return each row's squared difference over its squared norm in `expected` (NMSE) [rows].
+
+    By row, since the hidden states of a few tokens are a thousand times those of others.
+    """
+    energy = expected.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (actual - expected).square().sum(-1) / energy

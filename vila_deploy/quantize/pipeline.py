@@ -19,7 +19,10 @@ from vila_deploy.data.examples import load_examples, load_held_out
 from vila_deploy.eval.data import evaluation_data
 from vila_deploy.eval.fidelity import evaluate
 from vila_deploy.formats.rtn import to_float16
-from vila_deploy.quantize.algorithms.base import Awq, AwqGptq, LayerEntry, Method, OnStep, Rtn
+from vila_deploy.quantize.algorithms.awq import Awq
+from vila_deploy.quantize.algorithms.awq_gptq import AwqGptq
+from vila_deploy.quantize.algorithms.base import LayerEntry, LayerQuantizer, OnStep
+from vila_deploy.quantize.algorithms.rtn import Rtn
 from vila_deploy.quantize.calibrate import Calibration, calibrate
 from vila_deploy.quantize.data_warnings import data_warnings
 from vila_deploy.quantize.estimate.plan import QuantizePlan, plan, scratch_bytes
@@ -110,7 +113,7 @@ def _method(
     calibration: Calibration | None,
     device: torch.device,
     scratch: Path,
-) -> Method:
+) -> LayerQuantizer:
     if calibration is None:
         return Rtn(checkpoint, options.scheme, device)
     if options.algorithm == "awq":
@@ -187,7 +190,7 @@ def _write_unquantized(checkpoint: Checkpoint, outputs: Outputs) -> None:
 
 
 def _write_layers(
-    config: LlmConfig, method: Method, outputs: Outputs, work: WorkFolder | None
+    config: LlmConfig, method: LayerQuantizer, outputs: Outputs, work: WorkFolder | None
 ) -> tuple[list[LayerEntry], float]:
     """Writes all layers, finished ones out of `work`.
 

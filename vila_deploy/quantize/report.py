@@ -13,8 +13,6 @@ from typing import Any
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.checksums import WEIGHT_SUFFIXES
 from vila_deploy.eval.fidelity import IMAGE, TEXT, Evaluation
-from vila_deploy.quantize.algorithms.awq import LayerResult, ratios
-from vila_deploy.quantize.algorithms.awq_gptq import CompensatedLayer
 from vila_deploy.quantize.calibrate import Calibration
 from vila_deploy.quantize.estimate.plan import output_components
 from vila_deploy.quantize.options import QuantizeOptions
@@ -52,43 +50,6 @@ class Cost:
     peak_memory_bytes: int
     peak_resident_bytes: int
     device: str
-
-
-def layer_entry(index: int, result: LayerResult) -> dict[str, Any]:
-    """What the report says of a layer quantized by AWQ."""
-    errors = dict(result.errors)
-    before, after = errors.pop("layer")
-    return {
-        "layer": index,
-        "output_error_before": before,
-        "output_error_after": after,
-        "scale_ratios": ratios(result.choices),
-        "linears": {
-            name: {
-                "output_error_before": rtn,
-                "output_error_after": awq,
-                "clipped_groups": result.clipped.get(name, 0.0),
-            }
-            for name, (rtn, awq) in errors.items()
-        },
-    }
-
-
-def compensated_entry(index: int, result: CompensatedLayer) -> dict[str, Any]:
-    """What the report says of a layer quantized by the default algorithm."""
-    return {
-        "layer": index,
-        "drift": result.drift,
-        "linears": {
-            name: {"output_error_before": rtn, "output_error_after": found}
-            for name, (rtn, found) in result.errors.items()
-        },
-    }
-
-
-def rtn_entry(index: int, errors: dict[str, float]) -> dict[str, Any]:
-    """What the report says of a layer rounded to nearest, without calibration data."""
-    return {"layer": index, "linears": {n: {"weight_error": e} for n, e in errors.items()}}
 
 
 def build_report(

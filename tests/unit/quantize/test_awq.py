@@ -12,7 +12,7 @@ from functools import cache
 import pytest
 import torch
 
-from tests.support.awq_case import CASES, llm_config, random_layer, sequences_of
+from tests.support.awq_case import CASES, llm_config, packed_states, random_layer
 from tests.support.paths import GOLDEN
 from vila_deploy.checkpoint.llm_config import LINEARS
 from vila_deploy.formats.rtn import fake_quantize
@@ -42,17 +42,17 @@ def quantized_once(name, exact_scales=False):
 def quantized(case, quantizer=None, check=None):
     layer, inputs = random_layer(case)
     original = {name: weight_of(layer, name).clone() for name in LINEARS}
-    sequences = sequences_of(case, inputs)
+    states = packed_states(case, inputs)
     result = quantize_layer(
         layer,
         original.__getitem__,
-        sequences,
+        states,
         QuantScheme(case.group_size),
         "layer",
         lambda text: check(text, layer, original) if check else None,
         quantizer,
     )
-    return result, sequences, original
+    return result, states, original
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -103,18 +103,18 @@ def linear_inputs(layer, inputs, case):
         layer.get_submodule(name).register_forward_pre_hook(
             lambda module, args, name=name: seen[name].append(args[0][0].clone())
         )
-    sequences = sequences_of(case, inputs)
+    states = packed_states(case, inputs)
     for one in inputs:
-        run_layer(layer, one[None], sequences.cos, sequences.sin)
+        run_layer(layer, one[None], states.cos, states.sin)
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
 def test_next_inputs_come_from_the_unchanged_layer():
     case = CASES["plain"]
     layer, inputs = random_layer(case)
-    _, sequences, _ = quantized_once("plain")
-    expected = [run_layer(layer, x[None], sequences.cos, sequences.sin)[0] for x in inputs]
-    torch.testing.assert_close(sequences.hidden, torch.cat(expected), rtol=1e-5, atol=1e-5)
+    _, states, _ = quantized_once("plain")
+    expected = [run_layer(layer, x[None], states.cos, states.sin)[0] for x in inputs]
+    torch.testing.assert_close(states.hidden, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
 def test_searches_leave_the_layer_as_it_was():
@@ -140,12 +140,12 @@ def test_searches_leave_the_layer_as_it_was():
 
 def test_folding_scales_keeps_the_layers_outputs():
     case = CASES["plain"]
-    result, sequences, _ = quantized_once("plain")
+    result, states, _ = quantized_once("plain")
     layer, inputs = random_layer(case)
-    before = run_layer(layer, inputs[0][None], sequences.cos, sequences.sin)
+    before = run_layer(layer, inputs[0][None], states.cos, states.sin)
     for choice in result.choices:
         fold_scales(layer, choice)
-    after = run_layer(layer, inputs[0][None], sequences.cos, sequences.sin)
+    after = run_layer(layer, inputs[0][None], states.cos, states.sin)
     assert (
         weight_of(layer, "input_layernorm")
         .half()

@@ -5,20 +5,22 @@ import copy
 import pytest
 import torch
 
-from tests.support.awq_case import CASES, llm_config, random_layer, sequences_of
+from tests.support.awq_case import CASES, llm_config, packed_states, random_layer
 from vila_deploy.checkpoint.llm_config import LINEARS, NORMS
 from vila_deploy.formats.base import MAX_LEVEL
 from vila_deploy.formats.rtn import fake_quantize
 from vila_deploy.formats.scheme import QuantScheme
-from vila_deploy.model import streams
+from vila_deploy.model import layerwise
+from vila_deploy.model.layerwise import PackedHiddenStates
 from vila_deploy.model.llm import run_layer
-from vila_deploy.model.streams import Streams
 from vila_deploy.quantize.algorithms import awq, awq_gptq, gptq, learned_scales
 from vila_deploy.quantize.algorithms.awq_gptq import STEPS_PER_LAYER, quantize_layer
 from vila_deploy.quantize.algorithms.awq_scales import candidate_scales, weight_of
-from vila_deploy.quantize.algorithms.gptq import round_with_feedback
-from vila_deploy.quantize.algorithms.hessian import DAMPING, SHRINK, InputMoments
+from vila_deploy.quantize.algorithms.gptq import gptq_quantize
+from vila_deploy.quantize.algorithms.hessian import DAMPING, SHRINK, HessianAccumulator
 from vila_deploy.quantize.algorithms.learned_scales import learn_scales
+from vila_deploy.utils.device import CPU
+from vila_deploy.utils.limits import CHUNK_TOKENS
 
 CHANNELS, ROWS, TOKENS, GROUP = 64, 24, 500, 16
 SCHEMES = [QuantScheme(GROUP), QuantScheme(GROUP, symmetric=True)]
@@ -37,82 +39,85 @@ def weight():
     return torch.randn(ROWS, CHANNELS, generator=torch.Generator().manual_seed(1))
 
 
-def metric_of(inputs, targets=None):
-    moments = InputMoments(CHANNELS, 0 if targets is None else targets.shape[1])
+def factor_of(inputs, targets=None):
+    hessian = HessianAccumulator(CHANNELS, 0 if targets is None else targets.shape[1])
     for begin in range(0, TOKENS, 170):
         here = slice(begin, begin + 170)
-        moments.add(inputs[here], None if targets is None else targets[here])
-    return moments.metric()
+        hessian.add(inputs[here], None if targets is None else targets[here])
+    return hessian.factor()
 
 
-def robust_gram(inputs):
-    """What the metric is to be, in float64."""
-    gram = inputs.double().T @ inputs.double() / TOKENS
-    power = gram.diagonal()
-    return (1 - SHRINK) * gram + torch.diag(SHRINK * power + DAMPING * power.mean())
+def damped_hessian(inputs):
+    """The expected Hessian, in float64."""
+    hessian = inputs.double().T @ inputs.double() / TOKENS
+    power = hessian.diagonal()
+    return (1 - SHRINK) * hessian + torch.diag(SHRINK * power + DAMPING * power.mean())
 
 
-def test_metric_is_the_shrunk_moments_and_its_factors_give_it_back(inputs):
-    metric, wanted = metric_of(inputs), robust_gram(inputs)
-    torch.testing.assert_close(metric.gram.double(), wanted, rtol=1e-4, atol=1e-5)
-    ordered = metric.conditional[metric.order]
-    assert metric.feedback.equal(metric.feedback.triu())
-    again = metric.feedback * ordered @ metric.feedback.T
+def test_hessian_is_shrunk_and_damped_and_its_factor_gives_it_back(inputs):
+    factor, expected = factor_of(inputs), damped_hessian(inputs)
+    torch.testing.assert_close(factor.hessian.double(), expected, rtol=1e-4, atol=1e-5)
+    ordered = factor.d[factor.order]
+    assert factor.u.equal(factor.u.triu())
+    again = factor.u * ordered @ factor.u.T
     torch.testing.assert_close(
-        again, metric.gram[metric.order][:, metric.order], rtol=1e-4, atol=1e-3
+        again, factor.hessian[factor.order][:, factor.order], rtol=1e-4, atol=1e-3
     )
-    power = wanted.diagonal()[metric.order]
+    power = expected.diagonal()[factor.order]
     assert power.equal(power.sort(descending=True).values)
 
 
-def test_conditional_is_what_later_channels_cannot_make_up_for(inputs):
+def test_d_is_the_error_that_later_channels_cannot_correct(inputs):
     """The Schur complement of everything that comes later in the order, in float64."""
-    metric, gram = metric_of(inputs), robust_gram(inputs)
+    factor, hessian = factor_of(inputs), damped_hessian(inputs)
     for place in (0, 7, CHANNELS - 2, CHANNELS - 1):
-        channel, later = metric.order[place], metric.order[place + 1 :]
-        cross = gram[channel, later]
-        left = gram[channel, channel] - cross @ torch.linalg.solve(gram[later][:, later], cross)
-        assert float(metric.conditional[channel]) == pytest.approx(float(left), rel=1e-3)
+        channel, later = factor.order[place], factor.order[place + 1 :]
+        cross = hessian[channel, later]
+        left = hessian[channel, channel] - cross @ torch.linalg.solve(
+            hessian[later][:, later], cross
+        )
+        assert float(factor.d[channel]) == pytest.approx(float(left), rel=1e-3)
 
 
-def test_metric_of_rescaled_inputs(inputs):
+def test_factor_of_rescaled_inputs(inputs):
     scales = torch.rand(CHANNELS, generator=torch.Generator().manual_seed(2)) + 0.5
-    metric = metric_of(inputs)
-    metric.rescale(scales)
+    factor = factor_of(inputs)
+    factor.rescale(scales)
     torch.testing.assert_close(
-        metric.gram.double(), robust_gram(inputs) / scales.outer(scales), rtol=1e-4, atol=1e-5
+        factor.hessian.double(), damped_hessian(inputs) / scales.outer(scales), rtol=1e-4, atol=1e-5
     )
-    again = metric.feedback * metric.conditional[metric.order] @ metric.feedback.T
+    again = factor.u * factor.d[factor.order] @ factor.u.T
     torch.testing.assert_close(
-        again, metric.gram[metric.order][:, metric.order], rtol=1e-3, atol=1e-3
+        again, factor.hessian[factor.order][:, factor.order], rtol=1e-3, atol=1e-3
     )
 
 
-def test_output_error_and_fit_against_the_tokens_themselves(inputs, weight):
+def test_output_error_and_update_against_the_tokens_themselves(inputs, weight):
     difference = 0.1 * weight
     exact = (inputs @ difference.T).square().mean()
-    assert metric_of(inputs).output_error(difference) == pytest.approx(float(exact), rel=1e-3)
+    assert factor_of(inputs).output_error(difference) == pytest.approx(float(exact), rel=1e-3)
     targets = inputs @ weight.T + torch.randn(TOKENS, ROWS)
-    metric = metric_of(inputs, targets)
+    factor = factor_of(inputs, targets)
     other = weight + difference
     residual = (targets - inputs @ other.T).T @ inputs / TOKENS
-    wanted = torch.linalg.solve(robust_gram(inputs), residual.T.double()).T
-    torch.testing.assert_close(metric.fit(other).double(), wanted, rtol=1e-2, atol=1e-3)
+    expected = torch.linalg.solve(damped_hessian(inputs), residual.T.double()).T
+    update = factor.least_squares_update(other).double()
+    torch.testing.assert_close(update, expected, rtol=1e-2, atol=1e-3)
 
 
-def textbook_gptq(weight, gram, scale, zero, order):
-    """GPTQ as its paper writes it, with the inverse, in float64; levels."""
-    work, levels = weight.double().clone(), torch.zeros_like(weight)
+def textbook_gptq(weight, hessian, scale, zero, order):
+    """GPTQ as its paper writes it, with the inverse, in float64; quantized values."""
+    work, qweight = weight.double().clone(), torch.zeros_like(weight)
     for place, channel in enumerate(order.tolist()):
         later = order[place:]
-        inverse = torch.linalg.inv(gram[later][:, later])
+        inverse = torch.linalg.inv(hessian[later][:, later])
         group = channel // GROUP
         level = (work[:, channel] / scale[:, group]).round() + zero[:, group]
-        levels[:, channel] = level.clamp(0, MAX_LEVEL)
-        stored = (levels[:, channel] - zero[:, group]) * scale[:, group]
+        qweight[:, channel] = level.clamp(0, MAX_LEVEL)
+        stored = (qweight[:, channel] - zero[:, group]) * scale[:, group]
         lost = (work[:, channel] - stored) / inverse[0, 0]
         work[:, later] -= torch.outer(lost, inverse[0])
-    return levels
+    return qweight
 
 
 def in_small_parts(monkeypatch, steps):
@@ -124,48 +129,48 @@ def in_small_parts(monkeypatch, steps):
 
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_feedback_rounds_as_gptq_does(inputs, weight, scheme, steps, monkeypatch):
+def test_rounds_as_textbook_gptq_does(inputs, weight, scheme, steps, monkeypatch):
     monkeypatch.setattr(gptq, "REFINEMENTS", 0)
     in_small_parts(monkeypatch, steps)
     monkeypatch.setattr(gptq, "_refit_scales", lambda rows, *rest: rows.scale)
-    metric = metric_of(inputs)
-    found = round_with_feedback(weight, metric, scheme, "it")
+    factor = factor_of(inputs)
+    found = gptq_quantize(weight, factor, scheme, "it")
     scale, zero = found.scale.double(), found.zero.double()
-    wanted = textbook_gptq(weight, robust_gram(inputs), scale, zero, metric.order)
+    expected = textbook_gptq(weight, damped_hessian(inputs), scale, zero, factor.order)
     # A tie in float64 may fall the other way in float32, and the rest of its row follows.
-    same = (found.q == wanted).all(1).float().mean()
+    same = (found.q == expected).all(1).float().mean()
     assert same >= 0.9
     assert found.symmetric == scheme.symmetric
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_what_is_done_at_a_time_changes_nothing(inputs, weight, steps, monkeypatch):
-    whole = round_with_feedback(weight, metric_of(inputs), QuantScheme(GROUP), "it")
+    whole = gptq_quantize(weight, factor_of(inputs), QuantScheme(GROUP), "it")
     in_small_parts(monkeypatch, steps)
-    parts = round_with_feedback(weight, metric_of(inputs), QuantScheme(GROUP), "it")
+    parts = gptq_quantize(weight, factor_of(inputs), QuantScheme(GROUP), "it")
     # A tie may fall the other way when sums are made in another order.
     assert (parts.q == whole.q).all(1).float().mean() >= 0.9
     assert (parts.scale == whole.scale).float().mean() >= 0.9
 
 
-def test_equations_of_scales(inputs, weight, monkeypatch):
+def test_normal_equations_of_scales(inputs, weight, monkeypatch):
     monkeypatch.setattr(gptq, "TILE_CHANNELS", 40)
-    levels, gram = weight.T.contiguous(), metric_of(inputs).gram
-    found = gptq._equations(levels, gram, GROUP)
-    parts = levels.double().unflatten(0, (-1, GROUP))
-    pairs = gram.double().unflatten(0, (-1, GROUP)).unflatten(2, (-1, GROUP))
-    wanted = torch.einsum("gar,gahb,hbr->rgh", parts, pairs, parts)
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-2)
+    centred, hessian = weight.T.contiguous(), factor_of(inputs).hessian
+    found = gptq._normal_equations(centred, hessian, GROUP)
+    parts = centred.double().unflatten(0, (-1, GROUP))
+    pairs = hessian.double().unflatten(0, (-1, GROUP)).unflatten(2, (-1, GROUP))
+    expected = torch.einsum("gar,gahb,hbr->rgh", parts, pairs, parts)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_each_step_lowers_the_error(inputs, weight, scheme, monkeypatch):
     def error(rounded):
-        return metric_of(inputs).output_error(rounded - weight)
+        return factor_of(inputs).output_error(rounded - weight)
 
     def with_refinements(count):
         monkeypatch.setattr(gptq, "REFINEMENTS", count)
-        return error(round_with_feedback(weight, metric_of(inputs), scheme, "it").dequantize())
+        return error(gptq_quantize(weight, factor_of(inputs), scheme, "it").dequantize())
 
     nearest, refined = error(fake_quantize(weight, scheme)), with_refinements(2)
     monkeypatch.setattr(gptq, "_refit_scales", lambda rows, *rest: rows.scale)
@@ -178,18 +183,18 @@ def test_learned_scales_beat_the_grid(inputs, weight):
     scheme = QuantScheme(GROUP)
 
     def error(scales):
-        metric = metric_of(inputs)
-        metric.rescale(scales)
-        stored = round_with_feedback(weight * scales, metric, scheme, "it").dequantize() / scales
-        return metric_of(inputs).output_error(stored - weight)
+        factor = factor_of(inputs)
+        factor.rescale(scales)
+        stored = gptq_quantize(weight * scales, factor, scheme, "it").dequantize() / scales
+        return factor_of(inputs).output_error(stored - weight)
 
     grid = [error(candidate_scales(inputs.abs().mean(0), step / 10)) for step in range(10)]
-    assert error(learn_scales(weight, metric_of(inputs), scheme)) < min(grid)
+    assert error(learn_scales(weight, factor_of(inputs), scheme)) < min(grid)
 
 
 def test_tied_scales_are_tied_and_bounded(inputs, weight):
     tie = torch.arange(CHANNELS) % 16
-    scales = learn_scales(weight, metric_of(inputs * 1e4), QuantScheme(GROUP), tie)
+    scales = learn_scales(weight, factor_of(inputs * 1e4), QuantScheme(GROUP), tie)
     for number in range(16):
         assert len(scales[tie == number].unique()) == 1
     assert len(scales.unique()) > 8
@@ -198,31 +203,35 @@ def test_tied_scales_are_tied_and_bounded(inputs, weight):
 
 def quantized(case, tmp_path, **changed):
     layer, given = random_layer(case)
-    moved = streams_of(case, given, tmp_path)
-    steps = []
-    result = quantize_layer(layer, moved, QuantScheme(case.group_size), "layer", steps.append)
+    fp, after = fp_and_quantized(case, given, tmp_path)
+    steps, scheme = [], QuantScheme(case.group_size)
+    result = quantize_layer(layer, fp, after, scheme, "layer", steps.append)
     assert len(steps) == STEPS_PER_LAYER
-    return result, moved, layer
+    return result, fp, after, layer
 
 
-def streams_of(case, given, tmp_path):
-    made = Streams.of(llm_config(case), [x.clone() for x in given], tmp_path)
-    assert made.exact.equal(made.quantized)
-    return made
+def fp_and_quantized(case, given, tmp_path):
+    """Hidden states that enter the first layer, for both."""
+    embeds = [x.clone() for x in given]
+    fp = PackedHiddenStates.on_host(llm_config(case), embeds, tmp_path, CPU, CHUNK_TOKENS)
+    after = fp.copy()
+    assert after.hidden.equal(fp.hidden)
+    assert after.hidden.data_ptr() != fp.hidden.data_ptr()
+    return fp, after
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_layer_is_what_is_stored_and_the_exact_stream_is_the_original(name, tmp_path):
+def test_layer_is_what_is_stored_and_fp_is_the_original(name, tmp_path):
     case = CASES[name]
-    result, moved, layer = quantized(case, tmp_path)
+    result, fp, after, layer = quantized(case, tmp_path)
     original, given = random_layer(case)
     begin = 0
     for sequence in given:
         here = slice(begin, begin + len(sequence))
         begin += len(sequence)
-        cos, sin = moved.cos[:, : len(sequence)], moved.sin[:, : len(sequence)]
+        cos, sin = fp.cos[:, : len(sequence)], fp.sin[:, : len(sequence)]
         exact = run_layer(original, sequence[None], cos, sin)[0]
-        torch.testing.assert_close(moved.exact[here], exact, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fp.hidden[here], exact, rtol=1e-4, atol=1e-4)
         stored = copy.deepcopy(layer)
         for part in LINEARS:
             weight_of(stored, part).copy_(result.linears[part].dequantize())
@@ -230,7 +239,7 @@ def test_layer_is_what_is_stored_and_the_exact_stream_is_the_original(name, tmp_
             assert result.norms[part].equal(result.norms[part].half().float())
             weight_of(stored, part).copy_(result.norms[part])
         again = run_layer(stored, sequence[None], cos, sin)[0]
-        torch.testing.assert_close(moved.quantized[here], again, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(after.hidden[here], again, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -240,8 +249,8 @@ def test_layer_is_nearer_to_the_original_than_awqs(name, tmp_path):
     layer, given = random_layer(case)
     original = {part: weight_of(layer, part).clone() for part in LINEARS}
     scheme = QuantScheme(case.group_size)
-    awq.quantize_layer(layer, original.__getitem__, sequences_of(case, given), scheme, "it")
-    assert result.drift < 0.9 * drift_of(case, layer)
+    awq.quantize_layer(layer, original.__getitem__, packed_states(case, given), scheme, "it")
+    assert result.relative_error < 0.9 * drift_of(case, layer)
     for part, (nearest, left) in result.errors.items():
         assert 0 < left < nearest, part
 
@@ -249,10 +258,10 @@ def test_layer_is_nearer_to_the_original_than_awqs(name, tmp_path):
 def drift_of(case, layer):
     """Mean over tokens, of a case's layer as it is quantized."""
     original, given = random_layer(case)
-    exact, sequences = sequences_of(case, given), sequences_of(case, given)
-    exact.pass_through(original)
-    sequences.pass_through(layer)
-    lost = (sequences.hidden - exact.hidden).square().sum(-1)
+    exact, states = packed_states(case, given), packed_states(case, given)
+    exact.advance(original)
+    states.advance(layer)
+    lost = (states.hidden - exact.hidden).square().sum(-1)
     return float((lost / exact.hidden.square().sum(-1)).mean())
 
 
@@ -260,26 +269,26 @@ def test_later_layers_make_up_for_earlier_ones(tmp_path, monkeypatch):
     case = next(iter(CASES.values()))
 
     def drift_behind_two():
-        moved = streams_of(case, random_layer(case)[1], tmp_path)
+        states = fp_and_quantized(case, random_layer(case)[1], tmp_path)
         for _ in range(2):
             layer = random_layer(case)[0]
-            last = quantize_layer(layer, moved, QuantScheme(case.group_size), "layer")
-        return last.drift
+            last = quantize_layer(layer, *states, QuantScheme(case.group_size), "layer")
+        return last.relative_error
 
     compensated = drift_behind_two()
-    monkeypatch.setattr(awq_gptq, "COMPENSATION", 0.0)
+    monkeypatch.setattr(awq_gptq, "ERROR_CORRECTION", 0.0)
     assert compensated < 0.95 * drift_behind_two()
 
 
 def test_activations_in_a_file_change_nothing(tmp_path, monkeypatch):
     case = next(iter(CASES.values()))
     in_memory = quantized(case, tmp_path)[0]
-    monkeypatch.setattr(streams, "SPILL_BYTES", 0)
-    spilled, moved, _ = quantized(case, tmp_path)
+    monkeypatch.setattr(layerwise, "SPILL_BYTES", 0)
+    spilled, fp, _, _ = quantized(case, tmp_path)
     for part in LINEARS:
         assert spilled.linears[part].q.equal(in_memory.linears[part].q)
-    assert spilled.drift == in_memory.drift
-    assert not moved.exact.untyped_storage().resizable()
+    assert spilled.relative_error == in_memory.relative_error
+    assert not fp.hidden.untyped_storage().resizable()
     assert not list(tmp_path.iterdir())
 
 
@@ -287,8 +296,8 @@ def test_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatch)
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(streams, "SPILL_BYTES", 0)
-    monkeypatch.setattr(streams.os, "posix_fallocate", full)
+    monkeypatch.setattr(layerwise, "SPILL_BYTES", 0)
+    monkeypatch.setattr(layerwise.os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
-        streams.matrix(10, 10, tmp_path)
+        layerwise.activation_matrix(10, 10, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""AWQ's search for the largest magnitude to keep in each group, as llm-awq defines it."""
+"""Search AWQ's clip value of each group, as llm-awq defines it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from vila_deploy.quantize.algorithms.awq_scales import FakeQuantize
 
 GRID = 20
 MAX_SHRINK = 0.5
+CLIP_STEPS = int(MAX_SHRINK * GRID)
 ROWS_AT_A_TIME = 1024
-# Clipping one side of the product q·kᵀ by its own error is no good guide, so llm-awq leaves it out.
+# The error of q or k alone is a poor guide to that of q·kᵀ, so llm-awq does not clip them.
 SKIPPED = ("self_attn.q_proj", "self_attn.k_proj")
 
 
 def search_clip(
     weight: Tensor, samples: Tensor, group_size: int, fake_quantize: FakeQuantize
 ) -> Tensor:
-    """Best max|w| per group: of factors 1, 0.95 … 0.55 the first with the least output error.
+    """Return the best max|w| per group: the first of 1, 0.95 … 0.55 times it with the least error.
 
     The error of a group is the mean square over the sampled tokens of that group's share of the
     output, x_g · (w_g − ŵ_g); as a quadratic form with the group's xᵀx it is a batched matmul.
@@ -27,29 +28,29 @@ def search_clip(
         samples: inputs [tokens, in] that belong to it.
 
     Returns:
-        largest magnitudes [out, in/group].
+        clip values [out, in/group].
     """
     inputs = samples.unflatten(1, (-1, group_size)).transpose(0, 1)
-    gram = inputs.mT @ inputs / len(samples)
+    hessian = inputs.mT @ inputs / len(samples)
     parts = weight.split(ROWS_AT_A_TIME)
-    return torch.cat([_search_rows(part, gram, fake_quantize) for part in parts])
+    return torch.cat([_search_rows(part, hessian, fake_quantize) for part in parts])
 
 
-def _search_rows(weight: Tensor, gram: Tensor, fake_quantize: FakeQuantize) -> Tensor:
-    group_size = gram.shape[-1]
+def _search_rows(weight: Tensor, hessian: Tensor, fake_quantize: FakeQuantize) -> Tensor:
+    group_size = hessian.shape[-1]
     full = weight.unflatten(1, (-1, group_size)).abs().amax(-1)
     best, least = full.clone(), torch.full_like(full, float("inf"))
-    for step in range(int(MAX_SHRINK * GRID)):
-        limit = full * (1 - step / GRID)
-        changed = fake_quantize(apply_clip(weight, limit)) - weight
+    for step in range(CLIP_STEPS):
+        clip = full * (1 - step / GRID)
+        changed = fake_quantize(apply_clip(weight, clip)) - weight
         difference = changed.unflatten(1, (-1, group_size)).transpose(0, 1)
-        error = ((difference @ gram) * difference).sum(-1).T
+        error = ((difference @ hessian) * difference).sum(-1).T
         better = error < least
-        best, least = torch.where(better, limit, best), torch.where(better, error, least)
+        best, least = torch.where(better, clip, best), torch.where(better, error, least)
     return best
 
 
-def apply_clip(weight: Tensor, limit: Tensor) -> Tensor:
-    """`weight` [out, in] cut to ± `limit` [out, in/group], group by group."""
-    groups = weight.unflatten(1, (limit.shape[1], -1))
-    return groups.clamp(-limit[..., None], limit[..., None]).flatten(1)
+def apply_clip(weight: Tensor, clip: Tensor) -> Tensor:
+    """Return `weight` [out, in] clipped to ± `clip` [out, in/group], group by group."""
+    groups = weight.unflatten(1, (clip.shape[1], -1))
+    return groups.clamp(-clip[..., None], clip[..., None]).flatten(1)

@@ -1,4 +1,4 @@
-"""AWQ's search for per-channel scales, as llm-awq defines it, and folding them into the layer."""
+"""Search AWQ's per-channel scales, as llm-awq defines it, and fold them into the layer."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ScaleChoice:
 
 
 def candidate_scales(mean_abs: Tensor, ratio: float) -> Tensor:
-    """s = mean|x|^ratio, at least 1e-4, divided by sqrt(max · min)."""
+    """Return s = mean|x|^ratio, at least 1e-4, divided by sqrt(max · min)."""
     scales = mean_abs.pow(ratio).clamp(min=MIN_SCALE)
     return scales / (scales.max() * scales.min()).sqrt()
 
@@ -65,7 +65,7 @@ def search_scales(
     fake_quantize: FakeQuantize,
     error: Callable[[Sequence[Tensor]], float],
 ) -> ScaleChoice:
-    """Tries the ratios 0, 1/20 … 19/20 and keeps the first with the least error.
+    """Return the outcome for the first of the ratios 0, 1/20 … 19/20 with the least error.
 
     Args:
         mean_abs: mean |x| per input channel [in].
@@ -80,10 +80,10 @@ def search_scales(
     for step in range(GRID):
         ratio = step / GRID
         scales = candidate_scales(mean_abs, ratio)
-        found = error([fake_quantize(weight * scales) / scales for weight in weights])
-        errors.append(found)
-        if found < (best[0] if best else float("inf")):
-            best = (found, ratio, scales)
+        ratio_error = error([fake_quantize(weight * scales) / scales for weight in weights])
+        errors.append(ratio_error)
+        if ratio_error < (best[0] if best else float("inf")):
+            best = (ratio_error, ratio, scales)
     if best is None:
         raise VilaDeployError(
             "no scale gives finite outputs",
@@ -94,10 +94,10 @@ def search_scales(
 
 
 def has_group(layer: nn.Module, group: ScaleGroup) -> bool:
-    """Whether the group's scales can be folded: a linear before it must match channel by channel.
+    """Return whether the group's scales can be folded into the operation before it.
 
-    Under grouped-query attention v_proj has fewer rows than o_proj has columns; llm-awq then leaves
-    o_proj unscaled.
+    A linear before it must match channel by channel: under grouped-query attention v_proj has
+    fewer rows than o_proj has columns; llm-awq then leaves o_proj unscaled.
     """
     if group is not OUT_GROUP:
         return True
@@ -105,7 +105,7 @@ def has_group(layer: nn.Module, group: ScaleGroup) -> bool:
 
 
 def fold_scales(layer: nn.Module, choice: ScaleChoice) -> Tensor:
-    """Divides the previous operation by the scales and multiplies the group's input channels.
+    """Divide the previous operation by the scales and multiply the group's input channels.
 
     A norm's weight is stored as float16, so it is rounded here and the linears are multiplied by
     the scales that this rounding really leaves.
@@ -131,14 +131,14 @@ def fold_scales(layer: nn.Module, choice: ScaleChoice) -> Tensor:
 
 
 def bias_of(layer: nn.Module, name: str) -> Tensor | None:
-    """The bias of a submodule, as plain data that may be changed in place; None if it has none."""
+    """Return a submodule's bias, as data that may be changed in place; None if it has none."""
     bias = getattr(layer.get_submodule(name), "bias", None)
     assert bias is None or isinstance(bias, Tensor)
     return None if bias is None else bias.data
 
 
 def weight_of(layer: nn.Module, name: str) -> Tensor:
-    """The weight of a submodule, as plain data that may be changed in place."""
+    """Return a submodule's weight, as data that may be changed in place."""
     weight = layer.get_submodule(name).weight
     assert isinstance(weight, Tensor)
     return weight.data

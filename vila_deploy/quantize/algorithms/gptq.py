@@ -1,4 +1,9 @@
-"""Rounding to 4 bits with error feedback, then improving levels and scales in turn."""
+"""GPTQ: round channel by channel, correcting the channels that follow, then refine.
+
+Frantar et al. 2022, https://arxiv.org/abs/2210.17323, with a clipping ratio searched per group, the
+channels ordered by falling mean square (act order), and, after rounding, least-squares scale refits
+and coordinate descent on the quantized values in turn.
+"""
 
 from __future__ import annotations
 
@@ -11,59 +16,61 @@ from torch import Tensor
 from vila_deploy.formats.base import MAX_LEVEL, QuantizedLinear
 from vila_deploy.formats.rtn import range_levels, to_float16
 from vila_deploy.formats.scheme import QuantScheme
-from vila_deploy.quantize.algorithms.hessian import Metric
+from vila_deploy.quantize.algorithms.hessian import HessianFactor
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.limits import ROWS_AT_A_TIME, SOLVE_BYTES, TILE_ROWS
 
-# Of the full range of a group. A little more than all pays off where its ends matter least.
-RANGE_FACTORS = tuple(1.05 - 0.05 * step for step in range(11))
-# Weights that stay in a processor's cache from one range to the next.
+# Shares of a group's range that are tried. Above 1 pays off where the ends matter least.
+CLIPPING_RATIOS = tuple(1.05 - 0.05 * step for step in range(11))
+# Weights that stay in a processor's cache from one clipping ratio to the next.
 SEARCHED_NUMBERS = 1 << 18
 REFINEMENTS = 1
 # A refitted scale further away belongs to a group that hardly matters; the old one is safer.
 MAX_REFIT_FACTOR = 2.0
-# Channels that are rounded one by one before the others hear of it, and steps that make a block. A
-# block hears of all before it in one product: wider ones are faster where no cache holds the rest.
+# Channels that are rounded one by one before their errors reach the rest of a block, and steps that
+# make a block. A block takes the errors before it in one product: wider ones are faster where no
+# cache holds the rest.
 STEP = 64
 BLOCK_STEPS, BLOCK_FROM = 8, 2048
-# Of a product of TILE_ROWS columns whose result a processor keeps in its cache.
+# Channels in a product of TILE_ROWS columns whose result a processor keeps in its cache.
 TILE_CHANNELS = 1024
 
 
 @dataclass
 class _Rows:
-    """Some rows on their way, channels first so that one channel is contiguous.
+    """Some output rows, channels first so that one channel is contiguous.
 
     Args:
-        weight, levels: float32 [in, rows].
-        scale, zero: float32 [in/group, rows].
+        weight: float32 [in, rows], what the quantized weight should be.
+        qweight: quantized values, float32 [in, rows].
+        scale, zero_point: float32 [in/group, rows].
     """
 
     weight: Tensor
-    levels: Tensor
+    qweight: Tensor
     scale: Tensor
-    zero: Tensor
+    zero_point: Tensor
     group_size: int
 
     def grid(self, channels: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of each weight in `channels` [n, rows]."""
+        """Return scale and zero point of each weight in `channels` [n, rows]."""
         groups = channels // self.group_size
-        return self.scale[groups], self.zero[groups]
+        return self.scale[groups], self.zero_point[groups]
 
 
-def round_with_feedback(
-    weight: Tensor, metric: Metric, scheme: QuantScheme, name: str, bias: Tensor | None = None
+def gptq_quantize(
+    weight: Tensor,
+    factor: HessianFactor,
+    scheme: QuantScheme,
+    name: str,
+    bias: Tensor | None = None,
 ) -> QuantizedLinear:
-    """Quantizes float32 `weight` [out, in] so that its outputs change least in `metric`.
-
-    Group ranges are searched with every channel's conditional importance; channels are rounded one
-    after the other, each one's error passed on to those that follow (GPTQ, Frantar et al. 2022,
-    largest first); then scales by least squares and levels by coordinate descent, in turn.
+    """Return float32 `weight` [out, in] quantized with the least output error under the Hessian.
 
     Raises:
         VilaDeployError: a scale or the bias does not fit into float16.
     """
-    parts = [_round_rows(rows, metric, scheme) for rows in weight.split(ROWS_AT_A_TIME)]
+    parts = [_quantize_rows(rows, factor, scheme) for rows in weight.split(ROWS_AT_A_TIME)]
     scale = torch.cat([scale for _, scale, _ in parts], 1).T
     if not bool(torch.isfinite(scale).all()):
         raise VilaDeployError(
@@ -72,43 +79,48 @@ def round_with_feedback(
             fix="check that this checkpoint is not damaged",
         )
     return QuantizedLinear(
-        q=torch.cat([levels for levels, _, _ in parts]),
+        q=torch.cat([qweight for qweight, _, _ in parts]),
         scale=scale.to(torch.float16).contiguous(),
         zero=torch.cat([zero for _, _, zero in parts], 1).T.to(torch.uint8).contiguous(),
         bias=None if bias is None else to_float16(bias, f"{name}.bias"),
     )
 
 
-def _round_rows(
-    weight: Tensor, metric: Metric, scheme: QuantScheme
+def _quantize_rows(
+    weight: Tensor, factor: HessianFactor, scheme: QuantScheme
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels uint8 [rows, in]; scale and zero float32 [in/group, rows]."""
+    """Return qweight uint8 [rows, in]; scale and zero point float32 [in/group, rows]."""
     on_cpu = weight.device.type == "cpu"
-    few = max(1, SEARCHED_NUMBERS // weight.shape[1]) if on_cpu else len(weight)
-    found = [_search_ranges(part, metric, scheme) for part in weight.split(few)]
-    scale, zero = (torch.cat(parts) for parts in zip(*found, strict=True))
+    row_count = max(1, SEARCHED_NUMBERS // weight.shape[1]) if on_cpu else len(weight)
+    grids = [_search_clipping(part, factor, scheme) for part in weight.split(row_count)]
+    scale, zero_point = (torch.cat(parts) for parts in zip(*grids, strict=True))
     transposed = weight.T.contiguous()
     rows = _Rows(
-        transposed, transposed, scale.T.contiguous(), zero.T.contiguous(), scheme.group_size
+        transposed, transposed, scale.T.contiguous(), zero_point.T.contiguous(), scheme.group_size
     )
-    rows.levels = _feed_back(rows, metric)
-    pulled = metric.gram @ rows.weight
+    rows.qweight = _round_channels(rows, factor)
+    hessian_weight = factor.hessian @ rows.weight
     for _ in range(REFINEMENTS):
-        rows.scale = _refit_scales(rows, metric.gram, pulled)
-        rows.levels = _descend(rows, metric.gram)
-    rows.scale = _refit_scales(rows, metric.gram, pulled)
-    # Other rows wait for these, so they take no more memory than they must.
-    return rows.levels.to(torch.uint8).T.contiguous(), rows.scale, rows.zero
+        rows.scale = _refit_scales(rows, factor.hessian, hessian_weight)
+        rows.qweight = _coordinate_descent(rows, factor.hessian)
+    rows.scale = _refit_scales(rows, factor.hessian, hessian_weight)
+    # Kept until all rows are done, so in as little memory as possible.
+    return rows.qweight.to(torch.uint8).T.contiguous(), rows.scale, rows.zero_point
 
 
-def _search_ranges(weight: Tensor, metric: Metric, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    """Scale and zero point [out, in/group] of the range with the least expected error."""
+def _search_clipping(
+    weight: Tensor, factor: HessianFactor, scheme: QuantScheme
+) -> tuple[Tensor, Tensor]:
+    """Return scale and zero point [out, in/group] of the clipping ratio with the least error.
+
+    The error is that expected of GPTQ: squares of the rounding errors, weighted by d.
+    """
     groups = weight.unflatten(1, (-1, scheme.group_size))
-    importance = metric.conditional.unflatten(0, (-1, scheme.group_size))
+    importance = factor.d.unflatten(0, (-1, scheme.group_size))
     least: Tensor | None = None
     best_scale = best_zero = groups.new_empty(0)
-    for factor in RANGE_FACTORS:
-        q, scale, zero = range_levels(groups, scheme, factor)
+    for ratio in CLIPPING_RATIOS:
+        q, scale, zero = range_levels(groups, scheme, ratio)
         error = torch.einsum(
             "ogc,gc->og", q.sub_(zero).mul_(scale).sub_(groups).square_(), importance
         )
@@ -123,125 +135,126 @@ def _search_ranges(weight: Tensor, metric: Metric, scheme: QuantScheme) -> tuple
     return best_scale, best_zero
 
 
-def _feed_back(rows: _Rows, metric: Metric) -> Tensor:
-    """Levels [in, rows]: each channel is rounded with the errors of those before it made up for."""
-    feedback = metric.feedback.T
-    errors, levels = torch.empty_like(rows.weight), torch.empty_like(rows.weight)
-    for block in _spans(slice(0, len(levels)), _block_size(len(levels))):
-        wanted_block = rows.weight[metric.order[block]]
+def _round_channels(rows: _Rows, factor: HessianFactor) -> Tensor:
+    """Return qweight [in, rows]: GPTQ proper, each channel corrected for the errors before it."""
+    u = factor.u.T
+    errors, qweight = torch.empty_like(rows.weight), torch.empty_like(rows.weight)
+    for block in _spans(slice(0, len(qweight)), _block_size(len(qweight))):
+        block_target = rows.weight[factor.order[block]]
         if block.start:
-            wanted_block.addmm_(feedback[block, : block.start], errors[: block.start])
+            block_target.addmm_(u[block, : block.start], errors[: block.start])
         for span in _spans(block, STEP):
-            channels = metric.order[span]
+            channels = factor.order[span]
             weight, (scale, zero) = rows.weight[channels], rows.grid(channels)
-            wanted = wanted_block[span.start - block.start :][: len(weight)]
+            target = block_target[span.start - block.start :][: len(weight)]
             if span.start > block.start:
                 before = slice(block.start, span.start)
-                wanted.addmm_(feedback[span, before], errors[before])
-            within, lost, rounded = feedback[span, span].contiguous(), errors[span], zero.clone()
-            for channel, want in enumerate(wanted):
+                target.addmm_(u[span, before], errors[before])
+            u_span, error, rounded = u[span, span].contiguous(), errors[span], zero.clone()
+            for channel, channel_target in enumerate(target):
                 if channel:
-                    want.addmv_(lost[:channel].T, within[channel, :channel])
-                level = rounded[channel].add_(want.div(scale[channel]).round_())
-                level.clamp_(0, MAX_LEVEL)
-                lost[channel] = weight[channel] - (level - zero[channel]) * scale[channel]
-            levels[channels] = rounded
-    return levels
+                    channel_target.addmv_(error[:channel].T, u_span[channel, :channel])
+                q = rounded[channel].add_(channel_target.div(scale[channel]).round_())
+                q.clamp_(0, MAX_LEVEL)
+                error[channel] = weight[channel] - (q - zero[channel]) * scale[channel]
+            qweight[channels] = rounded
+    return qweight
 
 
 def _block_size(channels: int) -> int:
     return STEP * BLOCK_STEPS if channels > BLOCK_FROM else STEP
 
 
-def _spans(whole: slice, size: int) -> Iterator[slice]:
-    """Parts of `size` of a range of channels."""
-    for start in range(whole.start, whole.stop, size):
-        yield slice(start, min(start + size, whole.stop))
+def _spans(channels: slice, size: int) -> Iterator[slice]:
+    """Yield parts of `size` of a range of channels."""
+    for start in range(channels.start, channels.stop, size):
+        yield slice(start, min(start + size, channels.stop))
 
 
-def _refit_scales(rows: _Rows, gram: Tensor, pulled: Tensor) -> Tensor:
-    """The scales [in/group, rows] with the least error for the levels as they are.
+def _refit_scales(rows: _Rows, hessian: Tensor, hessian_weight: Tensor) -> Tensor:
+    """Return the least-squares scales [in/group, rows] for the quantized values as they are.
 
-    For a row with centred levels v, the scales s of its groups solve A s = b with
-    A_gh = v_g · gram_gh · v_h and b_g = v_g · gram_g · w.
+    For a row with centred values v, the scales s of its groups solve A s = b with
+    A_gh = v_g · H_gh · v_h and b_g = v_g · H_g · w.
 
     Args:
-        pulled: gram · weight [in, rows].
+        hessian_weight: H · weight [in, rows].
     """
     size, (groups, count) = rows.group_size, rows.scale.shape
-    few = max(1, min(TILE_ROWS, SOLVE_BYTES // (groups * groups * 8)))
+    row_count = max(1, min(TILE_ROWS, SOLVE_BYTES // (groups * groups * 8)))
     scale = torch.empty_like(rows.scale)
-    for begin in range(0, count, few):
-        part = slice(begin, begin + few)
-        levels = rows.levels[:, part] - rows.zero[:, part].repeat_interleave(size, 0)
-        wanted = (pulled[:, part] * levels).unflatten(0, (groups, size)).sum(1).T.double()
+    for begin in range(0, count, row_count):
+        part = slice(begin, begin + row_count)
+        centred = rows.qweight[:, part] - rows.zero_point[:, part].repeat_interleave(size, 0)
+        right_side = (hessian_weight[:, part] * centred).unflatten(0, (groups, size)).sum(1).T
         old = rows.scale[:, part].T.double()
-        found = _solve(_equations(levels, gram, size).double(), wanted, old)
-        stored = found.to(torch.float16).double()
+        matrix = _normal_equations(centred, hessian, size).double()
+        stored = _solve(matrix, right_side.double(), old).to(torch.float16).double()
         near = (stored > old / MAX_REFIT_FACTOR) & (stored < old * MAX_REFIT_FACTOR)
         scale[:, part] = torch.where(near, stored, old).T
     return scale
 
 
-def _equations(levels: Tensor, gram: Tensor, size: int) -> Tensor:
-    """A of the above [rows, groups, groups] for centred `levels` [in, rows]."""
-    channels, count = levels.shape
+def _normal_equations(centred: Tensor, hessian: Tensor, size: int) -> Tensor:
+    """Return A of `_refit_scales` [rows, groups, groups] for `centred` values [in, rows]."""
+    channels, count = centred.shape
     groups = channels // size
-    on_cpu = levels.device.type == "cpu"
+    on_cpu = centred.device.type == "cpu"
     tile = (TILE_CHANNELS // size * size or size) if on_cpu else channels
-    matrix = levels.new_empty(groups, groups, count)
-    product = levels.new_empty(tile, count)
+    matrix = centred.new_empty(groups, groups, count)
+    product = centred.new_empty(tile, count)
     for begin in range(0, channels, size):
         group, here = begin // size, slice(begin, begin + size)
         # A is symmetric, so the groups before this one have their share already.
         for first in range(begin, channels, tile):
             there = slice(first, min(first + tile, channels))
             spread = product[: there.stop - first]
-            torch.mm(gram[there, here], levels[here], out=spread).mul_(levels[there])
+            torch.mm(hessian[there, here], centred[here], out=spread).mul_(centred[there])
             sums = matrix[group, first // size : there.stop // size]
             torch.sum(spread.unflatten(0, (-1, size)), 1, out=sums)
         matrix[group + 1 :, group] = matrix[group, group + 1 :]
     return matrix.permute(2, 0, 1)
 
 
-def _solve(matrix: Tensor, wanted: Tensor, old: Tensor) -> Tensor:
-    """x [rows, groups] of matrix · x = wanted, with a little pull towards `old`; all float64."""
-    # The pull keeps groups of zeros solvable.
+def _solve(matrix: Tensor, right_side: Tensor, old: Tensor) -> Tensor:
+    """Return x [rows, groups] of matrix · x = right_side, pulled a little to `old`; all float64."""
+    # The pull (Tikhonov) keeps groups of zeros solvable.
     pull = 1e-4 * matrix.diagonal(dim1=1, dim2=2)
     pull = pull + 1e-9 * pull.amax(1, keepdim=True) + torch.finfo(torch.float32).tiny
     matrix.diagonal(dim1=1, dim2=2).add_(pull)
-    return torch.linalg.solve(matrix, (wanted + pull * old)[..., None])[..., 0]
+    return torch.linalg.solve(matrix, (right_side + pull * old)[..., None])[..., 0]
 
 
-def _descend(rows: _Rows, gram: Tensor) -> Tensor:
-    """Levels [in, rows] after each channel has moved once to where the error is least."""
-    every = torch.arange(len(gram), device=gram.device)
-    whole = slice(0, len(gram))
-    levels, left = rows.levels.clone(), torch.empty_like(rows.weight)
-    for span in _spans(whole, STEP):
-        scale, zero = rows.grid(every[span])
-        left[span] = rows.weight[span] - (levels[span] - zero) * scale
-    curvature = gram.diagonal().tolist()
-    for block in _spans(whole, _block_size(len(gram))):
-        # How the error falls with each weight, with the channels before these as they are by now.
-        slope_block = gram[block] @ left
-        changes = torch.empty_like(slope_block)
+def _coordinate_descent(rows: _Rows, hessian: Tensor) -> Tensor:
+    """Return qweight [in, rows] after each channel has moved once to where the error is least."""
+    all_channels = torch.arange(len(hessian), device=hessian.device)
+    everything = slice(0, len(hessian))
+    qweight, error = rows.qweight.clone(), torch.empty_like(rows.weight)
+    for span in _spans(everything, STEP):
+        scale, zero = rows.grid(all_channels[span])
+        error[span] = rows.weight[span] - (qweight[span] - zero) * scale
+    curvature = hessian.diagonal().tolist()
+    for block in _spans(everything, _block_size(len(hessian))):
+        # How the output error falls with each weight, earlier channels as they are by now.
+        block_slope = hessian[block] @ error
+        changes = torch.empty_like(block_slope)
         for span in _spans(block, STEP):
-            level, (scale, zero) = levels[span], rows.grid(every[span])
-            slope = slope_block[span.start - block.start :][: len(level)]
-            change = changes[span.start - block.start :][: len(level)]
+            q, (scale, zero) = qweight[span], rows.grid(all_channels[span])
+            slope = block_slope[span.start - block.start :][: len(q)]
+            change = changes[span.start - block.start :][: len(q)]
             if span.start > block.start:
                 before = slice(block.start, span.start)
-                slope.addmm_(gram[span, before], changes[: span.start - block.start])
-            within = gram[span, span].contiguous()
-            for channel, steepest in enumerate(slope):
-                step = steepest / curvature[span.start + channel]
-                wanted = (level[channel] - zero[channel]).mul_(scale[channel]).add_(step)
-                found = wanted.div_(scale[channel]).round_().add_(zero[channel])
-                found.clamp_(0, MAX_LEVEL)
-                torch.sub(level[channel], found, out=change[channel]).mul_(scale[channel])
-                level[channel] = found
+                slope.addmm_(hessian[span, before], changes[: span.start - block.start])
+            hessian_span = hessian[span, span].contiguous()
+            for channel, channel_slope in enumerate(slope):
+                step = channel_slope / curvature[span.start + channel]
+                target = (q[channel] - zero[channel]).mul_(scale[channel]).add_(step)
+                new = target.div_(scale[channel]).round_().add_(zero[channel])
+                new.clamp_(0, MAX_LEVEL)
+                torch.sub(q[channel], new, out=change[channel]).mul_(scale[channel])
+                q[channel] = new
                 if channel + 1 < len(slope):
-                    slope[channel + 1 :].addr_(within[channel, channel + 1 :], change[channel])
-            left[span] = rows.weight[span] - (level - zero) * scale
-    return levels
+                    following = hessian_span[channel, channel + 1 :]
+                    slope[channel + 1 :].addr_(following, change[channel])
+            error[span] = rows.weight[span] - (q - zero) * scale
+    return qweight

@@ -1,4 +1,4 @@
-"""Second moments of what enters a linear layer, and the factors that error feedback needs."""
+"""The Hessian XᵀX of a linear layer's inputs, and the UDUᵀ factor that GPTQ needs of it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Off-diagonal moments are what changes most from text to text: reduced by this much, the result is
+# Off-diagonal entries are what changes most from text to text: reduced by this share, the result is
 # best on texts unlike the calibration data (docs/quantization.md has the figures).
 SHRINK = 0.15
-# Of the mean moment, added to all: channels that were silent in calibration must not be free.
+# Added to the diagonal, as a share of its mean: channels that calibration never excites must not
+# be free to round.
 DAMPING = 0.003
-# Of the moments, brought into another order at a time, so that there is no third copy of them.
+# Rows of the Hessian that are permuted at a time, so that there is no third copy of it.
 ROWS_IN_ORDER = 256
 
 
-class InputMoments:
+class HessianAccumulator:
     """Sums over tokens of xᵀx for inputs x [tokens, channels], and of tᵀx for targets t.
 
     Args:
@@ -26,96 +27,98 @@ class InputMoments:
 
     def __init__(self, channels: int, outputs: int = 0, device: torch.device | None = None):
         self.tokens = 0
-        self._gram = torch.zeros(channels, channels, device=device)
+        self._hessian = torch.zeros(channels, channels, device=device)
         self._cross = torch.zeros(outputs, channels, device=device)
 
     def add(self, inputs: Tensor, targets: Tensor | None = None) -> None:
-        """Takes the next tokens: inputs [tokens, channels] and targets [tokens, outputs]."""
+        """Add the next tokens: inputs [tokens, channels] and targets [tokens, outputs]."""
         self.tokens += len(inputs)
-        self._gram.addmm_(inputs.T, inputs)
+        self._hessian.addmm_(inputs.T, inputs)
         if targets is not None:
             self._cross.addmm_(targets.T, inputs)
 
-    def metric(self) -> Metric:
-        """The moments as means, made robust; they belong to the metric then."""
-        gram = self._gram.div_(self.tokens)
+    def factor(self) -> HessianFactor:
+        """Return means over tokens, shrunk, damped and factored; the sums are used up."""
+        hessian = self._hessian.div_(self.tokens)
         cross = self._cross.div_(self.tokens)
-        power = gram.diagonal().clone()
-        added = SHRINK * power + DAMPING * power.mean() + torch.finfo(torch.float32).tiny
-        gram.mul_(1 - SHRINK).diagonal().copy_((1 - SHRINK) * power + added)
-        return Metric.of(gram, added, cross)
+        mean_square = hessian.diagonal().clone()
+        damping = SHRINK * mean_square + DAMPING * mean_square.mean()
+        damping += torch.finfo(torch.float32).tiny
+        hessian.mul_(1 - SHRINK).diagonal().copy_((1 - SHRINK) * mean_square + damping)
+        return HessianFactor.of(hessian, damping, cross)
 
 
 @dataclass
-class Metric:
-    """A quadratic measure of the output error that a change of weights causes, and its factors.
+class HessianFactor:
+    """A Hessian H and its factor: the output error of a weight change D is tr(D H Dᵀ).
 
-    gram[order][:, order] = F · diag(conditional[order]) · Fᵀ with F unit upper triangular: rounding
-    channels in `order` and passing each error on by F is GPTQ, written without an inverse
-    (Chee et al. 2023, QuIP, theorem 6).
+    H[order][:, order] = U · diag(d[order]) · Uᵀ with U unit upper triangular: rounding channels in
+    `order` and passing each error on by U is GPTQ, written without an inverse (Chee et al. 2023,
+    QuIP, theorem 6).
 
     Args:
-        gram: float32 [channels, channels], mean xᵀx, off-diagonal reduced by SHRINK.
-        added: what regularisation added to the diagonal [channels].
+        hessian: float32 [channels, channels], mean xᵀx, off-diagonal reduced by SHRINK.
+        damping: what shrinking and damping added to the diagonal [channels].
         cross: mean tᵀx [outputs, channels].
-        order: channels by falling power.
-        feedback: F, in that order.
-        conditional: error that a unit change of a channel leaves when the channels after it in the
-            order make up for it as well as they can [channels].
+        order: channels by falling mean square.
+        u: U, in that order.
+        d: of each channel [channels], in the channels' own order: the error that a unit change
+            leaves when the channels after it in `order` correct it as well as they can.
     """
 
-    gram: Tensor
-    added: Tensor
+    hessian: Tensor
+    damping: Tensor
     cross: Tensor
     order: Tensor
-    feedback: Tensor
-    conditional: Tensor
+    u: Tensor
+    d: Tensor
 
     @classmethod
-    def of(cls, gram: Tensor, added: Tensor, cross: Tensor) -> Metric:
-        """Factors `gram`, which must be positive definite."""
-        order = gram.diagonal().argsort(descending=True, stable=True)
+    def of(cls, hessian: Tensor, damping: Tensor, cross: Tensor) -> HessianFactor:
+        """Factor `hessian`, which must be positive definite."""
+        order = hessian.diagonal().argsort(descending=True, stable=True)
         # A Cholesky factor is lower triangular; the reversed matrix gives the upper one.
         reverse = order.flip(0)
-        reordered = torch.empty_like(gram)
-        for begin in range(0, len(gram), ROWS_IN_ORDER):
+        reordered = torch.empty_like(hessian)
+        for begin in range(0, len(hessian), ROWS_IN_ORDER):
             rows = slice(begin, begin + ROWS_IN_ORDER)
-            torch.index_select(gram[reverse[rows]], 1, reverse, out=reordered[rows])
+            torch.index_select(hessian[reverse[rows]], 1, reverse, out=reordered[rows])
         factor = torch.linalg.cholesky(reordered)
         del reordered
         factor = factor.flip(0, 1)
         diagonal = factor.diagonal().clone()
-        conditional = torch.empty_like(diagonal)
-        conditional[order] = diagonal.square()
-        return cls(gram, added, cross, order, factor.div_(diagonal), conditional)
+        d = torch.empty_like(diagonal)
+        d[order] = diagonal.square()
+        return cls(hessian, damping, cross, order, factor.div_(diagonal), d)
 
     def rescale(self, scales: Tensor) -> None:
-        """To inputs divided by `scales` [channels], in place."""
-        self.gram.div_(scales[:, None]).div_(scales)
+        """Change to inputs divided by `scales` [channels], in place."""
+        self.hessian.div_(scales[:, None]).div_(scales)
         self.cross.div_(scales)
-        self.added.div_(scales.square())
-        self.conditional.div_(scales.square())
+        self.damping.div_(scales.square())
+        self.d.div_(scales.square())
         ordered = scales[self.order]
-        self.feedback.mul_(ordered).div_(ordered[:, None])
+        self.u.mul_(ordered).div_(ordered[:, None])
 
-    def fit(self, weight: Tensor) -> Tensor:
-        """What to add to `weight` [outputs, channels] to bring x Wᵀ nearest to the targets t.
+    def least_squares_update(self, weight: Tensor) -> Tensor:
+        """Return what to add to `weight` [outputs, channels] to bring x Wᵀ nearest to targets t.
 
-        That is (tᵀx - W C) G⁻¹ , C = (G - added) / (1 - SHRINK) the plain moments, without W C.
+        That is (tᵀx - W C) H⁻¹ with C = (H - damping) / (1 - SHRINK), the plain mean xᵀx, computed
+        without forming W C.
         """
-        found = (self.cross + weight * (self.added / (1 - SHRINK)))[:, self.order].T
-        found = torch.linalg.solve_triangular(
-            self.feedback, found, upper=True, unitriangular=True
-        ).div_(self.conditional[self.order][:, None])
-        found = torch.linalg.solve_triangular(
-            self.feedback.T, found, upper=False, unitriangular=True
+        solution = (self.cross + weight * (self.damping / (1 - SHRINK)))[:, self.order].T
+        solution = torch.linalg.solve_triangular(
+            self.u, solution, upper=True, unitriangular=True
+        ).div_(self.d[self.order][:, None])
+        solution = torch.linalg.solve_triangular(
+            self.u.T, solution, upper=False, unitriangular=True
         )
-        fitted = torch.empty_like(weight)
-        fitted[:, self.order] = found.T
-        return fitted.sub_(weight, alpha=1 / (1 - SHRINK))
+        update = torch.empty_like(weight)
+        update[:, self.order] = solution.T
+        return update.sub_(weight, alpha=1 / (1 - SHRINK))
 
     def output_error(self, difference: Tensor) -> float:
-        """Mean square over tokens and outputs of x Dᵀ, without what regularisation added."""
-        robust = ((difference @ self.gram) * difference).sum(1).mean()
-        extra = (difference.square() @ self.added).mean()
-        return float((robust - extra).clamp(min=0) / (1 - SHRINK))
+        """Return the mean square of x Dᵀ over tokens and outputs, without shrinking and damping."""
+        damped = ((difference @ self.hessian) * difference).sum(1).mean()
+        extra = (difference.square() @ self.damping).mean()
+        return float((damped - extra).clamp(min=0) / (1 - SHRINK))

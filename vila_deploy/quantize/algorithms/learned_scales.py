@@ -1,4 +1,4 @@
-"""Per-channel scales learned for rounding with error feedback, by gradient descent."""
+"""Learn per-channel scales for GPTQ by gradient descent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vila_deploy.formats.scheme import QuantScheme
-from vila_deploy.quantize.algorithms.hessian import Metric
+from vila_deploy.quantize.algorithms.hessian import HessianFactor
 
 STEPS = 30
 LEARNING_RATE = 0.05
@@ -20,35 +20,35 @@ MAX_LOG_SCALE = math.log(64)
 
 
 def learn_scales(
-    weight: Tensor, metric: Metric, scheme: QuantScheme, tie: Tensor | None = None
+    weight: Tensor, factor: HessianFactor, scheme: QuantScheme, tie: Tensor | None = None
 ) -> Tensor:
-    """Scales s [in] that make the weights W · s best to round when inputs are divided by s.
+    """Return scales s [in] that make W · s best to round when inputs are divided by s.
 
-    With error feedback the expected output error is Σ over rows and groups of step² / 12 · Σ over
-    the group's channels of conditional / s², where step is the range of W · s in the group over 15.
-    That is differentiable in s, so all scales move at once, instead of along AWQ's one-dimensional
-    family mean|x|^ratio.
+    GPTQ's expected output error is Σ over rows and groups of step² / 12 · Σ over the group's
+    channels of d / s², where step is the range of W · s in the group over 15. That is
+    differentiable in s, so all scales move at once, instead of along AWQ's one-dimensional family
+    mean|x|^ratio.
 
     Args:
         weight: [out, in], all linears that share the input stacked.
-        metric: of the unscaled inputs.
-        tie: int64 [in], channels of the same number share a scale; by default each has its own.
+        factor: of the unscaled inputs.
+        tie: int64 [in], channels with the same number share a scale; by default each has its own.
     """
     rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight)), device=weight.device)
     sample = weight[rows.long()]
     tie = torch.arange(weight.shape[1], device=weight.device) if tie is None else tie
-    start = metric.gram.diagonal().sqrt().clamp(min=1e-12).log() * START_RATIO
+    start = factor.hessian.diagonal().sqrt().clamp(min=1e-12).log() * START_RATIO
     counts = torch.bincount(tie)
     logs = torch.zeros(len(counts), device=weight.device).index_add_(0, tie, start) / counts
     logs = (logs - logs.mean()).clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE)
     # The caller may be in inference mode, whose tensors can't take part in a gradient.
     with torch.inference_mode(False), torch.enable_grad():
-        logs = _descend(logs.clone(), sample.clone(), metric.conditional.clone(), tie, scheme)
+        logs = _gradient_descent(logs.clone(), sample.clone(), factor.d.clone(), tie, scheme)
     return logs[tie].exp()
 
 
-def _descend(
-    logs: Tensor, sample: Tensor, conditional: Tensor, tie: Tensor, scheme: QuantScheme
+def _gradient_descent(
+    logs: Tensor, sample: Tensor, d: Tensor, tie: Tensor, scheme: QuantScheme
 ) -> Tensor:
     logs.requires_grad_(True)
     optimizer = torch.optim.Adam([logs], lr=LEARNING_RATE)
@@ -57,7 +57,7 @@ def _descend(
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - step / STEPS)
         scales = logs[tie].exp()
         ranges = _ranges((sample * scales).unflatten(1, (-1, scheme.group_size)), scheme)
-        importance = (conditional / scales.square()).unflatten(0, (-1, scheme.group_size)).sum(-1)
+        importance = (d / scales.square()).unflatten(0, (-1, scheme.group_size)).sum(-1)
         error = (ranges.square().sum(0) * importance).sum().log()
         optimizer.zero_grad()
         error.backward()
@@ -66,6 +66,7 @@ def _descend(
 
 
 def _ranges(groups: Tensor, scheme: QuantScheme) -> Tensor:
+    """Return the range of each group that the quantized values cover."""
     if scheme.symmetric:
         return groups.abs().amax(-1)
     return groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)
