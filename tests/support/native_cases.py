@@ -22,7 +22,7 @@ from vila_deploy.engine.target import Target, get_target
 from vila_deploy.formats.rtn import round_to_nearest
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.kernels.capability import ComputeCapability
-from vila_deploy.kernels.launch_mode import get_launch_mode
+from vila_deploy.kernels.launch_mode import DEFAULT_LAUNCH_MODE, get_launch_mode
 
 MAX_SEQ_LEN, GROUP = 160, 128
 # Of the logits' spread; float16 activations differ by 2e-3 to 7e-3 here.
@@ -58,7 +58,7 @@ def built(
     max_seq_len: int = MAX_SEQ_LEN,
     module_precision: ModulePrecision = ALL_FP16,
     target: Target | None = None,
-    kernel_launch: str = "separate",
+    kernel_launch: str | None = None,
 ) -> Manifest:
     """Build without compiling, which test_aot.py does."""
     asked: list[Any] = []
@@ -73,7 +73,7 @@ def built(
     )
     parts = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
     found = build_module.build(folder, checkpoint.config, *parts, request)
-    mode = get_launch_mode(kernel_launch)
+    mode = get_launch_mode(kernel_launch or DEFAULT_LAUNCH_MODE)
     assert asked == [
         (checkpoint.config.llm, max_seq_len, [ComputeCapability(9, 0)], module_precision, mode)
     ]

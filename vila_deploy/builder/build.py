@@ -64,6 +64,7 @@ class BuildOptions:
     jetpack: str | None = None
     module_precision: ModulePrecision = ALL_FP16
     eval_data: Path | None = None
+    kernel_launch: str | None = None
 
 
 def default_limits(config: VilaConfig) -> Limits:
@@ -334,7 +335,13 @@ def _backend_module(target: Target, options: BuildOptions) -> ModuleType:
 
 def _request(target: Target, limits: Limits, options: BuildOptions) -> BuildRequest:
     return BuildRequest(
-        target, limits, options.tp, options.pp, options.jetpack, options.module_precision
+        target,
+        limits,
+        options.tp,
+        options.pp,
+        options.jetpack,
+        options.module_precision,
+        options.kernel_launch,
     )
 
 
@@ -344,6 +351,10 @@ def _check(module: ModuleType, config: VilaConfig, request: BuildRequest, backen
     if request.jetpack is not None and backend != "tensorrt":
         raise VilaDeployError(
             f"--jetpack is for backend tensorrt, not for {backend}", fix="leave it out"
+        )
+    if request.kernel_launch is not None and backend != "native":
+        raise VilaDeployError(
+            f"--kernel-launch is for backend native, not for {backend}", fix="leave it out"
         )
     most, asked = module.MAX_BATCH_SIZE, request.limits.max_batch_size
     if asked > most:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vila_deploy.cli.common import EXIT_INTERRUPTED, command, echo_json
+from vila_deploy.kernels.launch_mode import LAUNCH_MODES
 from vila_deploy.utils.errors import VilaDeployError, printable
 
 if TYPE_CHECKING:
@@ -70,6 +71,10 @@ class Precision(click.Choice[str]):
     help="Stages, each on --tp GPUs, that the layers are cut into; --backend tensorrt-llm only.",
 )  # fmt: skip
 @click.option("--jetpack", metavar="6|7", help="Release of JetPack on a Jetson; 6 if left out.")
+@click.option(
+    "--kernel-launch", type=click.Choice([*LAUNCH_MODES]),
+    help="How kernels follow each other, separate if left out; --backend native only.",
+)  # fmt: skip
 @click.option("--plan", "plan_only", is_flag=True, help="Show sizes and memory; config files only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or manifest as JSON.")
 def main(
@@ -89,6 +94,7 @@ def main(
     tp: int,
     pp: int,
     jetpack: str | None,
+    kernel_launch: str | None,
     plan_only: bool,
     as_json: bool,
 ) -> None:
@@ -118,7 +124,7 @@ def main(
 
     options = BuildOptions(
         target, backend, precision, max_batch_size, max_input_len, max_seq_len, prompt_template, tp,
-        pp, jetpack, ModulePrecision(vision, lm_head, kv_cache), eval_data,
+        pp, jetpack, ModulePrecision(vision, lm_head, kv_cache), eval_data, kernel_launch,
     )  # fmt: skip
     if plan_only or out is None:
         planned, fits = plan_build(checkpoint, options), plan_targets(checkpoint, options)

@@ -9,7 +9,6 @@ from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.precision import ALL_FP16
 from vila_deploy.engine.precision import ModulePrecision as ModulePrecision
 from vila_deploy.engine.target import Target
-from vila_deploy.kernels.launch_mode import DEFAULT_LAUNCH_MODE
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,8 @@ class BuildRequest:
     pp: stages, on `tp` GPUs each, that the layers are cut into.
     jetpack: release of JetPack on a Jetson; None means the target's usual one.
     module_precision: what vision tower, output head and key/value cache are kept in.
-    kernel_launch: how the native backend's kernels follow each other, a name in LAUNCH_MODES.
+    kernel_launch: a name in LAUNCH_MODES, how the native backend's kernels follow each other; None
+        means the default.
     """
 
     target: Target
@@ -30,7 +30,7 @@ class BuildRequest:
     pp: int = 1
     jetpack: str | None = None
     module_precision: ModulePrecision = ALL_FP16
-    kernel_launch: str = DEFAULT_LAUNCH_MODE
+    kernel_launch: str | None = None
 
     @property
     def gpus(self) -> int:

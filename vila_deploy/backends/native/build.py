@@ -28,7 +28,7 @@ from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.build_request import BuildRequest, Built
 from vila_deploy.engine.target import Target
 from vila_deploy.kernels.capability import ComputeCapability
-from vila_deploy.kernels.launch_mode import get_launch_mode
+from vila_deploy.kernels.launch_mode import DEFAULT_LAUNCH_MODE, get_launch_mode
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import canonical_json
 from vila_deploy.utils.progress import progress
@@ -42,7 +42,7 @@ MOST_HEADS_IN_GROUP = 16
 def check(config: VilaConfig, request: BuildRequest) -> None:
     """Raises VilaDeployError if this backend can't build the model; before any work."""
     llm = config.llm
-    get_launch_mode(request.kernel_launch).check(_capability(request.target))
+    get_launch_mode(_kernel_launch(request)).check(_capability(request.target))
     if request.gpus > 1:
         raise VilaDeployError(
             "backend native runs on one GPU, --tp and --pp are for several",
@@ -82,8 +82,8 @@ def build(
     Every kernel is compiled for the target. One decoder layer is in memory at a time.
     """
     check(config, request)
-    max_seq_len, launch_mode = request.limits.max_seq_len, get_launch_mode(request.kernel_launch)
-    capability = _capability(request.target)
+    max_seq_len, kernel_launch = request.limits.max_seq_len, _kernel_launch(request)
+    capability, launch_mode = _capability(request.target), get_launch_mode(kernel_launch)
     module_precision, in_host_memory = request.module_precision, host_parts(config, request)
     steps = config.llm.num_layers + 1
     if in_host_memory:
@@ -91,7 +91,7 @@ def build(
     with progress(steps + 2, "building") as advance:
         shards = pack_shards(config.llm, llm, max_seq_len, advance, module_precision.lm_head)
         prescales = _save_llm(folder, config, shards)
-        model = ModelFile(config, prescales, in_host_memory, request.kernel_launch)
+        model = ModelFile(config, prescales, in_host_memory, kernel_launch)
         write_model(folder / files.MODEL, model)
         vision = tower_tensors(config, tower, projector, module_precision.vision)
         save_file({n: tensor.contiguous() for n, tensor in vision}, folder / files.VISION)
@@ -128,6 +128,10 @@ def _save_llm(
         save_file(contiguous, folder / files.LLM / files.shard_file(name))
         prescales[name] = norm_prescales(shard)
     return prescales
+
+
+def _kernel_launch(request: BuildRequest) -> str:
+    return request.kernel_launch or DEFAULT_LAUNCH_MODE
 
 
 def _capability(target: Target) -> ComputeCapability:

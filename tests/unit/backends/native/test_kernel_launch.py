@@ -1,0 +1,94 @@
+"""How kernels follow each other: stored in an engine, read when it is opened, the same tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.support.native_cases import built
+from tests.support.paths import TINY_VILA
+from tests.support.tiny import make_checkpoint
+from vila_deploy.backends.native import build as build_module
+from vila_deploy.backends.native import files
+from vila_deploy.backends.native.session import NativeSession
+from vila_deploy.checkpoint import Checkpoint, open_checkpoint
+from vila_deploy.cli.build_engine import main
+from vila_deploy.kernels.launch_mode import LAUNCH_MODES
+
+PROMPT, NEW_TOKENS = [5, 9, 17, 30], 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Three layers, of which the first two can be fused with what follows."""
+    root = tmp_path_factory.mktemp("native") / "c"
+    return open_checkpoint(make_checkpoint(root, quantized=True, kv_heads=2, layers=3))
+
+
+@pytest.fixture
+def tokens_of(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str | None], tuple[list[int], NativeSession]]:
+    """Builds an engine with a launch mode, opens it and decodes."""
+
+    def decode(name: str | None) -> tuple[list[int], NativeSession]:
+        folder = tmp_path / str(name)
+        session = NativeSession(
+            folder, built(folder, checkpoint, monkeypatch, 16, kernel_launch=name)
+        )
+        session.prefill(session.embed_tokens(PROMPT))
+        return session.decode_greedy(NEW_TOKENS), session
+
+    return decode
+
+
+def test_every_launch_mode_gives_the_same_tokens(
+    tokens_of: Callable[[str | None], tuple[list[int], Any]],
+) -> None:
+    expected, default = tokens_of(None)
+    assert len(set(expected)) > 1
+    kernels = {}
+    for name, mode in LAUNCH_MODES.items():
+        tokens, session = tokens_of(name)
+        assert tokens == expected, name
+        assert session._config.launch_mode == mode
+        kernels[name] = [launch.name for launch in session._step.launches]
+    assert kernels["separate"] == [launch.name for launch in default._step.launches]
+    assert "fused_layer_kernel" in kernels["fused"]
+    assert "attention_merge_kernel" not in kernels["merged-attention"]
+
+
+def build(out: Path, *flags: str) -> Result:
+    arguments = [TINY_VILA, "-o", out, "--max-seq-len", "64", *flags]
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def test_the_command_stores_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(build_module, "compile_engine", lambda *args: asked.append(args) or [])
+    done = build(tmp_path / "engine", "--target", "h200", "--kernel-launch", "pdl")
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "engine" / files.MODEL).read_text())["kernel_launch"] == "pdl"
+    assert asked[0][-1] == LAUNCH_MODES["pdl"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--target", "rtx4090", "--backend", "native"), "compute capability 9.0, this is 8.9"),
+        (("--target", "cpu"), "--kernel-launch is for backend native, not for onnxruntime"),
+    ],
+)
+def test_where_there_is_none_it_is_refused_in_one_line(
+    tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    done = build(tmp_path / "engine", "--kernel-launch", "pdl", *flags)
+    assert done.exit_code == 1
+    assert message in done.output
+    assert done.output.count("\n") == 1
+    assert not (tmp_path / "engine").exists()
