@@ -1,1 +1,60 @@
-"""From a checkpoint to an engine folder: resolve the options, plan the memory, build, finish."""
+"""Build an engine folder out of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vila_deploy.engine.manifest import Manifest
+
+
+def build_engine(
+    checkpoint: str | Path,
+    out: str | Path,
+    target: str,
+    *,
+    backend: str | None = None,
+    precision: str | None = None,
+    vision: str = "fp16",
+    lm_head: str = "fp16",
+    kv_cache: str = "fp16",
+    eval: str | Path | None = None,
+    max_batch_size: int = 1,
+    max_input_len: int | None = None,
+    max_seq_len: int | None = None,
+    prompt_template: str | None = None,
+    tp: int = 1,
+    pp: int = 1,
+    jetpack: str | None = None,
+) -> Manifest:
+    """Write the engine folder `out` for `target` and return its manifest.
+
+    The options are those of `vila-build-engine`, see docs/cli.md. Steps that only the device can
+    take are left pending in the manifest; `build_engine(out, out, target)` finishes them there.
+
+    Raises:
+        VilaDeployError: an option, the checkpoint or the disk is wrong, or the model doesn't fit.
+    """
+    from vila_deploy.builder.build import BuildOptions
+    from vila_deploy.builder.build import build_engine as build
+    from vila_deploy.engine.precision import ModulePrecision
+
+    return build(
+        Path(checkpoint),
+        Path(out),
+        BuildOptions(
+            target=target,
+            backend=backend,
+            precision=precision,
+            module_precision=ModulePrecision(vision, lm_head, kv_cache),
+            eval_data=None if eval is None else Path(eval),
+            max_batch_size=max_batch_size,
+            max_input_len=max_input_len,
+            max_seq_len=max_seq_len,
+            prompt_template=prompt_template,
+            tp=tp,
+            pp=pp,
+            jetpack=jetpack,
+        ),
+    )

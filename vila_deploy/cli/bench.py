@@ -68,7 +68,7 @@ def main(
     if str(out) in TABLE_FORMATS:  # in version 0.1.0 -o named the format
         table_format, out = table_format or str(out), None
     if out is not None:
-        check_new(out)
+        check_new(out, "file")
         ending = out.suffix.removeprefix(".")
         table_format = table_format or (ending if ending in TABLE_FORMATS else None)
 

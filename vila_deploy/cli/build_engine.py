@@ -1,4 +1,4 @@
-"""vila-build-engine: an engine folder out of a checkpoint."""
+"""vila-build-engine: build an engine folder out of a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,23 +20,18 @@ if TYPE_CHECKING:
     from vila_deploy.engine.precision import ModulePrecision
 
 
-class Precision(click.Choice[str]):
-    """What the LLM may be in; fp8 passes, so that the target can say why not."""
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return value if value == "fp8" else super().convert(value, param, ctx)
-
-
 @command("vila-build-engine")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--target", required=True, help="Device: a row of engines/, e.g. cpu or orin.")
+@click.option("--target", required=True, help="Device: a file of engines/, e.g. cpu or orin.")
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder to write; must not exist."
 )
-@click.option("--backend", help="What compiles and runs it; the target's default if left out.")
 @click.option(
-    "--precision", type=Precision(["int4", "fp16"]),
-    help="Of the language model; the checkpoint's own if left out.",
+    "--backend", help="Library that compiles and runs it; the target's default if left out."
+)
+@click.option(
+    "--precision", type=click.Choice(["int4", "fp16"]),
+    help="Of the language model's linears; the checkpoint's own if left out.",
 )  # fmt: skip
 @click.option(
     "--vision", type=click.Choice(["fp16", "int8"]), default="fp16", show_default=True,
@@ -48,16 +43,22 @@ class Precision(click.Choice[str]):
 )  # fmt: skip
 @click.option(
     "--kv-cache", type=click.Choice(["fp16", "int8"]), default="fp16", show_default=True,
-    help="Of the cache of keys and values.",
+    help="Of the key/value cache.",
 )  # fmt: skip
 @click.option(
     "--eval", "eval_data", type=click.Path(path_type=Path), metavar="FILE_OR_DIR",
-    help="Measure what these three change in the logits, on own held-out data as vila-quantize "
-    "--eval takes it, or on the word shipped. Takes minutes with a large model.",
+    help="Measure how these three change the logits, on own held-out data as vila-quantize --eval "
+    "takes it, or on the built-in data: the word builtin. Takes minutes with a large model.",
 )  # fmt: skip
-@click.option("--max-batch-size", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--max-input-len", type=click.IntRange(1), help="Longest prompt, pictures included.")
-@click.option("--max-seq-len", type=click.IntRange(2), help="Longest prompt with its answer.")
+@click.option("--max-batch-size", type=click.IntRange(1), default=1, show_default=True,
+    help="Sequences that the engine holds at once.",
+)  # fmt: skip
+@click.option(
+    "--max-input-len", type=click.IntRange(1), help="Longest prompt in tokens, images included."
+)
+@click.option(
+    "--max-seq-len", type=click.IntRange(2), help="Longest prompt with its answer, in tokens."
+)
 @click.option(
     "--prompt-template", metavar="NAME",
     help="vicuna_v1, llama_3, hermes-2, qwen2 …; chosen by LLM and tokenizer if left out.",
@@ -68,7 +69,7 @@ class Precision(click.Choice[str]):
 )  # fmt: skip
 @click.option(
     "--pp", type=click.IntRange(1), default=1, show_default=True,
-    help="Stages, each on --tp GPUs, that the layers are cut into; --backend tensorrt-llm only.",
+    help="Pipeline stages, each on --tp GPUs; --backend tensorrt-llm only.",
 )  # fmt: skip
 @click.option("--jetpack", metavar="6|7", help="Release of JetPack on a Jetson; 6 if left out.")
 @click.option(
@@ -145,8 +146,8 @@ def _build(checkpoint: Path, out: Path, options: BuildOptions) -> Manifest:
     except KeyboardInterrupt:
         if not is_unfinished(out):
             raise
-        kept = f"finished steps are kept in {printable(str(out))}; the same command goes on"
-        click.echo(f"interrupted: {kept}", err=True)
+        steps = f"finished steps are kept in {printable(str(out))}; the same command goes on"
+        click.echo(f"interrupted: {steps}", err=True)
         sys.exit(EXIT_INTERRUPTED)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,8 @@ import click
 
 from vila_deploy.cli.common import EXIT_INTERRUPTED, command, echo_json, fail, no_nan
 from vila_deploy.cli.formats import FormatNames
-from vila_deploy.quantize.options import ALGORITHMS, DEVICES
+from vila_deploy.quantize.options import ALGORITHMS, BUILTIN, DEVICES, quantize_options
+from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.writers.registry import FORMATS
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from vila_deploy.quantize.options import QuantizeOptions
 
 FILE = click.Path(path_type=Path)
-BUILTIN, BUILTIN_OLD = "builtin", "shipped"
 
 
 @command("vila-quantize")
@@ -31,7 +30,7 @@ BUILTIN, BUILTIN_OLD = "builtin", "shipped"
 @click.option(
     "--algorithm", type=click.Choice(ALGORITHMS), default=ALGORITHMS[0], show_default=True,
     help="awq-gptq learns scales and makes up for rounding errors on calibration data; "
-    "awq searches scales and clips, as llm-awq does; rtn rounds to nearest, without data.",
+    "awq searches scales and clipping, as llm-awq does; rtn rounds to nearest, without data.",
 )  # fmt: skip
 @click.option(
     "--group-size", type=int, default=128, show_default=True,
@@ -105,23 +104,25 @@ def main(
     """
     if out is None and not plan_only:
         raise click.UsageError("-o is missing: name the folder to write, or give --plan")
-    if algorithm == "rtn" and (calib or calib_images):
-        raise click.UsageError("--calib and --calib-images are of no use to --algorithm rtn")
-    if text_only and calib_images:
-        raise click.UsageError("--text-only leaves out the images of --calib-images")
-    if no_eval and (eval_data or max_kl is not None):
-        raise click.UsageError("--no-eval leaves nothing for --eval or --max-kl to do")
-
-    from vila_deploy.formats.scheme import QuantScheme
-    from vila_deploy.quantize.options import QuantizeOptions
-
-    scheme = QuantScheme(group_size, symmetric)
-    options = QuantizeOptions(
-        scheme, algorithm, calib, calib_images, seed, prompt_template, formats
-    )
-    wanted = False if no_eval else True if eval_data or max_kl is not None else None
-    own = None if eval_data in (Path(BUILTIN), Path(BUILTIN_OLD)) else eval_data
-    options = replace(options, text_only=text_only, evaluate=wanted, eval=own, device=device)
+    if no_eval and max_kl is not None:
+        raise click.UsageError("--no-eval leaves nothing for --max-kl to do")
+    try:
+        options = quantize_options(
+            algorithm=algorithm,
+            group_size=group_size,
+            symmetric=symmetric,
+            calib=calib,
+            calib_images=calib_images,
+            text_only=text_only,
+            eval=BUILTIN if eval_data is None and max_kl is not None else eval_data,
+            no_eval=no_eval,
+            formats=formats,
+            device=device,
+            prompt_template=prompt_template,
+            seed=seed,
+        )
+    except VilaDeployError as error:
+        raise click.UsageError(str(error)) from error
     if plan_only or out is None:
         _plan(checkpoint, options, as_json)
     else:
@@ -174,16 +175,16 @@ def _quantize(
 def _quality(report: dict[str, Any]) -> Iterator[str]:
     from vila_deploy.quantize.report import PREDICTED
 
-    for kind, found in report["evaluation"]["quality"].items() if report["evaluation"] else ():
-        if found and kind != "all":
-            perplexity = f"{found['perplexity_original']:.4g} → {found['perplexity']:.4g}"
-            same = f"same most likely token {found['top1_agreement']:.1%}"
-            kl = f"mean KL {found['kl_mean']:.3g}"
-            yield f"{PREDICTED[kind]}: perplexity {perplexity}, {kl}, {same}"
+    for kind, scores in report["evaluation"]["quality"].items() if report["evaluation"] else ():
+        if scores and kind != "all":
+            perplexity = f"{scores['perplexity_original']:.4g} → {scores['perplexity']:.4g}"
+            agreement = f"top-1 agreement {scores['top1_agreement']:.1%}"
+            kl = f"mean KL {scores['kl_mean']:.3g}"
+            yield f"{PREDICTED[kind]}: perplexity {perplexity}, {kl}, {agreement}"
 
 
 def _check_kl(out: Path, report: dict[str, Any], most: float) -> None:
-    """Ends with exit code 1 if the result is too far from the original; hours of work stay."""
+    """End with exit code 1 if the result is too far from the original; the output is kept."""
     from vila_deploy.quantize.report import PREDICTED
 
     found = {k: q["kl_mean"] for k, q in report["evaluation"]["quality"].items() if q}
@@ -205,7 +206,7 @@ def _show_plan(planned: QuantizePlan, fits: list[Fit]) -> None:
     if planned.kept_bytes:
         kept = planned.kept_bytes / 1e6
         click.echo(
-            f"on the disk until it is whole, for --resume: {kept:,.1f} MB of finished layers"
+            f"on the disk until it is complete, for --resume: {kept:,.1f} MB of finished layers"
         )
     if planned.scratch_bytes:
         scratch = planned.scratch_bytes / 1e6

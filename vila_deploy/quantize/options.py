@@ -6,9 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.utils.errors import VilaDeployError, check_choice
+from vila_deploy.writers.registry import FORMATS
 
 ALGORITHMS = ("awq-gptq", "awq", "rtn")
 DEVICES = ("auto", "cpu", "cuda")
+# In place of a path to held-out data: this package's own; its name in version 0.1.0 was "shipped".
+BUILTIN, OLD_BUILTIN = "builtin", "shipped"
 
 
 @dataclass(frozen=True)
@@ -43,3 +47,55 @@ class QuantizeOptions:
         """Whether the result is compared with the original."""
         default = self.calibrates or self.eval is not None
         return default if self.evaluate is None else self.evaluate
+
+
+def quantize_options(
+    *,
+    algorithm: str,
+    group_size: int,
+    symmetric: bool,
+    calib: str | Path | None,
+    calib_images: str | Path | None,
+    text_only: bool,
+    eval: str | Path | None,
+    no_eval: bool,
+    formats: tuple[str, ...],
+    device: str,
+    prompt_template: str | None,
+    seed: int,
+) -> QuantizeOptions:
+    """Return the options that flags of `vila-quantize`, or keywords of the same names, ask for.
+
+    Raises:
+        VilaDeployError: an unknown value, or two options that contradict each other.
+    """
+    check_choice("--algorithm", algorithm, ALGORITHMS)
+    check_choice("--device", device, DEVICES)
+    for name in formats:
+        check_choice("--format", name, FORMATS)
+    if algorithm == "rtn" and (calib or calib_images):
+        raise VilaDeployError(
+            "--calib and --calib-images are of no use to --algorithm rtn", fix="leave them out"
+        )
+    if text_only and calib_images:
+        raise VilaDeployError(
+            "--text-only leaves out the images of --calib-images", fix="give one of the two"
+        )
+    if no_eval and eval:
+        raise VilaDeployError(
+            "--no-eval leaves nothing for --eval to do", fix="give one of the two"
+        )
+    own_data = None if eval is None or str(eval) in (BUILTIN, OLD_BUILTIN) else Path(eval)
+    return QuantizeOptions(
+        scheme=QuantScheme(group_size, symmetric),
+        algorithm=algorithm,
+        calib=None if calib is None else Path(calib),
+        calib_images=None if calib_images is None else Path(calib_images),
+        seed=seed,
+        prompt_template=prompt_template,
+        formats=formats,
+        text_only=text_only,
+        evaluate=False if no_eval else True if eval else None,
+        eval=own_data,
+        device=device,
+    )

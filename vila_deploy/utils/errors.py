@@ -1,8 +1,9 @@
-"""The one exception that reaches a user: a single line that says where, what and what to do."""
+"""The one exception that reaches a user: a line that says where, what and what to do."""
 
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +25,30 @@ class VilaDeployError(Exception):
         super().__init__(printable(line))
 
 
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raise VilaDeployError unless `value` is one of `choices`; `name` is the option's."""
+    if value not in choices:
+        raise VilaDeployError(
+            f"{name} {short(value)} is unknown", fix=f"give one of {', '.join(choices)}"
+        )
+
+
 OUT_OF_MEMORY = "out of memory; close other programs or use a computer with more memory"
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether Python or torch found no memory; torch may not even be imported."""
-    told = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and told)
+    """Return whether Python or torch, which may not be imported, found no memory."""
+    says_so = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and says_so)
 
 
 def printable(text: str) -> str:
-    """`text` as one line, control characters escaped: hostile names never reach a terminal raw."""
+    """Return `text` as one line; control characters, as in hostile names, are escaped."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def short(value: Any) -> str:
-    """`repr` of a value from outside, however long, deep or large, cut to fit into a line."""
+    """Return `repr` of a value from outside, however long or deep, cut to fit into a line."""
     text = _REPR.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and their checksums."""
+"""Write files and folders that appear whole or not at all; read and hash small and large files."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def new_folder(destination: Path, work: Path | None = None) -> Iterator[Path]:
-    """Yields an empty folder beside `destination`, renamed there on success, removed on failure.
+    """Yield an empty folder beside `destination`, renamed there on success, removed on failure.
 
     Ctrl-C, SIGTERM and SIGHUP leave nothing behind either, and then end the program as usual.
 
     Args:
-        work: an existing folder beside `destination` to make the new one in; on success it goes
-            too, and what a killed program left of an earlier new one goes at the start.
+        work: an existing folder beside `destination` to make the new one in. It is removed on
+            success; remains of an earlier new folder in it are removed at the start.
 
     Raises:
         VilaDeployError: `destination` exists or appears meanwhile, its parent does not exist, or
@@ -66,11 +66,11 @@ def new_folder(destination: Path, work: Path | None = None) -> Iterator[Path]:
             shutil.rmtree(no_longer_needed, ignore_errors=True)
 
 
-def check_new(destination: Path) -> None:
-    """Raises if something can't appear at `destination`: it exists, or its parent does not."""
+def check_new(destination: Path, kind: str = "folder") -> None:
+    """Raise VilaDeployError if `destination` exists or its parent does not."""
     if os.path.lexists(destination):
         raise VilaDeployError(
-            "output folder exists", where=destination, fix="remove it or choose another -o"
+            f"output {kind} exists", where=destination, fix="remove it or choose another -o"
         )
     if not os.path.isdir(destination.parent):  # noqa: PTH112  Path.is_dir raises on EACCES
         raise VilaDeployError(
@@ -79,7 +79,7 @@ def check_new(destination: Path) -> None:
 
 
 def _publish(partial: Path, destination: Path) -> None:
-    """Renames without replacing: rename(2) alone would take the place of an empty folder."""
+    """Rename without replacing: rename(2) alone would replace an empty folder."""
     check_new(destination)
     try:
         partial.rename(destination)
@@ -90,7 +90,7 @@ def _publish(partial: Path, destination: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Brings every file to the disk, so that not even a power cut shows a folder half filled."""
+    """Flush every file to the disk, so that not even a power cut shows a folder half filled."""
     for parent, _, names in os.walk(folder):
         for path in (*(Path(parent, name) for name in names), Path(parent)):
             if not path.is_symlink():
@@ -106,20 +106,20 @@ def _sync_one(path: Path) -> None:
 
 
 def replace_file(temporary: Path, destination: Path) -> None:
-    """Renames a file within its folder so that a power cut shows all of the old or of the new."""
+    """Rename a file within its folder so that a power cut leaves all of the old or of the new."""
     _sync_one(temporary)
     temporary.replace(destination)
     _sync_one(destination.parent)
 
 
 def _write_problem(error: Exception, partial: Path, destination: Path) -> VilaDeployError | None:
-    """What to tell the user if `error` came from writing, otherwise None."""
+    """Return the error for the user if `error` came from writing, otherwise None."""
     if isinstance(error, VilaDeployError):
         return None
     # Rust libraries raise their own types, with the errno in the text only.
     in_text = re.search(r"\(os error (\d+)\)", str(error))
     code = error.errno if isinstance(error, OSError) else int(in_text[1]) if in_text else None
-    # Others lose the errno altogether; then the disk itself has to tell.
+    # Others lose the errno altogether: then look at the disk itself.
     if code in _FULL or (code is None and _disk_is_full(destination.parent)):
         return VilaDeployError(
             f"cannot write: {os.strerror(code or errno.ENOSPC)}",
@@ -128,12 +128,12 @@ def _write_problem(error: Exception, partial: Path, destination: Path) -> VilaDe
         )
     if not isinstance(error, OSError):
         return None
-    named = error.filename is not None
-    if named and Path(os.fsdecode(error.filename)).is_relative_to(partial):
+    has_name = error.filename is not None
+    if has_name and Path(os.fsdecode(error.filename)).is_relative_to(partial):
         what = f"cannot write: {error.strerror}"
-    elif not named and error.errno in (errno.EIO, errno.EROFS):
+    elif not has_name and error.errno in (errno.EIO, errno.EROFS):
         what = f"reading or writing failed: {error.strerror}"
-    elif not named and re.search(r"requested and \d+ written", str(error)):  # numpy's tofile
+    elif not has_name and re.search(r"requested and \d+ written", str(error)):  # numpy's tofile
         what = f"cannot write: {error}"
     else:
         return None
@@ -150,17 +150,17 @@ def _disk_is_full(folder: Path) -> bool:
 
 @contextmanager
 def _interrupted_once() -> Iterator[Callable[[], None]]:
-    """The first signal that ends a program does so as an exception, later ones are ignored.
+    """Let the first signal that ends a program raise, and ignore later ones.
 
-    Otherwise a second Ctrl-C would interrupt the cleaning up that the first one began. Yields a
-    function from whose call on every one is ignored. Python runs handlers in the main thread only.
+    Otherwise a second Ctrl-C would interrupt the cleaning up after the first one. Yields a function
+    that makes all of them ignored. Python runs handlers in the main thread only.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    found = {number: signal.getsignal(number) for number in _ENDING_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in _ENDING_SIGNALS}
     # None is a handler from outside Python, which could not be put back.
-    previous = {n: old for n, old in found.items() if old not in (signal.SIG_IGN, None)}
+    previous = {n: old for n, old in handlers.items() if old not in (signal.SIG_IGN, None)}
 
     def set_all(handler: Callable[[int, Any], Any] | signal.Handlers) -> None:
         for number in previous:
@@ -183,7 +183,7 @@ def _interrupted_once() -> Iterator[Callable[[], None]]:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Return the hex SHA-256 of a file's bytes."""
     digest, chunk = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(chunk):
@@ -192,12 +192,12 @@ def sha256_file(path: Path) -> str:
 
 
 def canonical_json(value: Any) -> str:
-    """The one way in which this project writes JSON: equal content is equal bytes."""
+    """Return `value` as JSON in the one way of this project: equal content is equal bytes."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def read_small_file(path: Path, *, limit_bytes: int) -> bytes:
-    """The bytes of a regular file; anything else that may stand under the name could block.
+    """Return the bytes of a regular file; reading anything else, such as a pipe, could block.
 
     Raises:
         VilaDeployError: missing, no regular file, unreadable, or larger than `limit_bytes`.
@@ -218,16 +218,17 @@ def read_small_file(path: Path, *, limit_bytes: int) -> bytes:
 
 
 def read_json_object(path: Path, *, limit_bytes: int = 16 << 20) -> dict[str, Any]:
-    """Reads a JSON file that must hold an object.
+    """Return the object in a JSON file.
 
     Raises:
-        VilaDeployError: not readable, larger than `limit_bytes`, or what `parse_json_object` says.
+        VilaDeployError: not readable, larger than `limit_bytes`, or refused by
+            `parse_json_object`.
     """
     return parse_json_object(read_small_file(path, limit_bytes=limit_bytes), path)
 
 
 def parse_json_object(content: bytes, source: str | Path) -> dict[str, Any]:
-    """The JSON object that `content` is; `source` names it in messages.
+    """Return the JSON object in `content`; `source` names it in messages.
 
     Raises:
         VilaDeployError: not UTF-8, not JSON, a key that occurs twice, or not an object.

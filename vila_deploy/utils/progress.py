@@ -1,4 +1,4 @@
-"""Progress of a long job on stderr: a bar with ETA on a terminal, plain lines otherwise."""
+"""Show a long job's progress on stderr: a bar with ETA on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from contextlib import contextmanager
 MIN_SECONDS, MAX_SECONDS, SHARE_OF_ELAPSED = 1.0, 60.0, 0.05
 
 Advance = Callable[..., None]
-"""advance(text="", steps=1): `steps` more are done; `text` says what is being worked on now."""
+"""advance(text="", steps=1): count `steps` more as done; `text` names the current work."""
 
 
 @contextmanager
 def progress(total: int, description: str) -> Iterator[Advance]:
-    """Yields `advance(text="", steps=1)`; `advance(text, steps=0)` only changes the text.
+    """Yield `advance(text="", steps=1)`; `advance(text, steps=0)` only changes the text.
 
     Args:
-        total: steps until done.
-        description: what is being done, e.g. "quantizing".
+        total: steps in all.
+        description: the job, e.g. "quantizing".
     """
     show = _terminal if sys.stderr.isatty() else _plain
     with show(max(total, 1), description) as advance:
@@ -80,7 +80,7 @@ def _plain(total: int, description: str) -> Iterator[Advance]:
 
 
 def clock(seconds: float) -> str:
-    """12.3 → "12s", 754 → "12:34", 4000 → "1:06:40"."""
+    """Return seconds as text: 12.3 → "12s", 754 → "12:34", 4000 → "1:06:40"."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
