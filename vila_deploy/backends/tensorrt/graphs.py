@@ -15,8 +15,8 @@ from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.formats.module_dtypes import FP16
 from vila_deploy.onnx_export.arrays import float16
+from vila_deploy.onnx_export.dialects.base import cache_names
 from vila_deploy.onnx_export.dialects.registry import TENSORRT_DIALECTS
-from vila_deploy.onnx_export.dialects.tensorrt import cache_names
 from vila_deploy.onnx_export.dialects.tensorrt_10_15 import TensorRt10_15Dialect
 from vila_deploy.onnx_export.graph_writer import WeightFile
 from vila_deploy.onnx_export.llm import build_llm_graph, store_llm

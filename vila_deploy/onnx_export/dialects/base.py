@@ -135,6 +135,23 @@ def gated(graph: GraphWriter, both: str) -> str:
     return graph.node("Mul", silu, up)
 
 
+def cache_names(layer: int) -> tuple[str, str]:
+    """Return the names of a layer's keys and values, without the prefix past_ or present_."""
+    return f"key_{layer}", f"value_{layer}"
+
+
+def merged_bias(linears: Sequence[QuantizedLinear]) -> Tensor | None:
+    """Return the float16 biases of `linears`, concatenated, with zeros for those that have none."""
+    if all(linear.bias is None for linear in linears):
+        return None
+    return torch.cat(
+        [
+            torch.zeros(linear.out_features).half() if linear.bias is None else linear.bias
+            for linear in linears
+        ]
+    )
+
+
 def pack_nibbles(values: Tensor) -> NDArray[np.uint8]:
     """Pack 0..15 [rows, columns] into uint8 [rows, ceil(columns / 2)], low halves first."""
     if values.shape[1] % 2:

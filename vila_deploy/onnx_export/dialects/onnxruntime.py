@@ -14,7 +14,14 @@ from torch import Tensor
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.formats.module_dtypes import head_group_size
 from vila_deploy.onnx_export.arrays import float16, float32
-from vila_deploy.onnx_export.dialects.base import AttentionShape, StoredLinear, gated, pack_nibbles
+from vila_deploy.onnx_export.dialects.base import (
+    AttentionShape,
+    StoredLinear,
+    cache_names,
+    gated,
+    merged_bias,
+    pack_nibbles,
+)
 from vila_deploy.onnx_export.graph_writer import MICROSOFT, OPSET, GraphWriter, WeightFile
 from vila_deploy.onnx_export.rounding import Int8Linear, round_head
 from vila_deploy.utils.errors import VilaDeployError
@@ -149,7 +156,7 @@ class OnnxRuntimeDialect:
         heads, kv_heads = shape.num_heads, shape.num_kv_heads
         width = (heads + 2 * kv_heads) * shape.head_dim
         packed = graph.node("Reshape", qkv, graph.integers(1, -1, width))
-        key, value = _cache_names(layer)
+        key, value = cache_names(layer)
         attended, _, _ = graph.nodes(
             "GroupQueryAttention", packed, "", "", f"past_{key}", f"past_{value}",
             "seqlens_k", "total_sequence_length", shape.cos, shape.sin,
@@ -165,7 +172,7 @@ class OnnxRuntimeDialect:
         graph.input("total_sequence_length", np.int32, [])
         dims: list[int | str] = [1, shape.num_kv_heads, "max_seq_len", shape.head_dim]
         for layer in range(num_layers):
-            for name in _cache_names(layer):
+            for name in cache_names(layer):
                 graph.input(f"past_{name}", np.float32, dims)
                 graph.output(f"present_{name}", np.float32, dims)
 
@@ -175,10 +182,6 @@ class OnnxRuntimeDialect:
 
 # Inputs of MatMulNBits in their order; zero points default to the middle of the range.
 _QUANTIZED = ("q", "q8", "scale", "zero")
-
-
-def _cache_names(layer: int) -> tuple[str, str]:
-    return f"key_{layer}", f"value_{layer}"
 
 
 def _matmul_nbits(
@@ -223,13 +226,9 @@ def _store_quantized(
     scale = float32(torch.cat([linear.scale for linear in linears])).reshape(-1)
     zero = pack_nibbles(torch.cat([linear.zero for linear in linears])).reshape(-1)
     tensors = {"q": file.append(packed), "scale": file.append(scale), "zero": file.append(zero)}
-    biases = [linear.bias for linear in linears]
-    if any(bias is not None for bias in biases):
-        filled = [
-            torch.zeros(linear.out_features) if linear.bias is None else linear.bias.float()
-            for linear in linears
-        ]
-        tensors["bias"] = file.append(float32(torch.cat(filled)))
+    bias = merged_bias(linears)
+    if bias is not None:
+        tensors["bias"] = file.append(float32(bias))
     bytes_per_step = sum(tensor.size_bytes for tensor in tensors.values())
     return StoredLinear(
         name, out_features, in_features, linears[0].group_size, tensors, bytes_per_step

@@ -18,6 +18,7 @@ from vila_deploy.onnx_export.dialects.base import (
     AttentionShape,
     StoredLinear,
     gated,
+    merged_bias,
     pack_transposed_nibbles,
 )
 from vila_deploy.onnx_export.graph_writer import GraphWriter, StoredTensor, WeightFile
@@ -71,7 +72,7 @@ class TensorRtDialect(ABC):
         assert not (quantized and dense)
         group_size = None
         if quantized:
-            group_size, bias = quantized[0].group_size, _joined_bias(quantized)
+            group_size, bias = quantized[0].group_size, merged_bias(quantized)
             tensors = _store_quantized(file, name, quantized)
         else:
             weight = float16(torch.cat(dense) if len(dense) > 1 else dense[0], name)
@@ -153,11 +154,6 @@ def to_half(graph: GraphWriter, x: str) -> str:
     return graph.node("Cast", x, to=TensorProto.FLOAT16)
 
 
-def cache_names(layer: int) -> tuple[str, str]:
-    """Return the names of a layer's keys and values, without the prefix past_ or present_."""
-    return f"key_{layer}", f"value_{layer}"
-
-
 def split_heads(graph: GraphWriter, qkv: str, shape: AttentionShape) -> tuple[str, str]:
     """Split q | k | v by head: float32 queries | keys, and values [batch, heads, tokens, dim]."""
     rotated, kv, width = shape.num_heads + shape.num_kv_heads, shape.num_kv_heads, shape.head_dim
@@ -187,17 +183,6 @@ def _group_means(graph: GraphWriter, x: str, width: int, group: int) -> str:
     wide = graph.node("Cast", x, to=TensorProto.FLOAT)
     groups = graph.node("Reshape", wide, graph.integers(0, 0, width // group, group))
     return to_half(graph, graph.node("ReduceMean", groups, graph.integers(-1), keepdims=0))
-
-
-def _joined_bias(linears: Sequence[QuantizedLinear]) -> Tensor | None:
-    if all(linear.bias is None for linear in linears):
-        return None
-    return torch.cat(
-        [
-            torch.zeros(linear.out_features).half() if linear.bias is None else linear.bias
-            for linear in linears
-        ]
-    )
 
 
 def _store_quantized(

@@ -7,10 +7,9 @@ from typing import ClassVar
 import numpy as np
 from onnx import TensorProto
 
-from vila_deploy.onnx_export.dialects.base import AttentionShape
+from vila_deploy.onnx_export.dialects.base import AttentionShape, cache_names
 from vila_deploy.onnx_export.dialects.tensorrt import (
     TensorRtDialect,
-    cache_names,
     merge_heads,
     split_heads,
     to_half,
