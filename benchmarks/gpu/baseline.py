@@ -26,7 +26,7 @@ LIMIT = 2e-2
 
 
 class Missing(Exception):
-    """Why a baseline can't be measured here, and what would change that."""
+    """A baseline can't be measured here; the message says why, and what would change that."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Baseline:
 
 
 def random_quantized(out_features: int, in_features: int, device: str) -> QuantizedLinear:
-    """Random levels, scales and zero points in groups of GROUP, of about unit gain."""
+    """Return a random weight in groups of GROUP, with zero points, of about unit gain."""
     groups = (out_features, in_features // GROUP)
     q = torch.randint(0, 16, (out_features, in_features), dtype=torch.uint8, device=device)
     scale = (0.75 + torch.rand(groups, device=device) / 2) * in_features**-0.5 / Q_SPREAD
@@ -70,7 +70,7 @@ def random_quantized(out_features: int, in_features: int, device: str) -> Quanti
 
 
 def error_of(found: Tensor, x: Tensor, weight: Tensor) -> float:
-    """Relative error of a product of x [tokens, in] with the float32 `weight` [out, in]."""
+    """Return the relative error of a product of x [tokens, in] and float32 weight [out, in]."""
     if found.shape != (len(x), len(weight)) or not bool(torch.isfinite(found.float()).all()):
         return float("inf")
     expected = x.float() @ weight.T
@@ -87,7 +87,7 @@ def needs_cuda(run: Run) -> None:
 
 
 def brought(name: str, kind: str) -> Path:
-    """A file or folder that get_baselines.py puts into FOLDER.
+    """Return a file or folder that get_baselines.py puts into FOLDER.
 
     Raises:
         Missing: it isn't there.
@@ -99,6 +99,6 @@ def brought(name: str, kind: str) -> Path:
 
 
 def use_packages() -> None:
-    """Packages that get_baselines.py brought can be imported, behind those that are installed."""
+    """Make what get_baselines.py brought importable, behind the packages that are installed."""
     if str(PACKAGES) not in sys.path:
         sys.path.append(str(PACKAGES))

@@ -25,6 +25,7 @@ from benchmarks.gpu.baseline import FOLDER, Missing, brought, use_packages
 from benchmarks.gpu.environment import Run
 from benchmarks.gpu.inputs import Q_SPREAD, config
 from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
 
 SOURCES, VERSION, BUILD = "llama.cpp.tar.xz", "llama.cpp-version.txt", FOLDER / "llama.cpp-build"
 BENCH = BUILD / "bin" / "llama-bench"
@@ -49,7 +50,7 @@ add_subdirectory(${SOURCES}/tools/llama-bench bench)
 
 
 def measure_llamacpp(run: Run) -> None:
-    """A row for each model and type of weights, if llama-bench was built."""
+    """Add a row for each model and type of weights, if llama-bench was built."""
     try:
         version = _version()
     except Missing as error:
@@ -100,7 +101,7 @@ def _measure(run: Run, model: str, kind: str, name: str, version: str) -> None:
 
 
 def _bench(run: Run, path: Path) -> dict[str, Any]:
-    """The only row of llama-bench's JSON."""
+    """Return the only row of llama-bench's JSON."""
     context, tokens = (8, 4) if run.rehearsed else (CONTEXT, TOKENS)
     command = [
         str(BENCH), "-m", str(path), "-p", "0", "-n", str(tokens), "-d", str(context),
@@ -119,7 +120,7 @@ def _bench(run: Run, path: Path) -> dict[str, Any]:
 
 
 def write_gguf(path: Path, sizes: LlmConfig, kind: str) -> int:
-    """A llama model of random weights; bytes of weights that a step reads.
+    """Write a llama model of random weights; return the bytes of weights that a step reads.
 
     Layers in `kind`, Q4_0 or F16; embeddings and lm_head in F16, as in our own steps. Tensors of
     one shape are the same numbers.
@@ -158,7 +159,7 @@ def write_gguf(path: Path, sizes: LlmConfig, kind: str) -> int:
 
 
 def _tensors(sizes: LlmConfig, kind: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Name, shape [out, in] and type of each tensor, under llama.cpp's names."""
+    """Yield name, shape [out, in] and type of each tensor, under llama.cpp's names."""
     hidden, inner = sizes.hidden_size, sizes.intermediate_size
     queries, keys = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
     yield "token_embd.weight", (sizes.vocab_size, hidden), "F16"
@@ -186,7 +187,7 @@ def _floats(shape: tuple[int, ...]) -> NDArray[Any]:
 
 
 def _blocks(shape: tuple[int, ...]) -> NDArray[Any]:
-    """uint8 [out, in / 32 · 18]: any levels, with scales of unit gain."""
+    """Return uint8 [out, in / 32 · 18]: any quantized values, with scales of unit gain."""
     rows, blocks = shape[0], shape[1] // BLOCK
     data = np.random.default_rng(0).integers(0, 256, (rows, blocks, BLOCK_BYTES), np.uint8)
     scale = np.array([shape[1] ** -0.5 / Q_SPREAD], "<f2").view(np.uint8)
@@ -202,23 +203,27 @@ MAKERS: dict[str, Callable[[tuple[int, ...]], NDArray[Any]]] = {
 
 
 def build() -> Path:
-    """Compiles llama-bench for the GPU that is here, or for the CPU if there is none."""
+    """Compile llama-bench for the GPU that is here, or for the CPU if there is none."""
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-    build_for(10 * major + minor)
+    build_for(ComputeCapability(major, minor))
     return BENCH
 
 
-def build_for(sm: int) -> None:
-    """For compute capability `sm` / 10; 0: for this CPU."""
+def build_for(capability: ComputeCapability) -> None:
+    """Build for a GPU of this compute capability, or for this CPU if it is INTERPRETER."""
     sources, project = (BUILD / "sources").resolve(), BUILD / "project"
     with tarfile.open(brought(SOURCES, "llamacpp")) as packed:
         packed.extractall(sources, filter="data")
     project.mkdir(parents=True, exist_ok=True)
     (project / "CMakeLists.txt").write_text(CMAKE, "utf-8")
     flags = ["-DCMAKE_BUILD_TYPE=Release", f"-DSOURCES={sources}"]
-    if sm:
+    if capability != INTERPRETER:
         # No memory pool of the driver's, whose library isn't always there to link with.
-        flags += ["-DGGML_CUDA=ON", "-DGGML_CUDA_NO_VMM=ON", f"-DCMAKE_CUDA_ARCHITECTURES={sm}"]
+        flags += [
+            "-DGGML_CUDA=ON",
+            "-DGGML_CUDA_NO_VMM=ON",
+            f"-DCMAKE_CUDA_ARCHITECTURES={capability.sm}",
+        ]
         flags += _cublas_of_torch()
     subprocess.run(
         ["cmake", "-G", "Ninja", "-S", str(project), "-B", str(BUILD), *flags], check=True
@@ -230,16 +235,16 @@ def build_for(sm: int) -> None:
 
 
 def _cublas_of_torch() -> list[str]:
-    """Where CMake finds cuBLAS if only torch's wheels brought it, without links for a linker."""
+    """Return where CMake finds cuBLAS if only torch's wheels brought it, without links."""
     spec = find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for root in sorted(Path(folder).glob("cu[0-9]*")):
-            found = {p.name.split(".so")[0]: p for p in (root / "lib").glob("libcublas*.so.*")}
-            if "libcublas" not in found:
+            libraries = {p.name.split(".so")[0]: p for p in (root / "lib").glob("libcublas*.so.*")}
+            if "libcublas" not in libraries:
                 continue
             links = BUILD / "lib"
             links.mkdir(parents=True, exist_ok=True)
-            for name, path in found.items():
+            for name, path in libraries.items():
                 (links / f"{name}.so").unlink(missing_ok=True)
                 (links / f"{name}.so").symlink_to(path)
             include, lib = f"-isystem {root / 'include'}", root / "lib"

@@ -62,7 +62,7 @@ _compiling: list[subprocess.Popen[str]] = []
 
 
 def begin_compiling() -> None:
-    """Starts the compiler in the background, if the sources are here."""
+    """Start the compiler in the background, if the sources are here."""
     if (FOLDER / SOURCES).exists() and not _library().exists():
         command = [sys.executable, "-m", "benchmarks.gpu.build_baselines", "tinychat"]
         _compiling.append(
@@ -99,7 +99,7 @@ def prepare(linear: QuantizedLinear, module: ModuleType) -> Prepared:
 
 
 def write_sources(sources: Path, folder: Path) -> list[Path]:
-    """The kernels of `sources` in `folder`, launched on our stream, and the binding; to compile.
+    """Write the kernels of `sources` to `folder`, launched on our CUDA stream, and the binding.
 
     Raises:
         Missing: the sources are not those that this was written for.

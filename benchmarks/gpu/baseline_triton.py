@@ -50,7 +50,7 @@ def _prepare_on_cpu(linear: QuantizedLinear) -> Prepared:
 
 
 def _scales_and_zeros(linear: QuantizedLinear) -> Tensor:
-    """bfloat16 [groups, out, 2]."""
+    """Return scales and zero points, bfloat16 [groups, out, 2]."""
     scale = linear.scale.float()
     zero = scale * (SYMMETRIC_ZERO - linear.zero.float())
     return torch.stack([scale.T, zero.T], 2).bfloat16().contiguous()

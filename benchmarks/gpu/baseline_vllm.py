@@ -61,7 +61,7 @@ def open_machete(run: Run) -> Opened:
 
 
 def load(*operators: str) -> str:
-    """Loads the library; its version.
+    """Load the library; return its version.
 
     Raises:
         Missing: it isn't there, doesn't load, or registers other operators than SCHEMAS.
@@ -76,12 +76,12 @@ def load(*operators: str) -> str:
 
 
 def check_schemas(*operators: str) -> None:
-    """Raises Missing if an operator's arguments are called or ordered otherwise than in SCHEMAS."""
+    """Raise Missing if an operator's arguments are called or ordered otherwise than in SCHEMAS."""
     for name in operators:
-        found = getattr(torch.ops._C, name, None)
+        operator = getattr(torch.ops._C, name, None)
         expected = _arguments(torch._C.parse_schema(SCHEMAS[name]))
-        if found is None or _arguments(found.default._schema) != expected:
-            has = found and found.default._schema
+        if operator is None or _arguments(operator.default._schema) != expected:
+            has = operator and operator.default._schema
             raise Missing(f"the library is of another version: for {name} it has {has}")
 
 
@@ -91,15 +91,15 @@ def _arguments(schema: Any) -> list[str]:
 
 @cache
 def _unpacked() -> Path:
-    """The library, unpacked beside its compressed form when it is first needed."""
+    """Return the library, unpacked beside its compressed form when it is first needed."""
     packed, path = FOLDER / f"{LIBRARY}.xz", FOLDER / LIBRARY
     if not path.exists():
         brought(packed.name, "vllm")
-        whole = path.with_suffix(".partial")
-        with lzma.open(packed) as source, whole.open("wb") as target:
+        partial = path.with_suffix(".partial")
+        with lzma.open(packed) as source, partial.open("wb") as target:
             while chunk := source.read(1 << 24):
                 target.write(chunk)
-        whole.replace(path)
+        partial.replace(path)
     return path
 
 
@@ -121,7 +121,7 @@ def prepare_marlin(linear: QuantizedLinear, units: int) -> Prepared:
 
 
 def pack_marlin(linear: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight int32 [in/16, 2 · out], scales float16 and zeros int32 of groups, as Marlin has them.
+    """Return Marlin's weight int32 [in/16, 2 · out], scales float16 and zero points int32.
 
     Tiles of 16 input by 64 output channels lie in the order in which the lanes of a warp hold the
     right operands of four 16 × 8 × 16 products twice; within a word even elements come first.
@@ -138,7 +138,7 @@ def pack_marlin(linear: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _weight_order() -> Tensor:
-    """Where each of the 1024 levels of a tile [16, 64] comes from."""
+    """Return where each of the 1024 quantized values of a tile [16, 64] comes from."""
     lane, block, word = torch.arange(32), torch.arange(2), torch.arange(4)
     # Rows of the operand that a lane holds: a pair and the pair 8 below it.
     row = (2 * (lane % 4))[:, None] + torch.tensor([0, 1, 8, 9])
@@ -153,14 +153,14 @@ def _scale_order() -> list[int]:
 
 
 def _words(levels: Tensor) -> Tensor:
-    """uint8 [rows, n] of 0..15 → int32 [rows, n / 8], the first level in the lowest bits."""
+    """Return uint8 [rows, n] of 0..15 as int32 [rows, n / 8], the first in the lowest bits."""
     shifts = torch.arange(0, 32, 4, device=levels.device)
     wide = (levels.unflatten(1, (-1, PACK)).long() << shifts).sum(-1)
     return (wide - ((wide >> 31) << 32)).int()
 
 
 def prepare_machete(linear: QuantizedLinear) -> Prepared:
-    """Levels packed along K and reordered by the library; zeros are multiplied with the scales."""
+    """Weights packed along K and reordered by the library; zero points times the scales."""
     # [in/8, out], neighbouring words of one output channel next to each other.
     packed = _words(linear.q).T
     weight = torch.ops._C.machete_prepack_B(packed, torch.float16, UINT4, torch.float16)

@@ -75,7 +75,7 @@ def _x(run: Run, tokens: int, columns: int) -> Tensor:
 
 
 def _normed_input(run: Run, tokens: int, columns: int) -> tuple[Tensor, Tensor]:
-    """x and the sums of squares that a kernel before left."""
+    """Return x and the sums of squares that a kernel before left."""
     x = _x(run, tokens, columns)
     squares = torch.zeros(1, TOKENS, device=run.device)
     squares[0, :tokens] = x.float().square().sum(1)
@@ -205,7 +205,7 @@ def _attention(run: Run, sizes: LlmConfig) -> Iterator[Pair]:
 
 
 def _kv_int8(run: Run, sizes: LlmConfig) -> Iterator[Pair]:
-    """A token written and attended to in 8 bits: what was stored, then the output."""
+    """Write a token in int8 and attend to it: what was stored, then the output."""
     heads, kv_heads, dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
     at, device = 100 if run.rehearsed else 777, run.device
     vectors = torch.randn(2, kv_heads, MAX_SEQ_LEN, dim, device=device).half()

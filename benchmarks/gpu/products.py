@@ -35,7 +35,7 @@ LEAST_S = 15.0
 
 
 def measure_stream(run: Run) -> None:
-    """The ceilings: bytes per second of a large copy and of a large sum, and a float16 product."""
+    """Time the device's limits: a large copy, a large sum and a float16 product."""
     count = (1 << 16) if run.rehearsed else (4 << 30)
     source = torch.ones(count // 4, dtype=torch.float32, device=run.device)
     target = torch.empty_like(source)
@@ -49,12 +49,12 @@ def measure_stream(run: Run) -> None:
 
 
 def measure_products(run: Run) -> None:
-    """Every product of a decoding step for each model: ours, and cuBLAS on float16 weights."""
+    """Time every product of a decoding step for each model: ours, and cuBLAS on float16 weights."""
     _measure_all(run, OWN)
 
 
 def measure_baselines(run: Run) -> None:
-    """The same by others' kernels, those that are here, most wanted first; then side by side."""
+    """Time the same by the baselines that are here, and compare them with our steps."""
     _measure_all(run, BASELINES)
     compare(run)
 
@@ -95,7 +95,7 @@ def _measure_model(run: Run, model: str, baseline: Baseline, opened: Opened) -> 
 
 
 def _measure(run: Run, name: str, opened: Opened, rows: int, columns: int, tokens: int) -> bool:
-    """One product, if it is the product; whether it is."""
+    """Time one product if its result is right; return whether it is."""
     try:
         linear = random_quantized(rows, columns, run.device)
         x, first = _x(columns, tokens, run), opened.prepare(linear)
@@ -120,7 +120,7 @@ def _measure(run: Run, name: str, opened: Opened, rows: int, columns: int, token
 def _measure_sum(
     run: Run, model: str, baseline: Baseline, opened: Opened, sizes: LlmConfig
 ) -> None:
-    """All products of a step in one graph; lm_head in float16, for baselines by cuBLAS."""
+    """Time all products of a step in one graph; lm_head in float16, for baselines by cuBLAS."""
     shapes = {k: v for k, v in linears(sizes).items() if not (run.rehearsed and k in ("qkv", "o"))}
     head = shapes.pop("head")
     try:
@@ -150,7 +150,7 @@ def _measure_sum(
 def _layer(
     run: Run, opened: Opened, shapes: Mapping[str, tuple[int, int]]
 ) -> list[tuple[Call, int]]:
-    """Calls of a layer's products over weights of its own, with the bytes that each reads."""
+    """Return calls of a layer's products over its own weights, with the bytes of each."""
     calls: list[tuple[Call, int]] = []
     for rows, columns in shapes.values():
         prepared = opened.prepare(random_quantized(rows, columns, run.device))
@@ -165,7 +165,7 @@ def _head(run: Run, shape: tuple[int, int], *, ours: bool) -> tuple[Call, int]:
 
 
 def compare(run: Run) -> None:
-    """How long each baseline's products alone take beside our whole step, attention included."""
+    """Add the time of each baseline's products over that of our whole step with attention."""
     whole = {r["name"].split()[0]: r for r in run.rows if _is_plain_step(r)}
     for row in [row for row in run.rows if row["kind"] == "step_products"]:
         model, _, name, bits = row["name"].split()
@@ -186,7 +186,7 @@ def _bound(prepared: Prepared, x: Tensor) -> Call:
 
 
 def measure_prefill(run: Run) -> None:
-    """The products of one layer over a prompt: 4-bit weights against cuBLAS on float16 ones."""
+    """Time the products of one layer over a prompt: 4-bit weights, and cuBLAS on float16."""
     for model in ("3B",) if run.rehearsed else ("3B", "8B", "13B", "40B"):
         sizes = config(model, "int4", small=run.rehearsed)
         for tokens in (20,) if run.rehearsed else PROMPTS:
@@ -222,7 +222,7 @@ def _x(columns: int, tokens: int, run: Run) -> Tensor:
 
 
 def _ours(bits: int) -> Callable[[Run], Opened]:
-    """Our GEMV over the given weight, or over what it stands for in 8 or 16 bits."""
+    """Our GEMV over the given weight, or over the same weight in 8 or 16 bits."""
 
     def open_ours(run: Run) -> Opened:
         def prepare(linear: QuantizedLinear) -> Prepared:

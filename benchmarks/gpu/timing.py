@@ -14,7 +14,7 @@ CACHES = 3
 
 
 def copies_needed(size_bytes: int, device: str) -> int:
-    """Sets of inputs to rotate over, so that each is read from memory and not from the L2."""
+    """Return how many sets of inputs to rotate over, so that the L2 holds none of them."""
     if device == "cpu":
         return 1
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
@@ -22,7 +22,7 @@ def copies_needed(size_bytes: int, device: str) -> int:
 
 
 def seconds(calls: Sequence[Callable[[], object]], device: str, repeats: int = 1) -> float:
-    """Median seconds of one call; `calls` do the same over different inputs.
+    """Return median seconds of one call; `calls` do the same over different inputs.
 
     All are captured `repeats` times into one graph, which is replayed; CUDA events time it.
     """
@@ -43,7 +43,7 @@ def seconds(calls: Sequence[Callable[[], object]], device: str, repeats: int = 1
 
 
 def replay_s(graph: torch.cuda.CUDAGraph) -> float:
-    """Seconds of one replay by CUDA events."""
+    """Return seconds of one replay by CUDA events."""
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     before.record()
     graph.replay()

@@ -53,7 +53,7 @@ def test_engine_gives_the_references_tokens(tmp_path: Path, quantized: bool) -> 
             found, expected = engine.session.sequence.decode(token), reference.decode(token)
 
 
-def test_pictures_and_chunks(tmp_path: Path) -> None:
+def test_images_and_chunks(tmp_path: Path) -> None:
     target = target_here()
     root = make_checkpoint(tmp_path / "c", quantized=True)
     build_engine(root, tmp_path / "engine", BuildOptions(target.name, backend="tensorrt"))

@@ -51,7 +51,7 @@ class NoDevice(CudaDriver):
 
 
 def bound() -> list[dict[str, Any]]:
-    """Runs launches as on a GPU, up to where Triton would compile."""
+    """Run launches as on a GPU, up to where Triton would compile."""
     seen: list[tuple[Any, ...]] = []
     JITFunction._do_compile = lambda self, key, *arguments: seen.append(arguments)
     driver.set_active(NoDevice())

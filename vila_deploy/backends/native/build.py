@@ -40,7 +40,7 @@ MOST_HEADS_IN_GROUP = 16
 
 
 def check(config: VilaConfig, request: BuildRequest) -> None:
-    """Raises VilaDeployError if this backend can't build the model; before any work."""
+    """Raise VilaDeployError if this backend can't build the model; before any work."""
     llm = config.llm
     get_launch_mode(_kernel_launch(request)).check(_capability(request.target))
     if request.gpus > 1:
@@ -65,7 +65,7 @@ def check(config: VilaConfig, request: BuildRequest) -> None:
 
 
 def check_tools(request: BuildRequest) -> None:
-    """Raises VilaDeployError if triton is missing."""
+    """Raise VilaDeployError if triton is missing."""
     require_triton()
 
 
@@ -77,7 +77,7 @@ def build(
     projector: WeightSource,
     request: BuildRequest,
 ) -> Built:
-    """Writes packed weights, tower and sizes into `folder`, and what the compiler says.
+    """Write packed weights, tower and sizes into `folder`, and what the compiler says.
 
     Every kernel is compiled for the target. One decoder layer is in memory at a time.
     """

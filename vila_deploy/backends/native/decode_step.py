@@ -220,7 +220,7 @@ class DecodeStep:
         ]  # fmt: skip
 
     def _attention(self, index: int) -> tuple[Launch, ...]:
-        """Several tokens see each other in the cache, so it is written before they attend."""
+        """Write the cache before several tokens attend, since they see each other in it."""
         llm, cache, capability = self._llm, self._cache, self._config.capability
         (keys, values, scales), position = cache.layer(index), cache.position
         if len(self.token) == 1:

@@ -49,7 +49,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 @pytest.fixture(scope="module")
 def questions() -> list[Any]:
-    """Descriptions of one picture each, which the model never saw."""
+    """Descriptions of one image each, which the model never saw."""
     return held_out(3, ["description"])
 
 
