@@ -115,7 +115,7 @@ def test_engine_keeps_int8_in_file_and_memory(
 
 
 def test_command_builds_and_measures_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """tiny-vila, on one image; the accuracy impact goes through graphs with the same rounded tower."""
+    """tiny-vila, on one image; graphs with the same rounded tower measure it."""
     from PIL import Image
 
     monkeypatch.setattr(build_module, "compile_engine", lambda *_: [])
