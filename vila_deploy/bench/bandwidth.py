@@ -1,4 +1,4 @@
-"""How fast this host reads memory: the ceiling of batch-1 decoding."""
+"""Measure how fast this computer reads memory: the ceiling of batch-1 decoding on its CPU."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ SMALLEST_PASS_BYTES = 256 << 20
 
 
 def read_bandwidth_bytes_per_s(size_bytes: int, threads: int | None = None) -> float:
-    """Bytes per second of the fastest of several passes over a buffer of `size_bytes`.
+    """Return bytes per second of the fastest of several passes over a buffer of `size_bytes`.
 
     Integer sums in one thread a core (or `threads`); the buffer is written first, so that every
-    page is real. The fastest pass is taken: it makes the share that an engine reaches smallest.
-    A small buffer, which caches hold, is read many times over, lest starting threads count.
+    page exists. The fastest pass gives the smallest share that an engine reaches. A small buffer,
+    which fits into caches, is read many times over, so that starting threads takes no part.
     """
     threads = threads or len(os.sched_getaffinity(0))
     buffer = np.ones(max(size_bytes // 8, threads), np.int64)

@@ -1,4 +1,4 @@
-"""Measures one engine in this process: time to first token, decoding, memory, bandwidth."""
+"""Measure one engine in this process: time to first token, decoding, memory, bandwidth."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ from vila_deploy.utils.errors import VilaDeployError
 DECODE_TOKENS = 256
 # Not timed: a GPU's first steps record its graph.
 WARM_UP_TOKENS = 4
-QUESTION = "Describe the picture."
-# A model with random weights has no tokenizer; this many tokens stand for the prompt's two halves.
-UNTOKENIZED_PIECES = ([1] * 40, [1] * 20)
+QUESTION = "Describe the picture."  # as in all recorded results
+# A model with random weights has no tokenizer: the text before and behind the image as token ids.
+UNTOKENIZED_CHUNKS = ([1] * 40, [1] * 20)
 REPEAT_UNTIL_S, MAX_REPEATS = 3.0, 5
 Result = TypeVar("Result")
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """One row of `vila-bench -o json` for the engine in `folder`; figures are measured here.
+    """Return one row of `vila-bench --json` for the engine in `folder`.
 
-    Decoding: 256 greedy tokens, batch 1, after one picture; the first 4 are not timed. Time to
-    first token: median of up to five runs. Memory: the largest resident set of this process up to
-    the end of decoding. Bandwidth: on a GPU the target's published one, which is not measured.
+    Decoding: 256 greedy tokens, batch 1, after one image; the first 4 are not timed. Time to first
+    token: median of up to five runs. Memory: the largest resident set of this process up to the end
+    of decoding. Bandwidth: of this computer's memory, measured; on a GPU the published one.
     """
     with open_engine(folder) as engine:
         target = get_target(engine.manifest.target)
@@ -60,9 +60,9 @@ def measure(folder: Path) -> dict[str, Any]:
         _check_room(engine, image)
         if gpu:
             # The first time, kernels are compiled and libraries loaded.
-            _answer_begun(engine, image)
-        ttft_ms, logits = _first_token(engine, image)
-        decode_s = _decode(engine, logits)
+            _time_first_token(engine, image)
+        ttft_ms, logits = _median_first_token(engine, image)
+        decode_s = _time_decoding(engine, logits)
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     manifest = engine.manifest
     weight_bytes = manifest.weight_bytes_per_token
@@ -95,14 +95,14 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def noise_image() -> Image.Image:
-    """A landscape picture that no resizing makes cheaper."""
+    """Return a landscape image of 640 × 480 random pixels."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8))
 
 
 def _check_room(engine: OpenedEngine, image: Image.Image) -> None:
-    pieces, pixels = _prompt(engine, image)
-    tokens = [count for each in pixels for count in engine.model.tokens_of(each)]
-    needed = prompt_length(pieces, tokens) + DECODE_TOKENS
+    chunks, pixels = _prompt(engine, image)
+    image_tokens = [count for one in pixels for count in engine.model.tokens_of(one)]
+    needed = prompt_length(chunks, image_tokens) + DECODE_TOKENS
     if needed > engine.session.max_seq_len:
         raise VilaDeployError(
             f"the benchmark needs {needed} positions, this engine has {engine.session.max_seq_len}",
@@ -111,37 +111,39 @@ def _check_room(engine: OpenedEngine, image: Image.Image) -> None:
 
 
 def _prompt(engine: OpenedEngine, image: Image.Image) -> tuple[list[list[int]], list[Pixels]]:
-    """The pieces of a question about `image`, and its pixels."""
+    """Return the text chunks of a question about `image`, and its pixels."""
     template, end = PROMPT_TEMPLATES[engine.model.prompt], engine.model.image_end
     question, pixels = place_images(QUESTION, [image], engine.model)
     if engine.tokenizer is not None:
         return text_chunks(engine.tokenizer, render(template, [], question), end), pixels
-    first, last = UNTOKENIZED_PIECES
+    first, last = UNTOKENIZED_CHUNKS
     between: list[list[int]] = [[] for _ in engine.model.tokens_of(pixels[0])[1:]]
     return [list(first), *between, list(last)], pixels
 
 
-def _first_token(engine: OpenedEngine, image: Image.Image) -> tuple[dict[str, float], Floats]:
-    """Median milliseconds of preprocessing, vision, prefill and their total; the last logits."""
+def _median_first_token(
+    engine: OpenedEngine, image: Image.Image
+) -> tuple[dict[str, float], Floats]:
+    """Return median milliseconds of preprocessing, vision, prefill and total; the last logits."""
     runs: list[dict[str, float]] = []
     start = time.perf_counter()
     while not runs or (len(runs) < MAX_REPEATS and time.perf_counter() - start < REPEAT_UNTIL_S):
-        run, logits = _answer_begun(engine, image)
+        run, logits = _time_first_token(engine, image)
         runs.append(run)
     medians = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
     return medians | {"total": sum(medians.values())}, logits
 
 
-def _answer_begun(engine: OpenedEngine, image: Image.Image) -> tuple[dict[str, float], Floats]:
-    """Milliseconds of preprocessing, vision and prefill of one question; the last logits."""
-    session, (pieces, _) = engine.session, _prompt(engine, image)
+def _time_first_token(engine: OpenedEngine, image: Image.Image) -> tuple[dict[str, float], Floats]:
+    """Return milliseconds of preprocessing, vision and prefill of a question; the last logits."""
+    session, (chunks, _) = engine.session, _prompt(engine, image)
     session.keep(0, 0)
     preprocess_ms, pixels = _timed_ms(
         lambda: preprocess([image], engine.model.image, engine.model.tiling)
     )
     vision_ms, features = _timed_ms(lambda: encode_images(session, pixels))
     prefill_ms, logits = _timed_ms(
-        lambda: session.prefill(0, merge_embeddings(pieces, features, session.embed_tokens))
+        lambda: session.prefill(0, merge_embeddings(chunks, features, session.embed_tokens))
     )
     return {"preprocess": preprocess_ms, "vision": vision_ms, "prefill": prefill_ms}, logits
 
@@ -152,8 +154,8 @@ def _timed_ms(call: Callable[[], Result]) -> tuple[float, Result]:
     return (time.perf_counter() - start) * 1e3, result
 
 
-def _decode(engine: OpenedEngine, logits: Floats) -> list[float]:
-    """Seconds between greedy tokens as they come, as vila-chat gets them; none stops it."""
+def _time_decoding(engine: OpenedEngine, logits: Floats) -> list[float]:
+    """Return seconds between greedy tokens as vila-chat gets them; no token ends the answer."""
     greedy = SamplingParams(max_new_tokens=DECODE_TOKENS + 1)
     tokens = decode_tokens(engine.session, logits, (), greedy)
     times = [time.perf_counter() for _ in tokens]
@@ -161,7 +163,7 @@ def _decode(engine: OpenedEngine, logits: Floats) -> list[float]:
 
 
 def device_name() -> str:
-    """Processor, cores in use and clock as found, e.g. `AMD EPYC (2 cores, 3100 MHz)`."""
+    """Return processor, usable cores and current clock: `AMD EPYC (2 cores, 3100 MHz)`."""
     facts = {"model name": platform.machine(), "cpu MHz": "?"}
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -174,18 +176,23 @@ def device_name() -> str:
 
 
 def versions(built_with: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What is installed here; of `built_with`, a manifest's, also what is not."""
+    """Return the versions installed here, and those of `built_with` that are not.
+
+    Args:
+        built_with: a manifest's versions, by package.
+    """
     built_with = built_with or {}
-    found = {"vila-deploy": __version__, "python": platform.python_version()}
+    installed = {"vila-deploy": __version__, "python": platform.python_version()}
     for name in ("onnxruntime", "numpy", *built_with):
         # A board has no onnxruntime.
         with suppress(PackageNotFoundError):
-            found.setdefault(name, version(name))
-    return {**found, **{name: built_with[name] for name in built_with if name not in found}}
+            installed.setdefault(name, version(name))
+    missing = {name: built_with[name] for name in built_with if name not in installed}
+    return {**installed, **missing}
 
 
 def commit() -> str | None:
-    """The commit of this source tree, if it runs from one."""
+    """Return the commit of this source tree; None if the package is installed without it."""
     here = Path(__file__).resolve().parent
     try:
         done = subprocess.run(

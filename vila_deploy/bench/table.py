@@ -1,4 +1,4 @@
-"""Benchmark rows as Markdown, CSV or JSON."""
+"""Write benchmark rows as Markdown, CSV or JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 Row = dict[str, Any]
 
-# The titles that say something else beside rows of a GPU.
+# Titles that differ in a table with rows of a GPU.
 PEAK, SHARE = "peak MB", "of read bandwidth"
 TITLES_WITH_GPU = {PEAK: "host peak MB", SHARE: "of bandwidth"}
 
@@ -44,7 +44,7 @@ def _on_gpu(row: Row) -> bool:
 
 
 def render_rows(rows: Sequence[Row], style: str) -> str:
-    """`rows` as "md", "csv" (flat keys, full precision) or "json"."""
+    """Return `rows` as "md", "csv" (flat keys, full precision) or "json"."""
     return {"md": _markdown, "csv": _csv, "json": _json}[style](rows)
 
 

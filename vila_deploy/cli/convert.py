@@ -1,4 +1,4 @@
-"""vila-convert: a quantized checkpoint in other on-disk formats."""
+"""vila-convert: write a quantized checkpoint in other on-disk formats."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vila_deploy.cli.common import command
+from vila_deploy.cli.common import command, echo_json
 from vila_deploy.cli.formats import FormatNames
 from vila_deploy.writers.registry import FORMATS
 
@@ -21,7 +21,8 @@ from vila_deploy.writers.registry import FORMATS
     "-o", "--out", type=click.Path(path_type=Path), required=True,
     help="Folder to write; must not exist.",
 )  # fmt: skip
-def main(checkpoint: Path, formats: tuple[str, ...], out: Path) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the folder of each format as JSON.")
+def main(checkpoint: Path, formats: tuple[str, ...], out: Path, as_json: bool) -> None:
     """Write the quantized CHECKPOINT in another format, weight for weight.
 
     awq is AutoAWQ's GEMM layout in safetensors, which vila-quantize writes if not told otherwise;
@@ -35,4 +36,8 @@ def main(checkpoint: Path, formats: tuple[str, ...], out: Path) -> None:
     from vila_deploy.writers.convert import convert
 
     convert(checkpoint, out, formats)
-    click.echo(f"{out}: {', '.join(formats)}")
+    if as_json:
+        folders = {name: str(out / name if len(formats) > 1 else out) for name in formats}
+        echo_json({"checkpoint": str(out), "formats": folders})
+    else:
+        click.echo(f"{out}: {', '.join(formats)}")

@@ -1,4 +1,4 @@
-"""The option with which commands are told on-disk formats: one, or several after one another."""
+"""The option type of on-disk formats: one, or several with commas between them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vila_deploy.writers.registry import FORMATS
 
 
 class FormatNames(click.ParamType):
-    """NAME[,NAME…] out of FORMATS, as a tuple without repetitions."""
+    """Parse NAME[,NAME…] into a tuple of keys of FORMATS without repetitions."""
 
     name = "formats"
 

@@ -1,4 +1,4 @@
-"""What a conversation needs to know of a model, whichever backend runs it."""
+"""Facts about a model that a conversation needs, whichever backend runs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ModelInfo:
     """Sizes, image processing, prompt template (a key of PROMPT_TEMPLATES) and stop tokens.
 
     `tokens_per_block` embeddings come from each map or block of features that the projector takes;
-    `image_end` is text whose embeddings follow each picture in the prompt; empty for none.
+    `image_end` is text whose embeddings follow each image in the prompt; empty for none.
     """
 
     hidden_size: int
@@ -37,11 +37,11 @@ class ModelInfo:
 
     @property
     def max_tokens_per_image(self) -> int:
-        """Embeddings that one picture takes in the prompt, at most."""
+        """The most embeddings that one image takes in the prompt."""
         return self.tokens_per_block * self.tiling.max_blocks_per_image
 
     def tokens_of(self, pixels: Pixels) -> list[int]:
-        """Embeddings of each place in the prompt that a picture takes."""
+        """Return how many embeddings each of an image's places in the prompt takes."""
         if pixels.grid is None:
             return [self.tokens_per_block] * len(pixels.tiles)
         if self.tiling.mode == "s2":
@@ -54,7 +54,7 @@ class ModelInfo:
 
     @classmethod
     def from_fields(cls, fields: Fields) -> ModelInfo:
-        """Reads what `to_json` wrote; a wrong type names its key."""
+        """Return what `to_json` wrote; a wrong type names its key."""
         image, tiling = fields.child("image"), fields.child("tiling")
         return cls(
             hidden_size=fields.integer("hidden_size"),
@@ -88,7 +88,7 @@ class ModelInfo:
 
 
 def describe(config: VilaConfig, tokenizer: Tokenizer | None) -> ModelInfo:
-    """The description of a checkpoint; `tokenizer` None means random weights without text."""
+    """Return the facts about a checkpoint; `tokenizer` None means random weights without text."""
     llm = config.llm
     prompt = choose_template(config, tokenizer)
     stops = set(llm.eos_token_ids)
