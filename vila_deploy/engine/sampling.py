@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,18 +30,17 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _check_range("max_new_tokens", self.max_new_tokens, 1, math.inf)
-        _check_range("temperature", self.temperature, 0, 100)
-        _check_range("top_p", self.top_p, math.nextafter(0, 1), 1)
-        if self.seed is not None:
-            _check_range("seed", self.seed, 0, math.inf)
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    # NaN is in no range.
-    if not low <= value <= high:
-        limits = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise VilaDeployError(f"{name} is {short(value)}", fix=f"give a number {limits}")
+        # NaN is in no range.
+        rules = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature <= 100, "between 0 and 100"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("seed", self.seed is None or self.seed >= 0, "at least 0"),
+        )
+        for name, valid, limits in rules:
+            if not valid:
+                value = short(getattr(self, name))
+                raise VilaDeployError(f"{name} is {value}", fix=f"give a number {limits}")
 
 
 def sample(logits: Floats, sampling: SamplingParams, random: np.random.Generator) -> int:

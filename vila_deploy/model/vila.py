@@ -46,10 +46,10 @@ class ReferenceSession:
         return self.prefill(self.embed_tokens([token]))
 
     def truncate(self, tokens: int) -> None:
-        if tokens:
-            self._cache.crop(tokens)
-        else:
+        if not tokens:
             self._cache: Any = DynamicCache()
+        elif tokens < self.position:
+            self._cache.crop(tokens - self.position)
         self.position = tokens
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.support.native_cases import TOLERANCE, built, deviation, pack_llm
+from tests.support.session_contract import check_session
 from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.native import build as build_module
 from vila_deploy.backends.native import files, open_session
@@ -61,6 +62,13 @@ def test_decode_prefill_in_parts_and_reset(tmp_path: Path, monkeypatch: pytest.M
     again = session.prefill(0, embeds)
     assert deviation(again, expected) < TOLERANCE
     session.close()
+
+
+def test_it_keeps_the_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", kv_heads=2, layers=1))
+    manifest = built(tmp_path / "engine", checkpoint, monkeypatch, 24)
+    session = open_session(tmp_path / "engine", manifest)
+    check_session(session, ReferenceSession(checkpoint), TOLERANCE)
 
 
 def test_several_tokens_of_a_step_see_those_before(tmp_path: Path) -> None:

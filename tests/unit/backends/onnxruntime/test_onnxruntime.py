@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.session_contract import check_session
 from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.onnxruntime import build as build_module
 from vila_deploy.backends.onnxruntime import open_session
@@ -195,6 +196,11 @@ def test_memory_of_a_step_does_not_grow_with_the_cache(tmp_path: Path, int4: Che
         session.decode(token)
     grown_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown_bytes < cache_bytes / 16
+
+
+def test_it_keeps_the_contract(tmp_path: Path, int4: Checkpoint) -> None:
+    session = open_session(*build(tmp_path / "engine", int4, 24))
+    check_session(session, ReferenceSession(int4), INT4_TOLERANCE)
 
 
 def test_too_many_tokens_are_refused(tmp_path: Path, int4: Checkpoint) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.support import fake_tensorrt
+from tests.support.session_contract import check_session
 from tests.support.tensorrt_cases import DIALECTS, write_engine
 from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.tensorrt import cuda, decoder, files, open_session
@@ -162,6 +163,18 @@ def test_prompt_in_chunks_equals_prompt_at_once(
     assert session.position == 100
     with pytest.raises(VilaDeployError, match="161 tokens don't fit into the 160 positions"):
         OneSlot(session).prefill(0, embeds[:61])
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_it_keeps_the_contract(
+    tmp_path: Path, dialect: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", kv_heads=2))
+    install(monkeypatch, dialect)
+    session = open_session(
+        tmp_path / "engine", write_engine(tmp_path / "engine", checkpoint, dialect)
+    )
+    check_session(session, ReferenceSession(checkpoint), TOLERANCE)
 
 
 def test_kernels_are_kept_beside_the_engine(

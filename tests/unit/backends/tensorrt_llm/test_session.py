@@ -172,6 +172,24 @@ def test_an_end_token_in_the_middle_starts_again(opened):
     assert opened.position == 4
 
 
+def test_a_beginning_is_kept(opened):
+    """Of a prompt and of decoded tokens; keeping all does not end the generation."""
+    prompt = TABLE[[1, 2, 3]].astype(np.float32)
+    session = OneSlot(opened)
+    session.prefill(0, prompt)
+    session.decode([0], [5])
+    session.keep(0, 4)
+    assert len(FakeRunner.last.calls) == 1
+    for kept, token in ((4, 7), (2, 9), (1, 11)):
+        session.keep(0, kept)
+        whole = np.concatenate([TABLE[[1, 2, 3, 5]][:kept], TABLE[[token]]]).astype(np.float32)
+        (found,) = session.decode([0], [token])
+        np.testing.assert_allclose(found, expected_logits(whole), rtol=1e-5, atol=1e-6)
+        assert session.length(0) == kept + 1
+    session.keep(0, 0)
+    np.testing.assert_allclose(session.prefill(0, prompt), expected_logits(prompt), rtol=1e-5)
+
+
 def test_more_prompt_and_pictures_between(opened):
     prompt = TABLE[[1, 2]].astype(np.float32)
     opened.prefill(prompt)
