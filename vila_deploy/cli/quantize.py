@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,11 +184,9 @@ def _quality(report: dict[str, Any]) -> Iterator[str]:
 
 def _check_kl(out: Path, report: dict[str, Any], most: float) -> None:
     """End with exit code 1 if the result is too far from the original; the output is kept."""
-    from vila_deploy.quantize.report import PREDICTED
+    from vila_deploy.quantize.report import PREDICTED, worst_kl
 
-    found = {k: q["kl_mean"] for k, q in report["evaluation"]["quality"].items() if q}
-    del found["all"]
-    kind, worst = max(found.items(), key=lambda pair: (math.isnan(pair[1]), pair[1]))
+    kind, worst = worst_kl(report["evaluation"])
     if not worst <= most:
         fail(
             f"{out}: mean KL of {PREDICTED[kind]} is {worst:.4g}, above --max-kl {most:g}; "

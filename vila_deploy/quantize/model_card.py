@@ -1,4 +1,4 @@
-"""The model card of a quantized checkpoint: README.md with Hugging Face's front matter."""
+"""Write the model card of a quantized checkpoint: README.md with the Hub's front matter."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.quantize.report import evaluation_data, quality_table
+from vila_deploy.quantize.report_markdown import evaluation_note, quality_table
 
 CARD, MAX_CARD_BYTES = "README.md", 1 << 20
-# What is taken over from the card of the original, if it has one.
+# Keys that are copied from the original's card, if it has one.
 LICENSE_KEYS = ("license", "license_name", "license_link")
 PLAIN_VALUE = re.compile(r"[\w./:+-]+( [\w./:+-]+)*", re.ASCII)
-# Where the Hugging Face hub keeps what was downloaded from OWNER/NAME.
+# Folder of OWNER/NAME in the Hugging Face Hub's cache.
 HUB_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
 
 
 def model_card(checkpoint: Checkpoint, report: dict[str, Any]) -> str:
-    """README.md of what `checkpoint` became, of which `report` tells.
+    """Return README.md of the checkpoint that `checkpoint` was quantized to, described by `report`.
 
-    The licence is the original's, and left to the user if its card doesn't tell.
+    The licence is that of the original's card; without one the user has to add it.
     """
     llm = checkpoint.config.llm
     kind = "symmetric" if report["symmetric"] else "with zero points"
@@ -44,14 +44,14 @@ def model_card(checkpoint: Checkpoint, report: dict[str, Any]) -> str:
         "",
         "## How to run it",
         "",
-        "With FOLDER the place of this file:",
+        "Where FOLDER is the folder of this file:",
         "",
         "```console",
         "$ vila-build-engine FOLDER --target cpu -o ENGINE",
-        '$ vila-chat ENGINE --image cat.jpg -p "What is on the image?"',
+        '$ vila-chat ENGINE --image cat.jpg -p "What is in the image?"',
         "```",
         "",
-        "## What was lost",
+        "## Quality",
         "",
         *_quality(report["evaluation"]),
         *(line for text in report["warnings"] for line in ("", f"**Warning**: {text}.")),
@@ -75,7 +75,7 @@ def _front_matter(checkpoint: Checkpoint, report: dict[str, Any]) -> list[str]:
 
 
 def _hub_name(root: Path) -> str | None:
-    """OWNER/NAME if `root` lies in the hub's own cache, otherwise unknown."""
+    """Return OWNER/NAME if `root` lies in the Hub's cache, otherwise None."""
     for folder in (root, *root.absolute().parents):
         match = HUB_FOLDER.fullmatch(folder.name)
         if match:
@@ -84,7 +84,7 @@ def _hub_name(root: Path) -> str | None:
 
 
 def _original_licence(card: Path) -> dict[str, str]:
-    """The licence keys of a card's front matter, as far as they are plain words."""
+    """Return the licence keys of a card's front matter that are plain words."""
     try:
         if not card.is_file() or card.stat().st_size > MAX_CARD_BYTES:
             return {}
@@ -94,13 +94,13 @@ def _original_licence(card: Path) -> dict[str, str]:
     first, *lines = text.split("\n")
     if first.strip() != "---" or "---" not in map(str.strip, lines):
         return {}
-    found = {}
+    licence = {}
     for line in lines[: [line.strip() for line in lines].index("---")]:
         key, _, value = line.partition(":")
         value = value.strip().strip("\"'")
         if key in LICENSE_KEYS and PLAIN_VALUE.fullmatch(value):
-            found[key] = value
-    return found
+            licence[key] = value
+    return licence
 
 
 def _calibration(calibration: dict[str, Any] | None) -> str:
@@ -115,4 +115,4 @@ def _calibration(calibration: dict[str, Any] | None) -> str:
 def _quality(evaluation: dict[str, Any] | None) -> list[str]:
     if evaluation is None:
         return ["Not evaluated."]
-    return [*quality_table(evaluation), "", evaluation_data(evaluation)]
+    return [*quality_table(evaluation), "", evaluation_note(evaluation)]

@@ -1,4 +1,4 @@
-"""Quantizing a checkpoint from beginning to end: check, calibrate, layer by layer, report."""
+"""Quantize a checkpoint: check, calibrate, quantize layer by layer, evaluate, report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import with_template
 from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, LlmConfig, layer_prefix
-from vila_deploy.data.examples import load_examples, load_held_out
+from vila_deploy.data.examples import Example, load_examples, load_held_out
 from vila_deploy.eval.data import evaluation_data
 from vila_deploy.eval.fidelity import evaluate
 from vila_deploy.formats.rtn import to_float16
@@ -28,7 +28,8 @@ from vila_deploy.quantize.data_warnings import data_warnings
 from vila_deploy.quantize.estimate.plan import QuantizePlan, plan, scratch_bytes
 from vila_deploy.quantize.model_card import model_card
 from vila_deploy.quantize.options import QuantizeOptions
-from vila_deploy.quantize.report import Cost, build_report, markdown
+from vila_deploy.quantize.report import RunCost, build_report
+from vila_deploy.quantize.report_markdown import markdown
 from vila_deploy.quantize.resume import (
     FinishedLayer,
     WorkFolder,
@@ -46,68 +47,72 @@ from vila_deploy.writers.outputs import Outputs
 def quantize(
     root: Path, out: Path, options: QuantizeOptions, *, resume: bool = False
 ) -> dict[str, Any]:
-    """Writes the 4-bit checkpoint `out`, which appears whole or not at all.
+    """Write the 4-bit checkpoint `out`, which appears complete or not at all.
 
     Args:
         resume: go on from the finished layers that a run which ended early has left in the work
             folder beside `out`. On one computer the bytes are those of a run without interruption,
-            save for the time and memory in report.json and report.md. Rounding to nearest, a
-            matter of minutes, leaves them only if it is given too.
+            except for time and memory in report.json and report.md. RTN, which takes minutes,
+            keeps finished layers only with `resume`.
 
     Returns:
         the report, as in `out`/report.json.
 
     Raises:
-        VilaDeployError: anything that is wrong with the checkpoint, the options, the disk or the
-            work folder.
+        VilaDeployError: the checkpoint, the options, the disk or the work folder is unfit.
     """
     start = time.monotonic()
     checkpoint = open_checkpoint(root)
     checkpoint.config = with_template(checkpoint.config, options.prompt_template)
     planned = plan(checkpoint.config, options)
     device = choose_device(options.device, planned.device_bytes)
-    own = (options.calib, options.calib_images)
-    examples = load_examples(*own, text_only=options.text_only) if options.calibrates else []
+    examples = _calibration_examples(options)
     held_out = load_held_out(options.eval) if options.evaluates else []
     warnings = data_warnings(options, examples, held_out)
     with ExitStack() as stack:
         memory = stack.enter_context(PeakMemory())
         work = None
         if resume or options.calibrates:
-            kept = work_folder(out, checkpoint, options, device, resume=resume)
-            work = stack.enter_context(kept)
+            work = stack.enter_context(work_folder(out, checkpoint, options, device, resume=resume))
         else:
             refuse_finished_layers(out)
         folder = stack.enter_context(new_folder(out, work.path if work else None))
-        space = _Space(out, checkpoint, planned, work, len(options.formats))
-        space.check()
+        disk = _DiskSpace(out, checkpoint, planned, work, len(options.formats))
+        disk.check()
         outputs = Outputs(checkpoint, folder, options.formats, options.scheme)
         checkpoint.digests((EMBEDDING,))
         _write_unquantized(checkpoint, outputs)
         calibration = calibrate(checkpoint, examples, options.seed, device) if examples else None
         if calibration:
             tokens = sum(map(len, calibration.embeds))
-            space.check(scratch_bytes(checkpoint.config, options, tokens), written=folder)
+            disk.check(scratch_bytes(checkpoint.config, options, tokens), written=folder)
             if work:
                 work.check_calibration(calibration.sha256)
-        data = evaluation_data(checkpoint, held_out, options.eval is not None, device)
-        method = _method(checkpoint, options, calibration, device, folder)
-        layers, saved_seconds = _write_layers(checkpoint.config.llm, method, outputs, work)
+        held_out_data = evaluation_data(checkpoint, held_out, options.eval is not None, device)
+        quantizer = _layer_quantizer(checkpoint, options, calibration, device, folder)
+        layers, saved_seconds = _write_layers(checkpoint.config.llm, quantizer, outputs, work)
         outputs.finish()
-        del method
-        written, evaluated = time.monotonic(), _checkpoints(folder, options)
+        del quantizer
+        written_at, checkpoints = time.monotonic(), _checkpoints(folder, options)
         evaluation = None
-        if data:
-            evaluation = evaluate(checkpoint, open_checkpoint(evaluated[0]), data, device)
-        cost = _cost(start - saved_seconds, written, memory, device)
+        if held_out_data:
+            quantized = open_checkpoint(checkpoints[0])
+            evaluation = evaluate(checkpoint, quantized, held_out_data, device)
+        cost = _cost(start - saved_seconds, written_at, memory, device)
         report = build_report(
             checkpoint, folder, options, calibration, layers, evaluation, warnings, cost
         )
-        _write_report(checkpoint, report, folder, evaluated)
+        _write_report(checkpoint, report, folder, checkpoints)
     return report
 
 
-def _method(
+def _calibration_examples(options: QuantizeOptions) -> list[Example]:
+    if not options.calibrates:
+        return []
+    return load_examples(options.calib, options.calib_images, text_only=options.text_only)
+
+
+def _layer_quantizer(
     checkpoint: Checkpoint,
     options: QuantizeOptions,
     calibration: Calibration | None,
@@ -121,11 +126,11 @@ def _method(
     return AwqGptq(checkpoint, options.scheme, calibration, device, scratch)
 
 
-def _cost(start: float, written: float, memory: PeakMemory, device: torch.device) -> Cost:
-    """What a run that began at `start` has taken until now, the evaluation since `written`."""
+def _cost(start: float, written_at: float, memory: PeakMemory, device: torch.device) -> RunCost:
+    """Return the cost of a run that began at `start` and evaluates since `written_at`."""
     now = time.monotonic()
-    seconds = round(now - start, 3), round(now - written, 3)
-    return Cost(*seconds, memory.own_bytes, resident_bytes(), device.type)
+    seconds = round(now - start, 3), round(now - written_at, 3)
+    return RunCost(*seconds, memory.own_bytes, resident_bytes(), device.type)
 
 
 def _write_report(
@@ -133,19 +138,19 @@ def _write_report(
 ) -> None:
     (folder / "report.json").write_text(canonical_json(report), "utf-8")
     (folder / "report.md").write_text(markdown(report), "utf-8")
-    for each in checkpoints:
-        (each / "README.md").write_text(model_card(checkpoint, report), "utf-8")
+    for path in checkpoints:
+        (path / "README.md").write_text(model_card(checkpoint, report), "utf-8")
 
 
 def _checkpoints(folder: Path, options: QuantizeOptions) -> list[Path]:
-    """The folders of the checkpoints that have been written, one a format."""
+    """Return the folders of the checkpoints in `folder`, one a format."""
     several = len(options.formats) > 1
     return [folder / name for name in options.formats] if several else [folder]
 
 
 @dataclass(frozen=True)
-class _Space:
-    """What a run takes of the disk that `out` will be on."""
+class _DiskSpace:
+    """The need of a run for space on the disk that `out` will be on."""
 
     out: Path
     checkpoint: Checkpoint
@@ -154,11 +159,11 @@ class _Space:
     formats: int
 
     def check(self, scratch: int = 0, written: Path | None = None) -> None:
-        """Raises VilaDeployError if there is too little.
+        """Raise VilaDeployError if there is too little.
 
         Args:
             scratch: bytes of activations in files.
-            written: folder of what is there of the output already.
+            written: folder of the output as far as it is written already.
         """
         parts = (*self.checkpoint.vision.files(), *self.checkpoint.projector.files())
         sizes = {part.name: part.bytes for part in self.planned.components}
@@ -167,12 +172,15 @@ class _Space:
         if written is not None:
             done = (file.stat().st_size for file in written.rglob("*") if file.is_file())
             needed = max(0, needed - sum(done))
-        kept = 0
+        layers = 0
         if self.work is not None:
-            kept = max(0, sizes["llm decoder linears"] - self.work.layer_bytes)
+            layers = max(0, sizes["llm decoder linears"] - self.work.layer_bytes)
         free = shutil.disk_usage(self.out.parent).free
-        if free < needed + kept + scratch:
-            also = {"finished layers until it is done": kept, "activations while it runs": scratch}
+        if free < needed + layers + scratch:
+            also = {
+                "finished layers until it is done": layers,
+                "activations while it runs": scratch,
+            }
             more = [f" and {size / 1e6:,.1f} MB for {what}" for what, size in also.items() if size]
             raise VilaDeployError(
                 f"needs {needed / 1e6:,.1f} MB{''.join(more)}, {free / 1e6:,.1f} MB are free",
@@ -190,9 +198,9 @@ def _write_unquantized(checkpoint: Checkpoint, outputs: Outputs) -> None:
 
 
 def _write_layers(
-    config: LlmConfig, method: LayerQuantizer, outputs: Outputs, work: WorkFolder | None
+    config: LlmConfig, quantizer: LayerQuantizer, outputs: Outputs, work: WorkFolder | None
 ) -> tuple[list[LayerEntry], float]:
-    """Writes all layers, finished ones out of `work`.
+    """Write all layers, finished ones out of `work`.
 
     Returns:
         the report's entries, and how many seconds the finished ones took when they were computed.
@@ -200,18 +208,18 @@ def _write_layers(
     finished = work.finished if work else frozenset()
     missing = [index for index in range(config.num_layers) if index not in finished]
     entries, saved_seconds = [], 0.0
-    with _steps(config.num_layers, len(missing) * method.steps_per_layer) as step:
+    with _steps(config.num_layers, len(missing) * quantizer.steps_per_layer) as step:
         for index in range(config.num_layers):
             if work and index in finished:
                 layer = work.load(index)
                 saved_seconds += layer.seconds
                 if missing and index < missing[-1]:
                     step(index, 0)("finished before; its outputs")
-                    method.skip(index, layer.tensors)
+                    quantizer.skip(index, layer.tensors)
             else:
                 start = time.monotonic()
-                method.checkpoint.digests((f"{layer_prefix(index)}.",))
-                result = method.quantize(index, step(index, 1))
+                quantizer.checkpoint.digests((f"{layer_prefix(index)}.",))
+                result = quantizer.quantize(index, step(index, 1))
                 layer = FinishedLayer(*result, time.monotonic() - start)
                 del result
                 if work:
@@ -226,9 +234,9 @@ def _write_layers(
 
 @contextmanager
 def _steps(num_layers: int, total: int) -> Iterator[Callable[[int, int], OnStep]]:
-    """Yields (layer, steps) → on_step: a call says what begins now, and so ends what was before it.
+    """Yield a function (layer, steps) → on_step for one layer.
 
-    What is begun counts as `steps` when it ends.
+    A call of on_step begins a step, which counts as `steps`, and ends the one before.
     """
     with progress(total, "quantizing") as advance:
         begun = 0

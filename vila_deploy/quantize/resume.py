@@ -1,8 +1,8 @@
-"""The work folder of `vila-quantize`: finished layers outlive the program, for `--resume`.
+"""Keep finished layers in a work folder, so that `vila-quantize --resume` goes on from them.
 
-`OUT.partial` holds state.json, which says what the quantization was begun with, and one safetensors
-file per finished decoder layer, whose name ends in the SHA-256 of its bytes. Each says which files
-of weights it was made from, so these need not all be hashed before the first layer.
+`OUT.partial` holds state.json, the inputs that the quantization was begun with, and one safetensors
+file per finished decoder layer, whose name ends in the SHA-256 of its bytes. Each names the files
+of weights that it was made from, so not all of these must be hashed before the first layer.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class FinishedLayer:
-    """What the output needs of a decoder layer.
+    """A finished decoder layer.
 
     Args:
         tensors: norms and linears in the order in which they are written, by their names.
-        entry: what the report says of it.
-        seconds: that it took.
+        entry: its entry in the report.
+        seconds: how long it took.
     """
 
     tensors: dict[str, Tensor | QuantizedLinear]
@@ -67,16 +67,16 @@ class FinishedLayer:
 
 
 class _ChangedError(VilaDeployError):
-    """The finished layers are of no use to what is to be done now."""
+    """Raised when the finished layers do not fit the run that would use them."""
 
 
 class WorkFolder:
-    """Finished layers and what they depend on; made by `work_folder`.
+    """Finished layers and the state that they depend on; made by `work_folder`.
 
     Args:
-        state: by the name that a message gives it, everything but weights that they depend on.
-        files: of the finished layers.
-        checkpoint: what is quantized; layers name the files of weights that they were made from.
+        state: everything but weights that the layers depend on, by its name in messages.
+        files: of the finished layers, by index.
+        checkpoint: the one that is quantized.
     """
 
     def __init__(self, path: Path, state: State, files: dict[int, Path], checkpoint: Checkpoint):
@@ -85,32 +85,32 @@ class WorkFolder:
 
     @property
     def finished(self) -> frozenset[int]:
-        """The indices of the layers that need not be done again."""
+        """Indices of the finished layers."""
         return frozenset(self._files)
 
     @property
     def layer_bytes(self) -> int:
-        """What the files of the finished layers take on the disk."""
+        """Bytes on the disk of the finished layers."""
         return sum(file.stat().st_size for file in self._files.values())
 
     def check_calibration(self, sha256: str) -> None:
-        """Remembers the calibration data.
+        """Record the calibration data.
 
         Raises:
-            VilaDeployError: it is not that of the finished layers.
+            VilaDeployError: the finished layers were made with other data.
         """
-        now = {**self._state, CALIBRATION: sha256}
+        state = {**self._state, CALIBRATION: sha256}
         if self._files:
-            _refuse_change(self.path, self._state, now)
+            _refuse_change(self.path, self._state, state)
         else:
-            _write_state(self.path, now)
-        self._state = now
+            _write_state(self.path, state)
+        self._state = state
 
     def save(self, index: int, layer: FinishedLayer) -> None:
-        """Keeps a layer; it counts as finished once its file has its name."""
+        """Write a layer; it counts as finished once its file has its final name."""
         temporary = self.path / f"layer-{index:05d}{TEMPORARY_SUFFIX}"
         # Neither safetensors nor canonical JSON keeps an order, which shards and tables depend on.
-        order = {
+        metadata = {
             "tensors": {n: _group_size(value) for n, value in layer.tensors.items()},
             "entry": layer.entry,
             "seconds": layer.seconds,
@@ -119,13 +119,13 @@ class WorkFolder:
         stored: dict[str, Tensor] = {}
         for name, value in layer.tensors.items():
             stored |= packed(name, value, awq.pack)
-        save_tensors(stored, temporary, {"layer": json.dumps(order)})
+        save_tensors(stored, temporary, {"layer": json.dumps(metadata)})
         file = self.path / f"layer-{index:05d}-{sha256_file(temporary)}.safetensors"
         replace_file(temporary, file)
         self._files[index] = file
 
     def load(self, index: int) -> FinishedLayer:
-        """A finished layer, as it was saved."""
+        """Return a finished layer as it was saved."""
         return _read_layer(self._files[index])[0]
 
 
@@ -138,44 +138,45 @@ def work_folder(
     *,
     resume: bool,
 ) -> Iterator[WorkFolder]:
-    """Yields the work folder beside `out`, made if it isn't there, locked against other programs.
+    """Yield the work folder beside `out`, created if missing, locked against other programs.
 
-    It stays when something goes wrong, unless no layer is finished by then.
+    After an error it stays, unless no layer is finished by then.
 
     Args:
-        resume: finished layers are welcome.
+        resume: use finished layers; otherwise they are refused.
 
     Raises:
-        VilaDeployError: `out` exists, the folder is in use or none of ours, or its layers are those
-            of another checkpoint, other options or other versions, or not welcome.
+        VilaDeployError: `out` exists, the folder is in use or not a work folder, or its layers are
+            of another checkpoint, other options or other versions, or refused.
     """
     if not out.name:
         check_new(out)
-    path, now = work_path(out), _state_of(checkpoint, options, device)
-    found = os.path.lexists(path)
-    if found and os.path.lexists(out):
+    path, state = work_path(out), _state_of(checkpoint, options, device)
+    exists = os.path.lexists(path)
+    if exists and os.path.lexists(out):
         raise VilaDeployError(
             f"exists, and so does {path.name}",
             where=out,
             fix="remove the latter if the output is what you wanted, otherwise the former",
         )
     check_new(out)
-    if not found:
+    if not exists:
         with new_folder(path) as folder:
-            _write_state(folder, now)
-    # A folder that is none of ours stays as it is.
+            _write_state(folder, state)
+    # A folder that is no work folder stays as it is.
     _read_state(path)
     with _locked(path):
         if not resume:
             refuse_finished_layers(out)
-        work = _open(path, now, checkpoint)
+        work = _open(path, state, checkpoint)
         if resume:
             print(f"{path}: {len(work.finished) or 'no'} finished layers found", file=sys.stderr)
         try:
             yield work
         except Exception as error:
-            told = isinstance(error, VilaDeployError) and not isinstance(error, _ChangedError)
-            if not work.finished or not (told or out_of_memory(error)):
+            changed = isinstance(error, _ChangedError)
+            expected = isinstance(error, VilaDeployError) and not changed
+            if not work.finished or not (expected or out_of_memory(error)):
                 raise
             raise _with_hint(error) from error
         finally:
@@ -184,16 +185,16 @@ def work_folder(
 
 
 def _with_hint(error: Exception) -> VilaDeployError:
-    kept = "finished layers are kept: --resume goes on from there, unless their weights change"
+    hint = "finished layers are kept: --resume goes on from there, unless their weights change"
     if not isinstance(error, VilaDeployError):
-        return VilaDeployError(OUT_OF_MEMORY, fix=kept)
+        return VilaDeployError(OUT_OF_MEMORY, fix=hint)
     return VilaDeployError(
-        error.what, where=error.where, fix=f"{error.fix}; {kept}" if error.fix else kept
+        error.what, where=error.where, fix=f"{error.fix}; {hint}" if error.fix else hint
     )
 
 
 def refuse_finished_layers(out: Path) -> None:
-    """Raises if a run that ended early has left layers, which this one would pass by."""
+    """Raise VilaDeployError if a run that ended early has left finished layers."""
     path = work_path(out)
     count = len(_layer_files(path))
     if count:
@@ -205,17 +206,17 @@ def refuse_finished_layers(out: Path) -> None:
 
 
 def _layer_files(path: Path) -> list[Path]:
-    found = sorted(path.iterdir()) if path.is_dir() else []
-    return [file for file in found if LAYER_FILE.fullmatch(file.name)]
+    files = sorted(path.iterdir()) if path.is_dir() else []
+    return [file for file in files if LAYER_FILE.fullmatch(file.name)]
 
 
 def _made_from(index: int) -> tuple[str, ...]:
-    """How the names of the tensors begin that a layer depends on."""
+    """Return the prefixes of the names of all tensors that a layer depends on."""
     return (EMBEDDING, *(f"{layer_prefix(layer)}." for layer in range(index + 1)))
 
 
 def _state_of(checkpoint: Checkpoint, options: QuantizeOptions, device: torch.device) -> State:
-    """Everything but the weights that the layers depend on, by the name that a message gives it."""
+    """Return everything but weights that the layers depend on, by its name in messages."""
     return {
         CHECKPOINT: checkpoint.outline(),
         CALIBRATION: None,
@@ -231,34 +232,34 @@ def _state_of(checkpoint: Checkpoint, options: QuantizeOptions, device: torch.de
     }
 
 
-def _open(path: Path, now: State, checkpoint: Checkpoint) -> WorkFolder:
-    before, found = _read_state(path), _layer_files(path)
+def _open(path: Path, state: State, checkpoint: Checkpoint) -> WorkFolder:
+    before, layer_files = _read_state(path), _layer_files(path)
     for file in path.glob(f"*{TEMPORARY_SUFFIX}"):
         file.unlink()
-    if not found:
-        _write_state(path, now)
-        return WorkFolder(path, now, {}, checkpoint)
-    _refuse_change(path, before, {**now, CALIBRATION: before.get(CALIBRATION)})
+    if not layer_files:
+        _write_state(path, state)
+        return WorkFolder(path, state, {}, checkpoint)
+    _refuse_change(path, before, {**state, CALIBRATION: before.get(CALIBRATION)})
     files: dict[int, Path] = {}
-    for file in found:
-        if (whole := _if_whole(file)) is None:
+    for file in layer_files:
+        if (layer := _index_and_sources(file)) is None:
             print(f"{file}: damaged, is computed again", file=sys.stderr)
             file.unlink()
             continue
-        index, sources = whole
+        index, sources = layer
         if checkpoint.digests(_made_from(index)) != sources:
             raise _changed(path, f"{CHECKPOINT} has changed")
         files[index] = file
     return WorkFolder(path, before, files, checkpoint)
 
 
-def _if_whole(file: Path) -> tuple[int, dict[str, str]] | None:
-    """The number of a layer, and what it was made from; None if its file is damaged."""
+def _index_and_sources(file: Path) -> tuple[int, dict[str, str]] | None:
+    """Return a layer's index and digests of its sources; None if its file is damaged."""
     match = LAYER_FILE.fullmatch(file.name)
     if not match or sha256_file(file) != match[2]:
         return None
     layer, sources = _read_layer(file)
-    # The entry names the layer too, so that a renamed file is not taken for another's.
+    # The entry has the index too, so that a renamed file is not taken for another layer.
     return (int(match[1]), sources) if layer.entry["layer"] == int(match[1]) else None
 
 
@@ -267,24 +268,24 @@ def _group_size(value: Tensor | QuantizedLinear) -> int | None:
 
 
 def _read_layer(file: Path) -> tuple[FinishedLayer, dict[str, str]]:
-    """A layer, and the files of weights that it was made from."""
+    """Return a layer, and the digests of the files of weights that it was made from."""
     with safe_open(file, "pt") as opened:
-        order = json.loads(opened.metadata()["layer"])
+        metadata = json.loads(opened.metadata()["layer"])
         stored = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     tensors: dict[str, Tensor | QuantizedLinear] = {}
-    for name, group_size in order["tensors"].items():
+    for name, group_size in metadata["tensors"].items():
         if group_size is None:
             tensors[name] = stored[name]
         else:
             prefix = f"{name}."
             parts = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
             tensors[name] = awq.unpack(parts, group_size)
-    return FinishedLayer(tensors, order["entry"], order["seconds"]), order["sources"]
+    return FinishedLayer(tensors, metadata["entry"], metadata["seconds"]), metadata["sources"]
 
 
-def _refuse_change(path: Path, before: State, now: State) -> None:
-    for name in {**now, **before}:
-        old, new = before.get(name), now.get(name)
+def _refuse_change(path: Path, before: State, after: State) -> None:
+    for name in {**after, **before}:
+        old, new = before.get(name), after.get(name)
         if old == new:
             continue
         values = f"was {short(old)} and is {short(new)} now"
@@ -318,11 +319,11 @@ def _digest(state: State) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Two programs would write into each other's output; the lock ends with the program."""
-    # A file, open for writing: that is what network file systems can lock, if anything.
+    """Keep other programs out while this is open; the lock ends with the program."""
+    # Network file systems can lock files that are open for writing, if anything.
     descriptor = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        # Some have no locks at all; then it is up to the user.
+        # Some have no locks at all; then the user must take care.
         with suppress(OSError):
             _lock(descriptor, path)
         yield
@@ -338,6 +339,6 @@ def _lock(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise busy from error
-    # Just finished, it has taken the folder away.
+    # A program that has just finished removes the folder.
     if not (path / LOCK_FILE).exists():
         raise busy

@@ -1,4 +1,4 @@
-"""The most memory that this process holds while something runs."""
+"""Measure the peak memory of this process."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from types import TracebackType
 
 STATUS = Path("/proc/self/status")
 SAMPLE_EVERY_S = 0.02
-# Pages of files that are mapped, as checkpoints are, are given back whenever memory runs short.
+# Not pages of mapped files, as checkpoints are: the system drops them whenever memory is short.
 OWN_PAGES = ("RssAnon:", "RssShmem:")
 
 
 class PeakMemory:
-    """Samples the process's own memory, that is without mapped files, while it is open.
+    """Samples the process's memory without mapped files while it is open.
 
-    Linux counts the peak of everything together only. Where there is no /proc, that is what
-    `own_bytes` says too.
+    Linux itself counts only the peak with mapped files. Without /proc, `own_bytes` is that
+    peak, too.
     """
 
     def __init__(self) -> None:
@@ -54,21 +54,21 @@ class PeakMemory:
 
 
 def own_bytes() -> int:
-    """What this process holds at present, without mapped files (Linux)."""
+    """Return the present memory of this process without mapped files (Linux)."""
     lines = STATUS.read_text("ascii", "replace").splitlines()
     return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(OWN_PAGES))
 
 
 def resident_bytes() -> int:
-    """The most that this process has had in memory since it began, mapped files included."""
+    """Return the peak memory of this process since it began, mapped files included."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def give_back() -> None:
-    """Returns freed memory to the system, where the C library can.
+    """Return freed memory to the system, where the C library can.
 
-    glibc keeps what lies between pieces that are still in use; over many layers that adds up.
+    glibc keeps free memory between blocks in use; over many layers that adds up.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:

@@ -1,4 +1,4 @@
-"""How much is worked on at a time: what bounds the memory, for those who do it and for the plan."""
+"""Limits of what is processed at a time, which bound the memory; the plan uses the same."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from __future__ import annotations
 CHUNK_TOKENS = 4096
 # Larger matrices of activations lie in a file beside the output.
 SPILL_BYTES = 1 << 30
-# Output channels that are rounded at once, and so many of them that what the equations of their
-# scales take stays in a processor's cache, or at least is not the most memory of all.
+# Output channels that are quantized at once; and, while their scales are refitted, so many that
+# the equations stay in a processor's cache, or at least are not the peak of memory.
 ROWS_AT_A_TIME = 4096
 TILE_ROWS, SOLVE_BYTES = 512, 64 << 20
-# Of the calibration data, of the evaluation's, and tokens of a sequence besides its pictures.
+# Sequences of calibration and of evaluation data; tokens of a sequence besides its images.
 MAX_CALIBRATION_SEQUENCES, MAX_EVALUATION_SEQUENCES = 128, 64
 MAX_TOKENS = 512
-# Rows of logits that are compared at once, by rows of the head's weight.
+# Tokens whose logits are compared at once; rows of the head that are multiplied at once.
 LOGIT_ROWS, HEAD_ROWS = 128, 8192

@@ -16,18 +16,18 @@ from vila_deploy.checkpoint.presets import preset
 from vila_deploy.data.data_size import TEMPLATE_TOKENS, DataSize, data_size
 from vila_deploy.data.examples import Example, LazyImage
 from vila_deploy.formats.scheme import QuantScheme
-from vila_deploy.quantize.algorithms.gptq import round_with_feedback
-from vila_deploy.quantize.algorithms.hessian import InputMoments, Metric
+from vila_deploy.quantize.algorithms.gptq import gptq_quantize
+from vila_deploy.quantize.algorithms.hessian import HessianAccumulator, HessianFactor
 from vila_deploy.quantize.estimate import time
-from vila_deploy.quantize.estimate.memory import FLOAT32, MemoryNeed
+from vila_deploy.quantize.estimate.memory import FLOAT32, MemoryEstimate
 from vila_deploy.quantize.estimate.plan import plan
-from vila_deploy.quantize.estimate.time import Effort, Speed
+from vila_deploy.quantize.estimate.time import OperationCost, Speed
 from vila_deploy.quantize.options import QuantizeOptions
 
 ROWS, COLUMNS, GROUP = 768, 512, 64
 SCHEME = QuantScheme(GROUP, False)
 CONFIG: VilaConfig = preset("VILA1.5-3b", "fp16")
-NEED = MemoryNeed(CONFIG, GROUP, 0)
+ESTIMATE = MemoryEstimate(CONFIG, GROUP, 0)
 
 
 def test_activations_that_do_not_stay_in_memory_are_planned_on_the_disk() -> None:
@@ -49,43 +49,43 @@ def allocated(work: Callable[[], object]) -> int:
     return max(itertools.accumulate(event.nbytes() for event in events))
 
 
-def moments() -> InputMoments:
-    found = InputMoments(COLUMNS)
-    found.add(torch.randn(2 * COLUMNS, COLUMNS, generator=torch.Generator().manual_seed(0)))
-    return found
+def hessian() -> HessianAccumulator:
+    accumulator = HessianAccumulator(COLUMNS)
+    accumulator.add(torch.randn(2 * COLUMNS, COLUMNS, generator=torch.Generator().manual_seed(0)))
+    return accumulator
 
 
 @pytest.fixture(scope="module")
-def metric() -> Metric:
-    return moments().metric()
+def factor() -> HessianFactor:
+    return hessian().factor()
 
 
 def weight() -> torch.Tensor:
     return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
 
 
-def test_memory_of_rounding(metric: Metric) -> None:
+def test_memory_of_gptq(factor: HessianFactor) -> None:
     own = weight()
-    measured = allocated(lambda: round_with_feedback(own, metric, SCHEME, "w"))
-    assert NEED._round(COLUMNS, ROWS) == pytest.approx(measured, rel=0.15)
+    measured = allocated(lambda: gptq_quantize(own, factor, SCHEME, "w"))
+    assert ESTIMATE._gptq(COLUMNS, ROWS) == pytest.approx(measured, rel=0.15)
 
 
-def test_memory_of_factoring_moments() -> None:
-    own = moments()
-    # Two besides the moments themselves, which are there already.
-    assert allocated(own.metric) == pytest.approx(2 * FLOAT32 * COLUMNS**2, rel=0.15)
+def test_memory_of_factoring_the_hessian() -> None:
+    accumulator = hessian()
+    # Two besides the Hessian itself, which is there already.
+    assert allocated(accumulator.factor) == pytest.approx(2 * FLOAT32 * COLUMNS**2, rel=0.15)
 
 
 def _addmm_operations(own: torch.Size, left: torch.Size, right: torch.Size, **rest: object) -> int:
     return 2 * left[0] * left[1] * right[1]
 
 
-def test_products_of_rounding(metric: Metric) -> None:
+def test_products_of_gptq(factor: HessianFactor) -> None:
     # torch counts addmm, but not in place.
     in_place = {torch.ops.aten.addmm_: _addmm_operations}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        round_with_feedback(weight(), metric, SCHEME, "w")
-    counted = time._round(ROWS, COLUMNS, 0, compensated=False).flops
+        gptq_quantize(weight(), factor, SCHEME, "w")
+    counted = time._gptq(ROWS, COLUMNS, 0, error_correction=False).flops
     # What stays within a block of 64 channels is done row by row, which torch doesn't count.
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.1)
 
@@ -93,13 +93,12 @@ def test_products_of_rounding(metric: Metric) -> None:
 def test_true_shapes_of_13b_take_less_than_8_gb() -> None:
     config, data = preset("VILA1.5-13b", "fp16"), DataSize(1024)
     for algorithm in ("rtn", "awq-gptq"):
-        assert (
-            plan(config, QuantizeOptions(QuantScheme(), algorithm), data, data).device_bytes < 8e9
-        )
+        options = QuantizeOptions(QuantScheme(), algorithm)
+        assert plan(config, options, data, data).device_bytes < 8e9
 
 
 def test_more_tokens_take_more_memory_until_they_lie_in_a_file() -> None:
-    few, many, more = (NEED.awq_gptq(tokens) for tokens in (4096, 65536, 1 << 20))
+    few, many, more = (ESTIMATE.awq_gptq(tokens) for tokens in (4096, 65536, 1 << 20))
     assert many - few > 1.8 * (65536 - 4096) * CONFIG.llm.hidden_size * FLOAT32
     assert more < many
 
@@ -127,7 +126,7 @@ def test_an_algorithm_that_does_more_takes_longer() -> None:
 
 
 def test_seconds_of_an_effort() -> None:
-    own = (Effort(2.0, 3.0, 4.0) + Effort(flops=2.0)) * 10
+    own = (OperationCost(2.0, 3.0, 4.0) + OperationCost(flops=2.0)) * 10
     assert own.seconds(Speed(4.0, 3.0, 0.5)) == 10 + 10 + 20
 
 

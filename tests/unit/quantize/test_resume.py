@@ -130,7 +130,7 @@ DEATHS = [
         0,
     ),  # the first layer, without its name yet
     (("resume", "save_tensors", 2, "before"), 1),  # at the end of a layer
-    (("awq_gptq", "round_with_feedback", 5, "after"), 1),  # within a layer
+    (("awq_gptq", "gptq_quantize", 5, "after"), 1),  # within a layer
     (("awq_gptq", "quantize_layer", 2, "before"), 2),  # between two layers
     (("pipeline", "build_report", 1, "before"), 3),  # all layers finished, shards written
     (("pipeline", "evaluate", 1, "after"), 3),  # all but the report

@@ -1,8 +1,7 @@
-"""The most memory that each stage of a quantization holds, counted from the shapes alone.
+"""Predict the peak memory of each step of a quantization from the shapes alone.
 
-Counted are the tensors that are alive together where the most of them are; what is small beside
-them (norms, tables of scales, indices) is not. benchmarks/quantization/memory.py compares it with
-what is measured.
+Counted are the tensors that are alive together where they are most; small ones (norms, tables of
+scales, indices) are left out. benchmarks/quantization/memory.py compares it with measurements.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.tensor_schema import projector_tensor_specs, tower_tensor_specs
+from vila_deploy.quantize.algorithms import learned_scales
 from vila_deploy.utils.estimates import parameters
 from vila_deploy.utils.limits import (
     CHUNK_TOKENS,
@@ -23,16 +23,16 @@ from vila_deploy.utils.limits import (
     TILE_ROWS,
 )
 
-# Python, torch and transformers at work on next to nothing, as measured on Linux.
+# Python, torch and transformers on a tiny model, as measured on Linux.
 PROGRAM_BYTES = 320 << 20
 FLOAT32, FLOAT16 = 4, 2
-# Rows that the learned scales look at, and the matrices of that size that their gradient takes.
-LEARNED_ROWS, LEARNED_COPIES = 512, 7
+# Matrices as large as the sampled rows that the gradient of the learned scales takes.
+LEARNED_COPIES = 7
 
 
 @dataclass(frozen=True)
-class MemoryNeed:
-    """Of a model that is quantized with groups of `group_size`.
+class MemoryEstimate:
+    """Peak memory in bytes of the steps that quantize a model with groups of `group_size`.
 
     Args:
         pending: bytes of rounded linears that wait for their shard to be full.
@@ -44,17 +44,17 @@ class MemoryNeed:
 
     @property
     def layer(self) -> int:
-        """A decoder layer's linears in float32."""
+        """Bytes of a decoder layer's linears in float32."""
         return FLOAT32 * sum(self._sizes)
 
     @property
     def rounded_layer(self) -> int:
-        """The same in levels of a byte each."""
+        """Bytes of the same as quantized values of a byte each."""
         return sum(self._sizes)
 
     @property
     def largest(self) -> int:
-        """The largest linear in float32."""
+        """Bytes of the largest linear in float32."""
         return FLOAT32 * max(self._sizes)
 
     @property
@@ -62,12 +62,12 @@ class MemoryNeed:
         return [rows * columns for rows, columns in self.config.llm.linears.values()]
 
     def write_tables(self) -> int:
-        """To check embedding and head for values out of range; float16 ones stay in their file."""
+        """Return the peak of checking embedding and head; float16 ones stay in their file."""
         table = self.config.llm.vocab_size * self.config.llm.hidden_size
         return PROGRAM_BYTES + 2 * FLOAT16 * table
 
     def encode(self, tokens: int, tiles: int) -> int:
-        """To encode images and embed tokens."""
+        """Return the peak of encoding images and embedding tokens."""
         vision, hidden = self.config.vision, self.config.llm.hidden_size
         parts = (
             parameters(tower_tensor_specs(self.config)),
@@ -79,23 +79,23 @@ class MemoryNeed:
         return PROGRAM_BYTES + self.pending + images + 2 * tokens * hidden * FLOAT32
 
     def round_to_nearest(self) -> int:
-        """A linear, two copies on the way to its levels, and the layer's linears so far."""
+        """Return the peak of RTN: a linear, two copies, and the layer's quantized linears."""
         return PROGRAM_BYTES + self.pending + 3 * self.largest + self.rounded_layer
 
     def awq(self, tokens: int) -> int:
-        """llm-awq's search: original, changed and tried weights, and activations of all tokens."""
+        """Return the peak of AWQ: original, changed and tried weights, all activations."""
         activations = 5 * tokens * self.config.llm.hidden_size * FLOAT32
         return PROGRAM_BYTES + self.pending + 3 * self.layer + activations
 
     def awq_gptq(self, tokens: int) -> int:
-        """The default algorithm; `tokens` of calibration data."""
+        """Return the peak of the default algorithm with `tokens` of calibration data."""
         llm = self.config.llm
         hidden, inner = llm.hidden_size, llm.intermediate_size
         heads = llm.num_heads * llm.head_dim
         keys = llm.num_kv_heads * llm.head_dim
         held = {width: _held(tokens, width) for width in (hidden, heads, inner)}
         into_heads, into_inner = _square(heads), _square(inner)
-        # Both moments, then the factor of the larger of them in the making; activations of a chunk.
+        # Both Hessians, then the factor of the larger one being made; activations of a chunk.
         making = 2 * into_inner + self._learning(inner)
         exact = held[hidden] + into_heads + into_inner
         exact += max(_through_a_layer(tokens, hidden, heads, inner), making)
@@ -103,19 +103,19 @@ class MemoryNeed:
         needed = [exact]
         for columns, rows in ((hidden, (heads, keys, keys)), (hidden, (inner, inner))):
             stacked = FLOAT32 * sum(rows) * columns + self._learning(columns)
-            rounding = max(self._round(columns, each) for each in rows)
+            rounding = max(self._gptq(columns, count) for count in rows)
             needed.append(rounded + 2 * _square(columns) + max(stacked, rounding))
             rounded += sum(rows) * columns
             if columns == hidden and rows[0] == heads and len(rows) == 3:
-                streams = held[hidden] + held[heads]
-                needed.append(rounded + streams + self._compensate(heads, hidden))
+                states = held[hidden] + held[heads]
+                needed.append(rounded + states + self._correct(heads, hidden))
                 rounded += heads * hidden
-        needed.append(rounded + held[inner] + self._compensate(inner, hidden))
+        needed.append(rounded + held[inner] + self._correct(inner, hidden))
         base = PROGRAM_BYTES + self.pending + self.layer + 2 * held[hidden]
         return base + max(needed)
 
     def evaluate(self, tokens: int, image_tokens: int) -> int:
-        """Both models on held-out data, a layer at a time, then their logits."""
+        """Return the peak of both models on held-out data, a layer at a time, then their logits."""
         llm = self.config.llm
         states = (2 * tokens + image_tokens) * llm.hidden_size * FLOAT32
         chunk = min(tokens, CHUNK_TOKENS) * FLOAT32
@@ -126,42 +126,42 @@ class MemoryNeed:
         return PROGRAM_BYTES + states + max(layer, final)
 
     def _learning(self, columns: int) -> int:
-        return LEARNED_ROWS * columns * FLOAT32 * LEARNED_COPIES
+        return learned_scales.ROWS * columns * FLOAT32 * LEARNED_COPIES
 
-    def _compensate(self, columns: int, rows: int) -> int:
-        """A linear with the cross moments of its targets: factored, compensated, then rounded."""
+    def _correct(self, columns: int, rows: int) -> int:
+        """Return the peak of a linear with targets: Hessian factored, weight corrected, rounded."""
         linear = rows * columns * FLOAT32
-        rounding = linear + max(2 * linear, self._round(columns, rows))
+        rounding = linear + max(2 * linear, self._gptq(columns, rows))
         return linear + max(3 * _square(columns), 2 * _square(columns) + rounding)
 
-    def _round(self, columns: int, rows: int) -> int:
-        """Besides the moments and their factor, for [rows, columns]."""
+    def _gptq(self, columns: int, rows: int) -> int:
+        """Return the peak of GPTQ on [rows, columns], besides the Hessian and its factor."""
         block = min(rows, ROWS_AT_A_TIME) * columns * FLOAT32
         groups = columns // self.group_size
         equations = 8 * groups * groups
-        few = max(1, min(TILE_ROWS, SOLVE_BYTES // equations))
-        # Weight, its product with the moments, levels; then new ones and what is left to make up
-        # for, or what a few rows' equations take: in float32 and float64, solved.
-        refitting = 3 * block + few * (3 * columns * FLOAT32 + 4 * equations)
+        solved_rows = max(1, min(TILE_ROWS, SOLVE_BYTES // equations))
+        # Weight, its product with the Hessian, quantized values; then new ones and their errors, or
+        # a few rows' equations: in float32 and float64, solved.
+        refitting = 3 * block + solved_rows * (3 * columns * FLOAT32 + 4 * equations)
         # Afterwards the weight is compared with the one that is stored.
         comparing = 3 * rows * columns * FLOAT32
         return max(5 * block, refitting, comparing) + rows * columns
 
 
 def _through_a_layer(tokens: int, hidden: int, heads: int, inner: int) -> int:
-    """Activations of a chunk on their way: through attention, or through the feed-forward block."""
+    """Return the activations of a chunk in attention or in the feed-forward block."""
     # A chunk ends with the sequence that fills it.
     chunk = min(tokens, CHUNK_TOKENS + MAX_TOKENS) * FLOAT32
     return chunk * max(14 * heads, 5 * inner + 3 * hidden)
 
 
 def _square(columns: int) -> int:
-    """Second moments of so many channels."""
+    """Return the size of a Hessian of so many channels."""
     return columns * columns * FLOAT32
 
 
 def spilled(config: VilaConfig, tokens: int) -> int:
-    """Bytes of activations that the default algorithm has in files at a time."""
+    """Return the most bytes of activations that the default algorithm has in files at once."""
     llm = config.llm
     heads = llm.num_heads * llm.head_dim
 
@@ -169,11 +169,11 @@ def spilled(config: VilaConfig, tokens: int) -> int:
         return tokens * width * FLOAT32 - _held(tokens, width)
 
     states = in_file(llm.hidden_size)
-    # Both streams; then that between the blocks and what enters o_proj, or what enters down_proj.
+    # fp and quantized; then those between the blocks and o_proj's inputs, or down_proj's inputs.
     return 2 * states + max(states + in_file(heads), in_file(llm.intermediate_size))
 
 
 def _held(tokens: int, width: int) -> int:
-    """An activation of all tokens in memory, unless it lies in a file."""
+    """Return the bytes of an activation of all tokens in memory; 0 if it lies in a file."""
     size = tokens * width * FLOAT32
     return size if size <= SPILL_BYTES else 0

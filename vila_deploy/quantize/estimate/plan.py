@@ -1,4 +1,4 @@
-"""What a quantization will take and give, from the configs alone."""
+"""Predict a quantization from the configs alone: sizes, peak memory, time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from vila_deploy.data.data_size import DataSize, data_size
 from vila_deploy.data.examples import load_examples, load_held_out
 from vila_deploy.formats.scheme import QuantScheme, check_scheme
 from vila_deploy.quantize.estimate import time
-from vila_deploy.quantize.estimate.memory import MemoryNeed, spilled
-from vila_deploy.quantize.estimate.time import Effort, Speed
+from vila_deploy.quantize.estimate.memory import MemoryEstimate, spilled
+from vila_deploy.quantize.estimate.time import OperationCost, Speed
 from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.estimates import MemoryItem, PlanStep, available_memory_bytes, parameters
@@ -33,13 +33,13 @@ LONGEST_NAME = 255 - len(WORK_SUFFIX)
 
 @dataclass(frozen=True)
 class QuantizePlan:
-    """`device_bytes` is the peak memory on this computer, `limit_bytes` what is available on it.
+    """Predicted peak memory on this computer (`device_bytes`), what is available, sizes and time.
 
     Args:
-        seconds: of all stages; None if this computer's speed was not asked for.
-        output_bytes: weights of all formats.
-        kept_bytes: finished layers, for --resume, until the output is whole.
-        scratch_bytes: activations in files while it runs.
+        seconds: of all steps; None without this computer's speed.
+        output_bytes: of the weights in all formats.
+        kept_bytes: of finished layers, for --resume, until the output is complete.
+        scratch_bytes: of activations in files while it runs.
     """
 
     fits: bool
@@ -64,10 +64,10 @@ def plan(
     evaluation: DataSize | None = None,
     speed: Speed | None = None,
 ) -> QuantizePlan:
-    """Sizes, peak memory and, with this computer's speed, time of quantizing such a checkpoint.
+    """Predict sizes, peak memory and, with this computer's speed, time.
 
     Args:
-        calibration, evaluation: how much data there is; by default the most text that is taken.
+        calibration, evaluation: how much data there is; by default the most that is used, as text.
 
     Raises:
         VilaDeployError: the scheme doesn't fit the model, or it is quantized already.
@@ -78,35 +78,35 @@ def plan(
         FORMATS[name].check(config, options.scheme)
     components = output_components(config, options.scheme)
     calibration = calibration or DataSize(MAX_CALIBRATION_SEQUENCES * MAX_TOKENS)
-    stages = _stages(
+    steps = _steps(
         config,
         options,
         calibration,
         evaluation or DataSize(MAX_EVALUATION_SEQUENCES * MAX_TOKENS),
         speed,
     )
-    peak, limit = max(stage.memory_bytes for stage in stages), available_memory_bytes()
+    peak, limit = max(step.memory_bytes for step in steps), available_memory_bytes()
     return QuantizePlan(
         fits=peak <= limit,
         device_bytes=peak,
         limit_bytes=limit,
-        seconds=sum(stage.seconds or 0.0 for stage in stages) if speed else None,
+        seconds=sum(step.seconds or 0.0 for step in steps) if speed else None,
         output_bytes=len(options.formats) * sum(component.bytes for component in components),
         kept_bytes=components[0].bytes if options.calibrates else 0,
         scratch_bytes=scratch_bytes(config, options, calibration.tokens),
         bits_per_weight=options.scheme.bits_per_weight,
         components=components,
-        stages=stages,
+        stages=steps,
     )
 
 
 def scratch_bytes(config: VilaConfig, options: QuantizeOptions, tokens: int) -> int:
-    """Of activations in files, with so many tokens of calibration data."""
+    """Return the bytes of activations in files, with so many tokens of calibration data."""
     return spilled(config, tokens) if options.algorithm == "awq-gptq" else 0
 
 
 def work_path(out: Path) -> Path:
-    """Where the finished layers of the output folder `out` are kept."""
+    """Return the folder that keeps the finished layers of the output folder `out`."""
     name = out.name
     if len(os.fsencode(name)) > LONGEST_NAME:
         # The longest legal name leaves no room for a suffix.
@@ -115,18 +115,19 @@ def work_path(out: Path) -> Path:
 
 
 def check_not_quantized(config: VilaConfig) -> None:
-    """Raises if llm/ holds 4-bit weights."""
-    found = config.llm.quantization
-    if found is not None:
+    """Raise VilaDeployError if llm/ holds 4-bit weights."""
+    quantization = config.llm.quantization
+    if quantization is not None:
         raise VilaDeployError(
-            f"is quantized already ({found.bits} bits, group size {found.group_size})",
-            where=f"llm/, in the layout of {found.version}",
+            f"is quantized already ({quantization.bits} bits, group size "
+            f"{quantization.group_size})",
+            where=f"llm/, in the layout of {quantization.version}",
             fix="build an engine from it, vila-convert it, or give the original fp16 checkpoint",
         )
 
 
 def output_components(config: VilaConfig, scheme: QuantScheme) -> tuple[MemoryItem, ...]:
-    """The parts of the quantized checkpoint."""
+    """Return the parts of the quantized checkpoint, with their sizes."""
     llm = config.llm
     linears = llm.num_layers * sum(map(math.prod, llm.linears.values()))
     embedding = llm.vocab_size * llm.hidden_size
@@ -151,7 +152,7 @@ def _float16(name: str, count: int) -> MemoryItem:
 
 
 def measured_plan(config: VilaConfig, options: QuantizeOptions) -> QuantizePlan:
-    """`plan` with as much data as `options` name, and times by a probe of this computer.
+    """Return `plan` for the data that `options` name, timed by a probe of this computer.
 
     Raises:
         VilaDeployError: as `plan`, or the data can't be read.
@@ -159,14 +160,14 @@ def measured_plan(config: VilaConfig, options: QuantizeOptions) -> QuantizePlan:
     check_scheme(options.scheme, config.llm)
     calibration = evaluation = None
     if options.calibrates:
-        own = load_examples(options.calib, options.calib_images, text_only=options.text_only)
-        calibration = data_size(config, own, MAX_CALIBRATION_SEQUENCES)
+        examples = load_examples(options.calib, options.calib_images, text_only=options.text_only)
+        calibration = data_size(config, examples, MAX_CALIBRATION_SEQUENCES)
     if options.evaluates:
         evaluation = data_size(config, load_held_out(options.eval), MAX_EVALUATION_SEQUENCES)
     return plan(config, options, calibration, evaluation, time.probe(config))
 
 
-def _stages(
+def _steps(
     config: VilaConfig,
     options: QuantizeOptions,
     calibration: DataSize,
@@ -177,30 +178,30 @@ def _stages(
     linears = output_components(config, options.scheme)[0].bytes
     # A shard of each format waits in memory until it is full.
     pending = min(SHARD_BYTES, linears) * len(options.formats)
-    need = MemoryNeed(config, group_size, pending)
+    memory = MemoryEstimate(config, group_size, pending)
 
-    def stage(name: str, memory_bytes: int, work: Effort) -> PlanStep:
-        return PlanStep(name, memory_bytes, work.seconds(speed) if speed else None)
+    def step(name: str, memory_bytes: int, cost: OperationCost) -> PlanStep:
+        return PlanStep(name, memory_bytes, cost.seconds(speed) if speed else None)
 
     tokens, table = calibration.tokens, llm.vocab_size * llm.hidden_size
-    stages = [stage("write embeddings and head", need.write_tables(), Effort(bytes=40.0 * table))]
+    steps = [
+        step("write embeddings and head", memory.write_tables(), OperationCost(bytes=40.0 * table))
+    ]
     if options.calibrates:
-        name, encoding = (
-            "encode images and embed tokens",
-            time.encode(config, calibration.tiles),
-        )
-        stages.append(stage(name, need.encode(tokens, calibration.tiles_at_once), encoding))
+        peak = memory.encode(tokens, calibration.tiles_at_once)
+        cost = time.encode(config, calibration.tiles)
+        steps.append(step("encode images and embed tokens", peak, cost))
     if options.algorithm == "rtn":
-        name, memory, work = "round", need.round_to_nearest(), time.round_to_nearest(config)
+        name, peak, cost = "round", memory.round_to_nearest(), time.round_to_nearest(config)
     elif options.algorithm == "awq":
-        name, memory, work = "search and round", need.awq(tokens), time.awq(config, tokens)
+        name, peak, cost = "search and round", memory.awq(tokens), time.awq(config, tokens)
     else:
-        name, memory = "learn scales of and round", need.awq_gptq(tokens)
-        work = time.awq_gptq(config, tokens, group_size)
-    stages.append(stage(f"{name} each decoder layer", memory, work))
+        name, peak = "learn scales of and round", memory.awq_gptq(tokens)
+        cost = time.awq_gptq(config, tokens, group_size)
+    steps.append(step(f"{name} each decoder layer", peak, cost))
     if options.evaluates:
-        memory = need.evaluate(evaluation.tokens, evaluation.image_tokens)
-        work = time.evaluate(config, evaluation.tokens)
-        work += time.encode(config, evaluation.tiles)
-        stages.append(stage("compare with the original", memory, work))
-    return tuple(stages)
+        peak = memory.evaluate(evaluation.tokens, evaluation.image_tokens)
+        cost = time.evaluate(config, evaluation.tokens)
+        cost += time.encode(config, evaluation.tiles)
+        steps.append(step("compare with the original", peak, cost))
+    return tuple(steps)

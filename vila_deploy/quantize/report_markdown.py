@@ -1,0 +1,202 @@
+"""Write the report of a quantization for people, report.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from vila_deploy.quantize.report import PREDICTED
+from vila_deploy.utils.progress import clock
+from vila_deploy.writers.registry import FORMATS
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """Return report.md: the summary, what stayed float16, and a table of the layers."""
+    kind = "symmetric" if report["symmetric"] else "with zero points"
+    lines = [
+        "# Quantization report",
+        "",
+        f"- {report['algorithm'].upper()}, {report['bits']} bits, groups of "
+        f"{report['group_size']}, {kind}; written as "
+        + ", ".join(FORMATS[name].title for name in report["formats"]),
+        f"- weights: {_megabytes(report['input_bytes'])} before, "
+        f"{_megabytes(report['output_bytes'])} after",
+        f"- bits per weight: {report['bits_per_weight']:.3f} in quantized linears, "
+        f"{report['bits_per_llm_weight']:.2f} over the whole language model",
+        _cost_line(report),
+        f"- seed {report['seed']}; parent checkpoint {report['checkpoint_fingerprint'][:16]}",
+        "- versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()),
+        *_calibration_lines(report["calibration"]),
+        *(f"- **warning**: {warning}" for warning in report["warnings"]),
+        "",
+        *_quality_lines(report["evaluation"]),
+        "## Not quantized",
+        "",
+        "| part | parameters | reason |",
+        "|---|---:|---|",
+        *(
+            f"| {p['name']} | {p['parameters']:,} | {p['reason']} |"
+            for p in report["not_quantized"]
+        ),
+        "",
+        "## Layers",
+        "",
+        *TABLES[report["algorithm"]](report),
+        *_relative_error_table(report["evaluation"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cost_line(report: dict[str, Any]) -> str:
+    evaluated = report["evaluation_seconds"]
+    share = f" ({clock(evaluated)} of it to evaluate)" if evaluated else ""
+    return (
+        f"- {clock(report['seconds'])} of time{share}, {_megabytes(report['peak_memory_bytes'])} "
+        "of memory at the peak, without mapped files "
+        f"({_megabytes(report['peak_resident_bytes'])} with them); measured"
+    )
+
+
+def quality_table(evaluation: dict[str, Any]) -> list[str]:
+    """Return a table with a row for text, for answers about images, and for both."""
+    rows = [
+        f"| {title} | {q['tokens']:,} | {q['perplexity_original']:.4g} | {q['perplexity']:.4g} | "
+        f"{q['kl_mean']:.4g} | {q['kl_p99']:.3g} | {q['top1_agreement']:.1%} |"
+        for name, title in PREDICTED.items()
+        if (q := evaluation["quality"][name]) is not None
+    ]
+    return [
+        "| predicted | tokens | perplexity before | after | mean KL | 99th percentile of KL | "
+        "top-1 agreement |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+        *rows,
+    ]
+
+
+def evaluation_note(evaluation: dict[str, Any]) -> str:
+    """Return what the figures of `quality_table` were measured on."""
+    kind = "the user's own" if evaluation["own_data"] else "the built-in"
+    return (
+        f"Measured on {kind} evaluation set: {evaluation['sequences']} sequences, "
+        f"{evaluation['image_sequences']} of them about {evaluation['images']} images; SHA-256 "
+        f"{evaluation['sha256'][:16]}. Both models in float32 arithmetic. KL is "
+        "KL(original ‖ quantized) per token, in nats; top-1 agreement is how often both find the "
+        "same token most likely."
+    )
+
+
+def _quality_lines(evaluation: dict[str, Any] | None) -> list[str]:
+    title = ["## Quality on held-out data", ""]
+    if evaluation is None:
+        return [*title, "Not evaluated; --eval builtin does it.", ""]
+    return [*title, *quality_table(evaluation), "", evaluation_note(evaluation), ""]
+
+
+def _relative_error_table(evaluation: dict[str, Any] | None) -> list[str]:
+    if evaluation is None:
+        return []
+    return [
+        "",
+        "## Drift by modality",
+        "",
+        "How far the hidden states behind each layer are from the original's on the evaluation "
+        "data, errors of all layers up to it together: per token, square of the difference over "
+        "square of the original; mean over the tokens.",
+        "",
+        "| layer | text tokens | image tokens |",
+        "|---|---:|---:|",
+        *(
+            f"| {e['layer']} | {_figure(e['text_error'])} | {_figure(e['image_error'])} |"
+            for e in evaluation["layers"]
+        ),
+    ]
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _calibration_lines(calibration: dict[str, Any] | None) -> list[str]:
+    if calibration is None:
+        return ["- calibration: none needed"]
+    return [
+        f"- calibration: {calibration['text_sequences']} text sequences and "
+        f"{calibration['image_sequences']} about {calibration['images']} images, "
+        f"{calibration['tokens']:,} tokens of which {calibration['image_tokens']:,} are image "
+        f"tokens; SHA-256 {calibration['sha256'][:16]}"
+    ]
+
+
+def _awq_table(report: dict[str, Any]) -> list[str]:
+    names = list(report["layers"][0]["linears"])
+    after = [layer["output_error_after"] for layer in report["layers"]]
+    before = [layer["output_error_before"] for layer in report["layers"]]
+    rows = []
+    for layer in report["layers"]:
+        cells = [_errors(layer), *(_errors(layer["linears"][name]) for name in names)]
+        chosen = " ".join(f"{ratio:.2f}" for ratio in layer["scale_ratios"].values())
+        rows.append(f"| {layer['layer']} | {' | '.join(cells)} | {chosen} |")
+    titles = ["layer", "whole layer", *(name.partition(".")[2] for name in names), "scale ratios"]
+    return [
+        "Relative output error (mean square error over mean square, on the calibration data): "
+        "round to nearest → AWQ. A whole layer's is relative to what it adds to its input.",
+        "",
+        f"Median over layers: {median(before):.3g} → {median(after):.3g}.",
+        "",
+        f"| {' | '.join(titles)} |",
+        f"|{'---|' * len(titles)}",
+        *rows,
+    ]
+
+
+def _awq_gptq_table(report: dict[str, Any]) -> list[str]:
+    names = list(report["layers"][0]["linears"])
+    titles = ["layer", "drift behind it", *(name.partition(".")[2] for name in names)]
+    return [
+        "Relative output error (mean square error over mean square, on the calibration data behind "
+        "the quantized layers before): round to nearest → as stored, against the weights wanted. "
+        "Drift: square of the difference between quantized and exact hidden state over the square "
+        "of the exact one, mean over the tokens.",
+        "",
+        f"| {' | '.join(titles)} |",
+        f"|{'---|' * len(titles)}",
+        *(
+            f"| {layer['layer']} | {layer['drift']:.2g} | "
+            + " | ".join(_errors(layer["linears"][name]) for name in names)
+            + " |"
+            for layer in report["layers"]
+        ),
+    ]
+
+
+def _rtn_table(report: dict[str, Any]) -> list[str]:
+    names = list(report["layers"][0]["linears"])
+    titles = ["layer", *(name.partition(".")[2] for name in names)]
+    return [
+        "Relative error of the weights (mean square error over mean square).",
+        "",
+        f"| {' | '.join(titles)} |",
+        f"|{'---|' * len(titles)}",
+        *(
+            f"| {layer['layer']} | "
+            + " | ".join(f"{layer['linears'][name]['weight_error']:.3g}" for name in names)
+            + " |"
+            for layer in report["layers"]
+        ),
+    ]
+
+
+def _errors(entry: dict[str, Any]) -> str:
+    return f"{entry['output_error_before']:.2g} → {entry['output_error_after']:.2g}"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "awq-gptq": _awq_gptq_table,
+    "awq": _awq_table,
+    "rtn": _rtn_table,
+}
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
