@@ -65,8 +65,8 @@ def main(
     if as_json and table_format not in (None, "json"):
         raise click.UsageError(f"--json and --format {table_format} contradict each other")
     table_format = "json" if as_json else table_format
-    if str(out) in TABLE_FORMATS:  # in version 0.1.0 -o named the format
-        table_format, out = table_format or str(out), None
+    if table_format is None and str(out) in TABLE_FORMATS:  # -o named the format in version 0.1.0
+        table_format, out = str(out), None
     if out is not None:
         check_new(out, "file")
         ending = out.suffix.removeprefix(".")

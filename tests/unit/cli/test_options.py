@@ -1,0 +1,82 @@
+"""What all commands have in common, and what they still accept of version 0.1.0."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+import vila_deploy
+from vila_deploy.quantize.options import ALGORITHMS, DEVICES, QuantizeOptions, quantize_options
+from vila_deploy.writers.registry import FORMATS
+
+COMMANDS = {
+    name: import_module(f"vila_deploy.cli.{name}").main
+    for name in ("quantize", "convert", "build_engine", "chat", "bench")
+}
+
+
+def options_of(name: str) -> dict[str, click.Option]:
+    return {
+        flag: option
+        for option in COMMANDS[name].params
+        if isinstance(option, click.Option)
+        for flag in option.opts
+    }
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_version_and_json(name: str) -> None:
+    assert {"--version", "--json"} <= options_of(name).keys()
+    printed = CliRunner().invoke(COMMANDS[name], ["--version"]).stdout
+    assert printed == f"vila-{name.replace('_', '-')} {vila_deploy.__version__}\n"
+
+
+@pytest.mark.parametrize("name", ["quantize", "convert", "build_engine", "bench"])
+def test_out_is_always_a_path(name: str) -> None:
+    out = options_of(name)
+    assert out["-o"] is out["--out"]
+    assert isinstance(out["-o"].type, click.Path)
+
+
+def test_choices_are_the_lists_that_the_package_has() -> None:
+    quantize = options_of("quantize")
+    assert tuple(quantize["--algorithm"].type.choices) == ALGORITHMS
+    assert tuple(quantize["--device"].type.choices) == DEVICES
+    for option in (quantize["--format"], options_of("convert")["--to"]):
+        assert f": {', '.join(FORMATS)};" in (option.help or "")
+
+
+def test_precision_is_an_ordinary_choice() -> None:
+    done = CliRunner().invoke(
+        COMMANDS["build_engine"], ["c", "--target", "cpu", "--precision", "fp8", "--plan"]
+    )
+    assert done.exit_code == 2
+    assert "'int4', 'fp16'" in done.stderr
+
+
+def options(**changes: object) -> QuantizeOptions:
+    defaults = {
+        "algorithm": "awq", "group_size": 128, "symmetric": False, "calib": None,
+        "calib_images": None, "text_only": False, "eval": None, "no_eval": False,
+        "formats": ("awq",), "device": "auto", "prompt_template": None, "seed": 0,
+    }  # fmt: skip
+    return quantize_options(**{**defaults, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("word", ["builtin", "shipped"])
+def test_built_in_data_has_a_word_and_an_older_one(word: str) -> None:
+    asked = options(algorithm="rtn", eval=word)
+    assert asked.eval is None
+    assert asked.evaluates
+    assert word == "builtin" or word not in CliRunner().invoke(COMMANDS["quantize"], ["-h"]).stdout
+
+
+def test_own_data_is_a_path() -> None:
+    assert options(eval="mine.txt").eval == Path("mine.txt")
+    assert not options(no_eval=True).evaluates
+    assert options().evaluates
+    assert not options(algorithm="rtn").evaluates
