@@ -105,15 +105,9 @@ def attend_split(
         vectors = rotate(
             q_ptr + head[:, None] * DIM, dim[None, :], cos_ptr, sin_ptr, newest, inside, DIM
         )  # fmt: skip
-        source_ptr = q_ptr + (heads + kv_head) * DIM
-        new_key = rotate(source_ptr, dim, cos_ptr, sin_ptr, newest, in_dim, DIM)
-        new_value = tl.load(source_ptr + kv_heads * DIM + dim, mask=in_dim, other=0.0)
-        in_split = (start <= newest) & (newest < end)
-        new_key = append_vector(
-            new_key, keys_ptr, key_scales_ptr, newest, dim, in_dim, in_split, INT8, DIM
-        )  # fmt: skip
-        new_value = append_vector(
-            new_value, values_ptr, value_scales_ptr, newest, dim, in_dim, in_split, INT8, DIM
+        new_key, new_value = append_token(
+            q_ptr + (heads + kv_head) * DIM, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
+            cos_ptr, sin_ptr, newest, start, end, kv_heads, dim, in_dim, INT8, DIM,
         )  # fmt: skip
     else:
         vectors = tl.load(q_ptr + rows * DIM + dim[None, :], mask=inside, other=0.0)
@@ -146,6 +140,24 @@ def attend_split(
     flat = (token * heads + head) * splits + split
     tl.store(maxima_ptr + flat, top, mask=in_group)
     tl.store(weights_ptr + flat, mass, mask=in_group)
+
+
+@triton.jit
+def append_token(
+    source_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor, key_scales_ptr: tl.tensor,
+    value_scales_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, newest: tl.tensor,
+    start: tl.tensor, end: tl.tensor, kv_heads: tl.tensor, dim: tl.tensor, in_dim: tl.tensor,
+    INT8: tl.constexpr, DIM: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
+    """Return the new token's key, rotated, and value; write them if they belong to this split."""
+    key = rotate(source_ptr, dim, cos_ptr, sin_ptr, newest, in_dim, DIM)
+    value = tl.load(source_ptr + kv_heads * DIM + dim, mask=in_dim, other=0.0)
+    in_split = (start <= newest) & (newest < end)
+    key = append_vector(key, keys_ptr, key_scales_ptr, newest, dim, in_dim, in_split, INT8, DIM)
+    value = append_vector(
+        value, values_ptr, value_scales_ptr, newest, dim, in_dim, in_split, INT8, DIM
+    )  # fmt: skip
+    return key, value
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 A weight [out, in] is cut into tiles of ROWS output channels and blocks of `block` input channels,
 and stored tile by tile, block by block: [tiles, blocks, ROWS, words]. A program owns whole tiles,
-so it reads one unbroken stream. Output channels are padded with zero rows to PAD_ROWS, input
+so it reads one unbroken range. Output channels are padded with zero rows to PAD_ROWS, input
 channels with zero weights to whole blocks.
 
 Within a block, word i of a row packs the quantized values of several lanes: lane j is input channel

@@ -27,6 +27,7 @@ def build_engine(
     tp: int = 1,
     pp: int = 1,
     jetpack: str | None = None,
+    kernel_launch: str | None = None,
 ) -> Manifest:
     """Write the engine folder `out` for `target` and return its manifest.
 
@@ -56,5 +57,6 @@ def build_engine(
             tp=tp,
             pp=pp,
             jetpack=jetpack,
+            kernel_launch=kernel_launch,
         ),
     )

@@ -36,13 +36,19 @@ def test_equals_plain_attention(
     keys, values = torch.randn(2, kv_heads, positions, dim, generator=random).half()
     keys[:, position + tokens :] = 1e4
     values[:, position + tokens :] = torch.inf
-    place = torch.tensor([position], dtype=torch.int32)
+    cache_position = torch.tensor([position], dtype=torch.int32)
     out = unwritten(tokens, heads * dim)
     for launch in attention(
-        q, keys, values, place, out, SplitScratch(tokens, heads, dim, splits, "cpu"), CAPABILITY
+        q,
+        keys,
+        values,
+        cache_position,
+        out,
+        SplitScratch(tokens, heads, dim, splits, "cpu"),
+        CAPABILITY,
     ):
         launch()
-    expected = attention_reference(q, keys, values, place)
+    expected = attention_reference(q, keys, values, cache_position)
     assert_exact_as_half(out, expected, _half(q, keys, values, position))
 
 
@@ -71,18 +77,18 @@ def test_with_rotation_inside_it_gives_the_same_bits(
     angles = torch.rand(positions, dim // 2, generator=random) * 6
     cache = torch.randn(2, kv_heads, positions, dim, generator=random).half()
     cache[:, :, position:] = torch.inf
-    place, scratch = (
+    cache_position, scratch = (
         torch.tensor([position], dtype=torch.int32),
         SplitScratch(1, heads, dim, splits, "cpu"),
     )
     apart, inside = cache.clone(), cache.clone()
     expected, out = unwritten(1, heads * dim), unwritten(1, heads * dim)
     q = unwritten(1, heads, dim)
-    rope_kv(qkv, angles.cos(), angles.sin(), place, q, *apart)()
+    rope_kv(qkv, angles.cos(), angles.sin(), cache_position, q, *apart)()
     for launch in (
-        *attention(q, *apart, place, expected, scratch, CAPABILITY),
+        *attention(q, *apart, cache_position, expected, scratch, CAPABILITY),
         *rope_attention(
-            qkv, (angles.cos(), angles.sin()), *inside, place, out, scratch, CAPABILITY
+            qkv, (angles.cos(), angles.sin()), *inside, cache_position, out, scratch, CAPABILITY
         ),
     ):
         launch()
@@ -99,7 +105,10 @@ def test_merged_by_its_last_program_gives_the_same_bits(
     random = generator(splits)
     qkv = torch.randn(1, (heads + 2 * kv_heads) * dim, generator=random).half()
     angles = torch.rand(positions, dim // 2, generator=random) * 6
-    tables, place = (angles.cos(), angles.sin()), torch.tensor([position], dtype=torch.int32)
+    tables, cache_position = (
+        (angles.cos(), angles.sin()),
+        torch.tensor([position], dtype=torch.int32),
+    )
     vectors, scales = torch.randn(2, kv_heads, positions, dim, generator=random).half(), None
     if int8:
         vectors, both_scales = quantize_vectors(vectors)
@@ -108,7 +117,7 @@ def test_merged_by_its_last_program_gives_the_same_bits(
     for merged in (False, True):
         out, scratch = unwritten(1, heads * dim), SplitScratch(1, heads, dim, splits, "cpu")
         launches = rope_attention(
-            qkv, tables, *vectors, place, out, scratch, CAPABILITY, scales, merged=merged
+            qkv, tables, *vectors, cache_position, out, scratch, CAPABILITY, scales, merged=merged
         )
         assert len(launches) == 2 - merged
         for _ in range(1 + merged):

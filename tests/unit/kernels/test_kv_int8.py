@@ -81,12 +81,15 @@ def test_attention_equals_the_reference(
     quantized, scales = random_cache(kv_heads, dim, random)
     # What lies behind the position is left over from a longer conversation and must not be seen.
     quantized[:, :, position + tokens :], scales[:, :, position + tokens :] = 127, torch.inf
-    place, out = torch.tensor([position], dtype=torch.int32), unwritten(tokens, heads * dim)
+    cache_position, out = (
+        torch.tensor([position], dtype=torch.int32),
+        unwritten(tokens, heads * dim),
+    )
     scratch = SplitScratch(tokens, heads, dim, splits, "cpu")
-    for launch in attention(q, *quantized, place, out, scratch, CAPABILITY, (*scales,)):
+    for launch in attention(q, *quantized, cache_position, out, scratch, CAPABILITY, (*scales,)):
         launch()
     keys, values = dequantize_vectors(quantized, scales)
-    expected = attention_reference(q, keys, values, place)
+    expected = attention_reference(q, keys, values, cache_position)
     half = torch.cat(
         [
             torch.nn.functional.scaled_dot_product_attention(
@@ -111,16 +114,18 @@ def test_with_rotation_inside_it_gives_the_same_bits(
     qkv = halves(1, (heads + 2 * kv_heads) * dim, random)
     angles = torch.rand(POSITIONS, dim // 2, generator=random) * 6
     tables = angles.cos(), angles.sin()
-    place = torch.tensor([position], dtype=torch.int32)
+    cache_position = torch.tensor([position], dtype=torch.int32)
     scratch = SplitScratch(1, heads, dim, splits, "cpu")
     apart = random_cache(kv_heads, dim, random)
     inside = tuple(tensor.clone() for tensor in apart)
     expected, out = unwritten(1, heads * dim), unwritten(1, heads * dim)
     q = unwritten(1, heads, dim)
-    rope_kv(qkv, *tables, place, q, *apart[0], (*apart[1],))()
+    rope_kv(qkv, *tables, cache_position, q, *apart[0], (*apart[1],))()
     for launch in (
-        *attention(q, *apart[0], place, expected, scratch, CAPABILITY, (*apart[1],)),
-        *rope_attention(qkv, tables, *inside[0], place, out, scratch, CAPABILITY, (*inside[1],)),
+        *attention(q, *apart[0], cache_position, expected, scratch, CAPABILITY, (*apart[1],)),
+        *rope_attention(
+            qkv, tables, *inside[0], cache_position, out, scratch, CAPABILITY, (*inside[1],)
+        ),
     ):
         launch()
     assert torch.equal(out, expected)

@@ -16,9 +16,11 @@ from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.native import build as build_module
 from vila_deploy.backends.native import files
 from vila_deploy.backends.native.session import NativeSession
+from vila_deploy.builder import build_engine
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.cli.build_engine import main
 from vila_deploy.kernels.launch_mode import LAUNCH_MODES
+from vila_deploy.utils.errors import VilaDeployError
 
 PROMPT, NEW_TOKENS = [5, 9, 17, 30], 8
 
@@ -91,4 +93,10 @@ def test_where_there_is_none_it_is_refused_in_one_line(
     assert done.exit_code == 1
     assert message in done.output
     assert done.output.count("\n") == 1
+    assert not (tmp_path / "engine").exists()
+
+
+def test_python_refuses_an_unknown_one_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(VilaDeployError, match=r"unknown kernel launch mode 'fast'; choose from"):
+        build_engine(TINY_VILA, tmp_path / "engine", "h200", kernel_launch="fast")
     assert not (tmp_path / "engine").exists()
