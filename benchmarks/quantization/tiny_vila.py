@@ -105,7 +105,8 @@ def rows(
     yield {"quantization": "fp32", **exact_answers(checkpoint, questions)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for kind, chosen in (("images", algorithm), ("text only", algorithm), ("none", "rtn")):
+        # "pictures" is a value in the results file.
+        for kind, chosen in (("pictures", algorithm), ("text only", algorithm), ("none", "rtn")):
             text_only = kind == "text only"
             calib = None
             if kind != "none":

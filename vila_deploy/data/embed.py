@@ -66,14 +66,14 @@ class SampleTokenizer:
             examples: without images.
         """
         limit = length_limit(self.config, 0)
-        stream: list[int] = []
+        tokens: list[int] = []
         for example in examples:
             text = example.text if example.is_plain else self._rendered(example)
-            stream += self.tokenizer.bos_ids + self.tokenizer.encode(text[:MAX_TEXT_CHARACTERS])
-            if len(stream) >= max_samples * limit:
+            tokens += self.tokenizer.bos_ids + self.tokenizer.encode(text[:MAX_TEXT_CHARACTERS])
+            if len(tokens) >= max_samples * limit:
                 break
-        starts = range(0, len(stream), limit)
-        samples = [stream[start : start + limit] for start in starts]
+        starts = range(0, len(tokens), limit)
+        samples = [tokens[start : start + limit] for start in starts]
         long_enough = [sample for sample in samples if len(sample) >= MIN_SAMPLE_TOKENS]
         return [TokenSequence([sample]) for sample in long_enough or samples[:1]]
 

@@ -42,7 +42,7 @@ class TokenMetrics:
 
 @dataclass(frozen=True)
 class Quality:
-    """How near the quantized model's next-token distributions are to the original's.
+    """Differences of the quantized model's next-token distributions from the original's.
 
     KL is KL(original ‖ quantized) in nats, per token; `kl_p99` its 99th percentile. Top-1 agreement
     is the share of tokens for which both models find the same one most likely.

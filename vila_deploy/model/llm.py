@@ -29,7 +29,7 @@ FAMILIES = {"llama": (LlamaConfig, LlamaDecoderLayer), "qwen2": (Qwen2Config, Qw
 
 
 def transformers_config(config: LlmConfig) -> PretrainedConfig:
-    """The same model in transformers' terms; attention written out, so that a mask is explicit."""
+    """Return transformers' config of the same model, with eager attention, which takes a mask."""
     built = FAMILIES[config.family.name][0](
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_layers,
@@ -48,7 +48,7 @@ def transformers_config(config: LlmConfig) -> PretrainedConfig:
 
 
 def dense_weight(weights: WeightSource, prefix: str, dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] of a linear layer, dequantized where it is stored in 4 bits."""
+    """Return the weight [out, in] of a linear, dequantized where it is stored in 4 bits."""
     linear = weights.linear(prefix)
     return (linear.dequantize() if isinstance(linear, QuantizedLinear) else linear).to(dtype)
 
@@ -56,7 +56,7 @@ def dense_weight(weights: WeightSource, prefix: str, dtype: torch.dtype) -> Tens
 def load_decoder_layer(
     config: LlmConfig, weights: WeightSource, index: int, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """Decoder layer `index` with its weights alone in memory."""
+    """Return decoder layer `index`; no other layer's weights are read."""
     with torch.device("meta"):
         layer = FAMILIES[config.family.name][1](transformers_config(config), index)
     prefix = f"{layer_prefix(index)}."
@@ -72,13 +72,13 @@ def load_decoder_layer(
 
 
 def rotary(config: LlmConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [1, tokens, head_dim], float32, for integer `positions` [tokens]."""
+    """Return cos and sin [1, tokens, head_dim], float32, for integer `positions` [tokens]."""
     embedding = LlamaRotaryEmbedding(transformers_config(config))  # type: ignore[arg-type]
     return embedding(torch.zeros(1), positions[None])
 
 
 def causal_mask(queries: int, keys: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Additive mask [1, 1, queries, keys]; the last query sees every key."""
+    """Return an additive mask [1, 1, queries, keys]; the last query sees every key."""
     blocked = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries + 1)
     return torch.zeros(queries, keys, dtype=dtype).masked_fill(blocked, torch.finfo(dtype).min)[
         None, None
@@ -93,7 +93,7 @@ def run_layer(
     mask: Tensor | None = None,
     cache: object | None = None,
 ) -> Tensor:
-    """Hidden states [batch, tokens, hidden] through one decoder layer; causal by default.
+    """Return hidden states [batch, tokens, hidden] behind one decoder layer; causal by default.
 
     Args:
         cos, sin: from `rotary`, for the positions of these tokens.
@@ -126,7 +126,7 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def forward(self, embeds: Tensor, cache: object | None = None, position: int = 0) -> Tensor:
-        """[tokens, hidden], the first at `position` → logits [tokens, vocab]."""
+        """Return logits [tokens, vocab] of embeddings [tokens, hidden], the first at `position`."""
         count = embeds.shape[0]
         cos, sin = rotary(self.config, torch.arange(position, position + count))
         cos, sin = cos.to(embeds.dtype), sin.to(embeds.dtype)

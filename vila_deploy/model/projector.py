@@ -1,4 +1,4 @@
-"""mm_projector: neighbouring vision features become one token, then an MLP maps it to the LLM."""
+"""The reference mm_projector: windows of vision features become tokens, an MLP maps them."""
 
 from __future__ import annotations
 

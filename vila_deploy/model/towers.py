@@ -19,7 +19,7 @@ GELU = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}
 class VisionTower(nn.Module):
     """Pixels [tiles, 3, size, size] → features [tiles, patches, channels], class token dropped.
 
-    Its parameters are called as on disk. Layers behind the selected one are neither built nor read.
+    Its parameters are named as on disk. Layers behind the selected one are neither built nor read.
 
     Args:
         layers: how many encoder layers feed the selected hidden state.
@@ -77,7 +77,7 @@ _BUILDERS = {"siglip": _siglip, "clip": _clip, "internvit": _internvit}
 
 
 def _common(config: VisionConfig) -> dict[str, Any]:
-    """The same tower in transformers' terms."""
+    """Return the arguments of transformers' config of the same tower."""
     return {
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
@@ -91,7 +91,7 @@ def _common(config: VisionConfig) -> dict[str, Any]:
 
 
 class InternVitEmbeddings(nn.Module):
-    """Patches with a class token in front and learned positions: InternViT-6B-448px-V1-2."""
+    """InternViT-6B-448px-V1-2's embeddings: patches behind a class token, learned positions."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -107,7 +107,7 @@ class InternVitEmbeddings(nn.Module):
 
 
 class InternVitLayer(nn.Module):
-    """RMS norms, queries and keys normed over all heads together, a learned scale per branch."""
+    """InternViT's layer: RMS norms, queries and keys normed over all heads, scaled branches."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()

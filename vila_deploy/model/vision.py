@@ -1,4 +1,4 @@
-"""The reference vision encoder: tower, features of several scales joined, projector."""
+"""The reference vision encoder: tower, S2 (Scaling-on-Scales) features, projector."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class VisionEncoder(nn.Module):
 
     @torch.inference_mode()
     def forward(self, pixels: Tensor, grid: Grid | None = None) -> Tensor:
-        """→ [images, tokens, hidden].
+        """Return embeddings [images, tokens, hidden].
 
         Args:
             grid: None: every tile is an image of its own. (rows, columns): the tiles are one image
@@ -62,7 +62,7 @@ class VisionEncoder(nn.Module):
         return _merge(tokens, rows, columns).flatten(2).transpose(1, 2)
 
     def _s2_features(self, features: Tensor, grid: Grid) -> Tensor:
-        """[tiles, patches, channels] → [1, scales · channels, height, width]."""
+        """Return S2 features [1, scales · channels, height, width] of [tiles, patches, …]."""
         maps, start = [], 0
         for index in range(len(self.tiling.scales)):
             side = self.tiling.side(index)
@@ -76,13 +76,13 @@ class VisionEncoder(nn.Module):
 
 
 def _merge(tiles: Tensor, rows: int, columns: int) -> Tensor:
-    """Square tiles [rows · columns, side², channels] → one map [1, channels, height, width]."""
+    """Return one map [1, channels, height, width] of tiles [rows · columns, side², channels]."""
     side = round(tiles.shape[1] ** 0.5)
     grid = tiles.unflatten(0, (rows, columns)).unflatten(2, (side, side))
     return grid.permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)[None]
 
 
 def _split(feature_map: Tensor, rows: int, columns: int) -> Tensor:
-    """A map [1, channels, height, width] → blocks [rows · columns, channels, height/rows, …]."""
+    """Return blocks [rows · columns, channels, height/rows, …] of a map [1, channels, …]."""
     blocks = feature_map[0].unflatten(1, (rows, -1)).unflatten(3, (columns, -1))
     return blocks.permute(1, 3, 0, 2, 4).flatten(0, 1)

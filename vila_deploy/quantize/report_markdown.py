@@ -98,11 +98,11 @@ def _relative_error_table(evaluation: dict[str, Any] | None) -> list[str]:
         return []
     return [
         "",
-        "## Drift by modality",
+        "## Relative error of hidden states by modality",
         "",
-        "How far the hidden states behind each layer are from the original's on the evaluation "
-        "data, errors of all layers up to it together: per token, square of the difference over "
-        "square of the original; mean over the tokens.",
+        "On the evaluation data, behind each layer, errors of all layers up to it together: per "
+        "token, square of the difference from the original over square of the original; mean "
+        "over the tokens.",
         "",
         "| layer | text tokens | image tokens |",
         "|---|---:|---:|",
@@ -152,12 +152,12 @@ def _awq_table(report: dict[str, Any]) -> list[str]:
 
 def _awq_gptq_table(report: dict[str, Any]) -> list[str]:
     names = list(report["layers"][0]["linears"])
-    titles = ["layer", "drift behind it", *(name.partition(".")[2] for name in names)]
+    titles = ["layer", "hidden states behind it", *(name.partition(".")[2] for name in names)]
     return [
         "Relative output error (mean square error over mean square, on the calibration data behind "
-        "the quantized layers before): round to nearest → as stored, against the weights wanted. "
-        "Drift: square of the difference between quantized and exact hidden state over the square "
-        "of the exact one, mean over the tokens.",
+        "the quantized layers before): round to nearest → as stored, against the weights after "
+        "error correction. Hidden states: square of the difference between quantized and original "
+        "over the square of the original, mean over the tokens.",
         "",
         f"| {' | '.join(titles)} |",
         f"|{'---|' * len(titles)}",

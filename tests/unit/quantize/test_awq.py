@@ -89,7 +89,7 @@ def test_clip_search_is_llm_awqs(name):
             other = sum(
                 str(a) != b for a, b in zip(steps, golden["clip_steps"][linear], strict=True)
             )
-            # A scale that differs in its last bit turns a few levels and with them a few near ties.
+            # A scale that differs in its last bit turns a few quantized values and near ties.
             assert other <= 0.02 * len(steps), linear
             weight = apply_clip(weight, limit)
         norm = float(quantizer(weight).double().norm())

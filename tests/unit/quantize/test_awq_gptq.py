@@ -112,8 +112,8 @@ def textbook_gptq(weight, hessian, scale, zero, order):
         later = order[place:]
         inverse = torch.linalg.inv(hessian[later][:, later])
         group = channel // GROUP
-        level = (work[:, channel] / scale[:, group]).round() + zero[:, group]
-        qweight[:, channel] = level.clamp(0, MAX_LEVEL)
+        q = (work[:, channel] / scale[:, group]).round() + zero[:, group]
+        qweight[:, channel] = q.clamp(0, MAX_LEVEL)
         stored = (qweight[:, channel] - zero[:, group]) * scale[:, group]
         lost = (work[:, channel] - stored) / inverse[0, 0]
         work[:, later] -= torch.outer(lost, inverse[0])
@@ -250,34 +250,34 @@ def test_layer_is_nearer_to_the_original_than_awqs(name, tmp_path):
     original = {part: weight_of(layer, part).clone() for part in LINEARS}
     scheme = QuantScheme(case.group_size)
     awq.quantize_layer(layer, original.__getitem__, packed_states(case, given), scheme, "it")
-    assert result.relative_error < 0.9 * drift_of(case, layer)
+    assert result.relative_error < 0.9 * relative_error_of(case, layer)
     for part, (nearest, left) in result.errors.items():
         assert 0 < left < nearest, part
 
 
-def drift_of(case, layer):
+def relative_error_of(case, layer):
     """Mean over tokens, of a case's layer as it is quantized."""
     original, given = random_layer(case)
     exact, states = packed_states(case, given), packed_states(case, given)
     exact.advance(original)
     states.advance(layer)
-    lost = (states.hidden - exact.hidden).square().sum(-1)
-    return float((lost / exact.hidden.square().sum(-1)).mean())
+    error = (states.hidden - exact.hidden).square().sum(-1)
+    return float((error / exact.hidden.square().sum(-1)).mean())
 
 
-def test_later_layers_make_up_for_earlier_ones(tmp_path, monkeypatch):
+def test_later_layers_correct_the_error_of_earlier_ones(tmp_path, monkeypatch):
     case = next(iter(CASES.values()))
 
-    def drift_behind_two():
+    def error_behind_two():
         states = fp_and_quantized(case, random_layer(case)[1], tmp_path)
         for _ in range(2):
             layer = random_layer(case)[0]
             last = quantize_layer(layer, *states, QuantScheme(case.group_size), "layer")
         return last.relative_error
 
-    compensated = drift_behind_two()
+    corrected = error_behind_two()
     monkeypatch.setattr(awq_gptq, "ERROR_CORRECTION", 0.0)
-    assert compensated < 0.95 * drift_behind_two()
+    assert corrected < 0.95 * error_behind_two()
 
 
 def test_activations_in_a_file_change_nothing(tmp_path, monkeypatch):

@@ -146,12 +146,12 @@ def test_killed_at_every_stage(data, options, whole, tmp_path):
     assert_finishes(data, options, tmp_path, whole)
 
 
-def test_killed_at_random_moments(data, options, whole_out, whole, tmp_path):
+def test_killed_at_random_times(data, options, whole_out, whole, tmp_path):
     chance = random.Random(0)
     takes_s = json.loads((whole_out / "report.json").read_text())["seconds"]
     for _ in range(3):
-        moment = chance.uniform(0.1, 1.0) * takes_s
-        code = exit_code(data / "root", tmp_path / "out", options, moment)
+        delay_s = chance.uniform(0.1, 1.0) * takes_s
+        code = exit_code(data / "root", tmp_path / "out", options, delay_s)
         assert code in (0, -signal.SIGALRM)
         if (tmp_path / "out").exists():
             assert contents(tmp_path / "out") == whole
@@ -182,9 +182,9 @@ def test_time_is_summed_and_finished_layers_are_not_searched_again(
     searched, alive = [], []
     quantize_layer, load = awq_gptq.quantize_layer, base.load_decoder_layer
 
-    def counting(layer, streams, scheme, where, *rest):
+    def counting(layer, fp, quantized, scheme, where, *rest):
         searched.append(where)
-        return quantize_layer(layer, streams, scheme, where, *rest)
+        return quantize_layer(layer, fp, quantized, scheme, where, *rest)
 
     def one_at_a_time(*args):
         gc.collect()
@@ -194,10 +194,11 @@ def test_time_is_summed_and_finished_layers_are_not_searched_again(
         return layer
 
     monkeypatch.setattr(awq_gptq, "quantize_layer", counting)
-    monkeypatch.setattr(base, "load_decoder_layer", one_at_a_time)
+    for module in (base, awq_gptq):
+        monkeypatch.setattr(module, "load_decoder_layer", one_at_a_time)
     report = pipeline.quantize(data / "root", here / "out", options, resume=True)
     assert searched == ["model.layers.2"]
-    assert len(alive) == 5  # two finished layers pass both streams
+    assert len(alive) == 5  # two finished layers advance fp and quantized states
     assert 2000 < report["seconds"] < 2900
     assert contents(here / "out") == whole
     assert "2 finished layers found" in capsys.readouterr().err
