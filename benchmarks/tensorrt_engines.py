@@ -20,10 +20,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vila_deploy.backends.registry import get_backend
 from vila_deploy.bench.measure import commit, device_name, versions
-from vila_deploy.builder.memory_plan import VISION, plan_engine
+from vila_deploy.builder.memory_plan import plan_engine
 from vila_deploy.checkpoint.presets import PRESETS, preset
+from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.manifest import Manifest, load_manifest
+from vila_deploy.engine.memory import MemoryRow
 from vila_deploy.engine.target import get_target
 
 OUTPUT = Path(__file__).parent / "results" / "tensorrt-engines.jsonl"
@@ -83,9 +86,10 @@ def _pages(pid: int) -> tuple[int, int]:
 
 def sizes(out: Path, manifest: Manifest, model: str, precision: str) -> dict[str, Any]:
     """Bytes of plans and weights; the embedding table is a file beside them."""
-    limits, target = manifest.limits, get_target(manifest.target)
-    planned = plan_engine(preset(model, precision), target, "tensorrt", precision, limits)
-    eye = sum(part.bytes for part in planned.components if part.name in (VISION, "projector"))
+    request = BuildRequest(get_target(manifest.target), manifest.limits)
+    backend = get_backend(manifest.backend)
+    items = plan_engine(preset(model, precision), backend, precision, request).items
+    eye = sum(items[row].bytes for row in (MemoryRow.VISION, MemoryRow.PROJECTOR))
     weights = {"vision": eye, "llm": manifest.weight_bytes_per_token}
     plans = {part: (out / part / "model.plan").stat().st_size for part in weights}
     return {

@@ -5,10 +5,12 @@ from __future__ import annotations
 from functools import cache
 
 from benchmarks.page_tables.sources import PRECISIONS, markdown
-from vila_deploy.builder.build import default_limits
+from vila_deploy.backends.registry import get_backend
 from vila_deploy.builder.fit import Fit, fit_everywhere
 from vila_deploy.builder.memory_plan import plan_engine
 from vila_deploy.checkpoint.presets import PRESETS, base_models, preset
+from vila_deploy.engine.build_request import BuildRequest, resolve_limits
+from vila_deploy.engine.memory import MemoryRow
 from vila_deploy.engine.target import Target, get_target, load_targets
 
 
@@ -72,17 +74,17 @@ def _needed(fit: Fit) -> str:
 def _fits(model: str, precision: str) -> dict[str, Fit]:
 
     config = preset(model, precision)
-    return {fit.target: fit for fit in fit_everywhere(config, precision, default_limits(config))}
+    return {fit.target: fit for fit in fit_everywhere(config, precision, resolve_limits(config))}
 
 
 def _weight_bytes(model: str, precision: str) -> int:
     """Return the bytes of weights on a GPU, which are those of the checkpoint."""
 
     config = preset(model, precision)
-    limits = default_limits(config)
-    plan = plan_engine(config, get_target("a100"), "tensorrt", precision, limits)
-    running = ("key/value cache", "activations")
-    return sum(item.bytes for item in plan.components if not item.name.startswith(running))
+    request = BuildRequest(get_target("a100"), resolve_limits(config))
+    plan = plan_engine(config, get_backend("tensorrt"), precision, request)
+    running = (MemoryRow.KV_CACHE, MemoryRow.ACTIVATIONS)
+    return sum(item.bytes for row, item in plan.items.items() if row not in running)
 
 
 def targets() -> str:

@@ -120,7 +120,7 @@ def reference() -> Iterator[Answer]:
 @contextmanager
 def engine(folder: Path) -> Iterator[Answer]:
     """A built engine."""
-    from vila_deploy.backends import open_engine
+    from vila_deploy.runtime.open_engine import open_engine
 
     with open_engine(folder) as opened:
         assert opened.tokenizer is not None

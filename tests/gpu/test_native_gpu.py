@@ -41,10 +41,11 @@ def target() -> str:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory, target: str) -> Iterator[tuple[Any, Any]]:
     """tiny-vila as it was trained: the engine on this GPU, and the reference on the CPU."""
-    from vila_deploy.backends import open_engine
-    from vila_deploy.builder.build import BuildOptions, build_engine
+    from vila_deploy.builder.build import build_engine
+    from vila_deploy.builder.resolve import BuildOptions
     from vila_deploy.checkpoint import open_checkpoint
     from vila_deploy.model.vila import ReferenceSession
+    from vila_deploy.runtime.open_engine import open_engine
 
     folder = tmp_path_factory.mktemp("native") / "engine"
     build_engine(TINY_VILA, folder, BuildOptions(target, backend="native", max_seq_len=256))
@@ -99,9 +100,10 @@ def test_ten_runs_give_equal_bytes_and_guessing_the_same_tokens(pair: tuple[Any,
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory, target: str) -> Iterator[Any]:
     """Output head in int4, cache in int8."""
-    from vila_deploy.backends import open_engine
-    from vila_deploy.builder.build import BuildOptions, build_engine
+    from vila_deploy.builder.build import build_engine
+    from vila_deploy.builder.resolve import BuildOptions
     from vila_deploy.engine.precision import ModulePrecision
+    from vila_deploy.runtime.open_engine import open_engine
 
     folder = tmp_path_factory.mktemp("small") / "engine"
     module_precision = ModulePrecision(lm_head="int4", kv_cache="int8")
@@ -223,10 +225,11 @@ def test_parts_in_host_memory_give_the_same_bits(
     target: str, pair: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Triton reads the table in pinned memory, and the tower's layers come and go."""
-    from vila_deploy.backends import open_engine
     from vila_deploy.backends.native import build as build_module
-    from vila_deploy.builder.build import BuildOptions, build_engine
-    from vila_deploy.builder.memory_plan import EMBEDDINGS, VISION
+    from vila_deploy.backends.native.memory import EMBEDDINGS, VISION
+    from vila_deploy.builder.build import build_engine
+    from vila_deploy.builder.resolve import BuildOptions
+    from vila_deploy.runtime.open_engine import open_engine
 
     monkeypatch.setattr(build_module, "host_parts", lambda *_: (EMBEDDINGS, VISION))
     folder = tmp_path / "engine"
@@ -246,11 +249,12 @@ def test_parts_in_host_memory_give_the_same_bits(
 def test_a_tower_in_int8_is_near_the_float16_one_and_may_be_streamed(
     target: str, pair: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vila_deploy.backends import open_engine
     from vila_deploy.backends.native import build as build_module
-    from vila_deploy.builder.build import BuildOptions, build_engine
-    from vila_deploy.builder.memory_plan import VISION
+    from vila_deploy.backends.native.memory import VISION
+    from vila_deploy.builder.build import build_engine
+    from vila_deploy.builder.resolve import BuildOptions
     from vila_deploy.engine.precision import ModulePrecision
+    from vila_deploy.runtime.open_engine import open_engine
 
     pixels = np.random.default_rng(0).standard_normal((1, 3, 72, 72), np.float32)
     options = BuildOptions(

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from tests.support.tiny import make_checkpoint
-from vila_deploy.backends import open_engine
 from vila_deploy.backends.tensorrt import cuda, files
 from vila_deploy.backends.tensorrt.compilers import COMPILERS, host_platform
-from vila_deploy.builder.build import BuildOptions, build_engine
+from vila_deploy.builder.build import build_engine
+from vila_deploy.builder.resolve import BuildOptions
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.engine.target import Target, load_targets
 from vila_deploy.model.vila import ReferenceSession
+from vila_deploy.runtime.open_engine import open_engine
 from vila_deploy.utils.errors import VilaDeployError
 
 # Of the logits' spread; on onnxruntime the same graphs stay below 5e-3.

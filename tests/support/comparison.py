@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vila_deploy.backends import open_engine
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import SequenceSession, Session
@@ -18,6 +17,7 @@ from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
 from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
 from vila_deploy.runtime.conversation import encode_images, place_images
 from vila_deploy.runtime.generate import generate
+from vila_deploy.runtime.open_engine import open_engine
 from vila_deploy.utils.arrays import Floats
 
 Prompt = tuple[list[Image.Image], str]

@@ -14,10 +14,10 @@ import torch
 from vila_deploy.backends.native import build as build_module
 from vila_deploy.backends.native.weights import Layer, PackedLlm, pack_shards
 from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
-from vila_deploy.engine.build_request import BuildRequest, ModulePrecision
+from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.manifest import Limits, Manifest
 from vila_deploy.engine.model_info import describe
-from vila_deploy.engine.precision import ALL_FP16
+from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.engine.target import Target, get_target
 from vila_deploy.formats.rtn import round_to_nearest
 from vila_deploy.formats.scheme import QuantScheme

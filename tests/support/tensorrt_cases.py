@@ -12,7 +12,7 @@ from onnx import TensorProto
 
 from tests.support.paths import GOLDEN
 from vila_deploy.backends.tensorrt import files, graphs
-from vila_deploy.backends.tensorrt.build import write_description
+from vila_deploy.backends.tensorrt.backend import write_description
 from vila_deploy.backends.tensorrt.compilers import COMPILERS
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.manifest import Limits, Manifest

@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image
 
 from vila_deploy import __version__
-from vila_deploy.backends import OpenedEngine, open_engine
 from vila_deploy.bench.bandwidth import read_bandwidth_bytes_per_s
 from vila_deploy.bench.gpu import gpu_name
 from vila_deploy.engine.sampling import SamplingParams
@@ -33,6 +32,7 @@ from vila_deploy.processing.multimodal_prompt import (
 )
 from vila_deploy.runtime.conversation import encode_images, place_images
 from vila_deploy.runtime.generate import decode_tokens
+from vila_deploy.runtime.open_engine import OpenedEngine, open_engine
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 

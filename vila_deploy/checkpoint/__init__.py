@@ -101,17 +101,20 @@ def _list_digest(lines: dict[str, str]) -> str:
     return total.hexdigest()
 
 
-def open_checkpoint(root: Path) -> Checkpoint:
+def open_checkpoint(root: Path, config: VilaConfig | None = None) -> Checkpoint:
     """Checks everything that can be checked before work starts; reads no weights but to hash them.
 
     That is: layout, configs, index, every header of a file of weights, every tensor's name, shape
     and dtype, and SHA256SUMS if there is one.
 
+    Args:
+        config: of this checkpoint, where the caller has read it already.
+
     Raises:
         VilaDeployError: names the file, key or tensor that is wrong.
     """
     try:
-        return _open(root)
+        return _open(root, config)
     except OSError as error:
         raise VilaDeployError(
             f"cannot be read ({error.strerror or error})",
@@ -120,9 +123,9 @@ def open_checkpoint(root: Path) -> Checkpoint:
         ) from error
 
 
-def _open(root: Path) -> Checkpoint:
+def _open(root: Path, config: VilaConfig | None) -> Checkpoint:
     layout = find_layout(root)
-    config = config_of(layout)
+    config = config or config_of(layout)
     if layout.flat:
         found = split_flat(find_tensors(root), layout.prefixes)
     else:

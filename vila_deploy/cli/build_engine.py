@@ -13,9 +13,9 @@ from vila_deploy.kernels.launch_mode import LAUNCH_MODES
 from vila_deploy.utils.errors import VilaDeployError, printable
 
 if TYPE_CHECKING:
-    from vila_deploy.builder.build import BuildOptions
     from vila_deploy.builder.fit import Fit
     from vila_deploy.builder.memory_plan import EnginePlan
+    from vila_deploy.builder.resolve import BuildOptions
     from vila_deploy.engine.manifest import Manifest
     from vila_deploy.engine.precision import ModulePrecision
 
@@ -120,7 +120,8 @@ def main(
     if out is None and not plan_only:
         raise click.UsageError("-o is missing: name the folder to write, or give --plan")
 
-    from vila_deploy.builder.build import BuildOptions, plan_build, plan_targets
+    from vila_deploy.builder.plan import plan_build, plan_targets
+    from vila_deploy.builder.resolve import BuildOptions, resolve_build
     from vila_deploy.engine.precision import ModulePrecision
 
     options = BuildOptions(
@@ -128,7 +129,8 @@ def main(
         pp, jetpack, ModulePrecision(vision, lm_head, kv_cache), eval_data, kernel_launch,
     )  # fmt: skip
     if plan_only or out is None:
-        planned, fits = plan_build(checkpoint, options), plan_targets(checkpoint, options)
+        build = resolve_build(checkpoint, options, planning=True)
+        planned, fits = plan_build(build), plan_targets(build)
         if as_json:
             echo_json({**planned.to_json(), "targets": [fit.to_json() for fit in fits]})
         else:
@@ -160,9 +162,9 @@ def _show_engine(out: Path, manifest: Manifest, as_json: bool) -> None:
                 "backend": manifest.backend,
                 "precision": manifest.precision,
                 "components": manifest.module_precision.to_json(),
-                "effect": manifest.effect,
+                "effect": manifest.accuracy_impact,
                 "weight_bytes_per_token": manifest.weight_bytes_per_token,
-                "needs": list(manifest.needs),
+                "needs": [step.title for step in manifest.pending_steps],
             }
         )
     else:
@@ -171,17 +173,19 @@ def _show_engine(out: Path, manifest: Manifest, as_json: bool) -> None:
             f"{out}: {_precisions(manifest.precision, manifest.module_precision)} engine for "
             f"{manifest.target}, {size / 1e6:,.1f} MB"
         )
-        if manifest.effect is not None:
-            effect = manifest.effect
+        impact = manifest.accuracy_impact
+        if impact is not None:
             click.echo(
-                f"Against fp16 components: mean KL {effect['kl_mean']:.2g} nats, the same most "
-                f"likely token for {effect['top1_agreement']:.2%} of {effect['tokens']} tokens"
+                f"Against fp16 modules: mean KL {impact['kl_mean']:.2g} nats, top-1 agreement "
+                f"{impact['top1_agreement']:.2%} over {impact['tokens']} tokens"
             )
-        if manifest.needs:
-            from vila_deploy.builder.finish import finish_location
+        if manifest.pending_steps:
+            from vila_deploy.backends.registry import get_backend
 
+            location = get_backend(manifest.backend).finish_location(manifest)
+            steps = "; ".join(step.title for step in manifest.pending_steps)
             click.echo(
-                f"Left for {finish_location(manifest)}: {'; '.join(manifest.needs)}. "
+                f"Left for {location}: {steps}. "
                 f"Copy {out.name} there and run: "
                 f"vila-build-engine {out.name} --target {manifest.target} "
                 f"--backend {manifest.backend} -o {out.name}"
@@ -195,7 +199,7 @@ def _precisions(precision: str, module_precision: ModulePrecision) -> str:
 def _show_plan(planned: EnginePlan, fits: list[Fit]) -> None:
     from vila_deploy.cli.common import show_fits, show_plan
 
-    show_plan(planned.components, planned.stages)
+    show_plan(planned.items.values(), planned.steps)
     verdict = "fits" if planned.fits else "does not fit"
     click.echo(
         f"{planned.target} with {planned.backend}, "

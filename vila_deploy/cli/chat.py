@@ -74,11 +74,11 @@ def main(
     if as_json and prompt is None:
         raise click.UsageError("--json needs -p")
 
-    from vila_deploy.backends import open_engine
     from vila_deploy.engine.sampling import SamplingParams
     from vila_deploy.processing.images import read_image
     from vila_deploy.processing.video import sample_frames
     from vila_deploy.runtime.conversation import Conversation
+    from vila_deploy.runtime.open_engine import open_engine
     from vila_deploy.utils.errors import VilaDeployError
 
     turn_images = [read_image(path) for path in images]

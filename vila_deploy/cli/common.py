@@ -85,7 +85,7 @@ def echo_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def show_plan(components: Iterable[MemoryItem], stages: Iterable[PlanStep]) -> None:
+def show_plan(items: Iterable[MemoryItem], steps: Iterable[PlanStep]) -> None:
     """Print a plan's memory items as a table, and memory and time of each of its steps."""
     from rich.console import Console
     from rich.table import Table
@@ -95,15 +95,15 @@ def show_plan(components: Iterable[MemoryItem], stages: Iterable[PlanStep]) -> N
     table = Table("part", "parameters", "bits", "MB", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
-    for part in components:
+    for item in items:
         table.add_row(
-            part.name, f"{part.parameters:,}", f"{part.bits:.3g}", f"{part.bytes / 1e6:,.1f}"
+            item.name, f"{item.parameters:,}", f"{item.bits:.3g}", f"{item.bytes / 1e6:,.1f}"
         )
     console = Console()
     console.print(table)
-    for stage in stages:
-        time = "" if stage.seconds is None else f", {clock(stage.seconds)}"
-        console.print(f"{stage.name}: about {stage.memory_bytes / 1e9:.1f} GB of memory{time}")
+    for step in steps:
+        time = "" if step.seconds is None else f", {clock(step.seconds)}"
+        console.print(f"{step.name}: about {step.memory_bytes / 1e9:.1f} GB of memory{time}")
 
 
 def show_fits(fits: Iterable[Fit]) -> None:

@@ -131,14 +131,14 @@ def main(
 
 
 def _plan(checkpoint: Path, options: QuantizeOptions, as_json: bool) -> None:
-    from vila_deploy.builder.build import default_limits
     from vila_deploy.builder.fit import fit_everywhere
     from vila_deploy.checkpoint.config import load_config, with_template
+    from vila_deploy.engine.build_request import resolve_limits
     from vila_deploy.quantize.estimate.plan import measured_plan
 
     config = with_template(load_config(checkpoint), options.prompt_template)
     planned = measured_plan(config, options)
-    fits = fit_everywhere(config, "int4", default_limits(config))
+    fits = fit_everywhere(config, "int4", resolve_limits(config))
     if as_json:
         echo_json({**planned.to_json(), "targets": [fit.to_json() for fit in fits]})
     else:

@@ -1,27 +1,32 @@
-"""What a backend is asked to build, and what it says of the files that it wrote."""
+"""What a backend is asked to build, and what it reports about the files that it wrote."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vila_deploy.engine.manifest import Limits
-from vila_deploy.engine.precision import ALL_FP16
-from vila_deploy.engine.precision import ModulePrecision as ModulePrecision
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.engine.manifest import Limits, PendingStep
+from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.engine.target import Target
+from vila_deploy.utils.errors import VilaDeployError
+
+DEFAULT_MAX_SEQ_LEN = 4096
 
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """Args:
-    target: the device that it is for.
-    limits: batch and lengths that the engine must take.
-    tp: GPUs that share each layer.
-    pp: stages, on `tp` GPUs each, that the layers are cut into.
-    jetpack: release of JetPack on a Jetson; None means the target's usual one.
-    module_precision: what vision tower, output head and key/value cache are kept in.
-    kernel_launch: a name in LAUNCH_MODES, how the native backend's kernels follow each other; None
-        means the default.
+    """What an engine must be.
+
+    Args:
+        target: the device that it is for.
+        limits: batch and lengths that it must take.
+        tp: GPUs that share each layer.
+        pp: pipeline stages, on `tp` GPUs each, that the layers are cut into.
+        jetpack: release of JetPack on a Jetson; None means the target's usual one.
+        module_precision: dtype of vision tower, output head and key/value cache.
+        kernel_launch: a name in LAUNCH_MODES, how the native backend's kernels follow each other;
+            None means the default.
     """
 
     target: Target
@@ -38,15 +43,42 @@ class BuildRequest:
 
 
 @dataclass(frozen=True)
-class Built:
-    """What the manifest says about the files that were written.
+class BuildResult:
+    """What the manifest records about the files that a backend wrote.
 
     Args:
         weight_bytes_per_token: bytes of weights that one decoding step reads.
         versions: of the tools that made them.
-        needs: steps that are left for the device; empty when the engine is complete.
+        pending_steps: steps left for the device; empty when the engine is complete.
     """
 
     weight_bytes_per_token: int
     versions: Mapping[str, str]
-    needs: tuple[str, ...] = ()
+    pending_steps: tuple[PendingStep, ...] = ()
+
+
+def resolve_limits(
+    config: VilaConfig,
+    max_batch_size: int = 1,
+    max_input_len: int | None = None,
+    max_seq_len: int | None = None,
+) -> Limits:
+    """Return an engine's limits; None means the longest that the model takes, at most 4096 tokens.
+
+    Raises:
+        VilaDeployError: longer than the model takes, or a prompt longer than the sequence.
+    """
+    longest = min(config.model_max_length, config.llm.max_position_embeddings)
+    max_seq_len = max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
+    if max_seq_len > longest:
+        raise VilaDeployError(
+            f"--max-seq-len {max_seq_len} is more than the model's {longest}",
+            fix=f"use {longest} or less",
+        )
+    max_input_len = max_input_len or max_seq_len
+    if max_input_len > max_seq_len:
+        raise VilaDeployError(
+            f"--max-input-len {max_input_len} is more than --max-seq-len {max_seq_len}",
+            fix="the prompt is part of the sequence: raise --max-seq-len",
+        )
+    return Limits(max_batch_size, max_input_len, max_seq_len)

@@ -1,4 +1,4 @@
-"""manifest.json: what is in an engine folder, checked byte for byte when it is opened."""
+"""manifest.json: the contents of an engine folder, checked byte for byte when it is opened."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import canonical_json, read_json_object, replace_file, sha256_file
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
+# Version 1 has pending steps as sentences, version 2 as ids with titles; both are read.
+FORMAT_VERSION = 2
+MANIFEST, TOKENIZER_FOLDER = "manifest.json", "tokenizer"
 CHECKSUM = "manifest_sha256"
-# What backends keep to be quicker next time; it changes from run to run and may be deleted.
+# Files that backends keep to be quicker next time; they change and may be deleted.
 CACHE_SUFFIX = ".cache"
 HASH_THREADS = 4
 REBUILD = "build the engine again with vila-build-engine, or copy it again"
@@ -35,6 +36,29 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class PendingStep:
+    """A step that is left for the device.
+
+    Args:
+        id: the name that its backend gives it.
+        title: the name that users read.
+    """
+
+    id: str
+    title: str
+
+
+# Sentences of format version 1, and the ids of the same steps.
+VERSION_1_STEPS = {
+    "compile vision/model.onnx with TensorRT": "vision",
+    "compile projector/model.onnx with TensorRT": "projector",
+    "compile llm/model.onnx with TensorRT": "llm",
+    "compile the vision encoder with TensorRT": "vision",
+    "build the LLM with trtllm-build": "llm",
+}
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything about an engine but its weights.
 
@@ -44,9 +68,10 @@ class Manifest:
         weight_bytes_per_token: bytes of weights that one decoding step reads.
         checkpoint_fingerprint: of the checkpoint that it was built from; None for random weights.
         versions: of the tools that built it; the backend checks what must match.
-        needs: steps that are still to be done on the device; empty when the engine is complete.
-        module_precision: what vision tower, output head and key/value cache are kept in.
-        effect: what that changes in the logits, where it was measured (see Effect.to_json).
+        pending_steps: steps left for the device; empty when the engine is complete. Key `needs`.
+        module_precision: dtype of vision tower, output head and key/value cache. Key `components`.
+        accuracy_impact: change of the logits by that, where it was measured (see
+            AccuracyImpact.to_json). Key `effect`.
     """
 
     name: str
@@ -59,13 +84,21 @@ class Manifest:
     limits: Limits
     model: ModelInfo
     versions: Mapping[str, str]
-    needs: tuple[str, ...] = ()
+    pending_steps: tuple[PendingStep, ...] = ()
     module_precision: ModulePrecision = ALL_FP16
-    effect: Mapping[str, Any] | None = None
+    accuracy_impact: Mapping[str, Any] | None = None
+
+
+# Keys in manifest.json of the fields whose names have changed since.
+KEYS = {
+    "pending_steps": "needs",
+    "module_precision": "components",
+    "accuracy_impact": "effect",
+}
 
 
 def write_manifest(folder: Path, manifest: Manifest, without: Collection[str] = ()) -> None:
-    """Writes manifest.json with size and SHA-256 of every other file below `folder`.
+    """Write manifest.json with size and SHA-256 of every other file below `folder`.
 
     One that is there is replaced at once.
 
@@ -81,14 +114,14 @@ def write_manifest(folder: Path, manifest: Manifest, without: Collection[str] = 
     ]
     with ThreadPoolExecutor(HASH_THREADS) as threads:
         digests = threads.map(sha256_file, paths)
-    values = {field.name: getattr(manifest, field.name) for field in fields(Manifest)}
-    del values["module_precision"]
+    names = [field.name for field in fields(Manifest)]
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "components": manifest.module_precision.to_json(),
-        **values,
+        **{KEYS.get(name, name): getattr(manifest, name) for name in names},
         "limits": vars(manifest.limits),
         "model": manifest.model.to_json(),
+        "components": manifest.module_precision.to_json(),
+        "needs": [vars(step) for step in manifest.pending_steps],
         "files": {
             path.relative_to(folder).as_posix(): {
                 "sha256": digest,
@@ -103,7 +136,7 @@ def write_manifest(folder: Path, manifest: Manifest, without: Collection[str] = 
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Reads manifest.json and checks every file of the engine against it.
+    """Read manifest.json and check every file of the engine against it.
 
     Raises:
         VilaDeployError: no engine, another format version, or any byte that differs.
@@ -114,41 +147,51 @@ def load_manifest(folder: Path) -> Manifest:
             f"holds no {MANIFEST}", where=folder, fix="give a folder that vila-build-engine made"
         )
     content = read_json_object(path)
-    found = Fields(content, path)
-    version = found.integer("format_version", low=0)
-    if version != FORMAT_VERSION:
+    values = Fields(content, path)
+    version = values.integer("format_version", low=0)
+    if not 1 <= version <= FORMAT_VERSION:
         raise VilaDeployError(
-            f"has format version {version}, this vila-deploy reads {FORMAT_VERSION}",
+            f"has format version {version}, this vila-deploy reads 1 to {FORMAT_VERSION}",
             where=path,
             fix="build the engine again with this version",
         )
     checksum = content.pop(CHECKSUM, None)
-    whole = canonical_json({**content, CHECKSUM: checksum})
+    expected = canonical_json({**content, CHECKSUM: checksum})
     # Comparing the text itself finds changes that parsing forgives, such as white space.
-    if checksum != _digest(content) or path.read_text("utf-8") != whole:
+    if checksum != _digest(content) or path.read_text("utf-8") != expected:
         raise VilaDeployError("was altered", where=path, fix=REBUILD)
     _check_files(folder, content["files"])
-    return _from_fields(found)
+    return _from_fields(values)
 
 
-def _from_fields(found: Fields) -> Manifest:
-    limits = found.child("limits")
+def _from_fields(values: Fields) -> Manifest:
+    limits = values.child("limits")
     return Manifest(
-        name=found.text("name"),
-        target=found.text("target"),
-        backend=found.text("backend"),
-        precision=found.text("precision"),
-        weights=found.text("weights"),
-        weight_bytes_per_token=found.integer("weight_bytes_per_token", high=1 << 50),
-        checkpoint_fingerprint=found.values["checkpoint_fingerprint"],
+        name=values.text("name"),
+        target=values.text("target"),
+        backend=values.text("backend"),
+        precision=values.text("precision"),
+        weights=values.text("weights"),
+        weight_bytes_per_token=values.integer("weight_bytes_per_token", high=1 << 50),
+        checkpoint_fingerprint=values.values["checkpoint_fingerprint"],
         limits=Limits(
             *(limits.integer(key) for key in ("max_batch_size", "max_input_len", "max_seq_len"))
         ),
-        model=ModelInfo.from_fields(found.child("model")),
-        versions=found.child("versions").values,
-        needs=tuple(found.values["needs"]),
-        module_precision=ModulePrecision.from_fields(found),
-        effect=found.child("effect").values if "effect" in found else None,
+        model=ModelInfo.from_fields(values.child("model")),
+        versions=values.child("versions").values,
+        pending_steps=pending_steps_of(values.values),
+        module_precision=ModulePrecision.from_fields(values),
+        accuracy_impact=values.child("effect").values if "effect" in values else None,
+    )
+
+
+def pending_steps_of(content: Mapping[str, Any]) -> tuple[PendingStep, ...]:
+    """Return the pending steps of a manifest's JSON, of format version 1 or 2."""
+    return tuple(
+        PendingStep(VERSION_1_STEPS.get(step, step), step)
+        if isinstance(step, str)
+        else PendingStep(step["id"], step["title"])
+        for step in content.get("needs", ())
     )
 
 

@@ -18,20 +18,21 @@ from click.testing import CliRunner
 
 from tests.support import fake_tensorrt
 from tests.support.tiny import make_checkpoint
-from vila_deploy.backends import OpenedEngine, open_engine
-from vila_deploy.backends.tensorrt import build as tensorrt_build
-from vila_deploy.backends.tensorrt import compilers, cuda
+from vila_deploy.backends.tensorrt import backend as tensorrt_backend
+from vila_deploy.backends.tensorrt import compile_worker, compilers, cuda
 from vila_deploy.backends.tensorrt.compile import Job
 from vila_deploy.bench import gpu
 from vila_deploy.bench import measure as measure_module
 from vila_deploy.bench.gpu import gpu_name
 from vila_deploy.bench.measure import device_name, measure, versions
 from vila_deploy.bench.table import render_rows
-from vila_deploy.builder.build import BuildOptions, build_engine, build_random_engine
+from vila_deploy.builder.build import build_engine, build_random_engine
+from vila_deploy.builder.resolve import BuildOptions
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.cli.bench import main
 from vila_deploy.engine.manifest import load_manifest
 from vila_deploy.engine.target import get_target
+from vila_deploy.runtime.open_engine import OpenedEngine, open_engine
 from vila_deploy.utils.errors import VilaDeployError
 
 CPU_TITLES = ("| peak MB |", "| of read bandwidth")
@@ -156,12 +157,11 @@ def tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_graph(compiler: Any, job: Job, advance: Any) -> None:
         job.plan.write_text("engine")
 
-    monkeypatch.setattr(tensorrt_build, "compile_graph", compile_graph)
+    monkeypatch.setattr(compile_worker, "compile_graph", compile_graph)
 
 
 def pretend_host(monkeypatch: pytest.MonkeyPatch, platform: str, version: str) -> None:
-    for module in ("builder.build", "backends.tensorrt.build"):
-        monkeypatch.setattr(f"vila_deploy.{module}.host_platform", lambda: platform)
+    monkeypatch.setattr(tensorrt_backend, "host_platform", lambda: platform)
     trt = SimpleNamespace(__version__=version)
     monkeypatch.setattr(compilers.Compiler, "load", lambda self: trt)
     monkeypatch.setattr(cuda, "compute_capability", lambda: "8.7")
@@ -172,7 +172,7 @@ def test_random_weights_are_finished_on_the_board(
 ) -> None:
     pretend_host(monkeypatch, "linux-aarch64", "10.3.0")
     manifest = build_random_engine("VILA1.5-3b", "fp16", "orin-nano", tmp_path / "engine")
-    assert manifest.needs == ()
+    assert manifest.pending_steps == ()
     assert load_manifest(tmp_path / "engine") == manifest
     assert manifest.versions["tensorrt"] == "10.3.0"
 
@@ -197,7 +197,7 @@ def test_random_weights_for_a_board_elsewhere_are_refused_before_any_work(
 def test_random_weights_on_a_board_without_tensorrt_say_so_before_any_work(
     tmp_path: Path, tiny_model: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vila_deploy.builder.build.host_platform", lambda: "linux-aarch64")
+    monkeypatch.setattr(tensorrt_backend, "host_platform", lambda: "linux-aarch64")
     monkeypatch.setattr("vila_deploy.builder.build.new_folder", lambda out: pytest.fail("began"))
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(VilaDeployError, match=r"tensorrt can't be loaded .*; on Jetson: sudo apt"):
@@ -227,7 +227,7 @@ def test_random_weights_that_memory_is_too_small_for(
     tiny_model: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_host(monkeypatch, "linux-x86_64", "1.7.1")
-    monkeypatch.setattr(tensorrt_build, "available_memory_bytes", lambda: 1 << 28)
+    monkeypatch.setattr(tensorrt_backend, "available_memory_bytes", lambda: 1 << 28)
     monkeypatch.setattr(gpu, "gpu_name", lambda *_: "NVIDIA GeForce RTX 4090")
     done = CliRunner().invoke(
         main, ["--model", "VILA1.5-3b", "--random-weights", "--target", "rtx4090"]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.support.paths import REPOSITORY
+from tests.support.plans import plan_engine
 from tests.support.tiny import make_checkpoint
 from vila_deploy.builder.fit import fit_everywhere
-from vila_deploy.builder.memory_plan import plan_engine
 from vila_deploy.checkpoint.presets import PRESETS, preset
 from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.target import get_target

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.support.tiny import PREPROCESSORS, TOWERS, flatten, make_checkpoint
-from vila_deploy.backends import open_engine
-from vila_deploy.builder.build import BuildOptions, build_engine
+from vila_deploy.builder.build import build_engine
+from vila_deploy.builder.resolve import BuildOptions
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.variants import KNOWN_TOWERS
 from vila_deploy.engine.sampling import SamplingParams
@@ -26,6 +26,7 @@ from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.quantize.pipeline import quantize
 from vila_deploy.runtime.conversation import Conversation
+from vila_deploy.runtime.open_engine import open_engine
 from vila_deploy.utils.errors import VilaDeployError
 
 CLIP = "openai/clip-vit-large-patch14-336"

@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 from tests.support.damage import Q_PROJ, refused
 from tests.support.tiny import make_checkpoint
 from tests.support.tinychat_release import NAME, PT, SEARCH_RESULT, change, release
-from vila_deploy.backends import open_engine
-from vila_deploy.builder.build import BuildOptions, plan_build
+from vila_deploy.builder.plan import plan_build
+from vila_deploy.builder.resolve import BuildOptions, resolve_build
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.config import load_config
 from vila_deploy.cli.build_engine import main as build_engine_command
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.model.vila import ReferenceSession
+from vila_deploy.runtime.open_engine import open_engine
 
 TOKENS = [1, 72, 101, 108, 108, 111, 300, 45]
 
@@ -99,7 +100,7 @@ def test_builds_an_engine(tmp_path: Path) -> None:
     # Two int8 terms of the activations differ by that much: see test_onnxruntime.
     assert np.abs(found - expected).max() < 1e-3 * expected.std()
     (root / PT).write_bytes(b"")
-    assert plan_build(root, BuildOptions("cpu")).precision == "int4"
+    assert plan_build(resolve_build(root, BuildOptions("cpu"), planning=True)).precision == "int4"
 
 
 def test_safetensors_win(tmp_path: Path) -> None:

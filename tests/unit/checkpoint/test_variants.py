@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from tests.support.tiny import PROJECTORS, TOWERS, Tiny, make_checkpoint
-from vila_deploy.backends import open_engine
 from vila_deploy.bench.measure import measure
-from vila_deploy.builder.build import BuildOptions, build_engine, plan_build
+from vila_deploy.builder.build import build_engine
+from vila_deploy.builder.plan import plan_build
+from vila_deploy.builder.resolve import BuildOptions, resolve_build
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.variants import (
     IMAGE_MODES,
@@ -41,6 +42,7 @@ from vila_deploy.quantize.algorithms.awq_scales import (
 from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.quantize.pipeline import quantize
 from vila_deploy.runtime.conversation import Conversation
+from vila_deploy.runtime.open_engine import open_engine
 from vila_deploy.utils.errors import VilaDeployError
 
 CHATML = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
@@ -248,7 +250,7 @@ def test_an_unknown_template_is_refused(tmp_path: Path) -> None:
     options = BuildOptions("cpu", prompt_template="vicuna_v0")
     for job in (
         lambda: build_engine(root, tmp_path / "e", options),
-        lambda: plan_build(root, options),
+        lambda: plan_build(resolve_build(root, options, planning=True)),
         lambda: quantize(root, tmp_path / "q", QuantizeOptions(prompt_template="vicuna_v0")),
     ):
         with pytest.raises(VilaDeployError, match=r"'vicuna_v0'; choose from vicuna_v1, llama_3"):

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.tiny import make_checkpoint
-from vila_deploy.backends import open_engine
 from vila_deploy.checkpoint.config import load_config
-from vila_deploy.engine.manifest import Limits, Manifest, load_manifest, write_manifest
+from vila_deploy.engine.manifest import Limits, Manifest, PendingStep, load_manifest, write_manifest
 from vila_deploy.engine.model_info import describe
 from vila_deploy.engine.target import get_target, load_targets
 from vila_deploy.processing.tokenizer import load_tokenizer
+from vila_deploy.runtime.open_engine import open_engine
 from vila_deploy.utils.errors import VilaDeployError
 
 
@@ -83,14 +83,15 @@ def test_other_format_version_and_unfinished_engines_are_refused(
 ) -> None:
     shutil.rmtree(engine / "llm")
     (engine / "manifest.json").unlink()
-    write_manifest(engine, replace(manifest, needs=("compile llm.onnx",)))
+    step = PendingStep("llm", "compile llm.onnx")
+    write_manifest(engine, replace(manifest, pending_steps=(step,)))
     with (
         pytest.raises(VilaDeployError, match=r"compile llm\.onnx.*on the device"),
         open_engine(engine),
     ):
         pass
-    monkeypatch.setattr("vila_deploy.engine.manifest.FORMAT_VERSION", 7)
-    with pytest.raises(VilaDeployError, match="version 1, this vila-deploy reads 7"):
+    monkeypatch.setattr("vila_deploy.engine.manifest.FORMAT_VERSION", 1)
+    with pytest.raises(VilaDeployError, match="version 2, this vila-deploy reads 1 to 1"):
         load_manifest(engine)
 
 

@@ -1,4 +1,4 @@
-"""Precision of each component: from the command's options to manifest and plan, or refused."""
+"""Precision of each module: from the command's options to manifest and plan, or refused."""
 
 from __future__ import annotations
 
@@ -10,26 +10,20 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from tests.support.plans import plan_engine
 from tests.support.tiny import make_checkpoint
-from vila_deploy.backends import BACKENDS
+from vila_deploy.backends.onnxruntime.backend import OnnxRuntimeBackend
+from vila_deploy.backends.registry import BACKENDS, get_backend
+from vila_deploy.backends.tensorrt.backend import TensorRtBackend
 from vila_deploy.builder.fit import fit_everywhere
-from vila_deploy.builder.memory_plan import EnginePlan, plan_engine
+from vila_deploy.builder.memory_plan import EnginePlan
+from vila_deploy.builder.resolve import check_module_precision
 from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.checkpoint.presets import preset
 from vila_deploy.checkpoint.tensor_schema import tower_tensor_specs
 from vila_deploy.cli.build_engine import main
-from vila_deploy.engine import precision as components_module
 from vila_deploy.engine.manifest import Limits
-from vila_deploy.engine.precision import (
-    CHOICES,
-    RTX,
-    SUPPORTED,
-    ModulePrecision,
-    _row,
-    check_precision,
-    supported_part,
-    supports,
-)
+from vila_deploy.engine.precision import CHOICES, ModulePrecision
 from vila_deploy.engine.target import get_target
 from vila_deploy.formats.module_dtypes import head_group_size
 from vila_deploy.utils.errors import VilaDeployError
@@ -38,38 +32,45 @@ EVERY = [(name, value) for name, values in CHOICES.items() for value in values[1
 LIMITS = Limits(1, 4096, 4096)
 
 
+# Target and backend, its name in messages, and its dtypes beside fp16.
+SUPPORTED = [
+    ("cpu", "onnxruntime", "onnxruntime", {"lm_head": ("int8", "int4")}),
+    (
+        "h100", "native", "native",
+        {"vision": ("int8",), "lm_head": ("int8", "int4"), "kv_cache": ("int8",)},
+    ),
+    ("a100", "tensorrt", "tensorrt-rtx", {"vision": ("int8",), "lm_head": ("int8", "int4")}),
+    ("orin", "tensorrt", "tensorrt", {"lm_head": ("int8", "int4")}),
+    ("a100", "tensorrt-llm", "tensorrt-llm", {}),
+]  # fmt: skip
+
+
 def test_every_backend_says_what_it_has() -> None:
-    assert SUPPORTED.keys() == {*BACKENDS, RTX}
-    for can in SUPPORTED.values():
-        assert all(set(values) <= set(CHOICES[name][1:]) for name, values in can.items())
+    assert {backend for _, backend, _, _ in SUPPORTED} == BACKENDS.keys()
+    for target, name, title, dtypes in SUPPORTED:
+        backend, device = get_backend(name), get_target(target)
+        assert backend.title(device) == title
+        assert {k: tuple(v) for k, v in backend.supported_dtypes(device).items()} == dtypes
 
 
 @pytest.mark.parametrize(("name", "value"), EVERY)
-@pytest.mark.parametrize(
-    ("target", "backend", "row"),
-    [
-        ("cpu", "onnxruntime", "onnxruntime"),
-        ("h100", "native", "native"),
-        ("a100", "tensorrt", RTX),
-        ("orin", "tensorrt", "tensorrt"),
-        ("a100", "tensorrt-llm", "tensorrt-llm"),
-    ],
-)
+@pytest.mark.parametrize(("target", "backend_name", "title", "dtypes"), SUPPORTED)
 def test_what_a_backend_lacks_is_refused_with_those_that_have_it(
-    target: str, backend: str, row: str, name: str, value: str
+    target: str, backend_name: str, title: str, dtypes: Any, name: str, value: str
 ) -> None:
     asked, device = ModulePrecision(**{name: value}), get_target(target)
-    if value in SUPPORTED[row].get(name, ()):
-        check_precision(device, backend, asked)
-        assert supported_part(device, backend, asked) == asked
+    backend = get_backend(backend_name)
+    if value in dtypes.get(name, ()):
+        check_module_precision(device, backend, asked)
+        assert backend.supported_part(device, asked) == asked
         return
-    assert supported_part(device, backend, asked) == ModulePrecision()
+    assert backend.supported_part(device, asked) == ModulePrecision()
     with pytest.raises(VilaDeployError) as raised:
-        check_precision(device, backend, asked)
+        check_module_precision(device, backend, asked)
     line = str(raised.value)
     assert "\n" not in line
-    assert f"--{name.replace('_', '-')}" in line
-    able = [each for each in device.backends if supports(_row(device, each), name, value)]
+    assert line.startswith(f"backend {title} has --{name.replace('_', '-')} fp16")
+    able = [other for other in device.backends if get_backend(other).supports(device, name, value)]
     assert all(other in raised.value.fix for other in able)
     assert ("--backend" in raised.value.fix) == bool(able)
 
@@ -93,7 +94,7 @@ def plan(
 
 
 def part(planned: EnginePlan, begins: str) -> Any:
-    return next(part for part in planned.components if part.name.startswith(begins))
+    return next(part for part in planned.items.values() if part.name.startswith(begins))
 
 
 def test_plan_counts_them() -> None:
@@ -130,9 +131,8 @@ def test_groups_of_a_head() -> None:
 
 
 def test_other_targets_are_planned_with_what_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        components_module, "SUPPORTED", {**SUPPORTED, "onnxruntime": {}, RTX: CHOICES}
-    )
+    for backend, dtypes in ((OnnxRuntimeBackend, {}), (TensorRtBackend, CHOICES)):
+        monkeypatch.setattr(backend, "supported_dtypes", lambda self, target, d=dtypes: d)
     config = preset("VILA1.5-3b", "int4")
     plain, small = (
         {fit.target: fit.device_bytes for fit in fit_everywhere(config, "int4", LIMITS, value)}
@@ -158,7 +158,7 @@ def test_command_refuses_in_one_line_before_any_work(tmp_path: Path) -> None:
 
 
 def test_plan_says_what_is_kept_in_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(components_module, "SUPPORTED", {**SUPPORTED, "onnxruntime": CHOICES})
+    monkeypatch.setattr(OnnxRuntimeBackend, "supported_dtypes", lambda self, target: CHOICES)
     arguments = [make_checkpoint(tmp_path / "c"), "--target", "cpu", "--plan", "--lm-head", "int8"]
     assert "lm-head int8: needs" in build(*arguments)[1]
     shown = json.loads(build(*arguments, "--json")[1])

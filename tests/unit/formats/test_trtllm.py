@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.support.tiny import make_checkpoint
-from vila_deploy.builder.build import BuildOptions, build_engine
+from vila_deploy.builder.build import build_engine
+from vila_deploy.builder.resolve import BuildOptions
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.quantize.options import QuantizeOptions

@@ -16,9 +16,9 @@ import torch
 from tests.support.module_precision_cases import Replaced, rounded, with_head
 from tests.support.tensorrt_cases import DIALECTS, needs_rtx, refusals, write_engine
 from tests.support.tiny import make_checkpoint
-from vila_deploy.backends import open_engine
 from vila_deploy.backends.tensorrt import files
-from vila_deploy.builder.build import BuildOptions, build_engine
+from vila_deploy.builder.build import build_engine
+from vila_deploy.builder.resolve import BuildOptions
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.engine.manifest import load_manifest
 from vila_deploy.engine.precision import ModulePrecision
@@ -30,6 +30,7 @@ from vila_deploy.onnx_export.dialects.tensorrt_10_3 import TensorRt10_3Dialect
 from vila_deploy.onnx_export.dialects.tensorrt_10_15 import TensorRt10_15Dialect
 from vila_deploy.onnx_export.graph_writer import GraphWriter, WeightFile
 from vila_deploy.onnx_export.rounding import round_int4, round_int8
+from vila_deploy.runtime.open_engine import open_engine
 from vila_deploy.utils.errors import VilaDeployError
 
 VOCAB, HIDDEN = 200, 192

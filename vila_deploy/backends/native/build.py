@@ -9,8 +9,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from vila_deploy.backends.native import files, require_triton
+from vila_deploy.backends.native import files
+from vila_deploy.backends.native.backend import capability_of
 from vila_deploy.backends.native.compile import compile_engine
+from vila_deploy.backends.native.memory import estimate_memory
 from vila_deploy.backends.native.model_file import ModelFile, Prescales, write_model
 from vila_deploy.backends.native.tower import tower_tensors
 from vila_deploy.backends.native.weights import (
@@ -22,51 +24,13 @@ from vila_deploy.backends.native.weights import (
     shard_names,
     tensors,
 )
-from vila_deploy.builder.memory_plan import plan_engine
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.weight_source import WeightSource
-from vila_deploy.engine.build_request import BuildRequest, Built
-from vila_deploy.engine.target import Target
-from vila_deploy.kernels.capability import ComputeCapability
+from vila_deploy.engine.build_request import BuildRequest, BuildResult
+from vila_deploy.engine.memory import memory_limit_bytes
 from vila_deploy.kernels.launch_mode import DEFAULT_LAUNCH_MODE, get_launch_mode
-from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import canonical_json
 from vila_deploy.utils.progress import progress
-
-MAX_BATCH_SIZE = 1
-GROUP_SIZES = (16, 32, 64, 128, 256)
-# Query heads that share a key head fill at most one tensor core product.
-MOST_HEADS_IN_GROUP = 16
-
-
-def check(config: VilaConfig, request: BuildRequest) -> None:
-    """Raise VilaDeployError if this backend can't build the model; before any work."""
-    llm = config.llm
-    get_launch_mode(_kernel_launch(request)).check(_capability(request.target))
-    if request.gpus > 1:
-        raise VilaDeployError(
-            "backend native runs on one GPU, --tp and --pp are for several",
-            fix="leave them out, or use --backend tensorrt-llm",
-        )
-    if llm.quantization is not None and llm.quantization.group_size not in GROUP_SIZES:
-        raise VilaDeployError(
-            f"backend native takes group sizes {', '.join(map(str, GROUP_SIZES))}, found "
-            f"{llm.quantization.group_size}",
-            where="llm/config.json: quantization_config.group_size",
-            fix="quantize again with --group-size 128",
-        )
-    if llm.num_heads // llm.num_kv_heads > MOST_HEADS_IN_GROUP:
-        raise VilaDeployError(
-            f"backend native takes up to {MOST_HEADS_IN_GROUP} query heads for a key head, found "
-            f"{llm.num_heads // llm.num_kv_heads}",
-            where="llm/config.json: num_key_value_heads",
-            fix="use another backend",
-        )
-
-
-def check_tools(request: BuildRequest) -> None:
-    """Raise VilaDeployError if triton is missing."""
-    require_triton()
 
 
 def build(
@@ -76,14 +40,14 @@ def build(
     tower: WeightSource,
     projector: WeightSource,
     request: BuildRequest,
-) -> Built:
-    """Write packed weights, tower and sizes into `folder`, and what the compiler says.
+) -> BuildResult:
+    """Write packed weights, tower, sizes and the compiler's report into `folder`.
 
     Every kernel is compiled for the target. One decoder layer is in memory at a time.
     """
-    check(config, request)
-    max_seq_len, kernel_launch = request.limits.max_seq_len, _kernel_launch(request)
-    capability, launch_mode = _capability(request.target), get_launch_mode(kernel_launch)
+    max_seq_len, kernel_launch = request.limits.max_seq_len, request.kernel_launch
+    kernel_launch = kernel_launch or DEFAULT_LAUNCH_MODE
+    capability, launch_mode = capability_of(request.target), get_launch_mode(kernel_launch)
     module_precision, in_host_memory = request.module_precision, host_parts(config, request)
     steps = config.llm.num_layers + 1
     if in_host_memory:
@@ -103,16 +67,14 @@ def build(
         (folder / files.KERNELS).write_text(canonical_json(kernels), "utf-8")
         advance("kernels")
     read = empty_llm(config.llm, max_seq_len, lm_head=module_precision.lm_head).bytes_per_step
-    return Built(read, {name: version(name) for name in ("torch", "triton")})
+    return BuildResult(read, {name: version(name) for name in ("torch", "triton")})
 
 
 def host_parts(config: VilaConfig, request: BuildRequest) -> tuple[str, ...]:
-    """Return the rows of the plan that stay in host memory because the device lacks room."""
+    """Return the modules left in the host's memory because the device has no room for them."""
     precision = "int4" if config.llm.quantization else "fp16"
-    plan = plan_engine(
-        config, request.target, "native", precision, request.limits, request.module_precision
-    )
-    return plan.in_host_memory
+    limit_bytes = memory_limit_bytes(request.target)
+    return tuple(estimate_memory(config, request, precision, limit_bytes).in_host_memory)
 
 
 def _save_llm(
@@ -128,12 +90,3 @@ def _save_llm(
         save_file(contiguous, folder / files.LLM / files.shard_file(name))
         prescales[name] = norm_prescales(shard)
     return prescales
-
-
-def _kernel_launch(request: BuildRequest) -> str:
-    return request.kernel_launch or DEFAULT_LAUNCH_MODE
-
-
-def _capability(target: Target) -> ComputeCapability:
-    assert target.compute_capability is not None
-    return ComputeCapability.parse(target.compute_capability)

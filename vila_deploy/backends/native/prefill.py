@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from vila_deploy.backends.native.decode_step import Cache, StepConfig
+from vila_deploy.backends.native.memory import PREFILL_TOKENS
 from vila_deploy.backends.native.weights import Layer, Norm, PackedLlm
 from vila_deploy.kernels.linear import linear
 from vila_deploy.kernels.packed_linear import ROWS
 from vila_deploy.kernels.rope_kv import rope_kv
-
-CHUNK = 1024  # tokens that go through the decoder at a time
 
 
 def prefill(config: StepConfig, llm: PackedLlm, cache: Cache, embeds: Tensor, start: int) -> Tensor:
@@ -24,8 +23,8 @@ def prefill(config: StepConfig, llm: PackedLlm, cache: Cache, embeds: Tensor, st
         The last token's residual behind the last layer, float32 [hidden].
     """
     residual = embeds
-    for first in range(0, len(embeds), CHUNK):
-        residual = embeds[first : first + CHUNK].clone()
+    for first in range(0, len(embeds), PREFILL_TOKENS):
+        residual = embeds[first : first + PREFILL_TOKENS].clone()
         cache.position.fill_(start + first)
         for index, layer in enumerate(llm.layers):
             _attention(config, llm, cache, index, layer, residual, start + first)

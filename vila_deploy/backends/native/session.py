@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vila_deploy.backends.native import files
 from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
+from vila_deploy.backends.native.memory import EMBEDDINGS, VISION
 from vila_deploy.backends.native.model_file import Prescales, read_model
 from vila_deploy.backends.native.offload import pinned, stream_layers
 from vila_deploy.backends.native.prefill import prefill
@@ -26,7 +27,6 @@ from vila_deploy.backends.native.weights import (
     shard_names,
     with_prescales,
 )
-from vila_deploy.builder.memory_plan import EMBEDDINGS, VISION
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import check_room

@@ -1,4 +1,4 @@
-"""Writes the ONNX files of an engine for onnxruntime's CPU provider."""
+"""Write the ONNX files of an engine for onnxruntime's CPU provider."""
 
 from __future__ import annotations
 
@@ -12,47 +12,16 @@ from vila_deploy.checkpoint import llm_config
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.weight_source import WeightSource
-from vila_deploy.engine.build_request import BuildRequest, Built
-from vila_deploy.formats.module_dtypes import FP16, head_group_size
+from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.onnx_export.arrays import float16
 from vila_deploy.onnx_export.dialects.onnxruntime import (
     INT8_TERMS,
     OnnxRuntimeDialect,
-    check_group_size,
 )
 from vila_deploy.onnx_export.graph_writer import WeightFile
 from vila_deploy.onnx_export.llm import StoredLlm, build_llm_graph, store_llm
 from vila_deploy.onnx_export.vision import build_projector_graph, build_vision_graph
-from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.progress import Advance, progress
-
-MAX_BATCH_SIZE = 1
-HEAD_DIM_MULTIPLE = 8
-
-
-def check(config: VilaConfig, request: BuildRequest) -> None:
-    """Raises VilaDeployError if this backend can't build the model; before any work."""
-    llm = config.llm
-    if request.gpus > 1:
-        raise VilaDeployError(
-            "backend onnxruntime runs on one processor, --tp and --pp are for several GPUs",
-            fix="leave them out, or use --backend tensorrt-llm",
-        )
-    if llm.quantization is not None:
-        where = "llm/config.json: quantization_config.group_size"
-        check_group_size(llm.quantization.group_size, where)
-    if request.module_precision.lm_head != FP16:
-        head_group_size(llm.hidden_size)
-    if llm.head_dim % HEAD_DIM_MULTIPLE:
-        raise VilaDeployError(
-            f"backend onnxruntime takes multiples of {HEAD_DIM_MULTIPLE}, found {llm.head_dim}",
-            where="llm/config.json: head_dim",
-            fix="use another model",
-        )
-
-
-def check_tools(request: BuildRequest) -> None:
-    """Nothing is needed that this package doesn't bring."""
 
 
 def build(
@@ -62,12 +31,11 @@ def build(
     tower: WeightSource,
     projector: WeightSource,
     request: BuildRequest,
-) -> Built:
-    """Writes vision/, llm/ and the embedding table into `folder`, with memory for one layer.
+) -> BuildResult:
+    """Write vision/, llm/ and the embedding table into `folder`, with memory for one layer.
 
     The LLM's linears are 4-bit where `llm` gives them so, float16 otherwise; the rest is float16.
     """
-    check(config, request)
     steps = config.vision_layers_used + 1 + config.llm.num_layers + 2
     with progress(steps, "building") as advance:
         _save_vision(folder / files.VISION, config, tower, projector, advance)
@@ -89,7 +57,9 @@ def build(
         table = float16(llm.tensor(llm_config.EMBEDDING), llm_config.EMBEDDING)
         np.save(folder / files.EMBEDDING, table)
         advance("embedding table")
-    return Built(stored.bytes_per_step, {name: version(name) for name in ("onnx", "onnxruntime")})
+    return BuildResult(
+        stored.bytes_per_step, {name: version(name) for name in ("onnx", "onnxruntime")}
+    )
 
 
 def _save_vision(

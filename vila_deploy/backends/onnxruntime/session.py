@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 
 from vila_deploy.backends.onnxruntime import files
 from vila_deploy.backends.onnxruntime.inference import NO_PREPACKING, load_graph, run_each
+from vila_deploy.backends.onnxruntime.memory import PREFILL_TOKENS
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.formats.module_dtypes import FP16
 from vila_deploy.processing.s2 import merge_s2_blocks, s2_features
 from vila_deploy.utils.arrays import Floats
 
-# Tokens in a pass of the LLM: enough to keep all cores busy with little scratch memory.
-PREFILL_TOKENS = 256
 # With fewer bytes of weights a step, threads wait for each other longer than they compute.
 ONE_THREAD_BYTES = 16 << 20
 

@@ -1,4 +1,4 @@
-"""Compiles a part in a process of its own, while the graphs of the next are being written."""
+"""Compiles a module, here or in a process of its own while the next graphs are written."""
 
 from __future__ import annotations
 
@@ -9,19 +9,46 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vila_deploy.backends.tensorrt import files
+from vila_deploy.backends.tensorrt.compile import Job, compile_graph
+from vila_deploy.backends.tensorrt.compilers import COMPILERS
 from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.files import read_json_object
 from vila_deploy.utils.module_command import module_command
+from vila_deploy.utils.progress import Advance
 
 FAILED = 1
 
 
-class CompileWorker:
-    """The compilation of the graph in `folder`/`part`; it ends at the latest with the context."""
+def compile_module(folder: Path, module: str, advance: Advance) -> dict[str, str]:
+    """Compile the graph in `folder`/`module`; return the manifest's versions and capability.
 
-    def __init__(self, folder: Path, part: str):
-        self._part = part
+    Raises:
+        VilaDeployError: the compiler is missing or too old, or refuses the graph.
+    """
+    described = read_json_object(folder / files.DESCRIPTION)
+    compiler, capability = COMPILERS[described["package"]], described["compute_capability"]
+    version = compiler.check_dialect(described["dialect"])
+    ahead = bool(compiler.ahead_of_time)
+    job = Job(
+        graph=folder / module / files.GRAPH,
+        plan=folder / module / files.PLAN,
+        profiles=described["profiles"][module],
+        capability=capability if ahead else None,
+        timing_cache=None if ahead else folder / files.TIMING_CACHE,
+    )
+    compile_graph(compiler, job, advance)
+    advance(f"{module}: compiled")
+    return {compiler.package: version, files.CAPABILITY: capability}
+
+
+class CompileWorker:
+    """A process that compiles the graph in `folder`/`module`; it ends with the context."""
+
+    def __init__(self, folder: Path, module: str):
+        self._module = module
         # Not a fork of this process: torch's threads would not survive it.
-        pipe, child = subprocess.PIPE, module_command(__name__, str(folder), part)
+        pipe, child = subprocess.PIPE, module_command(__name__, str(folder), module)
         self.process = subprocess.Popen(child, stdout=pipe, stderr=pipe, text=True)
 
     def __enter__(self) -> CompileWorker:
@@ -38,26 +65,28 @@ class CompileWorker:
             process.kill()
 
     def versions(self) -> dict[str, str]:
-        """Waits for the end; versions for the manifest, as compile_part gives them.
+        """Wait for the end; return what compile_module returned.
 
         Raises:
-            VilaDeployError: what compile_part raised, or the process was killed.
-            OSError: what writing the plan raised.
+            VilaDeployError: raised by compile_module, or the process was killed.
+            OSError: raised by writing the plan.
         """
         output, messages = self.process.communicate()
         code = self.process.returncode
         lines = output.splitlines()
         if code not in (0, FAILED) or not lines:
-            reason = f"signal {-code}" if code < 0 else (messages.splitlines() or ["no word"])[-1]
+            reason = (
+                f"signal {-code}" if code < 0 else (messages.splitlines() or ["no message"])[-1]
+            )
             raise VilaDeployError(
-                f"compiling part {self._part} ended before its time ({reason})",
+                f"compiling {self._module} ended before its time ({reason})",
                 fix="close other programs if memory was short, and run the same command again",
             )
-        return answered(lines[-1])
+        return parse_answer(lines[-1])
 
 
-def answered(line: str) -> dict[str, str]:
-    """What `main` said last: versions, or the exception that it ended with, raised again."""
+def parse_answer(line: str) -> dict[str, str]:
+    """Return the versions in the last line of `main`, or raise the exception that it holds."""
     answer = json.loads(line)
     if "problem" in answer:
         raise VilaDeployError(**answer["problem"])
@@ -68,13 +97,11 @@ def answered(line: str) -> dict[str, str]:
 
 
 def main() -> None:
-    """Compiles folder and part of the command line, and says on stdout how it ended."""
-    from vila_deploy.backends.tensorrt.build import compile_part
-
-    folder, part = sys.argv[1:]
+    """Compile module argv[2] of folder argv[1]; print versions or the exception as JSON."""
+    folder, module = sys.argv[1:]
     try:
         answer: dict[str, Any] = {
-            "versions": compile_part(Path(folder), part, lambda text="", steps=1: None)
+            "versions": compile_module(Path(folder), module, lambda text="", steps=1: None)
         }
     except VilaDeployError as error:
         where = None if error.where is None else str(error.where)

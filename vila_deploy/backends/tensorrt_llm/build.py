@@ -1,4 +1,4 @@
-"""Writes what TensorRT-LLM builds from, anywhere; builds its engines, on the device."""
+"""Write the inputs of TensorRT-LLM's builder, anywhere; build its engines, on the device."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from vila_deploy.backends.tensorrt_llm.vision import compile_vision, write_visio
 from vila_deploy.checkpoint import llm_config
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.fields import Fields
-from vila_deploy.checkpoint.trtllm_sharding import Parallel, check_llm, rank_tensors
+from vila_deploy.checkpoint.trtllm_sharding import Parallel, rank_tensors
 from vila_deploy.checkpoint.weight_source import WeightSource
-from vila_deploy.engine.build_request import BuildRequest, Built
-from vila_deploy.engine.manifest import Manifest
+from vila_deploy.engine.build_request import BuildRequest, BuildResult
+from vila_deploy.engine.manifest import Manifest, PendingStep
 from vila_deploy.engine.target import get_target
 from vila_deploy.formats import trtllm
 from vila_deploy.onnx_export.arrays import float16
@@ -40,35 +40,9 @@ from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.progress import progress
 from vila_deploy.writers.trtllm_ranks import write_trtllm
 
-MAX_BATCH_SIZE = 256
-VISION_STEP = "compile the vision encoder with TensorRT"
-LLM_STEP = "build the LLM with trtllm-build"
+VISION_STEP = PendingStep("vision", "compile the vision encoder with TensorRT")
+LLM_STEP = PendingStep("llm", "build the LLM with trtllm-build")
 PACKAGES = ("tensorrt_llm", "tensorrt-llm")
-
-
-def check(config: VilaConfig, request: BuildRequest) -> None:
-    """Raises VilaDeployError if TensorRT-LLM has no engines for this model; before any work."""
-    release_for(request.target.compute_capability, request.target.name)
-    if config.llm.family.name != "llama":
-        raise VilaDeployError(
-            "TensorRT-LLM never had engines for NVILA (Qwen2)",
-            fix="use --backend tensorrt or --backend native",
-        )
-    if config.tiling.mode != "single":
-        raise VilaDeployError(
-            f"TensorRT-LLM's vision engines take one picture size, this model tiles them "
-            f"({config.tiling.mode})",
-            fix="use --backend tensorrt or --backend native",
-        )
-    quantization = config.llm.quantization
-    if quantization is not None and quantization.zero_point:
-        raise trtllm.asymmetric("llm/config.json: quantization_config.zero_point")
-    group_size = None if quantization is None else quantization.group_size
-    check_llm(config.llm, group_size, Parallel(request.tp, request.pp))
-
-
-def check_tools(request: BuildRequest) -> None:
-    """Nothing is needed until the engines are built, on the device."""
 
 
 def build(
@@ -78,12 +52,11 @@ def build(
     tower: WeightSource,
     projector: WeightSource,
     request: BuildRequest,
-) -> Built:
-    """Writes vision/, llm_checkpoint/, the embedding table and what to do on the device.
+) -> BuildResult:
+    """Write vision/, llm_checkpoint/, the embedding table and instructions for the device.
 
     Memory for one layer; engines come from `finish_step`.
     """
-    check(config, request)
     release = release_for(request.target.compute_capability, request.target.name)
     with progress(config.vision_layers_used + 2, "writing the vision encoder") as advance:
         write_vision(folder, config, tower, projector, release, advance)
@@ -96,13 +69,13 @@ def build(
     precision = "fp16" if config.llm.quantization is None else "int4"
     text = instructions(release, request, precision, config.vision.image_size)
     (folder / files.INSTRUCTIONS).write_text(text, "utf-8")
-    return Built(
+    return BuildResult(
         _bytes_per_step(config, parallel), {"onnx": version("onnx")}, (VISION_STEP, LLM_STEP)
     )
 
 
 def _bytes_per_step(config: VilaConfig, parallel: Parallel) -> int:
-    """Of all ranks; the build makes scales float16, the embedding table is looked up by row."""
+    """Bytes of all ranks; trtllm-build makes scales float16, embeddings are looked up by row."""
     quantization = config.llm.quantization
     group_size = None if quantization is None else quantization.group_size
     total = 0
@@ -113,27 +86,27 @@ def _bytes_per_step(config: VilaConfig, parallel: Parallel) -> int:
     return total
 
 
-def outputs(need: str) -> tuple[str, ...]:
-    """What a step makes in the folder, in whole or in part."""
-    if need == LLM_STEP:
+def artifacts(step: PendingStep) -> tuple[str, ...]:
+    """Return the paths in the folder that a step makes, in whole or in part."""
+    if step.id == LLM_STEP.id:
         return files.LLM, f"{files.LLM}.partial"
     names = (JETSON.vision_engine, DESKTOP.vision_engine)
     return tuple(f"{files.VISION}/{name}{end}" for name in names for end in ("", ".partial"))
 
 
-def spent(folder: Path, need: str) -> tuple[str, ...]:
-    """Files in `folder` that nothing needs any more once a step is done.
+def intermediates(folder: Path, step: PendingStep) -> tuple[str, ...]:
+    """Return the files in `folder` that nothing needs once `step` is done.
 
     The LLM's checkpoint is as large as its engines, and BUILD.md is about the way to them.
     """
-    if need == LLM_STEP:
+    if step.id == LLM_STEP.id:
         names = sorted(path.name for path in (folder / files.CHECKPOINT).iterdir())
         return (*(f"{files.CHECKPOINT}/{name}" for name in names), files.INSTRUCTIONS)
     return tuple(f"{files.VISION}/{name}" for name in (files.GRAPH, files.WEIGHTS))
 
 
 def check_device(folder: Path, manifest: Manifest) -> None:
-    """Raises VilaDeployError if the engines can't be built here; says what to install."""
+    """Raise VilaDeployError, with what to install, if the engines can't be built here."""
     release = _release(manifest)
     find_builder(release)
     installed = _installed()
@@ -144,22 +117,25 @@ def check_device(folder: Path, manifest: Manifest) -> None:
     check_capability(target.compute_capability, target.title)
 
 
-def finish_step(folder: Path, manifest: Manifest, need: str) -> Mapping[str, str]:
-    """Makes the vision engine or the LLM's engines; the versions of the tools that did.
+def finish_step(folder: Path, manifest: Manifest, step: PendingStep) -> Mapping[str, str]:
+    """Make the vision engine or the LLM's engines; return the versions of the tools that did.
 
     Raises:
         VilaDeployError: what the tool says, in one line.
     """
     release, folder = _release(manifest), folder.resolve()
-    if need == VISION_STEP:
+    if step.id == VISION_STEP.id:
         size = manifest.model.image.size
         return {"tensorrt": compile_vision(folder, release.vision_engine, size)}
     parallel = parallel_of(folder)
     request = BuildRequest(get_target(manifest.target), manifest.limits, parallel.tp, parallel.pp)
     command = build_command(release, request, manifest.precision, folder)
     partial = folder / f"{files.LLM}.partial"
-    aside = [f"--output_dir={partial}" if p.startswith("--output_dir=") else p for p in command]
-    run_builder([find_builder(release), *aside[1:]])
+    arguments = [
+        f"--output_dir={partial}" if word.startswith("--output_dir=") else word
+        for word in command[1:]
+    ]
+    run_builder([find_builder(release), *arguments])
     missing = [
         name
         for name in (files.CONFIG, *map(files.engine_file, range(request.gpus)))
@@ -176,7 +152,7 @@ def finish_step(folder: Path, manifest: Manifest, need: str) -> Mapping[str, str
 
 
 def parallel_of(folder: Path) -> Parallel:
-    """How the checkpoint in an engine folder is cut."""
+    """Return how the checkpoint in an engine folder is cut."""
     mapping = Fields.from_file(folder / files.CHECKPOINT / files.CONFIG).child("mapping")
     return Parallel(*(mapping.integer(key, 1, high=1024) for key in ("tp_size", "pp_size")))
 

@@ -15,20 +15,22 @@ from transformers import DynamicCache
 
 from tests.support.native_cases import TOLERANCE, built, deviation, rounded
 from tests.support.paths import TINY_VILA
+from tests.support.plans import advise, plan_engine
 from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.native import open_session
 from vila_deploy.backends.native import weights as weights_module
 from vila_deploy.backends.native.build import host_parts
 from vila_deploy.backends.native.decode_step import Cache
+from vila_deploy.backends.native.memory import EMBEDDINGS, VISION
 from vila_deploy.backends.native.session import NativeSession
 from vila_deploy.backends.native.weights import empty_llm, pack_head
-from vila_deploy.builder.fit import advise
-from vila_deploy.builder.memory_plan import EMBEDDINGS, VISION, plan_engine
+from vila_deploy.backends.registry import get_backend
+from vila_deploy.builder.resolve import check_module_precision
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.presets import preset
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.manifest import Limits
-from vila_deploy.engine.precision import ModulePrecision, check_precision
+from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import OneSlot
 from vila_deploy.engine.target import get_target
@@ -246,7 +248,7 @@ def test_40b_fits_one_card_of_24_gb() -> None:
         EMBEDDINGS,
         VISION,
     )
-    sizes = {part.name: part for part in plan.components}
+    sizes = {part.name: part for part in plan.items.values()}
     assert sizes["llm decoder linears"].bits == sizes["llm head"].bits == 4.25
     # The kernels' own count of a step's weights, norms left out.
     packed = empty_llm(config.llm, 8, lm_head="int4").bytes_per_step
@@ -276,4 +278,5 @@ def test_a_card_that_its_default_backend_overfills_is_told_of_this_one() -> None
 
 
 def test_what_this_backend_can_keep_otherwise() -> None:
-    check_precision(get_target("h100"), "native", ModulePrecision(lm_head="int4", kv_cache="int8"))
+    modules = ModulePrecision(lm_head="int4", kv_cache="int8")
+    check_module_precision(get_target("h100"), get_backend("native"), modules)

@@ -13,9 +13,9 @@ import torch
 from tests.support.native_cases import TOLERANCE, built, deviation, pack_llm
 from tests.support.session_contract import check_session
 from tests.support.tiny import make_checkpoint
-from vila_deploy.backends.native import build as build_module
 from vila_deploy.backends.native import files, open_session
 from vila_deploy.backends.native import session as session_module
+from vila_deploy.backends.native.backend import BACKEND
 from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
 from vila_deploy.backends.native.model_file import ModelFile, read_model, write_model
 from vila_deploy.backends.native.weights import (
@@ -58,7 +58,7 @@ def test_decode_prefill_in_parts_and_reset(tmp_path: Path, monkeypatch: pytest.M
     session.keep(0, 0)
     with pytest.raises(VilaDeployError, match="empty"):
         session.prefill(0, embeds[:0])
-    monkeypatch.setattr("vila_deploy.backends.native.prefill.CHUNK", 11)
+    monkeypatch.setattr("vila_deploy.backends.native.prefill.PREFILL_TOKENS", 11)
     again = session.prefill(0, embeds)
     assert deviation(again, expected) < TOLERANCE
     session.close()
@@ -145,20 +145,18 @@ def test_what_has_no_kernel_is_refused() -> None:
         preset("VILA1.5-3b", "int4"),
         BuildRequest(get_target("h100"), Limits(1, 8, 8)),
     )
-    build_module.check(config, request)
+    BACKEND.check(config, request)
     with pytest.raises(VilaDeployError, match=r"needs compute capability 9\.0, this is 8\.9"):
-        build_module.check(
-            config, replace(request, target=get_target("rtx4090"), kernel_launch="pdl")
-        )
+        BACKEND.check(config, replace(request, target=get_target("rtx4090"), kernel_launch="pdl"))
     with pytest.raises(VilaDeployError, match="--tp"):
-        build_module.check(config, replace(request, tp=2))
+        BACKEND.check(config, replace(request, tp=2))
     assert config.llm.quantization is not None
     odd = replace(config.llm, quantization=replace(config.llm.quantization, group_size=96))
     with pytest.raises(VilaDeployError, match=r"found 96.*--group-size"):
-        build_module.check(replace(config, llm=odd), request)
+        BACKEND.check(replace(config, llm=odd), request)
     wide = replace(config.llm, num_heads=34, num_kv_heads=2)
     with pytest.raises(VilaDeployError, match="17"):
-        build_module.check(replace(config, llm=wide), request)
+        BACKEND.check(replace(config, llm=wide), request)
     linear = random_parts(config)[0].linear("model.layers.0.mlp.up_proj")
     scaled = replace(linear, prequant_scale=torch.ones(2560, dtype=torch.float16))
     with pytest.raises(VilaDeployError, match=r"model\.layers\.0"):

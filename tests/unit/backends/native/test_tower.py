@@ -18,16 +18,19 @@ from safetensors.torch import load_file
 from tests.support import native_cases
 from tests.support.module_precision_cases import rounded as rounded_to
 from tests.support.paths import TINY_VILA
+from tests.support.plans import plan_engine
 from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.native import build as build_module
 from vila_deploy.backends.native import files, open_session
+from vila_deploy.backends.native.memory import EMBEDDINGS, VISION
 from vila_deploy.backends.native.tower import Int8Linear, load_encoder, tower_tensors
-from vila_deploy.builder.memory_plan import EMBEDDINGS, VISION, EnginePlan, plan_engine
+from vila_deploy.builder.memory_plan import EnginePlan
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.presets import preset
 from vila_deploy.checkpoint.tensor_schema import tower_tensor_specs
 from vila_deploy.cli.build_engine import main
 from vila_deploy.engine.manifest import Limits, load_manifest
+from vila_deploy.engine.memory import MemoryRow
 from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.engine.target import get_target
 from vila_deploy.formats.module_dtypes import is_tower_linear
@@ -109,7 +112,7 @@ def test_engine_keeps_int8_in_file_and_memory(
     plan = plan_engine(
         checkpoint.config, get_target("h100"), "native", "fp16", Limits(1, 24, 24), INT8
     )
-    sizes = {part.name: part.bytes for part in plan.components}
+    sizes = {part.name: part.bytes for part in plan.items.values()}
     held = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
     assert abs(held - sizes["vision tower"] - sizes["projector"]) <= 1
 
@@ -130,9 +133,9 @@ def test_command_builds_and_measures_it(tmp_path: Path, monkeypatch: pytest.Monk
     assert done.exit_code == 0, done.output
     manifest = load_manifest(tmp_path / "engine")
     assert (manifest.backend, manifest.module_precision) == ("native", INT8)
-    assert manifest.effect is not None
-    assert manifest.effect["images"] == 1
-    assert 0 < manifest.effect["kl_mean"] < 0.01
+    assert manifest.accuracy_impact is not None
+    assert manifest.accuracy_impact["images"] == 1
+    assert 0 < manifest.accuracy_impact["kl_mean"] < 0.01
     checkpoint = open_checkpoint(TINY_VILA)
     pixels = pixels_of(checkpoint, 1)
     found = open_session(tmp_path / "engine", manifest).encode_images(pixels)
@@ -177,13 +180,12 @@ def test_plan_of_40b_on_24_gb_says_what_it_saves() -> None:
             matrix = ".layers." in name and len(shape) == 2
             times = (2 if ".layers.0." in name else 0) if ".layers." in name else 1
             held += times * tensor_bytes(shape, small=matrix and plan is small)
-        (kept,) = (part.bytes for part in plan.components if part.name.startswith("vision tower"))
-        assert kept == held
+        assert plan.items[MemoryRow.VISION].bytes == held
     assert small.device_bytes < plain.device_bytes
     crossing = [
-        float(plan.stages[-1].name.split("; ")[1].split(" GB")[0]) for plan in (plain, small)
+        float(plan.steps[-1].name.split("; ")[1].split(" GB")[0]) for plan in (plain, small)
     ]
     assert crossing == [11.1, 5.5]
-    assert plain.stages[-1].memory_bytes - small.stages[-1].memory_bytes == pytest.approx(
+    assert plain.steps[-1].memory_bytes - small.steps[-1].memory_bytes == pytest.approx(
         5.53e9, 0.01
     )

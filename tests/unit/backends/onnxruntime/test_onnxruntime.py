@@ -17,6 +17,7 @@ from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.onnxruntime import build as build_module
 from vila_deploy.backends.onnxruntime import open_session
 from vila_deploy.backends.onnxruntime import session as session_module
+from vila_deploy.backends.onnxruntime.backend import BACKEND
 from vila_deploy.backends.onnxruntime.session import OnnxRuntimeSession
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.presets import preset
@@ -223,9 +224,9 @@ def test_models_that_have_no_kernel_are_refused(int4: Checkpoint) -> None:
     assert llm.quantization is not None
     config = replace(llm, quantization=replace(llm.quantization, group_size=96))
     with pytest.raises(VilaDeployError, match=r"group size 96.*16, 32, 64, 128, 256.*--group-size"):
-        build_module.check(replace(int4.config, llm=config), request())
+        BACKEND.check(replace(int4.config, llm=config), request())
     with pytest.raises(VilaDeployError, match="head_dim"):
-        build_module.check(replace(int4.config, llm=replace(llm, head_dim=36)), request())
+        BACKEND.check(replace(int4.config, llm=replace(llm, head_dim=36)), request())
 
 
 def test_file_that_onnxruntime_refuses_is_named(tmp_path: Path, int4: Checkpoint) -> None:

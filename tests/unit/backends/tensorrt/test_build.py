@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,19 +16,22 @@ from click.testing import CliRunner
 
 from tests.support.tensorrt_cases import needs_rtx
 from tests.support.tiny import make_checkpoint
-from vila_deploy.backends import open_engine
-from vila_deploy.backends.tensorrt import build as build_module
+from vila_deploy.backends.tensorrt import backend as backend_module
 from vila_deploy.backends.tensorrt import compile_worker, compilers, cuda, files
+from vila_deploy.backends.tensorrt.backend import BACKEND
 from vila_deploy.backends.tensorrt.compile import Job, compile_graph
 from vila_deploy.backends.tensorrt.compile_worker import CompileWorker
 from vila_deploy.backends.tensorrt.compilers import COMPILERS
-from vila_deploy.builder.build import BuildOptions, build_engine, plan_build
+from vila_deploy.builder.build import build_engine
+from vila_deploy.builder.plan import plan_build
+from vila_deploy.builder.resolve import BuildOptions, resolve_build
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.cli.build_engine import main
 from vila_deploy.engine.build_request import BuildRequest
-from vila_deploy.engine.manifest import Limits, load_manifest
+from vila_deploy.engine.manifest import Limits, PendingStep, load_manifest
 from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.engine.target import get_target
+from vila_deploy.runtime.open_engine import open_engine
 from vila_deploy.utils.errors import VilaDeployError
 
 
@@ -38,7 +42,7 @@ def test_ahead_of_time_without_a_gpu(tmp_path: Path) -> None:
     options = BuildOptions("rtx4090", max_seq_len=64)
     manifest = build_engine(root, tmp_path / "engine", options)
     version = COMPILERS["tensorrt-rtx"].load().__version__
-    assert manifest.needs == ()
+    assert manifest.pending_steps == ()
     assert manifest.versions["tensorrt-rtx"] == version
     assert manifest.versions[files.CAPABILITY] == "8.9"
     assert load_manifest(tmp_path / "engine") == manifest
@@ -63,7 +67,7 @@ def test_parts_that_memory_is_too_small_for_are_left(
     engine = tmp_path / "engine"
     command = [str(root), "--target", "a100", "-o", str(engine), "--max-seq-len", "64"]
     with monkeypatch.context() as small:
-        small.setattr(build_module, "available_memory_bytes", lambda: 1 << 28)
+        small.setattr(backend_module, "available_memory_bytes", lambda: 1 << 28)
         done = CliRunner().invoke(main, command)
         assert done.exit_code == 0, done.output
         last = done.stdout.splitlines()[-1]
@@ -76,7 +80,7 @@ def test_parts_that_memory_is_too_small_for_are_left(
             open_engine(engine).__enter__()
     assert CliRunner().invoke(main, finish).exit_code == 0
     manifest = load_manifest(engine)
-    assert (manifest.needs, manifest.versions[files.CAPABILITY]) == ((), "8.0")
+    assert (manifest.pending_steps, manifest.versions[files.CAPABILITY]) == ((), "8.0")
     assert sorted(p.name for p in engine.glob("*/model.*")) == ["model.plan", "model.plan"]
 
 
@@ -100,8 +104,8 @@ def board(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         job.timing_cache.write_text("times")
         compiled.append(job.graph.parent.name)
 
-    monkeypatch.setattr(build_module, "host_platform", lambda: "linux-aarch64")
-    monkeypatch.setattr(build_module, "compile_graph", compile_part)
+    monkeypatch.setattr(backend_module, "host_platform", lambda: "linux-aarch64")
+    monkeypatch.setattr(compile_worker, "compile_graph", compile_part)
     monkeypatch.setattr(cuda, "compute_capability", lambda: "8.7")
     trt = SimpleNamespace(__version__="10.3.0")
     monkeypatch.setattr(compilers.Compiler, "load", lambda self: trt)
@@ -113,23 +117,23 @@ def test_the_same_command_finishes_on_the_board(
 ) -> None:
     root, engine = make_checkpoint(tmp_path / "c", quantized=True), tmp_path / "engine"
     with monkeypatch.context() as pc:
-        pc.setattr(build_module, "host_platform", lambda: "linux-x86_64")
+        pc.setattr(backend_module, "host_platform", lambda: "linux-x86_64")
         done = CliRunner().invoke(main, [str(root), "--target", "orin-nano", "-o", str(engine)])
     assert done.exit_code == 0, done.output
     last = done.stdout.splitlines()[-1]
     assert "vila-build-engine engine --target orin-nano" in last
     assert not list(engine.rglob("*.plan"))
     # A kill in the middle of the LLM: the plan is there, the manifest does not list it.
-    finish_step = build_module.finish_step
+    finish_step = BACKEND.finish_step
 
-    def killed(folder: Path, manifest: Any, need: str) -> dict[str, str]:
-        if "llm" in need:
+    def killed(folder: Path, manifest: Any, step: PendingStep) -> Mapping[str, str]:
+        if step.id == "llm":
             (folder / "llm" / files.PLAN).write_text("half")
             raise KeyboardInterrupt
-        return finish_step(folder, manifest, need)
+        return finish_step(folder, manifest, step)
 
     with monkeypatch.context() as cut:
-        cut.setattr(build_module, "finish_step", killed)
+        cut.setattr(BACKEND, "finish_step", killed)
         done = CliRunner().invoke(main, [str(engine), "--target", "orin-nano"])
         assert done.exit_code == 130
         kept = f"finished steps are kept in {engine}; the same command goes on"
@@ -176,9 +180,9 @@ def test_groups_that_the_devices_compiler_lacks_are_refused_before_quantizing(
     tmp_path: Path,
 ) -> None:
     root = make_checkpoint(tmp_path / "c", quantized=True, group_size=32)
-    plan_build(root, BuildOptions("rtx4090"))
+    plan_build(resolve_build(root, BuildOptions("rtx4090"), planning=True))
     with pytest.raises(VilaDeployError, match="group size 32 is not one of 64, 128, which"):
-        plan_build(root, BuildOptions("orin"))
+        plan_build(resolve_build(root, BuildOptions("orin"), planning=True))
 
 
 def test_an_interrupt_before_there_is_an_engine_says_that_nothing_is_left(
@@ -187,7 +191,7 @@ def test_an_interrupt_before_there_is_an_engine_says_that_nothing_is_left(
     def cut(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build_module, "build", cut)
+    monkeypatch.setattr(BACKEND, "build", cut)
     root = make_checkpoint(tmp_path / "c")
     done = CliRunner().invoke(main, [str(root), "--target", "orin", "-o", str(tmp_path / "e")])
     assert done.exit_code == 130
@@ -230,7 +234,7 @@ def test_what_cannot_be_built_is_refused_in_a_line(tmp_path: Path, name: str) ->
     root = make_checkpoint(tmp_path / "c")
     options, message = REFUSALS[name]
     with pytest.raises(VilaDeployError, match=message):
-        plan_build(root, options)
+        plan_build(resolve_build(root, options, planning=True))
     with pytest.raises(VilaDeployError, match=message):
         build_engine(root, tmp_path / "engine", options)
     assert not (tmp_path / "engine").exists()
@@ -244,7 +248,7 @@ def test_what_does_not_fit_is_refused_with_what_would(
     from vila_deploy.engine import target
 
     small = replace(target.get_target("orin-nano"), memory_bytes=2 << 30)
-    monkeypatch.setattr("vila_deploy.builder.build.get_target", lambda name: small)
+    monkeypatch.setattr("vila_deploy.builder.resolve.get_target", lambda name: small)
     root = make_checkpoint(tmp_path / "c", max_length=1 << 20, kv_heads=4)
     options = BuildOptions("orin-nano", max_seq_len=1 << 20)
     with pytest.raises(
@@ -259,7 +263,7 @@ def test_a_part_compiled_aside_says_what_was_wrong_with_it(tmp_path: Path) -> No
     engine = tmp_path / "engine"
     (engine / "vision").mkdir(parents=True)
     limits = Limits(max_batch_size=1, max_input_len=32, max_seq_len=64)
-    build_module.write_description(engine, config, BuildRequest(get_target("rtx4090"), limits))
+    backend_module.write_description(engine, config, BuildRequest(get_target("rtx4090"), limits))
     (engine / "vision" / files.GRAPH).write_bytes(b"no graph")
     with (
         CompileWorker(engine, "vision") as compiling,
@@ -281,9 +285,9 @@ def test_a_full_disk_aside_is_a_full_disk_here(
     def compile_part(folder: Path, part: str, advance: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(folder / part))
 
-    monkeypatch.setattr(build_module, "compile_part", compile_part)
+    monkeypatch.setattr(compile_worker, "compile_module", compile_part)
     monkeypatch.setattr("sys.argv", ["aside", "engine", "vision"])
     with pytest.raises(SystemExit):
         compile_worker.main()
     with pytest.raises(OSError, match="No space left on device: 'engine/vision'"):
-        compile_worker.answered(capsys.readouterr().out)
+        compile_worker.parse_answer(capsys.readouterr().out)

@@ -16,11 +16,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from tests.support.tiny import make_checkpoint
-from vila_deploy.backends import open_engine
 from vila_deploy.backends.tensorrt_llm import build as backend
 from vila_deploy.backends.tensorrt_llm import device
 from vila_deploy.backends.tensorrt_llm.releases import DESKTOP, JETSON, build_command, check_version
-from vila_deploy.builder.build import BuildOptions, build_engine, plan_build, plan_targets
+from vila_deploy.builder.build import build_engine
+from vila_deploy.builder.plan import plan_build, plan_targets
+from vila_deploy.builder.resolve import BuildOptions, resolve_build
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.trtllm_reader import TrtllmCheckpoint
 from vila_deploy.cli.build_engine import main
@@ -28,6 +29,7 @@ from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.manifest import Limits, load_manifest
 from vila_deploy.engine.target import get_target
 from vila_deploy.model.vila import ReferenceSession
+from vila_deploy.runtime.open_engine import open_engine
 from vila_deploy.utils.errors import VilaDeployError
 
 # Stands for trtllm-build: checks its input, writes what the real one would.
@@ -85,8 +87,8 @@ def build(checkpoint: Path, out: Path, target: str = "a100", tp: int = 1, pp: in
 
 def test_host_writes_everything_but_the_engines(checkpoint, tmp_path):
     manifest = build(checkpoint, tmp_path / "e", "orin")
-    assert manifest.needs == (backend.VISION_STEP, backend.LLM_STEP)
-    assert load_manifest(tmp_path / "e").needs == manifest.needs
+    assert manifest.pending_steps == (backend.VISION_STEP, backend.LLM_STEP)
+    assert load_manifest(tmp_path / "e").pending_steps == manifest.pending_steps
     names = {p.relative_to(tmp_path / "e").as_posix() for p in (tmp_path / "e").rglob("*.*")}
     assert {
         "BUILD.md", "embedding.npy", "vision/visual_encoder.onnx", "vision/config.json",
@@ -154,20 +156,24 @@ def test_plan_is_for_each_of_the_gpus(checkpoint):
     plans = {}
     for tp in (1, 2):
         options = BuildOptions("a100", "tensorrt-llm", max_seq_len=256, tp=tp)
-        plans[tp] = plan_build(checkpoint, options)
-    sizes = {tp: {part.name: part.bytes for part in plan.components} for tp, plan in plans.items()}
+        resolved = resolve_build(checkpoint, options, planning=True)
+        plans[tp] = plan_build(resolved)
+    sizes = {
+        tp: {part.name: part.bytes for part in plan.items.values()} for tp, plan in plans.items()
+    }
     halved = {name for name in sizes[1] if sizes[2][name] == sizes[1][name] // 2}
     assert halved == {
         "llm decoder linears", "llm embeddings", "llm head", "key/value cache of 256 tokens",
     }  # fmt: skip
     saved = sum(sizes[1].values()) - sum(sizes[2].values())
     assert plans[1].device_bytes - plans[2].device_bytes == saved
-    assert plans[2].stages[-1].name.endswith("each of 2")
-    of_one_gpu = {fit.target for fit in plan_targets(checkpoint, options)}
+    assert plans[2].steps[-1].name.endswith("each of 2")
+    of_one_gpu = {fit.target for fit in plan_targets(resolved)}
     assert "a100" not in of_one_gpu
     assert "rtx4090" in of_one_gpu
-    staged = plan_build(checkpoint, BuildOptions("a100", "tensorrt-llm", max_seq_len=256, pp=2))
-    shared = {part.name for part in staged.components if part.bytes == sizes[1][part.name] // 2}
+    options = BuildOptions("a100", "tensorrt-llm", max_seq_len=256, pp=2)
+    staged = plan_build(resolve_build(checkpoint, options, planning=True))
+    shared = {part.name for part in staged.items.values() if part.bytes == sizes[1][part.name] // 2}
     assert shared == {"llm decoder linears", "key/value cache of 256 tokens"}
 
 
@@ -182,14 +188,14 @@ def test_versions_that_fit():
 def test_the_device_finishes_and_repeats_nothing(checkpoint, tmp_path, board, monkeypatch):
     with monkeypatch.context() as elsewhere:
         elsewhere.setenv("PATH", "/nowhere")
-        assert build(checkpoint, tmp_path / "e").needs
+        assert build(checkpoint, tmp_path / "e").pending_steps
     (tmp_path / "fail").write_text("Required but not provided tensors")
     gone = tmp_path / "not-here"  # the board has the folder only
     with pytest.raises(VilaDeployError) as caught:
         build(gone, tmp_path / "e")
     line = r"trtllm-build failed \(Required but not provided tensors\); see \S+\.log, then run"
     assert re.match(line, str(caught.value))
-    assert load_manifest(tmp_path / "e").needs == (backend.LLM_STEP,)
+    assert load_manifest(tmp_path / "e").pending_steps == (backend.LLM_STEP,)
     assert not list(tmp_path.glob("e/vision/*.onnx"))
     assert (tmp_path / "e" / "llm_checkpoint" / "rank0.safetensors").exists()
     # What a kill leaves: files that the manifest does not list yet.
@@ -197,7 +203,7 @@ def test_the_device_finishes_and_repeats_nothing(checkpoint, tmp_path, board, mo
     (tmp_path / "e" / "llm.partial" / "rank0.engine").write_text("half")
     (tmp_path / "fail").unlink()
     manifest = build(gone, tmp_path / "e")
-    assert manifest.needs == ()
+    assert manifest.pending_steps == ()
     assert manifest.versions["tensorrt"] == "10.14.1"
     assert board == [42]
     assert load_manifest(tmp_path / "e") == manifest
@@ -217,7 +223,7 @@ def test_the_device_finishes_and_repeats_nothing(checkpoint, tmp_path, board, mo
 @pytest.mark.parametrize("parallel", [{"tp": 2}, {"pp": 2}])
 def test_on_the_device_one_command_does_all(checkpoint, tmp_path, board, parallel):
     manifest = build(checkpoint, tmp_path / "e", **parallel)
-    assert manifest.needs == ()
+    assert manifest.pending_steps == ()
     assert sorted(p.name for p in (tmp_path / "e" / "llm").glob("*.engine")) == [
         "rank0.engine",
         "rank1.engine",
@@ -280,7 +286,7 @@ def test_killed_for_memory_says_so(tmp_path):
                 "preprocessor_config": {"size": {"height": 56, "width": 56}},
             },
             {},
-            "vision engines take one picture size, this model tiles them (s2); use --backend",
+            "vision engines take one image size, this model tiles them (s2); use --backend",
         ),
     ],
 )

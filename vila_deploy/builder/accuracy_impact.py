@@ -1,13 +1,13 @@
-"""What components in fewer bits change in the logits: an engine's graphs with and without them.
+"""Measure how far modules in fewer bits move the logits: graphs with and without them, compared.
 
-The very graphs that are compiled or run are built once with fp16 components and once as asked, and
-run on the CPU by onnxruntime over held-out texts and pictures.
+The very graphs that are compiled or run are built once with fp16 modules and once as asked, and
+run on the CPU by onnxruntime over held-out texts and images.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 from vila_deploy.backends.onnxruntime.inference import load_graph, run_each
 from vila_deploy.backends.tensorrt import files, graphs
-from vila_deploy.backends.tensorrt.build import dialect_of
+from vila_deploy.builder.resolve import ResolvedBuild
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD
 from vila_deploy.data.embed import TokenSequence, length_limit
 from vila_deploy.data.examples import load_held_out
-from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.eval.data import EvaluationData
-from vila_deploy.formats.module_dtypes import FP16, INT8
+from vila_deploy.eval.metrics import TokenMetrics, compare_logits, top1_agreement
+from vila_deploy.formats.module_dtypes import FP16
 from vila_deploy.onnx_export.dialects.registry import DIALECTS
 from vila_deploy.onnx_export.graph_writer import WeightFile
 from vila_deploy.onnx_export.llm import build_head_graph, build_llm_graph, store_llm
@@ -47,11 +47,12 @@ AS_ASKED, PLAIN = "asked", "plain"
 
 
 @dataclass(frozen=True)
-class Effect:
-    """How far next-token distributions move from those of the same engine with fp16 components.
+class AccuracyImpact:
+    """How far next-token distributions move from those of the same engine with fp16 modules.
 
     KL is KL(fp16 ‖ as asked) in nats, per token; `kl_p99` its 99th percentile. Top-1 agreement is
-    the share of tokens for which both find the same one most likely. `sha256` is of the data.
+    the share of tokens for which both find the same one most likely. `sha256` is of the data,
+    `own_data` whether it is the user's.
     """
 
     kl_mean: float
@@ -67,18 +68,33 @@ class Effect:
         return asdict(self)
 
 
-def measure_effect(
+def evaluated_dialect(build: ResolvedBuild) -> str:
+    """Return the dialect of the graphs in which the impact of `build`'s modules can be measured.
+
+    Raises:
+        VilaDeployError: all are fp16, or no graph has them as the backend does.
+    """
+    if not build.request.module_precision.quantized():
+        raise VilaDeployError(
+            "there is nothing to measure: all modules are fp16",
+            where="--eval",
+            fix="leave --eval out; vila-quantize --eval compares a quantized LLM with its original",
+        )
+    return build.backend.evaluated_dialect(build.request)
+
+
+def measure_accuracy_impact(
     checkpoint: Checkpoint,
     module_precision: ModulePrecision,
     dialect: str,
     data: Path | None,
     scratch: Path,
-) -> Effect:
-    """Runs the checkpoint's graphs with `module_precision` and with fp16 instead.
+) -> AccuracyImpact:
+    """Run the checkpoint's graphs with `module_precision` and with fp16 and compare the logits.
 
     Args:
         dialect: of the graphs, a key of DIALECTS.
-        data: own held-out data as `load_held_out` takes it; None means the shipped one.
+        data: own held-out data as `load_held_out` takes it; None means the built-in one.
         scratch: folder in which a temporary one gets both sets of weights.
 
     Raises:
@@ -88,19 +104,17 @@ def measure_effect(
     assert module_precision.kv_cache == FP16
     held_out = EvaluationData(checkpoint, load_held_out(data), data is not None, MAX_SEQUENCES)
     with (
-        tempfile.TemporaryDirectory(dir=scratch, prefix=".effect-") as name,
+        tempfile.TemporaryDirectory(dir=scratch, prefix=".accuracy-") as name,
         progress(_steps(checkpoint, held_out), "measuring") as advance,
     ):
         longest = max(map(len, held_out.ids))
-        measured = _Measured(checkpoint, module_precision, dialect, Path(name), longest, advance)
-        compared = list(measured.compare(held_out))
-    kl = np.concatenate([each[0] for each in compared])
-    same = np.concatenate([each[1] for each in compared])
-    return Effect(
-        kl_mean=float(kl.mean()),
-        kl_p99=float(np.quantile(kl, 0.99)),
-        top1_agreement=float(same.mean()),
-        tokens=len(kl),
+        graphs = _GraphPair(checkpoint, module_precision, dialect, Path(name), longest, advance)
+        metrics = graphs.compare(held_out)
+    return AccuracyImpact(
+        kl_mean=float(metrics.kl.mean()),
+        kl_p99=float(metrics.kl.quantile(0.99)),
+        top1_agreement=top1_agreement(metrics.same_top1),
+        tokens=len(metrics),
         sequences=len(held_out.sequences),
         images=held_out.images,
         own_data=held_out.own,
@@ -112,8 +126,8 @@ def _steps(checkpoint: Checkpoint, held_out: EvaluationData) -> int:
     return checkpoint.config.llm.num_layers + 1 + len(held_out.sequences)
 
 
-class _Measured:
-    """The graphs of a checkpoint in a temporary folder, with components as asked and in fp16."""
+class _GraphPair:
+    """The graphs of a checkpoint in a temporary folder, with modules as asked and in fp16."""
 
     def __init__(
         self,
@@ -144,23 +158,33 @@ class _Measured:
             build_head_graph(config, head, self._emitter).save(folder / f"{name}.onnx")
             self._heads[name] = _load(folder / f"{name}.onnx")
 
-    def compare(self, data: EvaluationData) -> Iterator[tuple[Floats, NDArray[np.bool_]]]:
-        """(KL, whether the most likely token is the same) of every predicted token."""
+    def compare(self, data: EvaluationData) -> TokenMetrics:
+        """Return the figures of every predicted token, without losses."""
         prompts = {PLAIN: [embeds.numpy() for embeds in data.embeds(self._checkpoint)]}
         if self._module_precision.vision != FP16:
             for name, dtype in ((PLAIN, FP16), (AS_ASKED, self._module_precision.vision)):
                 features = self._features(data.sequences, name, dtype)
-                prompts[name] = [self._embeds(each, features) for each in data.sequences]
-        for index in range(len(data.sequences)):
-            chosen = data.predicted(index).numpy()
-            states = {name: self._states(each[index])[chosen] for name, each in prompts.items()}
-            for start in range(0, int(chosen.sum()), LOGIT_ROWS):
+                prompts[name] = [self._embeds(sequence, features) for sequence in data.sequences]
+        masks = [data.predicted(index) for index in range(len(data.sequences))]
+        metrics, first = TokenMetrics.zeros(sum(int(mask.sum()) for mask in masks)), 0
+        for index, mask in enumerate(masks):
+            predicted = mask.numpy()
+            states = {
+                name: self._states(embeds[index])[predicted] for name, embeds in prompts.items()
+            }
+            for start in range(0, len(states[PLAIN]), LOGIT_ROWS):
                 rows = slice(start, start + LOGIT_ROWS)
-                yield _divergence(*(self._logits(states, n, rows) for n in (PLAIN, AS_ASKED)))
+                expected, actual = (
+                    torch.from_numpy(self._logits(states, name, rows)).double()
+                    for name in (PLAIN, AS_ASKED)
+                )
+                compare_logits(expected, actual, out=metrics[first : first + len(expected)])
+                first += len(expected)
             self._advance(f"sequence {index + 1}")
+        return metrics
 
     def _logits(self, states: Mapping[str, Floats], name: str, rows: slice) -> Floats:
-        """What is not quantized is the same in both."""
+        """Logits of some rows; a module that is not quantized is the same in both."""
         chosen = states.get(name, states[PLAIN])[rows]
         head = self._heads.get(name, self._heads[PLAIN])
         size = 1 if self._emitter.batch == 1 else len(chosen)
@@ -196,14 +220,14 @@ class _Measured:
             rows: Floats = table[torch.tensor(list(ids), dtype=torch.int64)].float().numpy()
             return rows
 
-        own = [features[picture.name] for picture in sequence.images]
+        image_features = [features[image.name] for image in sequence.images]
         limit = length_limit(self._checkpoint.config, len(sequence.images))
-        return merge_embeddings(sequence.text_chunks, own, embed_tokens)[:limit]
+        return merge_embeddings(sequence.text_chunks, image_features, embed_tokens)[:limit]
 
     def _features(
         self, sequences: Sequence[TokenSequence], name: str, dtype: str
     ) -> dict[str, Floats]:
-        """Of each picture, by the tower as it is kept, [tokens, hidden]."""
+        """Features [tokens, hidden] of each image, by its name, from a tower in `dtype`."""
         checkpoint, folder = self._checkpoint, self._folder / name
         folder.mkdir()
         parts = checkpoint.vision, checkpoint.projector
@@ -214,62 +238,17 @@ class _Measured:
             _load(folder / part / files.GRAPH) if (folder / part).exists() else None
             for part in (files.VISION, files.PROJECTOR)
         )
-        config, found = checkpoint.config, {}
-        for picture in {p.name: p for sequence in sequences for p in sequence.images}.values():
-            (pixels,) = preprocess([picture.load()], config.image, config.tiling, alone=False)
+        config, by_name = checkpoint.config, {}
+        images = {image.name: image for sequence in sequences for image in sequence.images}
+        for image in images.values():
+            (pixels,) = preprocess([image.load()], config.image, config.tiling, alone=False)
             features = run_each(tower, pixels.tiles)
             if projector is not None:
                 blocks = s2_features(features, config.tiling, pixels.grid)
                 features = merge_s2_blocks(run_each(projector, blocks), config.tiling, pixels.grid)
-            found[picture.name] = features[0]
-        return found
-
-
-def _divergence(expected: Floats, found: Floats) -> tuple[Floats, NDArray[np.bool_]]:
-    p, q = (_log_softmax(logits.astype(np.float64)) for logits in (expected, found))
-    return (np.exp(p) * (p - q)).sum(-1), expected.argmax(-1) == found.argmax(-1)
-
-
-def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted: NDArray[np.float64] = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+            by_name[image.name] = features[0]
+        return by_name
 
 
 def _load(path: Path) -> onnxruntime.InferenceSession:
     return load_graph(path, options=EXACT_ACTIVATIONS)
-
-
-def dialect_to_measure(request: BuildRequest, backend: str) -> str:
-    """The dialect of the graphs in which the components of `request` can be measured.
-
-    Backend native has no graphs of its own; TensorRT's hold the same rounded towers and int4 heads.
-
-    Raises:
-        VilaDeployError: all are fp16, or no graph holds what the backend does.
-    """
-    if not request.module_precision.quantized():
-        raise VilaDeployError(
-            "there is nothing to measure: all components are fp16",
-            where="--eval",
-            fix="leave --eval out; vila-quantize --eval compares a quantized LLM with its original",
-        )
-    if backend == "onnxruntime":
-        return backend
-    if backend == "tensorrt":
-        return dialect_of(request)
-    alone = _only_native(request.module_precision)
-    if backend == "native" and not alone:
-        return "standard"
-    raise VilaDeployError(
-        f"backend {backend} has no graphs that this computer could run"
-        f"{f', and no other has its {alone}' if backend == 'native' else ''}",
-        where="--eval",
-        fix="leave --eval out, or measure with --backend tensorrt or onnxruntime",
-    )
-
-
-def _only_native(module_precision: ModulePrecision) -> str:
-    """What no graph has as backend native has it; its int8 heads have a scale for each group."""
-    found = [f"--kv-cache {module_precision.kv_cache}"] * (module_precision.kv_cache != FP16)
-    found += [f"--lm-head {INT8}"] * (module_precision.lm_head == INT8)
-    return " and ".join(found)

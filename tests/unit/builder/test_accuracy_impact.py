@@ -1,4 +1,4 @@
-"""What quantized components change in the logits, against the same measured with PyTorch."""
+"""The accuracy impact of quantized modules, against the same measured with PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from tests.support.module_precision_cases import Replaced, rounded, with_head
 from tests.support.tiny import make_checkpoint
-from vila_deploy.builder.component_effect import Effect, measure_effect
+from vila_deploy.builder.accuracy_impact import AccuracyImpact, measure_accuracy_impact
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.cli.build_engine import main
 from vila_deploy.data.examples import load_held_out
@@ -46,21 +46,25 @@ def by_torch(plain: Any, other: Any, checkpoint: Any, texts: Path) -> tuple[floa
 
 
 @pytest.mark.parametrize("dialect", ["onnxruntime", "standard", "primitive"])
-def test_head_s_effect_is_what_pytorch_finds(tmp_path: Path, texts: Path, dialect: str) -> None:
+def test_head_s_impact_is_what_pytorch_finds(tmp_path: Path, texts: Path, dialect: str) -> None:
     root = make_checkpoint(tmp_path / "c", quantized=True, hidden=192, heads=6, kv_heads=2)
     checkpoint = open_checkpoint(root)
-    found = measure_effect(checkpoint, ModulePrecision(lm_head="int4"), dialect, texts, tmp_path)
+    found = measure_accuracy_impact(
+        checkpoint, ModulePrecision(lm_head="int4"), dialect, texts, tmp_path
+    )
     kl, same = by_torch(checkpoint, with_head(checkpoint, "int4", 0), checkpoint, texts)
     assert kl > 1e-4
     assert found.kl_mean == pytest.approx(kl, rel=0.02)
     assert found.top1_agreement == pytest.approx(same, abs=0.02)
     assert (found.own_data, found.images) == (True, 0)
-    finer = measure_effect(checkpoint, ModulePrecision(lm_head="int8"), dialect, texts, tmp_path)
+    finer = measure_accuracy_impact(
+        checkpoint, ModulePrecision(lm_head="int8"), dialect, texts, tmp_path
+    )
     assert 0 < finer.kl_mean < found.kl_mean / 20
-    assert [path.name for path in tmp_path.glob(".effect-*")] == []
+    assert [path.name for path in tmp_path.glob(".accuracy-*")] == []
 
 
-def test_tower_s_effect_goes_through_the_llm(tmp_path: Path) -> None:
+def test_tower_s_impact_goes_through_the_llm(tmp_path: Path) -> None:
     """Of the shipped pictures; texts don't change."""
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c"))
     (tmp_path / "one.jsonl").write_text(
@@ -71,7 +75,9 @@ def test_tower_s_effect_goes_through_the_llm(tmp_path: Path) -> None:
 
     Image.radial_gradient("L").convert("RGB").save(tmp_path / "red.png")
     data = tmp_path / "one.jsonl"
-    found = measure_effect(checkpoint, ModulePrecision(vision="int8"), "standard", data, tmp_path)
+    found = measure_accuracy_impact(
+        checkpoint, ModulePrecision(vision="int8"), "standard", data, tmp_path
+    )
     vision: Any = checkpoint.vision
     names = [name for name in vision.names() if ".layers." in name and name.endswith("weight")]
     matrices = {name: vision.tensor(name) for name in names if vision.tensor(name).ndim == 2}
@@ -100,13 +106,13 @@ def test_command_writes_it_into_the_manifest(tmp_path: Path, texts: Path) -> Non
     arguments = [str(root), "--target", "cpu", "-o", str(out), "--eval", str(texts)]
     done = CliRunner().invoke(main, [*arguments, "--lm-head", "int4"])
     assert done.exit_code == 0, done.output
-    assert "Against fp16 components: mean KL" in done.stdout
-    effect = Effect(**dict(load_manifest(out).effect or {}))
-    assert effect.tokens > 10
-    assert 0 < effect.kl_mean <= effect.kl_p99
-    assert np.isfinite(effect.kl_p99)
+    assert "Against fp16 modules: mean KL" in done.stdout
+    impact = AccuracyImpact(**dict(load_manifest(out).accuracy_impact or {}))
+    assert impact.tokens > 10
+    assert 0 < impact.kl_mean <= impact.kl_p99
+    assert np.isfinite(impact.kl_p99)
     assert {path.name for path in out.iterdir()} >= {"manifest.json", "llm", "vision"}
-    assert not list(out.glob(".effect*"))
+    assert not list(out.glob(".accuracy*"))
 
 
 @pytest.mark.parametrize(

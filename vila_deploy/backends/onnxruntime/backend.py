@@ -1,0 +1,77 @@
+"""Backend onnxruntime: ONNX files for the CPU, which any computer builds and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vila_deploy.backends.base import Backend
+from vila_deploy.backends.onnxruntime.memory import estimate_memory
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.engine.build_request import BuildRequest, BuildResult
+from vila_deploy.engine.manifest import Manifest
+from vila_deploy.engine.memory import MemoryEstimate
+from vila_deploy.engine.session import Session
+from vila_deploy.engine.target import Target
+from vila_deploy.formats.module_dtypes import FP16, INT4, INT8, head_group_size
+from vila_deploy.utils.errors import VilaDeployError
+
+HEAD_DIM_MULTIPLE = 8
+
+
+class OnnxRuntimeBackend(Backend):
+    """Implements `Backend` for CPUs."""
+
+    name, device = "onnxruntime", "processor"
+
+    def check_model(self, config: VilaConfig, request: BuildRequest) -> None:
+        llm = config.llm
+        if llm.quantization is not None:
+            from vila_deploy.onnx_export.dialects.onnxruntime import check_group_size
+
+            where = "llm/config.json: quantization_config.group_size"
+            check_group_size(llm.quantization.group_size, where)
+        if request.module_precision.lm_head != FP16:
+            head_group_size(llm.hidden_size)
+        if llm.head_dim % HEAD_DIM_MULTIPLE:
+            raise VilaDeployError(
+                f"backend onnxruntime takes multiples of {HEAD_DIM_MULTIPLE}, found {llm.head_dim}",
+                where="llm/config.json: head_dim",
+                fix="use another model",
+            )
+
+    def supported_dtypes(self, target: Target) -> Mapping[str, Sequence[str]]:
+        return {"lm_head": (INT8, INT4)}
+
+    def estimate_memory(
+        self, config: VilaConfig, request: BuildRequest, precision: str, limit_bytes: int
+    ) -> MemoryEstimate:
+        return estimate_memory(config, request, precision)
+
+    def build(
+        self,
+        folder: Path,
+        config: VilaConfig,
+        llm: WeightSource,
+        tower: WeightSource,
+        projector: WeightSource,
+        request: BuildRequest,
+    ) -> BuildResult:
+        from vila_deploy.backends.onnxruntime.build import build
+
+        return build(folder, config, llm, tower, projector, request)
+
+    def evaluated_dialect(self, request: BuildRequest) -> str:
+        return self.name
+
+    def open(self, folder: Path, manifest: Manifest) -> Session:
+        from vila_deploy.backends.onnxruntime import open_session
+
+        return open_session(folder, manifest)
+
+    def gpu_name(self) -> str | None:
+        return None
+
+
+BACKEND = OnnxRuntimeBackend()
