@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vila_deploy.backends import open_engine
+    from vila_deploy.runtime.open_engine import open_engine
     from vila_deploy.builder import build_engine
     from vila_deploy.engine.sampling import SamplingParams
     from vila_deploy.quantize import quantize_checkpoint as quantize
@@ -34,7 +34,7 @@ _MODULES = {
     "Conversation": "vila_deploy.runtime.conversation",
     "SamplingParams": "vila_deploy.engine.sampling",
     "build_engine": "vila_deploy.builder",
-    "open_engine": "vila_deploy.backends",
+    "open_engine": "vila_deploy.runtime.open_engine",
 }
 
 

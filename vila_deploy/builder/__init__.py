@@ -37,8 +37,8 @@ def build_engine(
     Raises:
         VilaDeployError: an option, the checkpoint or the disk is wrong, or the model doesn't fit.
     """
-    from vila_deploy.builder.build import BuildOptions
     from vila_deploy.builder.build import build_engine as build
+    from vila_deploy.builder.resolve import BuildOptions
     from vila_deploy.engine.precision import ModulePrecision
 
     return build(
