@@ -12,11 +12,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vila_deploy.runtime.open_engine import open_engine
     from vila_deploy.builder import build_engine
     from vila_deploy.engine.sampling import SamplingParams
     from vila_deploy.quantize import quantize_checkpoint as quantize
     from vila_deploy.runtime.conversation import Conversation
+    from vila_deploy.runtime.open_engine import open_engine
 
 __version__ = "0.1.0"
 __all__ = [
