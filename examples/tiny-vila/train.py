@@ -1,7 +1,7 @@
 """Trains tiny-vila from nothing on two CPU cores: its parts took 57 minutes in all.
 
 Two processes side by side teach the eye (tower and projector) to write the codes of codes.py and
-the language model to answer questions from them. Then both learn together from pictures alone, in
+the language model to answer questions from them. Then both learn together from images alone, in
 three rounds, towards the end of each every other step with the language model's weights rounded to
 4 bits, so that it bears quantization.
 """
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from tiny_vila.codes import STD, Codes, prepare_embeddings
 from tiny_vila.model import TEMPLATE, TinyVila, load, preprocess, save, train_tokenizer
 from tiny_vila.packing import Batch, collate, random_pack
-from tiny_vila.pictures import Scene, draw, random_scene
 from tiny_vila.questions import TRAINING, vocabulary_text
+from tiny_vila.scenes import Scene, draw, random_scene
 from vila_deploy.processing.chat_template import render
 
 SEED = 0
@@ -47,7 +47,7 @@ class Round:
     even_answers: bool
 
 
-# Long descriptions of crowded pictures teach where to look; then the short answers count for more.
+# Long descriptions of crowded images teach where to look; then the short answers count for more.
 FIRST = Round(1700, 1.5e-3, max_shapes=4, even_answers=False)
 ROUNDS = (FIRST, Round(1150, 1.2e-3, 3, even_answers=True), Round(1500, 1e-3, 3, even_answers=True))
 
@@ -88,7 +88,7 @@ def learn_apart(see_steps: int, answer_steps: int) -> tuple[TinyVila, Codes]:
 
 
 def learn_to_see(steps: int, batch: int = 32) -> dict[str, dict[str, Tensor]]:
-    """Tower and projector: the codes, from pictures."""
+    """Tower and projector: the codes, from images."""
     torch.set_num_threads(1)
     model, codes = new_model()
     rng = np.random.default_rng([TRAINING, SEE, SEED])
@@ -117,7 +117,7 @@ def learn_to_answer(steps: int, batch: int = 12) -> dict[str, Tensor]:
 
 
 def learn_together(model: TinyVila, codes: Codes, number: int, batch: int = 12) -> None:
-    """Everything: answers, from pictures; the codes still count a little."""
+    """Everything: answers, from images; the codes still count a little."""
     rng = np.random.default_rng([TRAINING, TOGETHER, SEED, number])
     plan = ROUNDS[number]
     rates = {model.llm: plan.rate, model.vision_tower: 3e-4, model.mm_projector: 3e-4}

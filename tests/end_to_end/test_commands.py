@@ -193,7 +193,7 @@ def test_existing_output_is_not_touched(checkpoint: Path, tmp_path: Path, comman
 def test_not_a_picture(engine: Path, tmp_path: Path) -> None:
     Image.effect_noise((300, 300), 90).save(tmp_path / "cut.png")
     os.truncate(tmp_path / "cut.png", 5000)
-    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "text.png").write_text("not an image")
     for name in ("cut.png", "text.png", "absent.png"):
         line = assert_one_line(
             invoke("vila-chat", engine, "--image", tmp_path / name, "-p", "What?")

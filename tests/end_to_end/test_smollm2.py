@@ -46,7 +46,7 @@ def int4_engine(quantized: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def prompts() -> list:
-    """20 prompts with one to three pictures."""
+    """20 prompts with one to three images."""
     return [
         ([noise(10 * index + k) for k in range(1 + index % 3)], QUESTIONS[index % len(QUESTIONS)])
         for index in range(20)

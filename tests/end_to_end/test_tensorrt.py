@@ -17,7 +17,7 @@ PRECISIONS = ("fp16", "int4", "int4, symmetric")
 
 @pytest.fixture(scope="module")
 def prompts() -> list:
-    """20 held-out questions with one, two and three pictures."""
+    """20 held-out questions with one, two and three images."""
     from tiny_vila.questions import held_out
 
     chosen = [(question.images, question.prompt) for question in held_out(60)]
@@ -51,7 +51,7 @@ def test_graphs_give_the_references_tokens(
 def test_a_prompt_in_chunks_gives_the_same_tokens(
     checkpoints: dict[str, Path], tmp_path: Path, prompts: list, dialect: str
 ) -> None:
-    """One, seven and 64 tokens at a time, as at once; with one, two and three pictures."""
+    """One, seven and 64 tokens at a time, as at once; with one, two and three images."""
     root = checkpoints["int4"]
     write_graphs(tmp_path / "graphs", root, dialect)
     checkpoint = open_checkpoint(root)

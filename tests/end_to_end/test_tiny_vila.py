@@ -16,7 +16,7 @@ from tests.support.paths import REPOSITORY
 
 @pytest.fixture(scope="module")
 def prompts() -> list:
-    """20 held-out questions with one, two and three pictures."""
+    """20 held-out questions with one, two and three images."""
     from tiny_vila.questions import held_out
 
     chosen = [(question.images, question.prompt) for question in held_out(60)]

@@ -1,4 +1,4 @@
-"""vila-chat about videos: the same as about their frames, given as pictures."""
+"""vila-chat about videos: the same as about their frames, given as images."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def test_a_video_is_its_frames(engine: Path, tmp_path: Path) -> None:
 def test_pictures_come_before_videos(engine: Path, tmp_path: Path) -> None:
     first = make_video(tmp_path / "first", 5, image=blocks)
     second = make_video(tmp_path / "second", 5, image=lambda index: blocks(index + 10))
-    picture = frame_files(tmp_path, [7])
+    image = frame_files(tmp_path, [7])
     answer = ask(
-        engine, "--video", first, *picture, "--video", second, "--video-frames", 2
+        engine, "--video", first, *image, "--video", second, "--video-frames", 2
     )  # fmt: skip
     assert answer == ask(engine, *frame_files(tmp_path, [7, 0, 4, 10, 14]))
 
@@ -83,10 +83,10 @@ def test_video_in_a_conversation(
         assert done.returncode == 0
         return done.stdout, done.stderr
 
-    pictures = (f"/image {tmp_path / '0.png'}", f"/image {tmp_path / '29.png'}")
+    images = (f"/image {tmp_path / '0.png'}", f"/image {tmp_path / '29.png'}")
     answer, problems = talk(f"/video {tmp_path / 'absent.mp4'}", f"/video {video}", "What?")
     assert "absent.mp4: no such video" in problems
-    assert answer == talk(*pictures, "What?")[0]
+    assert answer == talk(*images, "What?")[0]
     assert answer != talk("What?")[0]
 
 

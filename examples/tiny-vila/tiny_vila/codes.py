@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tiny_vila.model import LLM, TOKENS_PER_IMAGE
-from tiny_vila.pictures import COLOURS, KINDS, PLACES, Scene
+from tiny_vila.scenes import COLOURS, KINDS, PLACES, Scene
 
 SIDE = 5
 # The image tokens (column by column) in which the centres of the 3 × 3 places lie.

@@ -130,7 +130,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a rendered prompt, its pieces between pictures apart, slots for each picture."""
+    """Ids of a rendered prompt, its pieces between images apart, slots for each image."""
     ids = [BOS]
     for i, piece in enumerate(text.split(IMAGE_MARKER)):
         ids += [IMAGE_SLOT] * (TOKENS_PER_IMAGE if i else 0)

@@ -1,8 +1,8 @@
-"""Training sequences: many questions about the same pictures in one sequence.
+"""Training sequences: many questions about the same images in one sequence.
 
-A pack is a shared prefix (system sentence and pictures) followed by one branch for each question.
+A pack is a shared prefix (system sentence and images) followed by one branch for each question.
 A branch sees the prefix and itself, at the positions it would have alone, so that it trains exactly
-what a single question looks like while the pictures are computed once. A conversation is an
+what a single question looks like while the images are computed once. A conversation is an
 ordinary multi-turn prompt: a sequence that is all prefix.
 """
 
@@ -16,12 +16,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from tiny_vila.model import EOS, PAD, TEMPLATE, tokenize
-from tiny_vila.pictures import KINDS, Scene, random_scene
-from tiny_vila.questions import MAKERS, PICTURES, Pair, ask_in_context
+from tiny_vila.questions import IMAGES, MAKERS, Pair, ask_in_context
+from tiny_vila.scenes import KINDS, Scene, random_scene
 from vila_deploy.processing.chat_template import render, with_markers
 
 IGNORED = -100
-SINGLE = [kind for kind, pictures in PICTURES.items() if pictures == 1 and kind != "description"]
+SINGLE = [kind for kind, images in IMAGES.items() if images == 1 and kind != "description"]
 
 
 @dataclass
@@ -64,20 +64,20 @@ class Batch:
 def random_pack(
     tokenizer: Tokenizer, rng: np.random.Generator, max_shapes: int, even_answers: bool
 ) -> Packed:
-    """A pack about one, two or three pictures, or now and then a conversation about one."""
+    """A pack about one, two or three images, or now and then a conversation about one."""
     pairs: list[Pair] = []
-    while not pairs:  # of two pictures that are alike there may be nothing to ask
-        pictures = int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
-        scenes = tuple(random_scene(rng, max_shapes) for _ in range(pictures))
+    while not pairs:  # of two images that are alike there may be nothing to ask
+        images = int(rng.choice([1, 2, 3], p=[0.5, 0.35, 0.15]))
+        scenes = tuple(random_scene(rng, max_shapes) for _ in range(images))
         pairs = questions_about(scenes, rng)
-    if pictures == 1 and rng.random() < 0.15:
+    if images == 1 and rng.random() < 0.15:
         turns = [pairs[i] for i in rng.permutation(len(pairs))]
         return conversation(tokenizer, Packed(scenes, even_answers), turns)
     return pack(tokenizer, Packed(scenes, even_answers), pairs)
 
 
 def questions_about(scenes: tuple[Scene, ...], rng: np.random.Generator) -> list[Pair]:
-    """Many different questions about the same pictures."""
+    """Many different questions about the same images."""
     if len(scenes) == 1:
         kinds = ["description", *SINGLE, *SINGLE]
     elif len(scenes) == 2:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from tiny_vila.pictures import COLOURS, KINDS, Scene, draw, random_scene
+from tiny_vila.scenes import COLOURS, KINDS, Scene, draw, random_scene
 from vila_deploy.processing.chat_template import with_markers
 
-# The first word of each seed: the three sets can never share a picture's random numbers.
+# The first word of each seed: the three sets can never share an image's random numbers.
 TRAINING, CALIBRATION, HELD_OUT = 1, 2, 3
 
 Pair = tuple[str, str]
@@ -39,7 +39,7 @@ def held_out(count: int, kinds: Sequence[str] | None = None) -> list[Question]:
 
 def calibration(count: int) -> list[Question]:
     """Questions for the quantizer's calibration, of all kinds in turn."""
-    return _question_set(CALIBRATION, count, list(PICTURES))
+    return _question_set(CALIBRATION, count, list(IMAGES))
 
 
 def _question_set(stream: int, count: int, kinds: Sequence[str]) -> list[Question]:
@@ -52,7 +52,7 @@ def _question_set(stream: int, count: int, kinds: Sequence[str]) -> list[Questio
 def random_question(kind: str, rng: np.random.Generator) -> Question:
     """A question of `kind` about fresh scenes."""
     while True:
-        scenes = tuple(random_scene(rng) for _ in range(PICTURES[kind]))
+        scenes = tuple(random_scene(rng) for _ in range(IMAGES[kind]))
         pair = MAKERS[kind](scenes, rng)
         if pair:
             return Question(kind, scenes, *pair)
@@ -187,7 +187,7 @@ def _about_one(scenes: Sequence[Scene], rng: np.random.Generator) -> Pair | None
 
 
 def ask_in_context(scenes: Sequence[Scene], rng: np.random.Generator) -> Pair:
-    """Counting by example, as in the VILA paper: two pictures with counts, then one without."""
+    """Counting by example, as in the VILA paper: two images with counts, then one without."""
     kinds: list[str] = []
     for scene in scenes:
         others = [kind for kind in KINDS if kind not in kinds]
@@ -212,8 +212,8 @@ MAKERS: dict[str, Maker] = {
     "comparison": ask_comparison,
     "in-context count": ask_in_context,
 }
-# How many pictures each kind of question is about.
-PICTURES = {kind: 1 for kind in MAKERS} | {"comparison": 2, "in-context count": 3}
+# How many images each kind of question is about.
+IMAGES = {kind: 1 for kind in MAKERS} | {"comparison": 2, "in-context count": 3}
 
 # What a score is about. Descriptions and yes-or-no questions are for looking at, scored on request.
 SCORED = ("colour", "shape", "count", "place", "comparison", "in-context count")

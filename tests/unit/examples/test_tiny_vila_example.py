@@ -1,4 +1,4 @@
-"""tiny-vila: its pictures, its questions and the committed checkpoint."""
+"""tiny-vila: its images, its questions and the committed checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 
 from tests.support.paths import TINY_VILA as CHECKPOINT
-from tiny_vila import model, packing, pictures, questions, scoring
+from tiny_vila import model, packing, questions, scoring
+from tiny_vila import scenes as drawing
 from vila_deploy.checkpoint.config import load_config
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES
 
@@ -32,7 +33,7 @@ def test_sets_share_no_picture():
     held_out = {scene for q in questions.held_out(500) for scene in q.scenes}
     calibration = {scene for q in questions.calibration(200) for scene in q.scenes}
     rng = np.random.default_rng([questions.TRAINING, 1, 0])
-    training = {pictures.random_scene(rng) for _ in range(2000)}
+    training = {drawing.random_scene(rng) for _ in range(2000)}
     assert len(held_out) == sum(len(q.scenes) for q in questions.held_out(500))
     assert not held_out & calibration
     assert not (held_out | calibration) & training
@@ -42,21 +43,21 @@ def test_kinds_are_even_and_images_fit_the_prompt():
     asked = questions.held_out(60)
     assert all(sum(q.kind == kind for q in asked) == 10 for kind in questions.SCORED)
     for question in asked:
-        assert len(question.images) == questions.PICTURES[question.kind]
+        assert len(question.images) == questions.IMAGES[question.kind]
         assert question.prompt.count("<image>") in (0, len(question.images))
 
 
-def shown(image, shape: pictures.Shape) -> np.ndarray:
-    """The pixel in the middle of a shape, found from the picture alone."""
-    row, column = divmod(pictures.PLACES.index(shape.place), 3)
+def shown(image, shape: drawing.Shape) -> np.ndarray:
+    """The pixel in the middle of a shape, found from the image alone."""
+    row, column = divmod(drawing.PLACES.index(shape.place), 3)
     x = int((column + 0.5 + shape.offset[0]) * image.width / 3)
     y = int((row + 0.5 + shape.offset[1]) * image.height / 3)
     return np.asarray(image, int)[y, x]
 
 
 def test_shapes_are_drawn_where_and_as_the_scene_says():
-    names = list(pictures.COLOURS)
-    palette = np.array([pictures.COLOURS[name] for name in names])
+    names = list(drawing.COLOURS)
+    palette = np.array([drawing.COLOURS[name] for name in names])
     for question in questions.held_out(24):
         for scene, image in zip(question.scenes, question.images, strict=True):
             for shape in scene.shapes:
@@ -76,7 +77,7 @@ def test_answers_follow_from_the_scene():
             assert q.answer == str([s.kind for s in shapes].count(kind))
         elif q.kind == "place":
             fits = [s for s in shapes if s.kind in words or s.colour in words]
-            if "shape" not in words and any(colour in words for colour in pictures.COLOURS):
+            if "shape" not in words and any(colour in words for colour in drawing.COLOURS):
                 fits = [s for s in shapes if s.kind in words and s.colour in words]
             assert [s.place for s in fits] == [q.answer]
         elif q.kind == "presence":
@@ -101,7 +102,7 @@ def test_description_names_every_shape_in_reading_order():
 
 def test_branch_is_what_the_question_would_be_alone(tokenizer):
     rng = np.random.default_rng(5)
-    scenes = (pictures.random_scene(rng),)
+    scenes = (drawing.random_scene(rng),)
     pairs = questions_of(scenes, rng)
     packed = packing.pack(tokenizer, packing.Packed(scenes), pairs)
     for branch, (prompt, answer) in enumerate(pairs, 1):
@@ -121,7 +122,7 @@ def questions_of(scenes, rng):
 
 def test_mask_hides_other_branches(tokenizer):
     rng = np.random.default_rng(6)
-    scenes = (pictures.random_scene(rng),)
+    scenes = (drawing.random_scene(rng),)
     packed = packing.pack(tokenizer, packing.Packed(scenes), questions_of(scenes, rng))
     mask = packing.collate([packed]).mask[0, 0]
     for row in range(len(packed.tokens)):

@@ -59,7 +59,7 @@ def files_of(folder):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A text and a question about a picture."""
+    """A text and a question about an image."""
     folder = tmp_path_factory.mktemp("data")
     Image.new("RGB", (60, 40), "red").save(folder / "red.png")
     asked = {"text": "What colour is it?", "image": "red.png", "answer": "Red."}

@@ -17,7 +17,7 @@ COLOURS = {
     "white": (250, 250, 250),
 }
 KINDS = ("circle", "square", "triangle")
-# The picture is divided into 3 × 3 places, in reading order; a place holds at most one shape.
+# The image is divided into 3 × 3 places, in reading order; a place holds at most one shape.
 PLACES = (
     "top left",
     "top",
@@ -47,7 +47,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows, shapes in reading order; `seed` fixes its background and shades."""
+    """What an image shows, shapes in reading order; `seed` fixes its background and shades."""
 
     shapes: tuple[Shape, ...]
     canvas: tuple[int, int]
@@ -90,7 +90,7 @@ def random_scene(rng: np.random.Generator, max_shapes: int = MAX_SHAPES) -> Scen
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture of a scene: shapes on a grey background with a gradient and some grain."""
+    """The image of a scene: shapes on a grey background with a gradient and some grain."""
     rng = np.random.default_rng(scene.seed)
     width, height = scene.canvas
     slope_x, slope_y = rng.uniform(-14, 14, 2)
