@@ -52,11 +52,11 @@ def write_engine(
     def advance(text: str = "", steps: int = 1) -> None: ...
 
     vision, head = module_precision.vision, module_precision.lm_head
-    parts = checkpoint.vision, checkpoint.projector
-    graphs.write_vision(folder, config, *parts, dialect, advance, vision)
+    weights = checkpoint.vision, checkpoint.projector
+    graphs.write_vision(folder, config, *weights, dialect, advance, vision)
     size = graphs.write_llm(folder, config, checkpoint.llm, MAX_SEQ_LEN, dialect, advance, head)
-    for part in graphs.parts_of(config):
-        (folder / part / files.PLAN).write_text(str(folder / part / files.GRAPH))
+    for module in graphs.modules_of(config):
+        (folder / module / files.PLAN).write_text(str(folder / module / files.GRAPH))
     return Manifest(
         name="tiny",
         target=name,

@@ -40,8 +40,8 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 def test_primitive_graphs_hold_only_what_tensorrt_10_3_parses(tmp_path: Path, name: str) -> None:
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", **CHECKPOINTS[name]))
     write_engine(tmp_path / "primitive", checkpoint, "primitive")
-    for part in graphs.parts_of(checkpoint.config):
-        file = tmp_path / "primitive" / part / files.GRAPH
+    for module in graphs.modules_of(checkpoint.config):
+        file = tmp_path / "primitive" / module / files.GRAPH
         onnx.checker.check_model(file, full_check=True)
         assert refusals(onnx.load(file)) == []
 
@@ -53,8 +53,8 @@ def test_a_real_compiler_takes_primitive_graphs(tmp_path: Path, name: str) -> No
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", **CHECKPOINTS[name]))
     write_engine(tmp_path / "e", checkpoint, "primitive")
     described = json.loads((tmp_path / "e" / files.DESCRIPTION).read_text("utf-8"))
-    for part in graphs.parts_of(checkpoint.config):
-        folder, profile = tmp_path / "e" / part, described["profiles"][part][:1]
+    for module in graphs.modules_of(checkpoint.config):
+        folder, profile = tmp_path / "e" / module, described["profiles"][module][:1]
         job = Job(folder / files.GRAPH, folder / "compiled", profile, "8.9")
         compile_graph(COMPILERS["tensorrt-rtx"], job, lambda text="", steps=1: None)
         assert job.plan.stat().st_size > 100_000

@@ -113,7 +113,7 @@ class TensorRtBackend(Backend):
         from vila_deploy.backends.tensorrt import graphs
 
         compiler, dialect = compiler_of(request.target), dialect_of(request)
-        modules, dtypes = graphs.parts_of(config), request.module_precision
+        modules, dtypes = graphs.modules_of(config), request.module_precision
         write_description(folder, config, request)
         versions = {"onnx": version("onnx")}
         steps = graphs.graph_steps(config) + len(modules) * bool(compiler.ahead_of_time)

@@ -28,8 +28,8 @@ from vila_deploy.onnx_export.vision import (
 from vila_deploy.utils.progress import Advance
 
 
-def parts_of(config: VilaConfig) -> tuple[str, ...]:
-    """Return the folder names of a model's graphs; S2 features are made between two of them."""
+def modules_of(config: VilaConfig) -> tuple[str, ...]:
+    """Return the folders of a model's graphs; S2 features are made between vision and projector."""
     if config.tiling.uses_s2:
         return files.VISION, files.PROJECTOR, files.LLM
     return files.VISION, files.LLM
