@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -126,21 +126,7 @@ def evaluate(
                 model.advance(index)
             layers.append(_layer_error(index, models, ids == IMAGE_TOKEN_ID))
         advance("logits")
-        metrics = TokenMetrics.zeros(len(targets))
-        rows_at_once = min(LOGIT_ROWS, len(targets))
-        # Allocated once: small results between freed logits would leave holes, chunk after chunk.
-        buffers = torch.empty(3, rows_at_once, original.config.llm.vocab_size, device=device)
-        rows = [model.final_states(predicted).split(LOGIT_ROWS) for model in models]
-        heads = [model.head() for model in models]
-        begin = 0
-        for *states, following in zip(*rows, targets.to(device).split(LOGIT_ROWS), strict=True):
-            here = slice(begin, begin + len(following))
-            logits, scratch = buffers[:2, : len(following)], buffers[2, : len(following)]
-            for state, head, result in zip(states, heads, logits, strict=True):
-                _logits(state, head, result)
-            compare_logits(*logits, following, metrics[here], scratch)
-            begin += len(following)
-            advance("logits")
+        metrics = _compare_tokens(models, predicted, targets.to(device), advance)
     everything = torch.ones_like(about_images)
     classes = {"all": everything, TEXT: ~about_images, IMAGE: about_images}
     return Evaluation(
@@ -154,6 +140,34 @@ def evaluate(
         quality={name: Quality.of(metrics[chosen]) for name, chosen in classes.items()},
         layers=tuple(layers),
     )
+
+
+def _compare_tokens(
+    models: Sequence[_Model],
+    predicted: Tensor,
+    targets: Tensor,
+    advance: Callable[[str], None],
+) -> TokenMetrics:
+    """Return both models' figures of each predicted token; `advance` is called for each chunk.
+
+    Args:
+        predicted: bool [positions].
+        targets: int64 [predicted positions], the token that follows each.
+    """
+    metrics = TokenMetrics.zeros(len(targets))
+    states = [model.final_states(predicted) for model in models]
+    heads = [model.head() for model in models]
+    # Allocated once: small results between freed logits would leave holes, chunk after chunk.
+    buffers = states[0].new_empty(3, min(LOGIT_ROWS, len(targets)), len(heads[0]))
+    for begin in range(0, len(targets), LOGIT_ROWS):
+        tokens = slice(begin, begin + LOGIT_ROWS)
+        following = targets[tokens]
+        original, quantized, scratch = (buffer[: len(following)] for buffer in buffers)
+        _logits(states[0][tokens], heads[0], original)
+        _logits(states[1][tokens], heads[1], quantized)
+        compare_logits(original, quantized, following, metrics[tokens], scratch)
+        advance("logits")
+    return metrics
 
 
 def _check_same_model(original: Checkpoint, quantized: Checkpoint) -> None:

@@ -27,7 +27,8 @@ class ReferenceSession:
         self.llm = LanguageModel(config.llm, checkpoint.llm, dtype)
         self.vision = VisionEncoder(config, checkpoint.vision, checkpoint.projector, dtype)
         self.max_seq_len = config.llm.max_position_embeddings
-        self.truncate(0)
+        self.position = 0
+        self._cache: Any = DynamicCache()
 
     def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
         return self.vision(torch.from_numpy(pixels).to(self.dtype), grid).float().numpy()
@@ -47,7 +48,7 @@ class ReferenceSession:
 
     def truncate(self, tokens: int) -> None:
         if not tokens:
-            self._cache: Any = DynamicCache()
+            self._cache = DynamicCache()
         elif tokens < self.position:
             self._cache.crop(tokens - self.position)
         self.position = tokens
