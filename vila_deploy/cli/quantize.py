@@ -198,7 +198,7 @@ def _show_plan(planned: QuantizePlan, fits: list[Fit]) -> None:
     from vila_deploy.cli.common import show_fits, show_plan
     from vila_deploy.utils.progress import clock
 
-    show_plan(planned.components, planned.stages)
+    show_plan(planned.items.values(), planned.steps)
     click.echo(f"output: {planned.output_bytes / 1e6:,.1f} MB of weights")
     if planned.kept_bytes:
         kept = planned.kept_bytes / 1e6

@@ -27,11 +27,12 @@ GPU_PROGRAM_BYTES = 800 << 20
 
 
 class MemoryRow(Enum):
-    """Rows of an engine's memory; the value is the printed name, which may say more behind it."""
+    """Rows of a plan: parts of a model and of an engine's memory; the value is the printed name."""
 
     DECODER_LINEARS = "llm decoder linears"
     EMBEDDINGS = "llm embeddings"
     HEAD = "llm head"
+    BIASES = "llm biases"
     NORMS = "llm norms"
     VISION = "vision tower"
     PROJECTOR = "projector"

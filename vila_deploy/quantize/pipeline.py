@@ -16,6 +16,7 @@ from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import with_template
 from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, LlmConfig, layer_prefix
 from vila_deploy.data.examples import Example, load_examples, load_held_out
+from vila_deploy.engine.memory import MemoryRow
 from vila_deploy.eval.data import evaluation_data
 from vila_deploy.eval.fidelity import evaluate
 from vila_deploy.formats.rtn import to_float16
@@ -25,7 +26,7 @@ from vila_deploy.quantize.algorithms.base import LayerEntry, LayerQuantizer, OnS
 from vila_deploy.quantize.algorithms.rtn import Rtn
 from vila_deploy.quantize.calibrate import Calibration, calibrate
 from vila_deploy.quantize.data_warnings import data_warnings
-from vila_deploy.quantize.estimate.plan import QuantizePlan, plan, scratch_bytes
+from vila_deploy.quantize.estimate.plan import LLM_ROWS, QuantizePlan, plan, scratch_bytes
 from vila_deploy.quantize.model_card import model_card
 from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.quantize.report import RunCost, build_report
@@ -166,15 +167,15 @@ class _DiskSpace:
             written: folder of the output as far as it is written already.
         """
         parts = (*self.checkpoint.vision.files(), *self.checkpoint.projector.files())
-        sizes = {part.name: part.bytes for part in self.planned.components}
-        llm = sum(size for name, size in sizes.items() if name.startswith("llm"))
+        items = self.planned.items
+        llm = sum(item.bytes for row, item in items.items() if row in LLM_ROWS)
         needed = self.formats * (sum(file.stat().st_size for file in parts) + llm)
         if written is not None:
             done = (file.stat().st_size for file in written.rglob("*") if file.is_file())
             needed = max(0, needed - sum(done))
         layers = 0
         if self.work is not None:
-            layers = max(0, sizes["llm decoder linears"] - self.work.layer_bytes)
+            layers = max(0, items[MemoryRow.DECODER_LINEARS].bytes - self.work.layer_bytes)
         free = shutil.disk_usage(self.out.parent).free
         if free < needed + layers + scratch:
             also = {

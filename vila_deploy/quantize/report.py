@@ -12,20 +12,23 @@ from typing import Any
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.checksums import WEIGHT_SUFFIXES
+from vila_deploy.engine.memory import MemoryRow
 from vila_deploy.eval.fidelity import IMAGE, TEXT, Evaluation
 from vila_deploy.quantize.calibrate import Calibration
-from vila_deploy.quantize.estimate.plan import output_components
+from vila_deploy.quantize.estimate.plan import LLM_ROWS, output_items
 from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.utils.estimates import MemoryItem
 
 LIBRARIES = ("vila-deploy", "torch", "transformers", "safetensors")
 REASONS = {
-    "llm embeddings": "a table that is looked up, not multiplied; AWQ leaves it in float16",
-    "llm head": "its error goes straight into every token's probability; AWQ leaves it in float16",
-    "llm biases": "vectors that are added; nothing to gain",
-    "llm norms": "vectors; they take up the scales of the linears behind them",
-    "vision tower": "AWQ quantizes the language model only; copied unchanged",
-    "projector": "small, and every image passes through it; copied unchanged",
+    MemoryRow.EMBEDDINGS: "a table that is looked up, not multiplied; AWQ leaves it in float16",
+    MemoryRow.HEAD: (
+        "its error goes straight into every token's probability; AWQ leaves it in float16"
+    ),
+    MemoryRow.BIASES: "vectors that are added; nothing to gain",
+    MemoryRow.NORMS: "vectors; they take up the scales of the linears behind them",
+    MemoryRow.VISION: "AWQ quantizes the language model only; copied unchanged",
+    MemoryRow.PROJECTOR: "small, and every image passes through it; copied unchanged",
 }
 
 # What is predicted, by the keys of an evaluation's quality.
@@ -66,8 +69,8 @@ def build_report(
     input_bytes = sum(file.stat().st_size for reader in readers for file in reader.files())
     files = [file for file in out.rglob("*") if file.suffix in WEIGHT_SUFFIXES]
     output_bytes = sum(file.stat().st_size for file in files)
-    components = output_components(checkpoint.config, options.scheme)
-    not_quantized = [component for component in components if component.name in REASONS]
+    items = output_items(checkpoint.config, options.scheme)
+    llm_items = [item for row, item in items.items() if row in LLM_ROWS]
     return {
         "algorithm": options.algorithm,
         "formats": list(options.formats),
@@ -75,15 +78,16 @@ def build_report(
         "group_size": options.scheme.group_size,
         "symmetric": options.scheme.symmetric,
         "bits_per_weight": options.scheme.bits_per_weight,
-        "bits_per_llm_weight": _mean_bits([c for c in components if c.name.startswith("llm")]),
+        "bits_per_llm_weight": _mean_bits(llm_items),
         "seed": options.seed,
         "checkpoint_fingerprint": checkpoint.fingerprint(),
         "input_bytes": input_bytes,
         "output_bytes": output_bytes,
-        "components": [vars(component) for component in components],
+        "components": [vars(item) for item in items.values()],
         "not_quantized": [
-            {"name": c.name, "parameters": c.parameters, "reason": REASONS[c.name]}
-            for c in not_quantized
+            {"name": item.name, "parameters": item.parameters, "reason": REASONS[row]}
+            for row, item in items.items()
+            if row in REASONS
         ],
         "calibration": None if calibration is None else _calibration(calibration),
         "layers": layers,
@@ -99,8 +103,8 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
-def _mean_bits(components: list[MemoryItem]) -> float:
-    return 8 * sum(c.bytes for c in components) / sum(c.parameters for c in components)
+def _mean_bits(items: list[MemoryItem]) -> float:
+    return 8 * sum(item.bytes for item in items) / sum(item.parameters for item in items)
 
 
 def _calibration(calibration: Calibration) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def test_seconds_of_each_stage() -> None:
     slow, fast = Speed(1e9, 1e8, 1e-5), Speed(2e9, 2e8, 5e-6)
     options = QuantizeOptions(SCHEME)
     planned, faster = (plan(CONFIG, options, speed=speed) for speed in (slow, fast))
-    assert planned.seconds == pytest.approx(sum(s.seconds or 0 for s in planned.stages))
+    assert planned.seconds == pytest.approx(sum(s.seconds or 0 for s in planned.steps))
     assert faster.seconds == pytest.approx(planned.seconds / 2 if planned.seconds else None)
     unknown = plan(CONFIG, options)
     assert unknown.seconds is None

@@ -247,18 +247,18 @@ def test_plan_needs_only_the_configs(root, quantized, tmp_path):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_bytes((root / file).read_bytes())
     planned = plan(load_config(tmp_path), QuantizeOptions(SCHEME))
-    sizes = {part.name: part.bytes for part in planned.components}
+    sizes = {part.name: part.bytes for part in planned.items.values()}
     stored = load_file(quantized[0] / "llm" / "model.safetensors")
     actual = sum(t.nbytes for name, t in stored.items() if "_proj." in name)
     assert sizes["llm decoder linears"] == actual
     assert sizes["llm head"] == stored["lm_head.weight"].nbytes
     norms = sum(t.nbytes for name, t in stored.items() if "norm" in name)
     assert sizes["llm norms"] == norms
-    parameters = {part.name: part.parameters for part in planned.components}
+    parameters = {part.name: part.parameters for part in planned.items.values()}
     projector = load_file(root / "mm_projector" / "model.safetensors")
     assert parameters["projector"] == sum(t.numel() for t in projector.values())
     assert planned.fits
-    assert planned.device_bytes == max(stage.memory_bytes for stage in planned.stages)
+    assert planned.device_bytes == max(step.memory_bytes for step in planned.steps)
 
 
 def test_plan_tells_what_does_not_fit(root, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.tensor_schema import projector_tensor_specs, tower_tensor_specs
 from vila_deploy.data.data_size import DataSize, data_size
 from vila_deploy.data.examples import load_examples, load_held_out
+from vila_deploy.engine.memory import Items, MemoryRow
 from vila_deploy.formats.scheme import QuantScheme, check_scheme
 from vila_deploy.quantize.estimate import time
 from vila_deploy.quantize.estimate.memory import MemoryEstimate, spilled
@@ -27,6 +28,14 @@ from vila_deploy.utils.limits import (
 )
 from vila_deploy.writers.registry import FORMATS, SHARD_BYTES
 
+# The parts of llm/.
+LLM_ROWS = (
+    MemoryRow.DECODER_LINEARS,
+    MemoryRow.EMBEDDINGS,
+    MemoryRow.HEAD,
+    MemoryRow.BIASES,
+    MemoryRow.NORMS,
+)
 WORK_SUFFIX = ".partial"
 LONGEST_NAME = 255 - len(WORK_SUFFIX)
 
@@ -50,11 +59,17 @@ class QuantizePlan:
     kept_bytes: int
     scratch_bytes: int
     bits_per_weight: float
-    components: tuple[MemoryItem, ...]
-    stages: tuple[PlanStep, ...]
+    items: Items
+    steps: tuple[PlanStep, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the plan as `--plan --json` prints it."""
+        values = {k: v for k, v in vars(self).items() if k not in ("items", "steps")}
+        return {
+            **values,
+            "components": [vars(item) for item in self.items.values()],
+            "stages": [vars(step) for step in self.steps],
+        }
 
 
 def plan(
@@ -76,7 +91,7 @@ def plan(
     check_scheme(options.scheme, config.llm)
     for name in options.formats:
         FORMATS[name].check(config, options.scheme)
-    components = output_components(config, options.scheme)
+    items = output_items(config, options.scheme)
     calibration = calibration or DataSize(MAX_CALIBRATION_SEQUENCES * MAX_TOKENS)
     steps = _steps(
         config,
@@ -91,12 +106,12 @@ def plan(
         device_bytes=peak,
         limit_bytes=limit,
         seconds=sum(step.seconds or 0.0 for step in steps) if speed else None,
-        output_bytes=len(options.formats) * sum(component.bytes for component in components),
-        kept_bytes=components[0].bytes if options.calibrates else 0,
+        output_bytes=len(options.formats) * sum(item.bytes for item in items.values()),
+        kept_bytes=items[MemoryRow.DECODER_LINEARS].bytes if options.calibrates else 0,
         scratch_bytes=scratch_bytes(config, options, calibration.tokens),
         bits_per_weight=options.scheme.bits_per_weight,
-        components=components,
-        stages=steps,
+        items=items,
+        steps=steps,
     )
 
 
@@ -126,29 +141,24 @@ def check_not_quantized(config: VilaConfig) -> None:
         )
 
 
-def output_components(config: VilaConfig, scheme: QuantScheme) -> tuple[MemoryItem, ...]:
+def output_items(config: VilaConfig, scheme: QuantScheme) -> Items:
     """Return the parts of the quantized checkpoint, with their sizes."""
     llm = config.llm
     linears = llm.num_layers * sum(map(math.prod, llm.linears.values()))
     embedding = llm.vocab_size * llm.hidden_size
-    norms = llm.hidden_size * (2 * llm.num_layers + 1)
-    components = [
-        MemoryItem.of("llm decoder linears", linears, scheme.bits_per_weight),
-        _float16("llm embeddings", embedding),
-        _float16("llm norms", norms),
-        _float16("vision tower", parameters(tower_tensor_specs(config))),
-        _float16("projector", parameters(projector_tensor_specs(config))),
-    ]
-    rows = {name: out for name, (out, _) in llm.linears.items() if llm.has_bias(name)}
-    if rows:
-        components.insert(2, _float16("llm biases", llm.num_layers * sum(rows.values())))
-    if not llm.tie_word_embeddings:
-        components.insert(2, _float16("llm head", embedding))
-    return tuple(components)
-
-
-def _float16(name: str, count: int) -> MemoryItem:
-    return MemoryItem.of(name, count, 16)
+    biases = sum(rows for name, (rows, _) in llm.linears.items() if llm.has_bias(name))
+    float16 = {
+        MemoryRow.EMBEDDINGS: embedding,
+        MemoryRow.HEAD: 0 if llm.tie_word_embeddings else embedding,
+        MemoryRow.BIASES: llm.num_layers * biases,
+        MemoryRow.NORMS: llm.hidden_size * (2 * llm.num_layers + 1),
+        MemoryRow.VISION: parameters(tower_tensor_specs(config)),
+        MemoryRow.PROJECTOR: parameters(projector_tensor_specs(config)),
+    }
+    row = MemoryRow.DECODER_LINEARS
+    return {row: MemoryItem.of(row.value, linears, scheme.bits_per_weight)} | {
+        row: MemoryItem.of(row.value, count, 16) for row, count in float16.items() if count
+    }
 
 
 def measured_plan(config: VilaConfig, options: QuantizeOptions) -> QuantizePlan:
@@ -175,7 +185,7 @@ def _steps(
     speed: Speed | None,
 ) -> tuple[PlanStep, ...]:
     llm, group_size = config.llm, options.scheme.group_size
-    linears = output_components(config, options.scheme)[0].bytes
+    linears = output_items(config, options.scheme)[MemoryRow.DECODER_LINEARS].bytes
     # A shard of each format waits in memory until it is full.
     pending = min(SHARD_BYTES, linears) * len(options.formats)
     memory = MemoryEstimate(config, group_size, pending)
