@@ -29,8 +29,8 @@ from benchmarks.gpu.baseline import (
     size_bytes,
 )
 from benchmarks.gpu.environment import Run
-from vila_deploy.formats import tinychat
 from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.formats.tinychat import TINYCHAT_V2
 
 SOURCES, BUILD, NAME = "tinychat", FOLDER / "tinychat-build", "tinychat_baseline"
 VERSION = "version.txt"
@@ -84,8 +84,8 @@ def open_baseline(run: Run) -> Opened:
 
 
 def prepare(linear: QuantizedLinear, module: ModuleType) -> Prepared:
-    packed = tinychat.pack(linear)
-    weight, scales, zeros = (packed[name].contiguous() for name in tinychat.TENSORS)
+    packed = TINYCHAT_V2.pack(linear)
+    weight, scales, zeros = (packed[name].contiguous() for name in TINYCHAT_V2.tensors)
     out, inner = linear.out_features, linear.in_features
 
     def call(x: Tensor) -> Tensor:

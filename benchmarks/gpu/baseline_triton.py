@@ -15,7 +15,7 @@ from benchmarks.gpu.baseline import (
     use_packages,
 )
 from benchmarks.gpu.environment import Run
-from vila_deploy.formats import awq
+from vila_deploy.formats.awq import AWQ_GEMM
 from vila_deploy.formats.base import SYMMETRIC_ZERO, QuantizedLinear
 
 # Tiles of 16 channels along K that torch's operator packs together; the largest it has.
@@ -92,7 +92,7 @@ def open_humming(run: Run) -> Opened:
             shape_n=linear.out_features, shape_k=linear.in_features, weight_config=asked,
             torch_dtype=torch.float16,
         ).to(run.device)  # fmt: skip
-        layer.load_from_tensors(awq.pack(linear))
+        layer.load_from_tensors(AWQ_GEMM.pack(linear))
         layer.transform()
         held = [parameter for _, parameter in layer.named_parameters()]
         return Prepared(layer, size_bytes(*held))

@@ -24,7 +24,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.checkpoint.llm_config import (
     EMBEDDING,
     LINEARS,
@@ -33,11 +32,12 @@ from vila_deploy.checkpoint.llm_config import (
     layer_prefix,
     load_llm_config,
 )
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.model.layerwise import PackedHiddenStates
 from vila_deploy.model.llm import dense_weight, load_decoder_layer
 from vila_deploy.quantize.algorithms import awq, awq_gptq
 from vila_deploy.utils.device import CPU
+from vila_deploy.utils.fields import Fields
 from vila_deploy.utils.limits import CHUNK_TOKENS
 
 GROUP_SIZE = 64

@@ -224,8 +224,8 @@ def read_weights(candidate: Path) -> dict[str, Tensor]:
 
 def round_all(scratch: Path, symmetric: bool, group_size: int) -> dict[str, Tensor]:
     """The model rounded to nearest, no data looked at: what every algorithm has to beat."""
+    from vila_deploy.formats.base import QuantScheme
     from vila_deploy.formats.rtn import fake_quantize
-    from vila_deploy.formats.scheme import QuantScheme
 
     scheme = QuantScheme(group_size, symmetric=symmetric)
     weights = load_file(scratch / "model" / "model.safetensors")

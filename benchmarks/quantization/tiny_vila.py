@@ -29,7 +29,7 @@ from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import OneSlot
 from vila_deploy.eval.data import EvaluationData
 from vila_deploy.eval.fidelity import evaluate
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.chat_template import IMAGE_MARKER
 from vila_deploy.processing.tokenizer import load_tokenizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.paths import TINY_VILA
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.quantize.pipeline import quantize
 

@@ -22,7 +22,7 @@ from tests.support.baseline_environment import (
     round_checkpoint,
 )
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantScheme
 
 awq = pytest.importorskip("awq", reason="AutoAWQ is only in an environment of its own")
 

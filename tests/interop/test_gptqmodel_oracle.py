@@ -17,7 +17,7 @@ from tests.support.baseline_environment import (
     round_checkpoint,
 )
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantScheme
 
 pytest.importorskip("gptqmodel", reason="pip install '.[interop]' to test against this tool")
 

@@ -20,7 +20,7 @@ from tests.support.trtllm_cases import config_of
 from vila_deploy.checkpoint.trtllm_reader import TrtllmCheckpoint
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.formats.trtllm import LINEARS, QKV
-from vila_deploy.writers.trtllm_ranks import write_trtllm
+from vila_deploy.writers.trtllm import write_trtllm
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

@@ -15,10 +15,9 @@ from benchmarks.quantization.smollm2_file import smollm2_gguf
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD, NORMS
-from vila_deploy.formats.base import QuantizedLinear
-from vila_deploy.formats.rtn import round_to_nearest, to_float16
-from vila_deploy.formats.scheme import QuantScheme
-from vila_deploy.writers.outputs import Outputs
+from vila_deploy.formats.base import QuantizedLinear, QuantScheme, to_float16
+from vila_deploy.formats.rtn import round_to_nearest
+from vila_deploy.writers.folder import CheckpointWriter
 
 MODELS = ("tiny", "tiny Qwen2", "SmolLM2")
 PROMPT = "The capital of France is"
@@ -47,7 +46,7 @@ def round_checkpoint(root: Path, out: Path, formats: list[str], scheme: QuantSch
     checkpoint = open_checkpoint(root)
     llm, reader = checkpoint.config.llm, checkpoint.llm
     out.mkdir()
-    outputs = Outputs(checkpoint, out, formats, scheme)
+    outputs = CheckpointWriter(checkpoint, out, formats, scheme)
     names = [EMBEDDING, "model.norm.weight"] + ([] if llm.tie_word_embeddings else [HEAD])
     for index in range(llm.num_layers):
         names += [f"model.layers.{index}.{norm}.weight" for norm in NORMS]

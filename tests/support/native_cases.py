@@ -19,8 +19,8 @@ from vila_deploy.engine.manifest import Limits, Manifest
 from vila_deploy.engine.model_info import describe
 from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.engine.target import Target, get_target
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.formats.rtn import round_to_nearest
-from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.kernels.capability import ComputeCapability
 from vila_deploy.kernels.launch_mode import DEFAULT_LAUNCH_MODE, get_launch_mode
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.interruptions import interrupt_at
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.quantize import pipeline, resume
 
 SIZES = {"layers": 3, "hidden": 64, "intermediate": 128}

@@ -14,8 +14,8 @@ import torch
 from tests.support.damage import INDEX, edit_json
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.formats import tinychat
 from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.formats.tinychat import TINYCHAT_V2
 
 NAME = "vila-1.5-3b-w4-g64-awq-v2.pt"
 PT = f"llm/{NAME}"
@@ -39,7 +39,7 @@ def release(folder: Path, name: str = NAME, **overrides: Any) -> tuple[Path, Pat
         if kind == "qweight":
             linear = llm.linear(prefix)
             assert isinstance(linear, QuantizedLinear)
-            packed = tinychat.pack(linear)
+            packed = TINYCHAT_V2.pack(linear)
             state.update({f"{prefix}.{part}": tensor for part, tensor in packed.items()})
         elif kind not in ("qzeros", "scales") and key not in state:
             state[key] = llm.tensor(key)

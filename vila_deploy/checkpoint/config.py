@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.checkpoint.folder_layout import Layout, find_layout
 from vila_deploy.checkpoint.llm_config import LlmConfig, check_quantized_sizes, load_llm_config
 from vila_deploy.checkpoint.variants import (
@@ -25,6 +24,7 @@ from vila_deploy.checkpoint.vision_config import (
     load_vision_config,
 )
 from vila_deploy.utils.errors import VilaDeployError, short
+from vila_deploy.utils.fields import Fields
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.checkpoint.variants import KNOWN_TOWERS, ONE_FOLDERS
 from vila_deploy.utils.errors import VilaDeployError, short
+from vila_deploy.utils.fields import Fields
 
 PARTS = ("llm", "vision_tower", "mm_projector")
 # What begins the names of a flat checkpoint's tensors, and what begins them in the part's folder.

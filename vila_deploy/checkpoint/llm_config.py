@@ -1,13 +1,14 @@
-"""What llm/config.json says, checked."""
+"""Shapes and constants of the language model, read from llm/config.json."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vila_deploy.checkpoint.fields import Fields
-from vila_deploy.checkpoint.quantization import QuantizationConfig, load_quantization
+from vila_deploy.checkpoint.quantization import load_quantization
 from vila_deploy.checkpoint.variants import LLM_FAMILIES, LlmFamily
+from vila_deploy.formats.base import QuantizationConfig
 from vila_deploy.utils.errors import short
+from vila_deploy.utils.fields import Fields
 
 # Tensors outside the decoder layers.
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -57,13 +58,18 @@ class LlmConfig:
             "mlp.down_proj": (hidden, inner),
         }
 
+    def layer_linears(self, index: int) -> dict[str, tuple[int, int]]:
+        """Return the same of decoder layer `index`, under full names."""
+        prefix = layer_prefix(index)
+        return {f"{prefix}.{name}": sizes for name, sizes in self.linears.items()}
+
     def has_bias(self, linear: str) -> bool:
         """Return whether a linear of `linears` has a bias."""
         return self.family.qkv_bias and linear in QKV
 
 
 def load_llm_config(fields: Fields, generation: Fields) -> LlmConfig:
-    """Reads llm/config.json and the stop tokens of generation_config.json."""
+    """Read llm/config.json and the stop tokens of generation_config.json."""
     architectures = fields.values.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     if not isinstance(name, str) or name not in LLM_FAMILIES:
@@ -116,7 +122,7 @@ def load_llm_config(fields: Fields, generation: Fields) -> LlmConfig:
 
 
 def check_quantized_sizes(config: LlmConfig, fields: Fields) -> None:
-    """Whole groups along the inputs, in every layout whole words of 8 along the outputs."""
+    """Raise for inputs that are no whole groups, or outputs that are no whole words of 8."""
     if config.quantization is None:
         return
     group = config.quantization.group_size

@@ -1,15 +1,18 @@
-"""The tensors of one part of a checkpoint: found and checked first, read one at a time."""
+"""Read the tensors of one part of a checkpoint: found and checked first, read one at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD, LlmConfig
 from vila_deploy.checkpoint.safetensors_header import TensorInfo, read_header
-from vila_deploy.checkpoint.tinychat_file import SUFFIX as TINYCHAT_SUFFIX
+from vila_deploy.checkpoint.tensor_schema import check_llm
 from vila_deploy.checkpoint.torch_load import PickledFile, SearchResultError, is_search_result
+from vila_deploy.formats.base import Packing, QuantizedLinear
+from vila_deploy.formats.registry import format_of
+from vila_deploy.formats.tinychat import SUFFIX as TINYCHAT_SUFFIX
 from vila_deploy.utils.errors import VilaDeployError, short
 from vila_deploy.utils.files import read_json_object
 
@@ -17,22 +20,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from vila_deploy.formats.base import QuantizedLinear
-
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-SMALL_BYTES = 1 << 20
-# What tells a 4-bit linear's layout, looked for in this order, and the module that unpacks it.
-LAYOUTS = {
-    "scaled_zeros": "vila_deploy.formats.tinychat",
-    "weight_packed": "vila_deploy.formats.compressed_tensors",
-    "qweight": "vila_deploy.formats.awq",
-}
 
 
 def find_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the part in `folder`, from model.safetensors or an index and its shards.
+    """Return every tensor of the part in `folder`: of model.safetensors or an index's shards.
 
     Raises:
         VilaDeployError: no weights, pickles only, or an index or header that is wrong.
@@ -52,7 +46,7 @@ def find_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name → file name; a file name that leaves the folder is refused."""
+    """Return tensor name → file name; a file name that leaves the folder is refused."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise VilaDeployError(
@@ -100,7 +94,7 @@ def _sharded_tensors(
 
 
 def _missing(file: Path, folder: Path, what: str) -> VilaDeployError:
-    """The weights are not there; the usual reason is that they were published as pickles."""
+    """Return the error for absent weights; usually they were published as pickles."""
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     if not pickles:
         return VilaDeployError(what, where=file, fix="download the whole checkpoint")
@@ -130,8 +124,9 @@ class TensorReader:
     """Reads the tensors of one part lazily, memory-mapped, under their on-disk names.
 
     Args:
-        tensors: what `find_tensors` gave.
-        group_size: of the 4-bit linears, if there are any.
+        tensors: from `find_tensors`.
+        packing: of the quantized linears, if there are any.
+        group_size: of the quantized linears.
         aliases: names that are not stored, and the tensor that stands for each.
     """
 
@@ -139,26 +134,27 @@ class TensorReader:
         self,
         tensors: Mapping[str, TensorInfo],
         *,
-        group_size: int | None = None,
+        packing: Packing | None = None,
+        group_size: int = 0,
         aliases: Mapping[str, str] | None = None,
     ):
-        self._tensors, self._group_size = tensors, group_size
+        self._tensors, self._packing, self._group_size = tensors, packing, group_size
         self._aliases = aliases or {}
         self._open_files: dict[Path, Any] = {}
 
     def names(self) -> list[str]:
-        """Every stored tensor, sorted; tensors that nothing uses are among them."""
+        """Return every stored tensor, sorted; tensors that nothing uses are among them."""
         return sorted(self._tensors)
 
     def files(self) -> list[Path]:
-        """The files that hold them, sorted."""
+        """Return the files that hold them, sorted."""
         return sorted({info.file for info in self._tensors.values()})
 
     def __contains__(self, name: str) -> bool:
         return self._aliases.get(name, name) in self._tensors
 
     def info(self, name: str) -> TensorInfo:
-        """Where a tensor lies and what it is, without reading it."""
+        """Return where a tensor lies, its shape and dtype, without reading it."""
         stored = self._aliases.get(name, name)
         if stored not in self._tensors:
             raise VilaDeployError(
@@ -183,7 +179,7 @@ class TensorReader:
         return dtypes[info.dtype]
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor as stored, mapped from the file: don't write into it.
+        """Return the tensor as stored, mapped from the file: don't write into it.
 
         Raises:
             VilaDeployError: no such tensor, unreadable, or NaN or Inf among its values.
@@ -208,29 +204,45 @@ class TensorReader:
         return tensor
 
     def linear(self, prefix: str) -> Tensor | QuantizedLinear:
-        """The weight [out, in] of a linear layer: a tensor as stored, or its 4-bit form.
+        """Return the weight [out, in] of a linear layer: a tensor as stored, or a quantized linear.
 
         Raises:
-            VilaDeployError: what `tensor` says, or names the tensor that doesn't fit its format.
+            VilaDeployError: as `tensor` does, or names the tensor that doesn't fit its format.
         """
-        telling = next((part for part in LAYOUTS if f"{prefix}.{part}" in self), None)
-        if self._group_size is None or telling is None:
+        packing = self._packing
+        if packing is None or f"{prefix}.{packing.marker}" not in self:
             return self.tensor(f"{prefix}.weight")
-        layout = import_module(LAYOUTS[telling])
-        parts = (*layout.TENSORS, "bias")
         tensors = {
-            part: self.tensor(f"{prefix}.{part}") for part in parts if f"{prefix}.{part}" in self
+            name: self.tensor(f"{prefix}.{name}")
+            for name in (*packing.tensors, "bias")
+            if f"{prefix}.{name}" in self
         }
         try:
-            linear: QuantizedLinear = layout.unpack(tensors, self._group_size)
+            return packing.unpack(tensors, self._group_size)
         except VilaDeployError as error:
-            where = f"{self.info(f'{prefix}.{telling}').file}: {prefix[:120]}.{error.where}"
+            file = self.info(f"{prefix}.{packing.marker}").file
+            where = f"{file}: {prefix[:120]}.{error.where}"
             raise VilaDeployError(error.what, where=where, fix=error.fix) from error
-        return linear
+
+
+def llm_reader(tensors: Mapping[str, TensorInfo], config: LlmConfig, folder: Path) -> TensorReader:
+    """Return a reader of llm/ in `folder` whose tensors have been checked against `config`.
+
+    Raises:
+        VilaDeployError: names the first tensor that is missing, wrong or unknown.
+    """
+    check_llm(config, tensors, folder)
+    quantization = config.quantization
+    return TensorReader(
+        tensors,
+        packing=format_of(quantization).packing if quantization else None,
+        group_size=quantization.group_size if quantization else 0,
+        aliases={HEAD: EMBEDDING} if config.tie_word_embeddings else None,
+    )
 
 
 def _open(file: Path) -> Any:
-    """What has `get_tensor`: a file of safetensors, or one of torch.save."""
+    """Open a file of safetensors or of torch.save; both have `get_tensor`."""
     if file.suffix in PICKLE_SUFFIXES:
         return PickledFile(file)
     from safetensors import safe_open
@@ -239,7 +251,7 @@ def _open(file: Path) -> Any:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """One pass without a temporary: minimum and maximum are NaN as soon as one value is."""
+    """Return whether no value is NaN or Inf, in one pass: a NaN makes both extremes NaN."""
     if not tensor.numel():
         return True
     low, high = tensor.aminmax()

@@ -1,11 +1,10 @@
-"""The tensors that a checkpoint must have according to its configs, and the check against them."""
+"""Check the tensors of a checkpoint against those that its configs ask for."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import (
@@ -16,14 +15,11 @@ from vila_deploy.checkpoint.llm_config import (
     LlmConfig,
     layer_prefix,
 )
-from vila_deploy.checkpoint.quantization import PACKED, QuantizationConfig
 from vila_deploy.checkpoint.safetensors_header import TensorInfo
-from vila_deploy.checkpoint.tinychat_file import VERSION as TINYCHAT
 from vila_deploy.checkpoint.vision_config import VisionConfig
+from vila_deploy.formats.base import QuantizationConfig, TensorSpec
+from vila_deploy.formats.registry import format_of
 from vila_deploy.utils.errors import VilaDeployError
-
-FLOATS = ("F16", "BF16", "F32")
-LEVELS_PER_WORD = 8  # 4-bit levels in an int32
 
 # What released checkpoints carry although nothing uses it; any other extra tensor is an error.
 UNUSED_LLM = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -33,16 +29,8 @@ UNUSED_TOWER = re.compile(
 TOWER_LAYER = re.compile(r"(?:vision_model\.)?encoder\.layers\.(\d{1,4})\..+")
 
 
-class TensorSpec(NamedTuple):
-    """One tensor that must be there: torch shape, dtypes as safetensors spells them."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtypes: tuple[str, ...] = FLOATS
-
-
 def check_llm(config: LlmConfig, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
-    """Compares llm/ with its config.
+    """Compare llm/ with its config.
 
     Raises:
         VilaDeployError: names the first tensor that is missing, wrong or unknown.
@@ -55,7 +43,7 @@ def check_llm(config: LlmConfig, tensors: Mapping[str, TensorInfo], folder: Path
 
 
 def check_tower(config: VilaConfig, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
-    """Compares vision_tower/ with its config; layers behind the selected one may be absent."""
+    """Compare vision_tower/ with its config; layers behind the selected one may be absent."""
     known = _check_specs(tower_tensor_specs(config), tensors, folder)
     for name in tensors:
         layer = TOWER_LAYER.fullmatch(name)
@@ -67,7 +55,7 @@ def check_tower(config: VilaConfig, tensors: Mapping[str, TensorInfo], folder: P
 
 
 def check_projector(config: VilaConfig, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
-    """Compares mm_projector/ with its config."""
+    """Compare mm_projector/ with its config."""
     known = _check_specs(projector_tensor_specs(config), tensors, folder)
     for name in tensors:
         if name not in known:
@@ -75,7 +63,7 @@ def check_projector(config: VilaConfig, tensors: Mapping[str, TensorInfo], folde
 
 
 def llm_tensor_specs(config: LlmConfig) -> Iterator[TensorSpec]:
-    """Every tensor of llm/, decoder linears in fp or in the 4-bit form that its config names."""
+    """Yield every tensor of llm/, decoder linears in fp or in the format that its config names."""
     yield TensorSpec(EMBEDDING, (config.vocab_size, config.hidden_size))
     if not config.tie_word_embeddings:
         yield TensorSpec(HEAD, (config.vocab_size, config.hidden_size))
@@ -89,51 +77,24 @@ def llm_tensor_specs(config: LlmConfig) -> Iterator[TensorSpec]:
             if config.quantization is None:
                 yield TensorSpec(f"{prefix}.{name}.weight", (rows, columns))
             else:
-                yield from _expected_4bit(f"{prefix}.{name}", rows, columns, config.quantization)
+                yield from _quantized_specs(f"{prefix}.{name}", rows, columns, config.quantization)
             if config.has_bias(name):
                 yield TensorSpec(f"{prefix}.{name}.bias", (rows,))
 
 
-def _expected_4bit(
+def _quantized_specs(
     prefix: str, rows: int, columns: int, quantization: QuantizationConfig
 ) -> Iterator[TensorSpec]:
-    """A quantized linear of `rows` output and `columns` input channels, but for its bias."""
-    for part, shape, dtypes in _PARTS[quantization.version](rows, columns, quantization):
+    """Yield the tensors of a linear of `rows` output and `columns` input channels, but its bias."""
+    specs = format_of(quantization).packing.tensor_specs(
+        rows, columns, quantization.group_size, quantization.bits, quantization.zero_point
+    )
+    for part, shape, dtypes in specs:
         yield TensorSpec(f"{prefix}.{part}", shape, dtypes)
 
 
-def _gemm(rows: int, columns: int, quantization: QuantizationConfig) -> Iterator[TensorSpec]:
-    groups, words = columns // quantization.group_size, rows // LEVELS_PER_WORD
-    yield TensorSpec("qweight", (columns, words), ("I32",))
-    yield TensorSpec("qzeros", (groups, words), ("I32",))
-    yield TensorSpec("scales", (groups, rows), ("F16",))
-
-
-def _tinychat(rows: int, columns: int, quantization: QuantizationConfig) -> Iterator[TensorSpec]:
-    # Only here, since this module needs torch.
-    from vila_deploy.formats.tinychat import NIBBLES, scale_rows
-
-    table = (scale_rows(columns, quantization.group_size), rows)
-    yield TensorSpec("qweight", (rows // NIBBLES, columns), ("I16",))
-    yield TensorSpec("scales", table, ("F16",))
-    yield TensorSpec("scaled_zeros", table, ("F16",))
-
-
-def _packed(rows: int, columns: int, quantization: QuantizationConfig) -> Iterator[TensorSpec]:
-    groups = columns // quantization.group_size
-    yield TensorSpec("weight_packed", (rows, columns // LEVELS_PER_WORD), ("I32",))
-    yield TensorSpec("weight_scale", (rows, groups), ("F16", "BF16"))
-    yield TensorSpec("weight_shape", (2,), ("I64",))
-    if quantization.zero_point:
-        yield TensorSpec("weight_zero_point", (rows // LEVELS_PER_WORD, groups), ("I32",))
-
-
-# QuantizationConfig.version → the tensors of a linear, by what follows its name.
-_PARTS = {"gemm": _gemm, TINYCHAT: _tinychat, PACKED: _packed}
-
-
 def tower_tensor_specs(config: VilaConfig) -> Iterator[TensorSpec]:
-    """The tensors of vision_tower/ up to the selected hidden state."""
+    """Yield the tensors of vision_tower/ up to the selected hidden state."""
     vision = config.vision
     prefix, width = vision.family.prefix, vision.hidden_size
     internvit = vision.family.name == "internvit"
@@ -157,7 +118,7 @@ def tower_tensor_specs(config: VilaConfig) -> Iterator[TensorSpec]:
 
 
 def _tower_layer(vision: VisionConfig, prefix: str) -> Iterator[TensorSpec]:
-    """A layer of SigLIP or CLIP."""
+    """Yield a layer of SigLIP or CLIP."""
     width, inner = vision.hidden_size, vision.intermediate_size
     for norm in ("layer_norm1", "layer_norm2"):
         yield from _with_bias(f"{prefix}.{norm}", (width,))
@@ -168,7 +129,7 @@ def _tower_layer(vision: VisionConfig, prefix: str) -> Iterator[TensorSpec]:
 
 
 def _internvit_layer(vision: VisionConfig, prefix: str) -> Iterator[TensorSpec]:
-    """A layer of InternViT: RMS norms, one matrix for q, k and v, a scale on each branch."""
+    """Yield a layer of InternViT: RMS norms, one matrix for q, k and v, a scale on each branch."""
     width, inner = vision.hidden_size, vision.intermediate_size
     for name in ("norm1.weight", "norm2.weight", "ls1", "ls2"):
         yield TensorSpec(f"{prefix}.{name}", (width,))
@@ -189,7 +150,7 @@ def _with_bias(prefix: str, shape: tuple[int, ...]) -> Iterator[TensorSpec]:
 
 
 def projector_tensor_specs(config: VilaConfig) -> Iterator[TensorSpec]:
-    """The tensors of mm_projector/, as its row in PROJECTOR_TYPES lays them out."""
+    """Yield the tensors of mm_projector/, as its row in PROJECTOR_TYPES lays them out."""
     kind = config.projector
     for index, shape in kind.shapes(config.feature_channels, config.llm.hidden_size).items():
         yield TensorSpec(f"{kind.prefix(index)}.weight", shape)
@@ -199,7 +160,7 @@ def projector_tensor_specs(config: VilaConfig) -> Iterator[TensorSpec]:
 def _check_specs(
     expected: Iterator[TensorSpec], tensors: Mapping[str, TensorInfo], folder: Path
 ) -> set[str]:
-    """The names that were expected; the first that is missing or wrong raises."""
+    """Return the expected names; raise for the first that is missing or wrong."""
     known: set[str] = set()
     for name, shape, dtypes in expected:
         known.add(name)

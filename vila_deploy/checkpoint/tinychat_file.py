@@ -11,17 +11,41 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from vila_deploy.checkpoint.folder_layout import Layout
+from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.checkpoint.reader import TensorReader, find_tensors, llm_reader
 from vila_deploy.checkpoint.safetensors_header import TensorInfo
 from vila_deploy.checkpoint.torch_load import PickledFile
+from vila_deploy.formats.base import BITS, QuantizationConfig
+from vila_deploy.formats.tinychat import GROUP_SIZES, SUFFIX, TINYCHAT_V2, group_size_of
 from vila_deploy.utils.errors import VilaDeployError, short
 
-SUFFIX = "-v2.pt"
-VERSION = "tinychat-v2"  # QuantizationConfig.version of such an llm/
 GROUP_IN_NAME = re.compile(r"-g(\d{1,6})(?=[-.])")
 
 
+def recognise(folder: Path) -> QuantizationConfig | None:
+    """Return the quantization of the one `*-v2.pt` in `folder`; None where there is none.
+
+    Raises:
+        VilaDeployError: several such files, or one whose group size can't be told.
+    """
+    file = tinychat_file(folder)
+    if file is None:
+        return None
+    return QuantizationConfig("awq", BITS, group_size(file), True, TINYCHAT_V2.version)
+
+
+def open_llm(layout: Layout, config: LlmConfig) -> TensorReader:
+    """Open the linears of llm/, checked against `config`."""
+    folder, quantization = layout.folder("llm"), config.quantization
+    assert quantization is not None
+    file = tinychat_file(folder)
+    tensors = read_tinychat(file, quantization.group_size) if file else find_tensors(folder)
+    return llm_reader(tensors, config, folder)
+
+
 def tinychat_file(folder: Path) -> Path | None:
-    """The *-v2.pt that holds the weights of `folder`; None where there is none.
+    """Return the *-v2.pt that holds the weights of `folder`; None where there is none.
 
     Safetensors win: where there is any, even an incomplete set, the .pt is not looked at.
 
@@ -48,7 +72,7 @@ def tinychat_file(folder: Path) -> Path | None:
 
 
 def group_size(file: Path) -> int:
-    """Input channels that share a scale, from the file's name or else from its tensors.
+    """Return how many input channels share a scale, from the file's name or else from its tensors.
 
     Raises:
         VilaDeployError: the name's isn't one that TinyChat has, or the file can't be read.
@@ -56,9 +80,9 @@ def group_size(file: Path) -> int:
     named = GROUP_IN_NAME.findall(file.name)
     if not named:
         return _stored_group_size(PickledFile(file).infos(), file)
-    # Before it may stand anything, the model's name above all.
+    # The last match: before it comes the model's name, which may hold anything.
     size = int(named[-1])
-    if size not in (128, 64, 32):
+    if size not in GROUP_SIZES:
         raise VilaDeployError(
             f"its name says groups of {size}, TinyChat has 128, 64 and 32",
             where=file,
@@ -68,7 +92,7 @@ def group_size(file: Path) -> int:
 
 
 def read_tinychat(file: Path, expected_group_size: int) -> dict[str, TensorInfo]:
-    """Every tensor of `file`.
+    """Return every tensor of `file`.
 
     Raises:
         VilaDeployError: it can't be read, or its groups are not of `expected_group_size`.
@@ -85,15 +109,13 @@ def read_tinychat(file: Path, expected_group_size: int) -> dict[str, TensorInfo]
 
 
 def _stored_group_size(tensors: Mapping[str, TensorInfo], file: Path) -> int:
-    """From the first quantized linear: its rows of scales and its input channels."""
-    from vila_deploy.formats.tinychat import group_size_of
-
+    """Return it from the first quantized linear: its rows of scales and its input channels."""
     for name, info in tensors.items():
         prefix, _, kind = name.rpartition(".")
         scales = tensors.get(f"{prefix}.scales")
         if kind == "qweight" and f"{prefix}.qzeros" in tensors:
             raise VilaDeployError(
-                f"tensor {prefix[:120]}.qzeros belongs to TinyChat's first layout",
+                f"tensor {prefix[:120]}.qzeros belongs to TinyChat's first format",
                 where=file,
                 fix="convert the file with llm-awq's tinychat/offline-weight-repacker.py",
             )

@@ -1,4 +1,4 @@
-"""Reads a TensorRT-LLM checkpoint back, the shares of all ranks joined."""
+"""Read a TensorRT-LLM checkpoint back, the shares of all ranks joined."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vila_deploy.checkpoint.fields import Fields
-from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, LlmConfig
+from vila_deploy.checkpoint.folder_layout import Layout
+from vila_deploy.checkpoint.llm_config import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    NORMS,
+    QKV,
+    LlmConfig,
+    layer_prefix,
+)
 from vila_deploy.checkpoint.safetensors_header import TensorInfo, read_header
 from vila_deploy.checkpoint.trtllm_sharding import (
     CONFIG,
-    DTYPES,
+    FOLDER,
     Parallel,
     check_llm,
     padded_vocabulary,
@@ -24,11 +32,10 @@ from vila_deploy.checkpoint.trtllm_sharding import (
 )
 from vila_deploy.formats import trtllm
 from vila_deploy.formats.base import QuantizedLinear
-from vila_deploy.formats.trtllm import Dense, Linear
+from vila_deploy.formats.trtllm import W4A16_AWQ, Dense, Linear
 from vila_deploy.utils.errors import VilaDeployError, short
+from vila_deploy.utils.fields import Fields
 
-# Beside llm/, whose config.json would be in the way of TensorRT-LLM's own.
-FOLDER = "trtllm"
 AGAIN = "make the checkpoint again"
 
 
@@ -57,26 +64,26 @@ class TrtllmCheckpoint:
             self._check_rank(rank)
 
     def files(self) -> list[Path]:
-        """The files of weights."""
+        """Return the files of weights."""
         return [self._folder / rank_file(rank) for rank in range(self.parallel.ranks)]
 
     def names(self) -> list[str]:
-        """What `tensor` gives, biases apart."""
+        """Return the names of all tensors but linears and biases."""
         layers = [
-            f"model.layers.{index}.{norm}.weight"
+            f"{layer_prefix(index)}.{norm}.weight"
             for index in range(self._config.num_layers)
-            for norm in trtllm.NORMS
+            for norm in NORMS
         ]
         return sorted([EMBEDDING, HEAD, FINAL_NORM, *layers])
 
     def info(self, name: str) -> TensorInfo:
-        """Where the first share of a tensor of `names` lies."""
-        stage, full = self._place(name)
+        """Return where the first share of a tensor of `names` lies."""
+        stage, full = self._stored_name(name)
         path = self._folder / rank_file(stage * self.parallel.tp)
         return read_header(path)[full]
 
-    def _place(self, name: str) -> tuple[int, str]:
-        """Stage and TensorRT-LLM's name of a tensor that no linear has."""
+    def _stored_name(self, name: str) -> tuple[int, str]:
+        """Return pipeline stage and TensorRT-LLM's name of a tensor that no linear has."""
         last = self.parallel.pp - 1
         ends = {
             EMBEDDING: (0, trtllm.EMBEDDING),
@@ -84,58 +91,56 @@ class TrtllmCheckpoint:
             FINAL_NORM: (last, trtllm.FINAL_NORM),
         }
         if name in ends:
-            stage, place = ends[name]
-            return stage, f"{place.name}.weight"
+            stage, module = ends[name]
+            return stage, f"{module.name}.weight"
         stage, target, norm = self._layer(name.removesuffix(".weight"))
         return stage, f"{target}.{trtllm.NORMS[norm].name}.weight"
 
     def tensor(self, name: str) -> Tensor:
-        """A float16 tensor such as `model.norm.weight`, or the bias of q, k or v."""
+        """Return a float16 tensor such as `model.norm.weight`, or the bias of q, k or v."""
         prefix, _, part = name.rpartition(".")
         if part == "bias":
             bias = self._linear(prefix).bias
             assert bias is not None, name
             return bias
-        stage, full = self._place(name)
+        stage, full = self._stored_name(name)
         if name in (EMBEDDING, HEAD):
             return self._rows(stage, full)[: self._config.vocab_size]
         return self._get(stage, 0, full)
 
     def linear(self, prefix: str) -> Tensor | QuantizedLinear:
-        """The weight of a linear, e.g. `model.layers.0.mlp.up_proj`; 4-bit ones with their bias."""
+        """Return the weight of a linear, e.g. `model.layers.0.mlp.up_proj`; 4-bit with its bias."""
         linear = self._linear(prefix)
         return linear.weight if isinstance(linear, Dense) else linear
 
     def _linear(self, prefix: str) -> Linear:
         stage, target, name = self._layer(prefix)
         shares = range(self.parallel.tp)
-        if name not in trtllm.QKV:
-            place = trtllm.LINEARS[name]
-            parts = [self._share(stage, t, f"{target}.{place.name}") for t in shares]
-            if place.split == "columns":
-                return trtllm.join_columns(parts)
-            return trtllm.join_rows(parts, prefix)
-        sizes, part = qkv_rows(self._config, self.parallel), trtllm.QKV.index(name)
-        start = sum(sizes[:part])
-        if part:
+        if name not in QKV:
+            module = trtllm.LINEARS[name]
+            linears = [self._share(stage, t, f"{target}.{module.name}") for t in shares]
+            if module.split == "columns":
+                return trtllm.join_columns(linears)
+            return trtllm.join_rows(linears, prefix)
+        sizes, number = qkv_rows(self._config, self.parallel), QKV.index(name)
+        start = sum(sizes[:number])
+        if number:
             # Where ranks have copies of a key/value head, the first rank of each has it for all.
             copies = max(1, self.parallel.tp // self._config.num_kv_heads)
             shares = range(0, self.parallel.tp, copies)
-        full = f"{target}.{trtllm.JOINED.name}"
+        full = f"{target}.{trtllm.JOINED_QKV.name}"
         joined = [self._share(stage, t, full) for t in shares]
-        own = [trtllm.rows_of(share, start, start + sizes[part]) for share in joined]
-        return trtllm.join_rows(own, prefix)
+        rows = [trtllm.rows_of(share, start, start + sizes[number]) for share in joined]
+        return trtllm.join_rows(rows, prefix)
 
     def _share(self, stage: int, t: int, name: str) -> Linear:
-        parts: Sequence[str] = ("weight",)
-        if self.group_size is not None:
-            parts = ("weight", "weights_scaling_factor", "prequant_scaling_factor")
-        tensors = {part: self._get(stage, t, f"{name}.{part}") for part in parts}
-        if name.endswith(trtllm.JOINED.name) and self._config.family.qkv_bias:
+        stored: Sequence[str] = ("weight",) if self.group_size is None else W4A16_AWQ.tensors
+        tensors = {part: self._get(stage, t, f"{name}.{part}") for part in stored}
+        if name.endswith(trtllm.JOINED_QKV.name) and self._config.family.qkv_bias:
             tensors["bias"] = self._get(stage, t, f"{name}.bias")
         if self.group_size is None:
             return Dense(tensors["weight"], tensors.get("bias"))
-        return trtllm.unpack(tensors)
+        return W4A16_AWQ.unpack(tensors, self.group_size)
 
     def _rows(self, stage: int, name: str) -> Tensor:
         return torch.cat([self._get(stage, t, name) for t in range(self.parallel.tp)])
@@ -162,35 +167,38 @@ class TrtllmCheckpoint:
 
     def _check_rank(self, rank: int) -> None:
         path = self._folder / rank_file(rank)
-        found = read_header(path)
-        expected = rank_tensors(self._config, self.group_size, self.parallel, rank)
-        for name, (dtype, shape) in expected.items():
-            info = found.get(name)
-            label = DTYPES[dtype][0]
+        tensors, known = read_header(path), set[str]()
+        for name, shape, (dtype,) in rank_tensors(
+            self._config, self.group_size, self.parallel, rank
+        ):
+            known.add(name)
+            info = tensors.get(name)
             if info is None:
                 raise VilaDeployError(f"tensor {name} is missing", where=path, fix=AGAIN)
-            if (info.dtype, info.shape) != (label, shape):
+            if (info.dtype, info.shape) != (dtype, shape):
                 raise VilaDeployError(
-                    f"tensor {name} is {_of(info)}, must be {label} {list(shape)}",
+                    f"tensor {name} is {info.dtype} {list(info.shape)}, must be {dtype} "
+                    f"{list(shape)}",
                     where=path,
                     fix=AGAIN,
                 )
-        for name in sorted(found.keys() - expected.keys()):
+        for name in sorted(tensors.keys() - known):
             raise VilaDeployError(f"tensor {name[:120]} is unknown", where=path, fix=AGAIN)
 
 
-def _of(info: TensorInfo) -> str:
-    return f"{info.dtype} {list(info.shape)}"
+def open_llm(layout: Layout, config: LlmConfig) -> TrtllmCheckpoint:
+    """Open the linears in trtllm/ beside llm/."""
+    return TrtllmCheckpoint(layout.root / FOLDER, config)
 
 
 def _parallel(fields: Fields) -> Parallel:
     mapping = fields.child("mapping")
-    found = Parallel(
+    parallel = Parallel(
         mapping.integer("tp_size", 1, high=1024), mapping.integer("pp_size", 1, high=1024)
     )
-    if mapping.integer("world_size", 1, high=1 << 20) != found.ranks:
-        raise mapping.error("world_size", f"must be tp_size × pp_size = {found.ranks}", AGAIN)
-    return found
+    if mapping.integer("world_size", 1, high=1 << 20) != parallel.ranks:
+        raise mapping.error("world_size", f"must be tp_size × pp_size = {parallel.ranks}", AGAIN)
+    return parallel
 
 
 def _group_size(fields: Fields) -> int | None:

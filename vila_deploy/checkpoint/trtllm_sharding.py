@@ -1,8 +1,8 @@
 """TensorRT-LLM checkpoints: config.json, quant_cfg.json and a safetensors file for each GPU.
 
-Of `tp` · `pp` ranks, rank p · tp + t holds share t of the layers of stage p. Tensor parallelism
-splits q, k and v apart and then joins each rank's shares, gives ranks that are more than the
-key/value heads a copy of the one they need, and pads the vocabulary to whole shares.
+Of `tp` · `pp` ranks, rank p · tp + t holds share t of the layers of pipeline stage p. Tensor
+parallelism splits q, k and v apart and then joins each rank's shares, gives ranks that are more
+than the key/value heads a copy of the one they need, and pads the vocabulary to whole shares.
 """
 
 from __future__ import annotations
@@ -11,25 +11,24 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from vila_deploy import __version__
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.formats import trtllm
+from vila_deploy.formats.base import TensorSpec
+from vila_deploy.formats.trtllm import W4A16_AWQ
 from vila_deploy.utils.errors import VilaDeployError
 
 CONFIG, QUANT_CONFIG = "config.json", "quant_cfg.json"
-VOCABULARY_MULTIPLE = 64  # of a checkpoint with 4-bit linears
+VOCABULARY_MULTIPLE = 64  # where linears are in 4 bits
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 DECODERS = {"llama": "llama", "qwen2": "qwen"}
-# safetensors' names, and bytes of an element.
-DTYPES = {torch.float16: ("F16", 2), torch.float32: ("F32", 4), torch.int8: ("I8", 1)}
-Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+# Beside llm/, whose config.json would be in the way of TensorRT-LLM's own.
+FOLDER = "trtllm"
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """How many GPUs share each layer (`tp`), and how many stages the layers are cut into (`pp`)."""
+    """How many GPUs share each layer (`tp`), and how many pipeline stages there are (`pp`)."""
 
     tp: int = 1
     pp: int = 1
@@ -38,7 +37,7 @@ class Parallel:
     def ranks(self) -> int:
         return self.tp * self.pp
 
-    def stage(self, rank: int) -> int:
+    def pipeline_stage(self, rank: int) -> int:
         return rank // self.tp
 
     def share(self, rank: int) -> int:
@@ -53,7 +52,7 @@ def rank_file(rank: int) -> str:
 
 
 def check_llm(config: LlmConfig, group_size: int | None, parallel: Parallel = ONE_GPU) -> None:
-    """Raises VilaDeployError, before any work, for what TensorRT-LLM can't hold or split so.
+    """Raise VilaDeployError, before any work, for what TensorRT-LLM can't hold or split so.
 
     Args:
         group_size: of 4-bit linears; None for float16.
@@ -97,7 +96,7 @@ def check_llm(config: LlmConfig, group_size: int | None, parallel: Parallel = ON
 def checkpoint_config(
     config: LlmConfig, group_size: int | None, parallel: Parallel, rank: int = 0
 ) -> dict[str, Any]:
-    """config.json as Model Optimizer writes it, with what TensorRT-LLM adds for Qwen2."""
+    """Return config.json as Model Optimizer writes it, with what TensorRT-LLM adds for Qwen2."""
     quantization: dict[str, Any] = {"quant_algo": None, "kv_cache_quant_algo": None}
     if group_size is not None:
         quantization |= {
@@ -144,38 +143,38 @@ def checkpoint_config(
 
 
 def layer_quantization(group_size: int | None) -> dict[str, Any] | None:
-    """quant_cfg.json as Model Optimizer writes it: where not all linears are quantized alike."""
+    """Return quant_cfg.json as Model Optimizer writes it; None where all linears are quantized."""
     if group_size is not None:
         return None
     return {"quant_algo": None, "kv_cache_quant_algo": None, "quantized_layers": {}}
 
 
 def padded_vocabulary(config: LlmConfig, group_size: int | None, parallel: Parallel) -> int:
-    """The vocabulary that TensorRT-LLM sees: ids from here on are rows of the prompt table."""
+    """Return the vocabulary that TensorRT-LLM sees; higher ids are rows of the prompt table."""
     if group_size is None:
         return config.vocab_size
-    return whole(config.vocab_size, math.lcm(VOCABULARY_MULTIPLE, parallel.tp))
+    return round_up(config.vocab_size, math.lcm(VOCABULARY_MULTIPLE, parallel.tp))
 
 
-def whole(count: int, multiple: int) -> int:
-    """`count` rounded up to a multiple."""
+def round_up(count: int, multiple: int) -> int:
+    """Return `count` rounded up to a multiple."""
     return -(-count // multiple) * multiple
 
 
 def _shares(config: LlmConfig, parallel: Parallel) -> dict[str, tuple[int, int]]:
-    """(out, in) of a rank's share of each linear, by TensorRT-LLM's name within a layer."""
+    """Return (out, in) of a rank's share of each linear, by TensorRT-LLM's name within a layer."""
     sizes, tp = config.linears, parallel.tp
     joined = sum(qkv_rows(config, parallel))
-    shares = {trtllm.JOINED.name: (joined, config.hidden_size)}
-    for name, place in trtllm.LINEARS.items():
+    shares = {trtllm.JOINED_QKV.name: (joined, config.hidden_size)}
+    for name, module in trtllm.LINEARS.items():
         rows, columns = sizes[name]
-        split = place.split == "rows"
-        shares[place.name] = (rows // tp, columns) if split else (rows, columns // tp)
+        split = module.split == "rows"
+        shares[module.name] = (rows // tp, columns) if split else (rows, columns // tp)
     return shares
 
 
 def qkv_rows(config: LlmConfig, parallel: Parallel) -> tuple[int, int, int]:
-    """A rank's rows of q, k and v; it has at least one key/value head."""
+    """Return a rank's rows of q, k and v; it has at least one key/value head."""
     heads = config.num_heads // parallel.tp
     kv_heads = max(1, config.num_kv_heads // parallel.tp)
     return tuple(count * config.head_dim for count in (heads, kv_heads, kv_heads))  # type: ignore[return-value]
@@ -183,30 +182,34 @@ def qkv_rows(config: LlmConfig, parallel: Parallel) -> tuple[int, int, int]:
 
 def rank_tensors(
     config: LlmConfig, group_size: int | None, parallel: Parallel, rank: int
-) -> Shapes:
-    """Name → dtype and shape of everything in a rank's file."""
-    half, hidden, stage = torch.float16, config.hidden_size, parallel.stage(rank)
-    rows = whole(padded_vocabulary(config, group_size, parallel), parallel.tp)
-    table = (half, (rows // parallel.tp, hidden))
-    tensors: Shapes = {}
+) -> list[TensorSpec]:
+    """Return every tensor of a rank's file."""
+    hidden, stage = config.hidden_size, parallel.pipeline_stage(rank)
+    rows = round_up(padded_vocabulary(config, group_size, parallel), parallel.tp)
+    table = (rows // parallel.tp, hidden)
+    specs = []
     if stage == 0:
-        tensors[f"{trtllm.EMBEDDING.name}.weight"] = table
+        specs.append(_half(f"{trtllm.EMBEDDING.name}.weight", table))
     for layer in range(config.num_layers // parallel.pp):
         prefix = f"transformer.layers.{layer}"
         for norm in trtllm.NORMS.values():
-            tensors[f"{prefix}.{norm.name}.weight"] = (half, (hidden,))
+            specs.append(_half(f"{prefix}.{norm.name}.weight", (hidden,)))
         for name, (rows, columns) in _shares(config, parallel).items():
             full = f"{prefix}.{name}"
             if group_size is None:
-                tensors[f"{full}.weight"] = (half, (rows, columns))
+                specs.append(_half(f"{full}.weight", (rows, columns)))
             else:
-                groups = (torch.float32, (rows, columns // group_size))
-                tensors[f"{full}.weight"] = (torch.int8, (rows // trtllm.PER_BYTE, columns))
-                tensors[f"{full}.weights_scaling_factor"] = groups
-                tensors[f"{full}.prequant_scaling_factor"] = (half, (columns,))
-            if name == trtllm.JOINED.name and config.family.qkv_bias:
-                tensors[f"{full}.bias"] = (half, (rows,))
+                specs += [
+                    TensorSpec(f"{full}.{part}", shape, dtypes)
+                    for part, shape, dtypes in W4A16_AWQ.tensor_specs(rows, columns, group_size)
+                ]
+            if name == trtllm.JOINED_QKV.name and config.family.qkv_bias:
+                specs.append(_half(f"{full}.bias", (rows,)))
     if stage == parallel.pp - 1:
-        tensors[f"{trtllm.FINAL_NORM.name}.weight"] = (half, (hidden,))
-        tensors[f"{trtllm.HEAD.name}.weight"] = table
-    return tensors
+        specs.append(_half(f"{trtllm.FINAL_NORM.name}.weight", (hidden,)))
+        specs.append(_half(f"{trtllm.HEAD.name}.weight", table))
+    return specs
+
+
+def _half(name: str, shape: tuple[int, ...]) -> TensorSpec:
+    return TensorSpec(name, shape, ("F16",))

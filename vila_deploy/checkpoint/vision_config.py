@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.checkpoint.variants import ACTIVATIONS, IMAGE_MODES, TOWER_FAMILIES, TowerFamily
 from vila_deploy.utils.errors import short
+from vila_deploy.utils.fields import Fields
 
 MAX_PIXELS = 8192
 MAX_SCALES, MAX_TILES = 8, 64

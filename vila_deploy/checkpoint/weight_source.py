@@ -1,22 +1,22 @@
-"""Where weights come from, as the reference model and the graph builder see it."""
+"""The protocol through which the model, graphs and kernels read weights."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from vila_deploy.formats.base import QuantizedLinear
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from vila_deploy.formats.base import QuantizedLinear
 
 
 class WeightSource(Protocol):
     """The tensors of one part of a checkpoint, under their on-disk names."""
 
     def tensor(self, name: str) -> Tensor:
-        """A floating-point tensor as stored, e.g. `model.norm.weight`."""
+        """Return a floating-point tensor as stored, e.g. `model.norm.weight`."""
         ...
 
     def linear(self, prefix: str) -> Tensor | QuantizedLinear:
-        """The weight [out, in] of a linear layer, e.g. `model.layers.0.mlp.up_proj`."""
+        """Return the weight [out, in] of a linear layer, e.g. `model.layers.0.mlp.up_proj`."""
         ...

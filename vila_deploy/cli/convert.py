@@ -8,7 +8,7 @@ import click
 
 from vila_deploy.cli.common import command, echo_json
 from vila_deploy.cli.formats import FormatNames
-from vila_deploy.writers.registry import FORMATS
+from vila_deploy.formats.registry import FORMATS
 
 
 @command("vila-convert")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from vila_deploy.writers.registry import FORMATS
+from vila_deploy.formats.registry import FORMATS
 
 
 class FormatNames(click.ParamType):

@@ -11,9 +11,9 @@ import click
 
 from vila_deploy.cli.common import EXIT_INTERRUPTED, command, echo_json, fail, no_nan
 from vila_deploy.cli.formats import FormatNames
+from vila_deploy.formats.registry import FORMATS
 from vila_deploy.quantize.options import ALGORITHMS, BUILTIN, DEVICES, quantize_options
 from vila_deploy.utils.errors import VilaDeployError
-from vila_deploy.writers.registry import FORMATS
 
 if TYPE_CHECKING:
     from vila_deploy.builder.fit import Fit

@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.fields import Fields
 from vila_deploy.utils.files import canonical_json, read_json_object, replace_file, sha256_file
 
 # Version 1 has pending steps as sentences, version 2 as ids with titles; both are read.

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, choose_template, stop_token_ids
 from vila_deploy.processing.images import Pixels
 from vila_deploy.processing.tokenizer import Tokenizer
+from vila_deploy.utils.fields import Fields
 
 
 @dataclass(frozen=True)

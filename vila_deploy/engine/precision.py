@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
-from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.formats.module_dtypes import FP16, INT4, INT8
+from vila_deploy.utils.fields import Fields
 
 # Dtypes of each module; the first is what every backend has.
 CHOICES: Mapping[str, tuple[str, ...]] = {

@@ -1,15 +1,80 @@
-"""The in-memory form of a 4-bit linear: every on-disk format packs from it and unpacks to it."""
+"""A quantized linear in memory, and the contract of every on-disk format that stores one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import torch
-from torch import Tensor
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.fields import Fields
 
-BITS = 4
-MAX_LEVEL = 2**BITS - 1  # 15
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BITS = 4  # of a quantized linear, unless it says otherwise
+MAX_VALUE = 2**BITS - 1  # 15
 SYMMETRIC_ZERO = 2 ** (BITS - 1)  # 8
+# What the engines' 4-bit kernels take as a group of input channels.
+GROUP_SIZES = (16, 32, 64, 128, 256)
+# Dtypes of unquantized tensors, as safetensors spells them.
+FLOATS = ("F16", "BF16", "F32")
+
+
+class TensorSpec(NamedTuple):
+    """One tensor that must be there: torch shape, dtypes as safetensors spells them."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtypes: tuple[str, ...] = FLOATS
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """Quantized weights: one scale and zero point for `group_size` neighbouring input channels.
+
+    Symmetric means that every zero point is 2^(bits−1), so that w = scale · (q − 8) in 4 bits.
+    """
+
+    group_size: int = 128
+    symmetric: bool = False
+    bits: int = BITS
+
+    @property
+    def max_value(self) -> int:
+        """The largest quantized value."""
+        return 2**self.bits - 1
+
+    @property
+    def symmetric_zero(self) -> int:
+        """The zero point of a symmetric quantization."""
+        return 2 ** (self.bits - 1)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Storage of a weight with its share of the float16 scale and the zero point."""
+        return self.bits + (16 + self.bits) / self.group_size
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """What a checkpoint's config says of its quantization; engine files store these names.
+
+    Args:
+        quant_method: value of that key in `quantization_config`.
+        version: the `Packing.version` of the tensors.
+    """
+
+    quant_method: str
+    bits: int
+    group_size: int
+    zero_point: bool
+    version: str
+
+    @property
+    def scheme(self) -> QuantScheme:
+        return QuantScheme(self.group_size, not self.zero_point, self.bits)
 
 
 @dataclass(frozen=True)
@@ -17,11 +82,13 @@ class QuantizedLinear:
     """W ≈ (q − zero) · scale per group of input channels; y = (x · prequant_scale) Wᵀ + bias.
 
     Args:
-        q: uint8 [out, in], values 0..15.
+        q: uint8 [out, in], values 0..2^bits − 1.
         scale: float16 [out, in/group].
-        zero: uint8 [out, in/group], values 0..15; 8 everywhere means symmetric.
+        zero: zero points, uint8 [out, in/group], values like `q`; 2^(bits−1) everywhere means
+            symmetric.
         bias: float16 [out] or None.
         prequant_scale: float16 [in] or None.
+        bits: of a quantized value.
     """
 
     q: Tensor
@@ -29,8 +96,11 @@ class QuantizedLinear:
     zero: Tensor
     bias: Tensor | None = None
     prequant_scale: Tensor | None = None
+    bits: int = BITS
 
     def __post_init__(self) -> None:
+        import torch
+
         assert self.q.dtype == self.zero.dtype == torch.uint8
         assert self.scale.dtype == torch.float16
         assert self.scale.shape == self.zero.shape
@@ -50,19 +120,226 @@ class QuantizedLinear:
 
     @property
     def symmetric(self) -> bool:
-        return bool((self.zero == SYMMETRIC_ZERO).all())
+        return bool((self.zero == 2 ** (self.bits - 1)).all())
 
     def cpu(self) -> QuantizedLinear:
-        """The same in host memory."""
+        """Return the same in host memory."""
         bias, prequant = (
-            None if part is None else part.cpu() for part in (self.bias, self.prequant_scale)
+            None if tensor is None else tensor.cpu() for tensor in (self.bias, self.prequant_scale)
         )
-        return QuantizedLinear(self.q.cpu(), self.scale.cpu(), self.zero.cpu(), bias, prequant)
+        return replace(
+            self,
+            q=self.q.cpu(),
+            scale=self.scale.cpu(),
+            zero=self.zero.cpu(),
+            bias=bias,
+            prequant_scale=prequant,
+        )
 
     def dequantize(self) -> Tensor:
-        """The effective weight, float32 [out, in]; exact: 5 bits times 11 bits fit into 24."""
+        """Return the effective weight, float32 [out, in].
+
+        Exact for 4 bits: 5 bits (with the sign) times 11 bits fit into 24.
+        """
         groups = (
             self.q.unflatten(1, (-1, self.group_size)).float() - self.zero.unsqueeze(-1).float()
         )
         weight = (groups * self.scale.unsqueeze(-1).float()).flatten(1)
         return weight if self.prequant_scale is None else weight * self.prequant_scale.float()
+
+
+class Packing(ABC):
+    """How a quantized linear is stored in one on-disk format; reading a config needs no torch.
+
+    Attributes:
+        version: `QuantizationConfig.version` of checkpoints in this format.
+        quant_method: value of that key in their `quantization_config`; empty where there is none.
+        marker: the tensor, of those after a linear's name, that tells this format.
+        tensors: all of them but the bias.
+    """
+
+    version: ClassVar[str]
+    quant_method: ClassVar[str]
+    marker: ClassVar[str]
+    tensors: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def tensor_specs(
+        self, rows: int, columns: int, group_size: int, bits: int = BITS, zero_point: bool = True
+    ) -> Iterator[TensorSpec]:
+        """Yield the tensors of a linear of `rows` output and `columns` input channels."""
+
+    @abstractmethod
+    def pack(self, linear: QuantizedLinear, zero_point: bool = True) -> dict[str, Tensor]:
+        """Return the tensors of `linear`, by what follows its name; `bias` if there is one.
+
+        Args:
+            zero_point: False leaves zero points out where the format can.
+
+        Raises:
+            VilaDeployError: the format can't hold this linear.
+        """
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, Tensor], group_size: int) -> QuantizedLinear:
+        """Return what `pack` wrote, bit for bit.
+
+        Raises:
+            VilaDeployError: a tensor is missing, or its dtype or shape doesn't fit the others.
+        """
+
+    @abstractmethod
+    def quantization_config(self, scheme: QuantScheme) -> dict[str, Any]:
+        """Return `quantization_config` of a checkpoint in this format; empty for none."""
+
+    @abstractmethod
+    def read_config(self, fields: Fields) -> QuantizationConfig:
+        """Return what `quantization_config` says.
+
+        Raises:
+            VilaDeployError: names the key whose value can't be read.
+        """
+
+    def check(self, scheme: QuantScheme, linears: Mapping[str, tuple[int, int]]) -> None:
+        """Raise VilaDeployError, before any work, for a scheme or sizes that don't fit.
+
+        Args:
+            linears: name → (out_features, in_features).
+        """
+        if scheme.bits != BITS:
+            raise _other_bits(self.version, scheme.bits)
+
+    def warning(self, scheme: QuantScheme) -> str | None:
+        """Return, in a line, what the format's own reader can't do with such a quantization."""
+        return None
+
+
+def check_scheme(scheme: QuantScheme, linears: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse a group size or a linear's shape that no format can hold, before any work.
+
+    Args:
+        linears: name → (out_features, in_features).
+
+    Raises:
+        VilaDeployError: names the first linear that doesn't fit and the group sizes that would.
+    """
+    widths = {in_features for _, in_features in linears.values()}
+    fitting = [size for size in GROUP_SIZES if all(width % size == 0 for width in widths)]
+    choose = (
+        f"choose --group-size {' or '.join(map(str, fitting))}"
+        if fitting
+        else (f"none of {', '.join(map(str, GROUP_SIZES))} divides the widths of this model")
+    )
+    if scheme.group_size not in GROUP_SIZES:
+        raise VilaDeployError(
+            f"group size {scheme.group_size} is not one of {', '.join(map(str, GROUP_SIZES))}",
+            fix=choose,
+        )
+    for name, (out_features, in_features) in linears.items():
+        if in_features % scheme.group_size:
+            raise VilaDeployError(
+                f"group size {scheme.group_size} does not divide its {in_features} input channels",
+                where=name,
+                fix=choose,
+            )
+        if out_features % 8:
+            raise VilaDeployError(
+                f"{out_features} output channels are not a multiple of 8",
+                where=name,
+                fix="AWQ GEMM packs 8 channels into a word; this model doesn't fit the format",
+            )
+
+
+def check_stored(tensors: Mapping[str, Tensor], specs: Iterable[TensorSpec], fix: str) -> None:
+    """Compare the tensors of one linear with what its format asks for.
+
+    Args:
+        tensors: of one linear, by what follows its name.
+        fix: what to do where one has another dtype or shape.
+
+    Raises:
+        VilaDeployError: names the first tensor that is missing or wrong.
+    """
+    import torch
+
+    dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+    dtypes |= {"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+    for name, shape, labels in specs:
+        tensor = tensors.get(name)
+        if tensor is None and name == "bias":
+            continue
+        tensor = stored(tensors, name)
+        allowed = [dtypes[label] for label in labels]
+        if tensor.dtype not in allowed or tuple(tensor.shape) != shape:
+            raise VilaDeployError(
+                f"must be {allowed[0]} {list(shape)}, found {tensor.dtype} {list(tensor.shape)}",
+                where=name,
+                fix=fix,
+            )
+
+
+def stored(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the tensor `name` of a linear; raise VilaDeployError where it is missing."""
+    if name not in tensors:
+        raise VilaDeployError("is missing", where=name, fix="download the checkpoint again")
+    return tensors[name]
+
+
+def no_prequant_scale(linear: QuantizedLinear, title: str) -> None:
+    """Raise VilaDeployError if `linear` has a prequant scale, which the format `title` lacks."""
+    if linear.prequant_scale is not None:
+        raise VilaDeployError(
+            f"{title} has no place for a prequant scale",
+            fix="fold it into the previous operation or choose another format",
+        )
+
+
+def only_4_bits(linear: QuantizedLinear, title: str) -> None:
+    """Raise VilaDeployError if `linear` is not in 4 bits, all that the format `title` holds."""
+    if linear.bits != BITS:
+        raise _other_bits(title, linear.bits)
+
+
+def _other_bits(title: str, bits: int) -> VilaDeployError:
+    return VilaDeployError(
+        f"{title} holds {BITS}-bit values, found {bits} bits", fix="choose another format"
+    )
+
+
+def to_float16(tensor: Tensor, name: str) -> Tensor:
+    """Return `tensor` as float16, the dtype of every unquantized tensor in a quantized checkpoint.
+
+    Raises:
+        VilaDeployError: a value is too large for it.
+    """
+    half = tensor.half()
+    if not bool(half.isfinite().all()):
+        raise VilaDeployError(
+            f"a value of {float(tensor.abs().max()):.3g} is too large for float16",
+            where=name,
+            fix="check that this checkpoint is not damaged",
+        )
+    return half
+
+
+def pack_words(values: Tensor, order: Iterable[int] = range(8), bits: int = BITS) -> Tensor:
+    """Return uint8 [rows, columns] as int32 [rows, columns/8], along the columns.
+
+    Args:
+        order: nibble i (bits 4i..4i+3) of a word holds the value of column 8·word + order[i].
+    """
+    nibbles = values.contiguous().unflatten(1, (-1, 32 // bits))[..., list(order)].int()
+    words = nibbles[..., 0].clone()
+    for i in range(1, 32 // bits):
+        words |= nibbles[..., i] << (bits * i)
+    return words.contiguous()
+
+
+def unpack_words(words: Tensor, order: Iterable[int] = range(8), bits: int = BITS) -> Tensor:
+    """Return what `pack_words` packed: int32 [rows, columns/8] → uint8 [rows, columns]."""
+    import torch
+
+    values = torch.empty((*words.shape, 32 // bits), dtype=torch.uint8)
+    for i, column in enumerate(order):
+        values[..., column] = ((words >> (bits * i)) & (2**bits - 1)).byte()
+    return values.flatten(1)

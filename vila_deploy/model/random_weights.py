@@ -16,7 +16,7 @@ from vila_deploy.checkpoint.tensor_schema import (
     projector_tensor_specs,
     tower_tensor_specs,
 )
-from vila_deploy.formats.base import MAX_LEVEL, QuantizedLinear
+from vila_deploy.formats.base import MAX_VALUE, QuantizedLinear
 
 # A prime, so that the rows of a weight differ although the block repeats.
 BLOCK = 1_048_573
@@ -35,7 +35,7 @@ class RandomWeights:
         self._group_size = llm.quantization.group_size if llm and llm.quantization else None
         self._generator = torch.Generator().manual_seed(seed)
         self._normal = torch.randn(BLOCK, generator=self._generator)
-        self._levels = self._integers(0, MAX_LEVEL + 1)
+        self._levels = self._integers(0, MAX_VALUE + 1)
         self._zeros = self._integers(6, 10)
 
     def _integers(self, low: int, high: int) -> Tensor:

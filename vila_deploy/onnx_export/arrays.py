@@ -7,9 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vila_deploy.utils.errors import VilaDeployError
-
-FLOAT16_MAX = torch.finfo(torch.float16).max
+from vila_deploy.formats.base import to_float16
 
 
 def float16(tensor: Tensor, name: str) -> NDArray[np.float16]:
@@ -18,13 +16,7 @@ def float16(tensor: Tensor, name: str) -> NDArray[np.float16]:
     Raises:
         VilaDeployError: a value is too large for float16.
     """
-    if tensor.dtype != torch.float16 and tensor.abs().max() > FLOAT16_MAX:
-        raise VilaDeployError(
-            f"holds values beyond {FLOAT16_MAX:.0f}, the largest of float16",
-            where=name,
-            fix="use a checkpoint whose weights fit into float16",
-        )
-    return tensor.to(torch.float16).numpy()
+    return to_float16(tensor, name).numpy()
 
 
 def float32(tensor: Tensor) -> NDArray[np.float32]:

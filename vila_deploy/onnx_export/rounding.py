@@ -7,15 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vila_deploy.formats.base import SYMMETRIC_ZERO, QuantizedLinear
+from vila_deploy.formats.base import SYMMETRIC_ZERO, QuantizedLinear, QuantScheme
 from vila_deploy.formats.module_dtypes import FP16, INT4, head_group_size
-from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.formats.rtn import (
+    LEAST_SCALE,
+    check_scale,
+    round_to_nearest,
+    symmetric_scale,
+)
 
 # Rows of a matrix that are float32 in memory at a time.
 ROWS = 4096
 LARGEST_INT8 = 127
-# Keeps the scale of a row or group of zeros above zero.
-LEAST_SCALE = 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,15 @@ def round_int8(weight: Tensor, name: str, largest: int = LARGEST_INT8) -> Int8Li
     Raises:
         VilaDeployError: a weight is so large that its scale is no float16.
     """
-    q, scale = torch.empty(weight.shape, dtype=torch.int8), []
+    q, scales = torch.empty(weight.shape, dtype=torch.int8), []
     for rows, out in zip(weight.split(ROWS), q.split(ROWS), strict=True):
         wide = rows.float()
-        step = _scale(wide.abs().amax(1), largest, name)
-        out.copy_((wide / step.float()[:, None]).round_().clamp_(-largest, largest))
-        scale.append(step)
-    return Int8Linear(q, torch.cat(scale))
+        extent = wide.abs().amax(1)
+        scale = symmetric_scale(extent, largest, largest * LEAST_SCALE).half()
+        check_scale(scale, wide, name)
+        out.copy_((wide / scale.float()[:, None]).round_().clamp_(-largest, largest))
+        scales.append(scale)
+    return Int8Linear(q, torch.cat(scales))
 
 
 def round_int4(weight: Tensor, group_size: int, name: str) -> QuantizedLinear:
@@ -56,14 +61,13 @@ def round_int4(weight: Tensor, group_size: int, name: str) -> QuantizedLinear:
     Raises:
         VilaDeployError: a weight is so large that its scale is no float16.
     """
+    largest, scheme = SYMMETRIC_ZERO - 1, QuantScheme(group_size, symmetric=True)
     q, scales = torch.empty(weight.shape, dtype=torch.uint8), []
-    largest = SYMMETRIC_ZERO - 1
     for rows, out in zip(weight.split(ROWS), q.split(ROWS), strict=True):
-        groups = rows.float().unflatten(1, (-1, group_size))
-        step = _scale(groups.abs().amax(2), largest, name)
-        values = (groups / step.float()[..., None]).round_().clamp_(-largest, largest)
-        out.copy_((values + SYMMETRIC_ZERO).flatten(1))
-        scales.append(step)
+        part = round_to_nearest(rows.float(), scheme, name, min_range=largest * LEAST_SCALE)
+        # −8 becomes −7, which a tiny scale that was rounded down may need.
+        out.copy_(part.q.clamp_(min=1))
+        scales.append(part.scale)
     scale = torch.cat(scales)
     return QuantizedLinear(q, scale, torch.full_like(scale, SYMMETRIC_ZERO, dtype=torch.uint8))
 
@@ -81,14 +85,3 @@ def round_head(
     if dtype == INT4:
         return round_int4(weight, head_group_size(weight.shape[1]), name)
     return round_int8(weight, name, largest)
-
-
-def _scale(extent: Tensor, largest: int, name: str) -> Tensor:
-    scale = (extent / largest).clamp_(min=LEAST_SCALE).half()
-    if not bool(torch.isfinite(scale).all()):
-        raise VilaDeployError(
-            f"a weight of {float(extent.max()):.3g} needs a scale beyond float16",
-            where=name,
-            fix="check that this checkpoint is not damaged",
-        )
-    return scale

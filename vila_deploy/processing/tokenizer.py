@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.utils.errors import VilaDeployError, short
+from vila_deploy.utils.fields import Fields
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from vila_deploy.data.drawn_scenes import SCENES
 from vila_deploy.data.examples import Example
+from vila_deploy.formats.registry import FORMATS
 from vila_deploy.quantize.options import QuantizeOptions
-from vila_deploy.writers.registry import FORMATS
 
 
 def data_warnings(
@@ -33,7 +33,8 @@ def data_warnings(
             f"{overlap} of {len(held_out)} evaluation examples were calibrated on: the figures are "
             "better than on new data"
         )
-    warnings += filter(None, (FORMATS[name].warning(options.scheme) for name in options.formats))
+    by_format = (FORMATS[name].packing.warning(options.scheme) for name in options.formats)
+    warnings += filter(None, by_format)
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     return warnings

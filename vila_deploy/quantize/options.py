@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantScheme
+from vila_deploy.formats.registry import FORMATS
 from vila_deploy.utils.errors import VilaDeployError, check_choice
-from vila_deploy.writers.registry import FORMATS
 
 ALGORITHMS = ("awq-gptq", "awq", "rtn")
 DEVICES = ("auto", "cpu", "cuda")

@@ -19,7 +19,7 @@ from vila_deploy.data.examples import Example, load_examples, load_held_out
 from vila_deploy.engine.memory import MemoryRow
 from vila_deploy.eval.data import evaluation_data
 from vila_deploy.eval.fidelity import evaluate
-from vila_deploy.formats.rtn import to_float16
+from vila_deploy.formats.base import to_float16
 from vila_deploy.quantize.algorithms.awq import Awq
 from vila_deploy.quantize.algorithms.awq_gptq import AwqGptq
 from vila_deploy.quantize.algorithms.base import LayerEntry, LayerQuantizer, OnStep
@@ -42,7 +42,7 @@ from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import canonical_json, new_folder
 from vila_deploy.utils.host_memory import PeakMemory, give_back, resident_bytes
 from vila_deploy.utils.progress import progress
-from vila_deploy.writers.outputs import Outputs
+from vila_deploy.writers.folder import CheckpointWriter
 
 
 def quantize(
@@ -80,7 +80,7 @@ def quantize(
         folder = stack.enter_context(new_folder(out, work.path if work else None))
         disk = _DiskSpace(out, checkpoint, planned, work, len(options.formats))
         disk.check()
-        outputs = Outputs(checkpoint, folder, options.formats, options.scheme)
+        outputs = CheckpointWriter(checkpoint, folder, options.formats, options.scheme)
         checkpoint.digests((EMBEDDING,))
         _write_unquantized(checkpoint, outputs)
         calibration = calibrate(checkpoint, examples, options.seed, device) if examples else None
@@ -190,7 +190,7 @@ class _DiskSpace:
             )
 
 
-def _write_unquantized(checkpoint: Checkpoint, outputs: Outputs) -> None:
+def _write_unquantized(checkpoint: Checkpoint, outputs: CheckpointWriter) -> None:
     names = [EMBEDDING, FINAL_NORM]
     if not checkpoint.config.llm.tie_word_embeddings:
         names.append(HEAD)
@@ -199,7 +199,7 @@ def _write_unquantized(checkpoint: Checkpoint, outputs: Outputs) -> None:
 
 
 def _write_layers(
-    config: LlmConfig, quantizer: LayerQuantizer, outputs: Outputs, work: WorkFolder | None
+    config: LlmConfig, quantizer: LayerQuantizer, outputs: CheckpointWriter, work: WorkFolder | None
 ) -> tuple[list[LayerEntry], float]:
     """Write all layers, finished ones out of `work`.
 

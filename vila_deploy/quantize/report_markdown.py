@@ -6,9 +6,9 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+from vila_deploy.formats.registry import FORMATS
 from vila_deploy.quantize.report import PREDICTED
 from vila_deploy.utils.progress import clock
-from vila_deploy.writers.registry import FORMATS
 
 
 def markdown(report: dict[str, Any]) -> str:

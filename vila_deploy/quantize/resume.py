@@ -26,7 +26,7 @@ from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.llm_config import EMBEDDING, layer_prefix
-from vila_deploy.formats import awq
+from vila_deploy.formats.awq import AWQ_GEMM
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.quantize.estimate.plan import work_path
 from vila_deploy.quantize.options import QuantizeOptions
@@ -118,7 +118,7 @@ class WorkFolder:
         }
         stored: dict[str, Tensor] = {}
         for name, value in layer.tensors.items():
-            stored |= packed(name, value, awq.pack)
+            stored |= packed(name, value, AWQ_GEMM)
         save_tensors(stored, temporary, {"layer": json.dumps(metadata)})
         file = self.path / f"layer-{index:05d}-{sha256_file(temporary)}.safetensors"
         replace_file(temporary, file)
@@ -279,7 +279,7 @@ def _read_layer(file: Path) -> tuple[FinishedLayer, dict[str, str]]:
         else:
             prefix = f"{name}."
             parts = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
-            tensors[name] = awq.unpack(parts, group_size)
+            tensors[name] = AWQ_GEMM.unpack(parts, group_size)
     return FinishedLayer(tensors, metadata["entry"], metadata["seconds"]), metadata["sources"]
 
 

@@ -1,1 +1,1 @@
-"""What writes a checkpoint: a module for each on-disk format, listed in `registry`."""
+"""Writers of quantized checkpoints; `formats.registry` names those that are not the default."""

@@ -1,4 +1,4 @@
-"""A quantized checkpoint in other on-disk formats: the same 4-bit levels, scales and zeros."""
+"""Convert a quantized checkpoint to other on-disk formats: the same values, scales and zeros."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, NORMS, layer_prefix
-from vila_deploy.formats.base import QuantizedLinear
-from vila_deploy.formats.rtn import to_float16
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantizedLinear, to_float16
+from vila_deploy.formats.registry import FORMATS
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import new_folder
 from vila_deploy.utils.progress import progress
-from vila_deploy.writers.outputs import Outputs
-from vila_deploy.writers.registry import FORMATS
+from vila_deploy.writers.folder import CheckpointWriter, check_formats
 
 
 def convert(root: Path, out: Path, formats: Sequence[str]) -> None:
-    """Writes the quantized checkpoint `root` as `out`, which appears whole or not at all.
+    """Write the quantized checkpoint `root` as `out`, which appears whole or not at all.
 
     Args:
         formats: keys of FORMATS; several come into folders of `out` that have their names.
@@ -36,20 +34,20 @@ def convert(root: Path, out: Path, formats: Sequence[str]) -> None:
         raise VilaDeployError(
             "is not quantized", where=root, fix="run vila-quantize first and convert its output"
         )
-    scheme = QuantScheme(quantization.group_size, symmetric=not quantization.zero_point)
+    scheme = quantization.scheme
+    check_formats(formats, checkpoint.config, scheme)
     for name in formats:
-        FORMATS[name].check(checkpoint.config, scheme)
-        if warning := FORMATS[name].warning(scheme):
+        if warning := FORMATS[name].packing.warning(scheme):
             print(f"warning: {warning}", file=sys.stderr)
     with new_folder(out) as folder:
-        outputs = Outputs(checkpoint, folder, formats, scheme)
+        writer = CheckpointWriter(checkpoint, folder, formats, scheme)
         for name, value in _contents(checkpoint):
-            outputs.add(name, value)
-        outputs.finish()
+            writer.add(name, value)
+        writer.finish()
 
 
 def _contents(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
-    """Everything in llm/ under its name, one linear in memory at a time; floats as float16."""
+    """Yield everything in llm/ under its name, one linear in memory at a time."""
     llm, reader = checkpoint.config.llm, checkpoint.llm
     names = [EMBEDDING, FINAL_NORM] + ([] if llm.tie_word_embeddings else [HEAD])
     with progress(llm.num_layers + 1, "converting") as advance:

@@ -1,28 +1,119 @@
-"""Files of a written checkpoint: shards of weights, the copied parts, configs and checksums."""
+"""Write a quantized checkpoint: packed linears in shards, the other parts, configs, checksums."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.checksums import WEIGHT_SUFFIXES
+from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.folder_layout import PARTS, llm_config_values, part_configs
 from vila_deploy.checkpoint.reader import INDEX_FILE, SINGLE_FILE, TensorReader
-from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.formats.base import Packing, QuantizedLinear, QuantScheme
+from vila_deploy.formats.registry import FORMATS, Format
 from vila_deploy.processing.tokenizer import TOKENIZER_FILES
 from vila_deploy.utils.files import canonical_json, read_json_object, sha256_file
-from vila_deploy.writers.registry import SHARD_BYTES
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Tensors wait in memory until a shard is full.
+SHARD_BYTES = 512 << 20
 LLM_FILES = (*TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")
-Pack = Callable[[QuantizedLinear], dict[str, Tensor]]
+
+
+def check_formats(formats: Sequence[str], config: VilaConfig, scheme: QuantScheme) -> None:
+    """Refuse, before any work, a model or scheme that one of the formats can't hold.
+
+    Args:
+        formats: keys of FORMATS.
+
+    Raises:
+        VilaDeployError: names the first linear or property that doesn't fit.
+    """
+    for name in formats:
+        FORMATS[name].writer.check(FORMATS[name].packing, config, scheme)
+
+
+class CheckpointWriter:
+    """Writes a quantized checkpoint in every format that was asked for, as the layers come.
+
+    One checkpoint in `folder` for one format, in `folder`/NAME each for several.
+
+    Args:
+        formats: keys of FORMATS.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, folder: Path, formats: Sequence[str], scheme: QuantScheme
+    ):
+        self._writers: list[Writer] = []
+        for name in formats:
+            subfolder = folder / name if len(formats) > 1 else folder
+            subfolder.mkdir(exist_ok=True)
+            row = FORMATS[name]
+            self._writers.append(row.writer(checkpoint, subfolder, row, scheme))
+
+    def add(self, name: str, value: Tensor | QuantizedLinear) -> None:
+        """Write what llm/ holds under `name`: a float16 tensor, or a quantized linear."""
+        for writer in self._writers:
+            writer.add(name, value)
+
+    def finish(self) -> None:
+        """Write the rest of each checkpoint, its configs and its checksums."""
+        for writer in self._writers:
+            writer.finish()
+
+
+class Writer(ABC):
+    """Writes a quantized checkpoint in one format into an empty folder, tensor by tensor."""
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path, row: Format, scheme: QuantScheme):
+        self._checkpoint, self._folder = checkpoint, folder
+        self._packing, self._scheme = row.packing, scheme
+
+    @classmethod
+    def check(cls, packing: Packing, config: VilaConfig, scheme: QuantScheme) -> None:
+        """Raise VilaDeployError, before any work, for a model or scheme that doesn't fit."""
+        packing.check(scheme, config.llm.layer_linears(0))
+
+    @abstractmethod
+    def add(self, name: str, value: Tensor | QuantizedLinear) -> None:
+        """Write what llm/ holds under `name`, in a plain checkpoint's order and spelling.
+
+        Args:
+            name: of a tensor with its `.weight`, or of a quantized linear without.
+            value: a tensor in float16, or a linear.
+        """
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Write the rest: configs, the other parts, checksums."""
+
+
+class ShardedWriter(Writer):
+    """VILA layout; llm/ holds packed linears in shards and says so in its config.json."""
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path, row: Format, scheme: QuantScheme):
+        super().__init__(checkpoint, folder, row, scheme)
+        copy_parts(checkpoint, folder)
+        self._shards = ShardWriter(folder / "llm")
+
+    def add(self, name: str, value: Tensor | QuantizedLinear) -> None:
+        zero_point = not self._scheme.symmetric
+        for full, tensor in packed(name, value, self._packing, zero_point).items():
+            self._shards.add(full, tensor)
+
+    def finish(self) -> None:
+        self._shards.finish()
+        write_llm_config(self._checkpoint, self._folder, self._packing, self._scheme)
+        write_checksums(self._folder, self._shards.digests)
 
 
 class ShardWriter:
@@ -42,7 +133,7 @@ class ShardWriter:
         self.digests: dict[Path, str] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Takes a tensor; floating-point ones must be float16."""
+        """Add a tensor; floating-point ones must be float16."""
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self._shard_bytes:
             self._flush()
@@ -54,7 +145,7 @@ class ShardWriter:
             self._flush()
 
     def finish(self) -> None:
-        """Writes what is left, the final names and, for more than one shard, the index."""
+        """Write the last shard, the final names and, for more than one shard, the index."""
         self._flush()
         count = len(self._shards)
         weight_map: dict[str, str] = {}
@@ -79,50 +170,36 @@ class ShardWriter:
         return self._folder / f"shard-{number}.safetensors"
 
 
-class ShardedLlm:
-    """Three folders whose llm/ holds packed linears in shards and says so in its config.json.
-
-    Args:
-        pack: the tensors of a linear, by what follows its name.
-        quantization: the `quantization_config` of llm/config.json.
-    """
-
-    def __init__(
-        self, checkpoint: Checkpoint, folder: Path, pack: Pack, quantization: dict[str, Any]
-    ):
-        self._checkpoint, self._folder = checkpoint, folder
-        self._pack, self._quantization = pack, quantization
-        copy_parts(checkpoint, folder)
-        self._shards = ShardWriter(folder / "llm")
-
-    def add(self, name: str, value: Tensor | QuantizedLinear) -> None:
-        for full, tensor in packed(name, value, self._pack).items():
-            self._shards.add(full, tensor)
-
-    def finish(self) -> None:
-        self._shards.finish()
-        config = quantized_config(self._checkpoint, self._quantization)
-        (self._folder / "llm" / "config.json").write_text(canonical_json(config), "utf-8")
-        write_checksums(self._folder, self._shards.digests)
-
-
-def packed(name: str, value: Tensor | QuantizedLinear, pack: Pack) -> dict[str, Tensor]:
-    """What is stored of `value`, under full names."""
+def packed(
+    name: str, value: Tensor | QuantizedLinear, packing: Packing, zero_point: bool = True
+) -> dict[str, Tensor]:
+    """Return the tensors that are stored of `value`, under full names."""
     if isinstance(value, QuantizedLinear):
-        return {f"{name}.{part}": tensor for part, tensor in pack(value).items()}
+        tensors = packing.pack(value, zero_point)
+        return {f"{name}.{part}": tensor for part, tensor in tensors.items()}
     return {name: value}
 
 
 def quantized_config(checkpoint: Checkpoint, quantization: dict[str, Any]) -> dict[str, Any]:
-    """llm/config.json with `quantization` as its quantization_config, for float16."""
+    """Return llm/config.json with `quantization` as quantization_config, for float16."""
     config = llm_config_values(checkpoint.layout)
     # Either spelling may be there; the unquantized tensors are float16 whatever they were before.
     config["dtype"] = config["torch_dtype"] = "float16"
     return {**config, "quantization_config": quantization}
 
 
+def write_llm_config(
+    checkpoint: Checkpoint, folder: Path, packing: Packing, scheme: QuantScheme
+) -> None:
+    """Write llm/config.json of the checkpoint in `folder`, with its quantization_config."""
+    config = quantized_config(checkpoint, packing.quantization_config(scheme))
+    (folder / "llm" / "config.json").write_text(canonical_json(config), "utf-8")
+
+
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """safetensors makes files that only their owner may read; these are as readable as others."""
+    """Write a safetensors file that is as readable as others; safetensors' own is its owner's."""
+    from safetensors.torch import save_file
+
     save_file(tensors, path, metadata)
     mask = os.umask(0)
     os.umask(mask)
@@ -130,7 +207,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
 
 def copy_parts(checkpoint: Checkpoint, root: Path) -> None:
-    """The tower, the projector, their configs and the tokenizer, as they are, in three folders.
+    """Copy the tower, the projector, their configs and the tokenizer, in VILA layout.
 
     Raises:
         VilaDeployError: NaN or Inf in a tensor of the tower or projector.
@@ -153,7 +230,7 @@ def copy_parts(checkpoint: Checkpoint, root: Path) -> None:
 
 
 def copy_llm_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """The tokenizer and generation_config.json."""
+    """Copy the tokenizer and generation_config.json."""
     for name in LLM_FILES:
         source = checkpoint.layout.folder("llm") / name
         if source.is_file():
@@ -171,14 +248,18 @@ def _copy_part(reader: TensorReader, source: Path, destination: Path) -> None:
 
 
 def _write_prompt_template(checkpoint: Checkpoint, file: Path) -> None:
-    """Keeps the template that was asked for, so that the engine gets it too."""
+    """Keep the template that was asked for, so that the engine gets it too."""
     values, template = read_json_object(file), checkpoint.config.prompt_template
     if values.get("prompt_template") != template:
         file.write_text(canonical_json({**values, "prompt_template": template}), "utf-8")
 
 
 def write_checksums(root: Path, known: Mapping[Path, str] = MappingProxyType({})) -> None:
-    """SHA256SUMS over every file of weights below `root`; `known` has the digests of some."""
+    """Write SHA256SUMS over every file of weights below `root`.
+
+    Args:
+        known: digests of files that need not be read again.
+    """
     lines = [
         f"{known.get(file) or sha256_file(file)}  {file.relative_to(root).as_posix()}\n"
         for file in sorted(root.rglob("*"))

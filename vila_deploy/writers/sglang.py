@@ -1,4 +1,4 @@
-"""The one-folder layout that SGLang's NVILA and VILA classes read, its linears as AWQ GEMM.
+"""Write the one-folder layout that SGLang's NVILA and VILA classes read, as AWQ GEMM.
 
 Source: load_weights in python/sglang/srt/models/{nvila,nvila_lite,vila}.py of sgl-project/sglang,
 and layers/quantization/awq.py there. All tensors lie in one set of shards: `llm.` before the names
@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -20,21 +20,19 @@ from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.folder_layout import BY_PART, PARTS
 from vila_deploy.checkpoint.variants import ONE_FOLDERS, PROJECTOR_TYPES
-from vila_deploy.formats import awq
-from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.formats.base import Packing, QuantizedLinear, QuantScheme
+from vila_deploy.formats.registry import Format
 from vila_deploy.processing.tokenizer import load_tokenizer
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import canonical_json
 from vila_deploy.writers.folder import (
     ShardWriter,
+    Writer,
     copy_llm_files,
     packed,
     quantized_config,
     write_checksums,
 )
-
-if TYPE_CHECKING:
-    from vila_deploy.formats.scheme import QuantScheme
 
 NOT_LOADED = re.compile(r"vision_model\.(head\.|embeddings\.position_ids)")
 # VILA's loader adds a sentinel to the tokenizer before these two.
@@ -44,17 +42,12 @@ OF_THREE_FOLDERS = ("resume_path", "_name_or_path", *(f"{part}_cfg" for part in 
 FIX = "serve it from another format with a tool that knows this model; docs/formats.md lists them"
 
 
-def check(config: VilaConfig, scheme: QuantScheme) -> None:
-    """Refuses models that none of SGLang's classes computes.
+def architecture(config: VilaConfig) -> str:
+    """Return the key of ONE_FOLDERS whose class computes this model.
 
     Raises:
-        VilaDeployError: says which property the classes don't have.
+        VilaDeployError: none does; says which property the classes don't have.
     """
-    architecture(config)
-
-
-def architecture(config: VilaConfig) -> str:
-    """The key of ONE_FOLDERS whose class computes this model; raises as `check` does."""
     if config.llm.family.name != "qwen2":
         raise _unfit(f"a {config.llm.family.name} LLM", "Qwen2 only")
     if config.vision.family.name != "siglip":
@@ -67,7 +60,7 @@ def architecture(config: VilaConfig) -> str:
     if not types.intersection(names):
         raise _unfit(f"projector {' or '.join(names)}", f"{', '.join(sorted(types))} only")
     if config.token_order != "row":
-        raise _unfit("picture tokens column by column", "row by row only")
+        raise _unfit("image tokens column by column", "row by row only")
     for name, row in ONE_FOLDERS.items():
         mode, scales = row.fixed["image_aspect_ratio"], row.fixed.get("s2_scales")
         joined = ",".join(map(str, config.tiling.scales)) if scales else None
@@ -86,11 +79,11 @@ def architecture(config: VilaConfig) -> str:
     )
 
 
-class Writer:
+class SglangWriter(Writer):
     """One folder: shards, config.json, the tokenizer, preprocessor_config.json."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, scheme: QuantScheme):
-        self._checkpoint, self._folder, self._scheme = checkpoint, folder, scheme
+    def __init__(self, checkpoint: Checkpoint, folder: Path, row: Format, scheme: QuantScheme):
+        super().__init__(checkpoint, folder, row, scheme)
         self._shards = ShardWriter(folder)
         readers = {"vision_tower": checkpoint.vision, "mm_projector": checkpoint.projector}
         for part, reader in readers.items():
@@ -98,8 +91,13 @@ class Writer:
                 if not NOT_LOADED.match(name):
                     self._shards.add(f"{part}.{name}", reader.tensor(name))
 
+    @classmethod
+    def check(cls, packing: Packing, config: VilaConfig, scheme: QuantScheme) -> None:
+        super().check(packing, config, scheme)
+        architecture(config)
+
     def add(self, name: str, value: Tensor | QuantizedLinear) -> None:
-        for full, tensor in packed(f"llm.{name}", value, awq.pack).items():
+        for full, tensor in packed(f"llm.{name}", value, self._packing).items():
             self._shards.add(full, tensor)
 
     def finish(self) -> None:
@@ -115,7 +113,7 @@ class Writer:
         write_checksums(self._folder, self._shards.digests)
 
     def _copy_published(self) -> None:
-        """The code and settings that a checkpoint in this layout brought, which SGLang needs."""
+        """Copy the code and settings of a checkpoint in this layout, which SGLang needs."""
         layout = self._checkpoint.layout
         if layout.prefixes is not BY_PART:
             return
@@ -126,18 +124,10 @@ class Writer:
     def _config(self) -> dict[str, Any]:
         layout, config = self._checkpoint.layout, self._checkpoint.config
         name = architecture(config)
-        quantization = {
-            "quant_method": "awq",
-            "bits": self._scheme.bits,
-            "group_size": self._scheme.group_size,
-            # The Marlin kernels take only this; zero points are stored either way.
-            "zero_point": True,
-            "symmetric": self._scheme.symmetric,
-            "version": "gemm",
-            "modules_to_not_convert": ["lm_head", "vision_tower", "mm_projector"],
-        }
+        quantization = self._packing.quantization_config(self._scheme)
+        quantization["modules_to_not_convert"] = ["lm_head", "vision_tower", "mm_projector"]
         text = quantized_config(self._checkpoint, quantization)
-        quantization = text.pop("quantization_config")
+        del text["quantization_config"]
         root = {k: v for k, v in layout.fields.values.items() if k not in OF_THREE_FOLDERS}
         if config.prompt_template is not None:
             root["prompt_template"] = config.prompt_template
@@ -159,7 +149,7 @@ class Writer:
         }
 
     def _token_ids(self) -> dict[str, int]:
-        """Of the pictures' and videos' markers, which VILA's loader adds to the tokenizer."""
+        """Return the ids of the image and video tokens that VILA's loader adds to the tokenizer."""
         tokenizer = load_tokenizer(self._checkpoint.layout.folder("llm"))
         after = tokenizer.vocab_size + ADDED_BEFORE
         image, video = (tokenizer.token_id(token) for token in (IMAGE_TOKEN, VIDEO_TOKEN))

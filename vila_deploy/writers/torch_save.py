@@ -1,4 +1,4 @@
-"""A file of torch.save, written tensor by tensor: torch.save itself needs all of them in memory.
+"""Write a file of torch.save tensor by tensor; torch.save itself needs all of them in memory.
 
 The archive: a zip without compression, with data.pkl, a pickle of protocol 2 that builds the
 dictionary and names the storages, and the bytes of each storage under data/. The records may stand
@@ -39,14 +39,14 @@ class TorchFile:
         self._entries: dict[str, _Entry] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Writes a tensor, of which nothing is kept in memory."""
+        """Write a tensor; nothing of it is kept in memory."""
         key = str(len(self._entries))
         content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         self._write(f"data/{key}", content.data)
         self._entries[name] = _Entry(key, tensor.dtype, tuple(tensor.shape))
 
     def finish(self) -> None:
-        """Writes what names the tensors, and closes the file."""
+        """Write the pickle that names the tensors, and close the file."""
         content = io.BytesIO()
         _Pickler(content, protocol=2).dump(self._entries)
         self._write("data.pkl", content.getvalue())

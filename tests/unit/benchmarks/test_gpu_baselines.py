@@ -30,7 +30,7 @@ from benchmarks.gpu.baseline import Baseline, Missing, Opened, Prepared, random_
 from benchmarks.gpu.environment import Run
 from benchmarks.gpu.inputs import config
 from vila_deploy.formats.base import QuantizedLinear
-from vila_deploy.formats.tinychat import unpack
+from vila_deploy.formats.tinychat import TINYCHAT_V2
 from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
 
 # sha256 of weights, scales and zeros as vLLM 0.26.0's own code for its tests packs `numbers`.
@@ -147,7 +147,7 @@ def test_tinychat_gets_its_layout_stream_and_kernel(monkeypatch: pytest.MonkeyPa
             assert rest == (len(x), 64, 1280, 128)
         names = ("qweight", "scales", "scaled_zeros")
         tensors = dict(zip(names, (weight, scales, zeros), strict=True))
-        scaled = unpack(tensors, 128)
+        scaled = TINYCHAT_V2.unpack(tensors, 128)
         return (x.float() @ scaled.dequantize().T).half()
 
     module: Any = SimpleNamespace(use_stream=streams.append, gemv=product)

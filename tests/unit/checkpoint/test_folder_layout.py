@@ -21,7 +21,7 @@ from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.variants import KNOWN_TOWERS
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import OneSlot
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.quantize.pipeline import quantize

@@ -121,7 +121,7 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "first layout": (
         change(first_layout),
-        r"qzeros belongs to TinyChat's first layout; convert",
+        r"qzeros belongs to TinyChat's first format; convert",
     ),
     "not quantized": (save({"model.norm.weight": torch.ones(4)}), r"holds no quantized linear"),
     "groups that aren't": (

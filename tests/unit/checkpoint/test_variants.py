@@ -27,7 +27,7 @@ from vila_deploy.checkpoint.variants import (
 )
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import OneSlot, Session
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.model.llm import load_decoder_layer, rotary, run_layer
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES

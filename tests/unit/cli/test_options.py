@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 import vila_deploy
+from vila_deploy.formats.registry import FORMATS
 from vila_deploy.quantize.options import ALGORITHMS, DEVICES, QuantizeOptions, quantize_options
-from vila_deploy.writers.registry import FORMATS
 
 COMMANDS = {
     name: import_module(f"vila_deploy.cli.{name}").main

@@ -18,7 +18,6 @@ from vila_deploy.backends.tensorrt.backend import TensorRtBackend
 from vila_deploy.builder.fit import fit_everywhere
 from vila_deploy.builder.memory_plan import EnginePlan
 from vila_deploy.builder.resolve import check_module_precision
-from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.checkpoint.presets import preset
 from vila_deploy.checkpoint.tensor_schema import tower_tensor_specs
 from vila_deploy.cli.build_engine import main
@@ -27,6 +26,7 @@ from vila_deploy.engine.precision import CHOICES, ModulePrecision
 from vila_deploy.engine.target import get_target
 from vila_deploy.formats.module_dtypes import head_group_size
 from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.fields import Fields
 
 EVERY = [(name, value) for name, values in CHOICES.items() for value in values[1:]]
 LIMITS = Limits(1, 4096, 4096)

@@ -25,7 +25,7 @@ from vila_deploy.data.examples import (
 from vila_deploy.eval import fidelity as evaluating
 from vila_deploy.eval.data import EvaluationData
 from vila_deploy.eval.fidelity import evaluate
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.images import preprocess
 from vila_deploy.processing.multimodal_prompt import text_chunks

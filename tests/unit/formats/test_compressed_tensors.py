@@ -16,7 +16,7 @@ from tests.support.paths import GOLDEN
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.formats.base import QuantizedLinear
-from vila_deploy.formats.compressed_tensors import pack, unpack
+from vila_deploy.formats.compressed_tensors import PACK_QUANTIZED
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.writers.convert import convert
 
@@ -45,9 +45,9 @@ def nibbles(words: Tensor) -> np.ndarray:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_there_and_back(symmetric: bool) -> None:
     linear = random_linear(24, 128, 32, symmetric)
-    tensors = pack(linear, symmetric)
+    tensors = PACK_QUANTIZED.pack(linear, not symmetric)
     assert ("weight_zero_point" in tensors) != symmetric
-    back = unpack(tensors, 32)
+    back = PACK_QUANTIZED.unpack(tensors, 32)
     for field in ("q", "scale", "zero", "bias"):
         assert torch.equal(getattr(back, field), getattr(linear, field)), field
     assert (nibbles(tensors["weight_packed"]) == linear.q.numpy()).all()
@@ -63,7 +63,7 @@ def test_what_compressed_tensors_itself_packed(case: dict[str, Any]) -> None:
         scale=torch.tensor(case["scale"]).half(),
         zero=torch.tensor(case["zero"], dtype=torch.uint8),
     )
-    tensors = pack(linear, case["symmetric"])
+    tensors = PACK_QUANTIZED.pack(linear, not case["symmetric"])
     assert tensors.keys() == case["tensors"].keys()
     for name, (dtype, values) in case["tensors"].items():
         assert str(tensors[name].dtype) == dtype
@@ -155,4 +155,4 @@ def test_refuses_other_schemes(path: list[str], value: Any, message: str, tmp_pa
 
 def test_a_symmetric_claim_must_hold() -> None:
     with pytest.raises(VilaDeployError, match="must all be 8"):
-        pack(random_linear(8, 32, 32, symmetric=False), symmetric=True)
+        PACK_QUANTIZED.pack(random_linear(8, 32, 32, symmetric=False), zero_point=False)

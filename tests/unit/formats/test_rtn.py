@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.formats.rtn import fake_quantize, round_to_nearest
-from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.utils.errors import VilaDeployError
 
 

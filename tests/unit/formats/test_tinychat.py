@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.support.paths import GOLDEN
-from vila_deploy.formats import tinychat
 from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.formats.tinychat import TINYCHAT_V2, group_size_of, scale_rows
 from vila_deploy.utils.errors import VilaDeployError
 
 GOLDEN = json.loads((GOLDEN / "tinychat.json").read_text())
@@ -39,7 +39,7 @@ def recipe(case):
 
 def golden_tensors(kind, case):
     rows, columns, group = sizes_of(case)
-    table = (tinychat.scale_rows(columns, group), rows)
+    table = (scale_rows(columns, group), rows)
     tensors = {}
     for name, text in GOLDEN[kind][case].items():
         array = np.frombuffer(bytes.fromhex(text), DTYPES[name]).copy()
@@ -71,15 +71,15 @@ def same(one, other):
 @pytest.mark.parametrize("case", GOLDEN["packed"])
 def test_packs_and_unpacks_as_llm_awq(case):
     linear, tensors = recipe(case), golden_tensors("packed", case)
-    packed = tinychat.pack(linear)
+    packed = TINYCHAT_V2.pack(linear)
     assert all(tensor.is_contiguous() for tensor in packed.values())
     assert stored_bytes(packed) == stored_bytes(tensors)
-    assert same(tinychat.unpack(tensors, sizes_of(case)[2]), linear)
+    assert same(TINYCHAT_V2.unpack(tensors, sizes_of(case)[2]), linear)
 
 
 @pytest.mark.parametrize("case", GOLDEN["digests"])
 def test_packs_larger_linears_as_llm_awq(case):
-    packed = stored_bytes(tinychat.pack(recipe(case)))
+    packed = stored_bytes(TINYCHAT_V2.pack(recipe(case)))
     digest = hashlib.sha256(b"".join(packed[name] for name in DTYPES)).hexdigest()
     assert digest == GOLDEN["digests"][case]
 
@@ -91,25 +91,25 @@ def test_what_llm_awq_quantized(case):
     n, k = torch.arange(rows)[:, None], torch.arange(columns)[None]
     weight = (((n * 7919 + k * 104729 + n * k * 31) % 2003 - 1001) / 20000).half().float()
     tensors = golden_tensors("quantized", case)
-    linear = tinychat.unpack(tensors, group)
+    linear = TINYCHAT_V2.unpack(tensors, group)
     step = linear.scale.float().repeat_interleave(group, 1)
     # Its arithmetic is float16 throughout, so a little more than half a step.
     assert ((linear.dequantize() - weight).abs() <= 0.52 * step).all()
-    assert stored_bytes(tinychat.pack(linear)) == stored_bytes(tensors)
+    assert stored_bytes(TINYCHAT_V2.pack(linear)) == stored_bytes(tensors)
 
 
 def test_rows_are_llm_awqs():
     for text, all_rows in GOLDEN["rows"].items():
         for group, rows in zip((128, 64, 32), all_rows, strict=True):
-            assert tinychat.scale_rows(int(text), group) == rows
-            assert tinychat.group_size_of(int(text), rows) == group
-        assert tinychat.group_size_of(int(text), 7) is None
+            assert scale_rows(int(text), group) == rows
+            assert group_size_of(int(text), rows) == group
+        assert group_size_of(int(text), 7) is None
 
 
 def test_layout_is_the_described_one():
     """qweight[a, 64b + 16r + 8h + w], nibble t = Q[4a + r, 64b + 32h + 8t + w]; w = q·s + z."""
     linear = random_linear(16, 192, 64, seed=1)
-    tensors = tinychat.pack(linear)
+    tensors = TINYCHAT_V2.pack(linear)
     words = tensors["qweight"].numpy().astype(np.int64) % (1 << 16)
     weight = np.zeros((16, 192))
     for row in range(16):
@@ -129,7 +129,7 @@ def test_one_word_by_hand():
     q = torch.zeros(8, 64, dtype=torch.uint8)
     q[5, [35, 43, 51, 59]] = torch.tensor([1, 2, 3, 9], dtype=torch.uint8)
     scale, zero = torch.full((8, 1), 0.5).half(), torch.full((8, 1), 3, dtype=torch.uint8)
-    tensors = tinychat.pack(QuantizedLinear(q, scale, zero))
+    tensors = TINYCHAT_V2.pack(QuantizedLinear(q, scale, zero))
     # Row 5 is r 1 of tile row 1; columns 32 + 8t + 3 are h 1, w 3.
     assert tensors["qweight"].nonzero().tolist() == [[1, 16 + 8 + 3]]
     assert int(tensors["qweight"][1, 27]) % (1 << 16) == 0x9321
@@ -142,7 +142,7 @@ def test_one_word_by_hand():
 @pytest.mark.parametrize("group", [128, 64, 32])
 def test_round_trip_is_exact(group, bias):
     linear = random_linear(40, 384, group, seed=3, bias=bias)
-    back = tinychat.unpack(tinychat.pack(linear), group)
+    back = TINYCHAT_V2.unpack(TINYCHAT_V2.pack(linear), group)
     assert same(back, linear)
     assert (back.bias is None) if not bias else torch.equal(back.bias, linear.bias)
 
@@ -155,17 +155,17 @@ def test_every_zero_point_survives_every_scale():
         scale = scale[: len(scale) // 256 * 256].reshape(-1, 32)  # rows in multiples of 8
         q = torch.zeros(scale.shape[0], 32 * 32, dtype=torch.uint8)
         linear = QuantizedLinear(q, scale, torch.full_like(scale, zero, dtype=torch.uint8))
-        assert same(tinychat.unpack(tinychat.pack(linear), 32), linear)
+        assert same(TINYCHAT_V2.unpack(TINYCHAT_V2.pack(linear), 32), linear)
 
 
 def test_a_scale_rounded_apart_from_its_product_is_no_error():
     """A writer that multiplied before rounding the scale is up to 0.015 off an integer."""
     scale = torch.rand(32, 256, generator=torch.Generator().manual_seed(0)) + 0.01
-    tensors = tinychat.pack(random_linear(256, 1024, 32))
+    tensors = TINYCHAT_V2.pack(random_linear(256, 1024, 32))
     tensors["scales"][:], tensors["scaled_zeros"][:] = scale.half(), -(scale * 15).half()
     ratio = -tensors["scaled_zeros"].float() / tensors["scales"].float()
     assert 0.012 < (ratio - 15).abs().max() < 0.015
-    assert tinychat.unpack(tensors, 32).zero.eq(15).all()
+    assert TINYCHAT_V2.unpack(tensors, 32).zero.eq(15).all()
 
 
 SIZES = [
@@ -181,10 +181,10 @@ def test_refuses_sizes_that_fill_no_tile(rows, columns, group, message):
     table = torch.zeros(8, rows).half()
     qweight = torch.zeros(rows // 4, columns, dtype=torch.int16)
     with pytest.raises(VilaDeployError, match=message):
-        tinychat.unpack({"qweight": qweight, "scales": table, "scaled_zeros": table}, group)
+        TINYCHAT_V2.unpack({"qweight": qweight, "scales": table, "scaled_zeros": table}, group)
     if columns % group == 0:
         with pytest.raises(VilaDeployError, match=message):
-            tinychat.pack(random_linear(rows, columns, group))
+            TINYCHAT_V2.pack(random_linear(rows, columns, group))
 
 
 @pytest.mark.parametrize(
@@ -204,17 +204,17 @@ def test_refuses_sizes_that_fill_no_tile(rows, columns, group, message):
     ],
 )
 def test_refuses_tensors_of_another_kind(change, message):
-    tensors = tinychat.pack(random_linear(16, 128, 64, bias=True)) | change
+    tensors = TINYCHAT_V2.pack(random_linear(16, 128, 64, bias=True)) | change
     with pytest.raises(VilaDeployError, match=message):
-        tinychat.unpack({k: v for k, v in tensors.items() if v is not None}, 64)
+        TINYCHAT_V2.unpack({k: v for k, v in tensors.items() if v is not None}, 64)
 
 
 @pytest.mark.parametrize("ratio", [7.5, 7.04, -1.0, 16.0, -0.04, float("nan")])
 def test_refuses_what_no_zero_point_gives(ratio):
-    tensors = tinychat.pack(random_linear(16, 128, 64))
+    tensors = TINYCHAT_V2.pack(random_linear(16, 128, 64))
     tensors["scales"][1, 9], tensors["scaled_zeros"][1, 9] = 0.25, -0.25 * ratio
     with pytest.raises(VilaDeployError, match=r"scaled_zeros: must be .* channel 9, group 1; "):
-        tinychat.unpack(tensors, 64)
+        TINYCHAT_V2.unpack(tensors, 64)
 
 
 def test_refuses_what_the_layout_cannot_hold():
@@ -223,7 +223,7 @@ def test_refuses_what_the_layout_cannot_hold():
     for scale in (0.0, -0.5, 6e4):
         wrong = torch.full_like(linear.scale, scale)
         with pytest.raises(VilaDeployError, match="scales: TinyChat needs positive scales"):
-            tinychat.pack(QuantizedLinear(**fields, scale=wrong))
+            TINYCHAT_V2.pack(QuantizedLinear(**fields, scale=wrong))
     prequant = QuantizedLinear(**fields, scale=linear.scale, prequant_scale=torch.ones(128).half())
     with pytest.raises(VilaDeployError, match="no place for a prequant scale"):
-        tinychat.pack(prequant)
+        TINYCHAT_V2.pack(prequant)

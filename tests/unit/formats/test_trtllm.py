@@ -12,7 +12,7 @@ from tests.support.tiny import make_checkpoint
 from vila_deploy.builder.build import build_engine
 from vila_deploy.builder.resolve import BuildOptions
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.quantize.pipeline import quantize
 from vila_deploy.utils.errors import VilaDeployError

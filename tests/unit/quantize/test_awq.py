@@ -15,8 +15,8 @@ import torch
 from tests.support.awq_case import CASES, llm_config, packed_states, random_layer
 from tests.support.paths import GOLDEN
 from vila_deploy.checkpoint.llm_config import LINEARS
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.formats.rtn import fake_quantize
-from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.model.llm import run_layer
 from vila_deploy.quantize.algorithms.awq import quantize_layer, ratios, steps_per_layer
 from vila_deploy.quantize.algorithms.awq_clip import apply_clip, search_clip

@@ -15,7 +15,7 @@ from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.presets import preset
 from vila_deploy.data.data_size import TEMPLATE_TOKENS, DataSize, data_size
 from vila_deploy.data.examples import Example, LazyImage
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.quantize.algorithms.gptq import gptq_quantize
 from vila_deploy.quantize.algorithms.hessian import HessianAccumulator, HessianFactor
 from vila_deploy.quantize.estimate import time

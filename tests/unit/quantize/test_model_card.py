@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.quantize import pipeline
 from vila_deploy.quantize.model_card import model_card
 from vila_deploy.quantize.options import QuantizeOptions

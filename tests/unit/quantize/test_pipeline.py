@@ -19,8 +19,8 @@ from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.config import load_config
 from vila_deploy.checkpoint.llm_config import LINEARS
 from vila_deploy.checkpoint.reader import TensorReader
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.formats.rtn import round_to_nearest
-from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.quantize import pipeline
 from vila_deploy.quantize.algorithms import base
@@ -221,7 +221,7 @@ def test_an_interrupt_leaves_nothing(root, data, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline.Outputs, "finish", interrupt)
+    monkeypatch.setattr(pipeline.CheckpointWriter, "finish", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pipeline.quantize(root, tmp_path / "out", RTN)
     assert not list(tmp_path.iterdir())

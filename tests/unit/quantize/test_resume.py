@@ -28,7 +28,7 @@ from tests.support.resuming import (
 )
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.quantize import pipeline, resume
 from vila_deploy.quantize.algorithms import awq_gptq, base
 from vila_deploy.quantize.options import QuantizeOptions
@@ -298,7 +298,7 @@ def test_refuses_a_folder_that_is_in_use(here, data, options):
 
 @pytest.mark.parametrize(("place", "finished"), [("save_tensors", 2), ("finish", 3)])
 def test_goes_on_when_the_disk_was_full(here, data, options, whole, monkeypatch, place, finished):
-    owner = resume if place == "save_tensors" else pipeline.Outputs
+    owner = resume if place == "save_tensors" else pipeline.CheckpointWriter
     write = getattr(owner, place)
 
     def full(*args):

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tests.support.pretend_gpu import PretendGpu
 from tests.support.tiny import make_checkpoint
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.quantize import pipeline
 from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.utils.device import choose_device

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from tests.support.trtllm_cases import llm_config
 from tests.support.trtllm_reference import logits, unpacked
-from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.checkpoint.llm_config import NORMS, QKV, LlmConfig
 from vila_deploy.checkpoint.trtllm_reader import TrtllmCheckpoint
 from vila_deploy.checkpoint.trtllm_sharding import Parallel
-from vila_deploy.formats import trtllm as linears
 from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.formats.trtllm import W4A16_AWQ
 from vila_deploy.model.llm import LanguageModel
 from vila_deploy.utils.errors import VilaDeployError
-from vila_deploy.writers.trtllm_ranks import write_trtllm
+from vila_deploy.writers.trtllm import write_trtllm
 
 TOKENS = [3, 1002, 17, 500, 41, 41, 7]
 PARALLEL = {"one": (1, 1), "tp2": (2, 1), "tp4": (4, 1), "pp2": (1, 2), "tp4pp2": (4, 2)}
@@ -58,7 +58,7 @@ class Weights:
         bias = self.tensor(f"{prefix}.bias") if self.config.has_bias(name) else None
         prequant = None
         if self.prequant:  # one for q, k and v
-            key = "qkv" if name in linears.QKV else name
+            key = "qkv" if name in QKV else name
             prequant = 0.5 + torch.rand(columns, generator=self.generator(key)).half()
         return QuantizedLinear(q, scale.half(), zero, bias, prequant)
 
@@ -98,7 +98,7 @@ def test_written_and_read_bit_for_bit(tmp_path, family, group_size, ways):
             full = f"model.layers.{index}.{name}"
             assert_same(weights.linear(full), back.linear(full))
             names += [f"{full}.bias"] if config.has_bias(name) else []
-        names += [f"model.layers.{index}.{norm}.weight" for norm in linears.NORMS]
+        names += [f"model.layers.{index}.{norm}.weight" for norm in NORMS]
     for name in names:
         assert_same(weights.tensor(name), back.tensor(name))
 
@@ -129,7 +129,7 @@ def test_a_byte_by_hand():
     q = torch.full((4, 64), 8, dtype=torch.uint8)
     q[2, 5], q[3, 5] = 15, 1  # 7 and −7
     scale = torch.full((4, 1), 0.5).half()
-    packed = linears.pack(QuantizedLinear(q, scale, torch.full((4, 1), 8, dtype=torch.uint8)))
+    packed = W4A16_AWQ.pack(QuantizedLinear(q, scale, torch.full((4, 1), 8, dtype=torch.uint8)))
     assert packed["weight"].shape == (2, 64)
     assert packed["weight"].nonzero().tolist() == [[1, 5]]
     assert int(packed["weight"][1, 5]) % 256 == 0x97
@@ -187,7 +187,7 @@ def test_refuses_zero_points(tmp_path):
     with pytest.raises(VilaDeployError, match=r"q_proj: is quantized with zero.*--symmetric$"):
         write(tmp_path / "c", config, Weights(config, zero=7))
     with pytest.raises(VilaDeployError, match="W4A16_AWQ has none; quantize with vila-quantize"):
-        linears.pack(Weights(config, zero=9).linear("model.layers.0.mlp.up_proj"))
+        W4A16_AWQ.pack(Weights(config, zero=9).linear("model.layers.0.mlp.up_proj"))
 
 
 def test_refuses_qkv_with_scales_of_their_own(tmp_path):

@@ -127,8 +127,8 @@ def pack_concatenated(linears: Sequence[Tensor | QuantizedLinear], where: str) -
             fix="quantize with --format awq, which folds them into the norms",
         )
     names = ("q", "scale", "zero")
-    rows = (torch.cat([getattr(linear, name) for linear in quantized]) for name in names)
-    return pack_int4(QuantizedLinear(*rows))
+    q, scale, zero = (torch.cat([getattr(linear, name) for linear in quantized]) for name in names)
+    return pack_int4(QuantizedLinear(q, scale, zero))
 
 
 def pack_head(weight: Tensor, dtype: str) -> PackedLinear:

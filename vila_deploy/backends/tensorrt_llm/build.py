@@ -8,7 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from vila_deploy.backends.tensorrt_llm import files
 from vila_deploy.backends.tensorrt_llm.build_md import instructions
@@ -28,7 +27,6 @@ from vila_deploy.backends.tensorrt_llm.releases import (
 from vila_deploy.backends.tensorrt_llm.vision import compile_vision, write_vision
 from vila_deploy.checkpoint import llm_config
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.fields import Fields
 from vila_deploy.checkpoint.trtllm_sharding import Parallel, rank_tensors
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
@@ -37,8 +35,9 @@ from vila_deploy.engine.target import get_target
 from vila_deploy.formats import trtllm
 from vila_deploy.onnx_export.arrays import float16
 from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.fields import Fields
 from vila_deploy.utils.progress import progress
-from vila_deploy.writers.trtllm_ranks import write_trtllm
+from vila_deploy.writers.trtllm import write_trtllm
 
 VISION_STEP = PendingStep("vision", "compile the vision encoder with TensorRT")
 LLM_STEP = PendingStep("llm", "build the LLM with trtllm-build")
@@ -80,9 +79,9 @@ def _bytes_per_step(config: VilaConfig, parallel: Parallel) -> int:
     group_size = None if quantization is None else quantization.group_size
     total = 0
     for rank in range(parallel.ranks):
-        for name, (dtype, shape) in rank_tensors(config.llm, group_size, parallel, rank).items():
+        for name, shape, dtypes in rank_tensors(config.llm, group_size, parallel, rank):
             if not name.startswith(trtllm.EMBEDDING.name):
-                total += math.prod(shape) * (1 if dtype == torch.int8 else 2)
+                total += math.prod(shape) * (1 if dtypes == ("I8",) else 2)
     return total
 
 

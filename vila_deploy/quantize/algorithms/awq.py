@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.llm_config import LINEARS, NORMS, LlmConfig, layer_prefix
-from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.formats.base import QuantizedLinear, QuantScheme
 from vila_deploy.formats.rtn import fake_quantize, round_to_nearest
-from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.model.layerwise import PackedHiddenStates, mlp
 from vila_deploy.model.llm import dense_weight
 from vila_deploy.quantize.algorithms.awq_clip import SKIPPED, apply_clip, search_clip

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.llm_config import LINEARS, NORMS, layer_prefix
 from vila_deploy.eval.metrics import relative_errors
-from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.formats.base import QuantizedLinear, QuantScheme
 from vila_deploy.formats.rtn import fake_quantize
-from vila_deploy.formats.scheme import QuantScheme
 from vila_deploy.model.layerwise import (
     PackedHiddenStates,
     after_attention,

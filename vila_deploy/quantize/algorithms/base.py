@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.formats.base import QuantizedLinear
-from vila_deploy.formats.rtn import to_float16
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantizedLinear, QuantScheme, to_float16
 from vila_deploy.model.llm import load_decoder_layer
 
 LayerEntry = dict[str, Any]

@@ -13,11 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vila_deploy.formats.base import MAX_LEVEL, QuantizedLinear
-from vila_deploy.formats.rtn import range_levels, to_float16
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import MAX_VALUE, QuantizedLinear, QuantScheme, to_float16
+from vila_deploy.formats.rtn import check_scale, quantize_clipped
 from vila_deploy.quantize.algorithms.hessian import HessianFactor
-from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.limits import ROWS_AT_A_TIME, SOLVE_BYTES, TILE_ROWS
 
 # Shares of a group's range that are tried. Above 1 pays off where the ends matter least.
@@ -72,12 +70,7 @@ def gptq_quantize(
     """
     parts = [_quantize_rows(rows, factor, scheme) for rows in weight.split(ROWS_AT_A_TIME)]
     scale = torch.cat([scale for _, scale, _ in parts], 1).T
-    if not bool(torch.isfinite(scale).all()):
-        raise VilaDeployError(
-            f"weights up to {float(weight.abs().max()):.3g} need a scale beyond float16",
-            where=name,
-            fix="check that this checkpoint is not damaged",
-        )
+    check_scale(scale, weight, name)
     return QuantizedLinear(
         q=torch.cat([qweight for qweight, _, _ in parts]),
         scale=scale.to(torch.float16).contiguous(),
@@ -120,7 +113,7 @@ def _search_clipping(
     least: Tensor | None = None
     best_scale = best_zero = groups.new_empty(0)
     for ratio in CLIPPING_RATIOS:
-        q, scale, zero = range_levels(groups, scheme, ratio)
+        q, scale, zero = quantize_clipped(groups, scheme, ratio)
         error = torch.einsum(
             "ogc,gc->og", q.sub_(zero).mul_(scale).sub_(groups).square_(), importance
         )
@@ -155,7 +148,7 @@ def _round_channels(rows: _Rows, factor: HessianFactor) -> Tensor:
                 if channel:
                     channel_target.addmv_(error[:channel].T, u_span[channel, :channel])
                 q = rounded[channel].add_(channel_target.div(scale[channel]).round_())
-                q.clamp_(0, MAX_LEVEL)
+                q.clamp_(0, MAX_VALUE)
                 error[channel] = weight[channel] - (q - zero[channel]) * scale[channel]
             qweight[channels] = rounded
     return qweight
@@ -250,7 +243,7 @@ def _coordinate_descent(rows: _Rows, hessian: Tensor) -> Tensor:
                 step = channel_slope / curvature[span.start + channel]
                 target = (q[channel] - zero[channel]).mul_(scale[channel]).add_(step)
                 new = target.div_(scale[channel]).round_().add_(zero[channel])
-                new.clamp_(0, MAX_LEVEL)
+                new.clamp_(0, MAX_VALUE)
                 torch.sub(q[channel], new, out=change[channel]).mul_(scale[channel])
                 q[channel] = new
                 if channel + 1 < len(slope):

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from vila_deploy.formats.scheme import QuantScheme
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.quantize.algorithms.hessian import HessianFactor
 
 STEPS = 30

@@ -14,7 +14,7 @@ from vila_deploy.checkpoint.tensor_schema import projector_tensor_specs, tower_t
 from vila_deploy.data.data_size import DataSize, data_size
 from vila_deploy.data.examples import load_examples, load_held_out
 from vila_deploy.engine.memory import Items, MemoryRow
-from vila_deploy.formats.scheme import QuantScheme, check_scheme
+from vila_deploy.formats.base import QuantScheme, check_scheme
 from vila_deploy.quantize.estimate import time
 from vila_deploy.quantize.estimate.memory import MemoryEstimate, spilled
 from vila_deploy.quantize.estimate.time import OperationCost, Speed
@@ -26,7 +26,7 @@ from vila_deploy.utils.limits import (
     MAX_EVALUATION_SEQUENCES,
     MAX_TOKENS,
 )
-from vila_deploy.writers.registry import FORMATS, SHARD_BYTES
+from vila_deploy.writers.folder import SHARD_BYTES, check_formats
 
 # The parts of llm/.
 LLM_ROWS = (
@@ -88,9 +88,8 @@ def plan(
         VilaDeployError: the scheme doesn't fit the model, or it is quantized already.
     """
     check_not_quantized(config)
-    check_scheme(options.scheme, config.llm)
-    for name in options.formats:
-        FORMATS[name].check(config, options.scheme)
+    check_scheme(options.scheme, config.llm.layer_linears(0))
+    check_formats(options.formats, config, options.scheme)
     items = output_items(config, options.scheme)
     calibration = calibration or DataSize(MAX_CALIBRATION_SEQUENCES * MAX_TOKENS)
     steps = _steps(
@@ -136,7 +135,7 @@ def check_not_quantized(config: VilaConfig) -> None:
         raise VilaDeployError(
             f"is quantized already ({quantization.bits} bits, group size "
             f"{quantization.group_size})",
-            where=f"llm/, in the layout of {quantization.version}",
+            where=f"llm/, in the format {quantization.version}",
             fix="build an engine from it, vila-convert it, or give the original fp16 checkpoint",
         )
 
@@ -167,7 +166,7 @@ def measured_plan(config: VilaConfig, options: QuantizeOptions) -> QuantizePlan:
     Raises:
         VilaDeployError: as `plan`, or the data can't be read.
     """
-    check_scheme(options.scheme, config.llm)
+    check_scheme(options.scheme, config.llm.layer_linears(0))
     calibration = evaluation = None
     if options.calibrates:
         examples = load_examples(options.calib, options.calib_images, text_only=options.text_only)
