@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.awq_words import independent_levels
 from tests.support.tiny import make_checkpoint
-from vila_deploy import checkpoint as checkpoints
+from vila_deploy.checkpoint import checkpoint as checkpoints
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.config import load_config
 from vila_deploy.checkpoint.llm_config import LINEARS
