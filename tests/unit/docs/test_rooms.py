@@ -23,3 +23,16 @@ def test_map_in_readme() -> None:
 def test_rooms_in_contributing() -> None:
     (rooms, *_) = blocks(REPOSITORY / "CONTRIBUTING.md", "")
     assert sorted(rooms.text.split()) == sorted(ROOMS)
+
+
+# Path: most files to open; the last is on two computers, 12 and 3.
+PATHS = {"quantize": 12, "Calibration": 6, "build-engine": 15}
+
+
+def test_paths_in_contributing_are_short() -> None:
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text("utf-8")
+    _, *parts = text[text.index("## Follow a path") : text.index("## Rules")].split("\n**")
+    assert len(parts) == len(PATHS)
+    for part, (name, most) in zip(parts, PATHS.items(), strict=True):
+        assert name in part.splitlines()[0]
+        assert 0 < len(re.findall(r"^\d+\. \[", part, re.M)) <= most
