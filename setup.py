@@ -6,6 +6,7 @@ setup(
     packages=find_packages(include=["vila_deploy*"]),
     package_data={
         "vila_deploy": ["py.typed"],
+        "vila_deploy.bench.published": ["*.csv"],
         "vila_deploy.engines": ["*.toml"],
         "vila_deploy.data": ["calibration/*", "evaluation/*"],
     },

@@ -1,4 +1,4 @@
-"""Write the tables of README and docs from results/*.jsonl, published*.csv and --plan's code.
+"""Write the tables of README and docs from results/*.jsonl, published figures and --plan's code.
 
 $ python benchmarks/tables.py            # rewrites every table between its markers
 $ python benchmarks/tables.py --check    # exit code 1 if a page is stale, and which

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -21,13 +20,6 @@ def results(name: str) -> tuple[Row, ...]:
     """Return the rows of `results/NAME.jsonl`."""
     lines = (RESULTS / f"{name}.jsonl").read_text("utf-8").splitlines()
     return tuple(json.loads(line) for line in lines)
-
-
-@cache
-def published(name: str) -> tuple[Row, ...]:
-    """Return the rows of `benchmarks/NAME.csv`."""
-    with (REPOSITORY / "benchmarks" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
-        return tuple(csv.DictReader(file))
 
 
 def markdown(titles: Cells, rows: Iterable[Cells], note: str = "") -> str:

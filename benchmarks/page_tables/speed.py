@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from benchmarks.page_tables.sources import PRECISIONS, markdown, published, results
+from benchmarks.page_tables.sources import PRECISIONS, markdown, results
+from vila_deploy.bench.published import read_published
 
 GPUS = {"a100": "A100", "rtx4090": "RTX 4090", "orin": "Jetson AGX Orin"}
 
@@ -38,7 +39,7 @@ def _pairs(speeds: dict[tuple[str, str], str]) -> list[str]:
 def _published(gpu: str) -> dict[tuple[str, str], str]:
     return {
         (row["model"], row["precision"]): row["decode_tokens_per_s"]
-        for row in published("published")
+        for row in read_published("speed")
         if row["target"] == gpu
     }
 
@@ -46,7 +47,7 @@ def _published(gpu: str) -> dict[tuple[str, str], str]:
 def published_speed() -> str:
     """Return all of the authors' decode speeds."""
     tables = [_published(gpu) for gpu in GPUS]
-    names = dict.fromkeys(row["model"] for row in published("published"))
+    names = dict.fromkeys(row["model"] for row in read_published("speed"))
     rows = [
         [name, precision, *(table.get((name, precision), "") for table in tables)]
         for name in names
@@ -82,7 +83,7 @@ def speed_cpu() -> str:
 def published_ttft() -> str:
     """Return the authors' times to first token for NVILA."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for row in published("published"):
+    for row in read_published("speed"):
         if row["ttft_s"]:
             key = f"{row['model']}, {row['task']}", row["precision"]
             rows.setdefault(key, {})[row["target"]] = row["ttft_s"]
@@ -92,6 +93,9 @@ def published_ttft() -> str:
 
 def published_accuracy() -> str:
     """Return the authors' benchmark scores in fp16 and int4."""
-    rows = published("published_accuracy")
-    keys = [key for key in rows[0] if key not in ("label", "source")]
-    return markdown(keys, [[row[key] for key in keys] for row in rows])
+    scores: dict[tuple[str, str], dict[str, str]] = {}
+    for row in read_published("accuracy"):
+        scores.setdefault((row["model"], row["precision"]), {})[row["benchmark"]] = row["score"]
+    benchmarks = list(next(iter(scores.values())))
+    body = [[*key, *(row[name] for name in benchmarks)] for key, row in scores.items()]
+    return markdown(["model", "precision", *benchmarks], body)

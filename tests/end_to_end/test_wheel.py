@@ -76,6 +76,7 @@ def test_source_archive_and_wheel_hold_all_code_and_data(sdist: Path, wheel: Pat
     for folder in ("calibration", "evaluation"):
         files = (REPOSITORY / "vila_deploy" / "data" / folder).iterdir()
         data |= {f"vila_deploy/data/{folder}/{path.name}" for path in files}
+    data |= {f"vila_deploy/bench/published/{name}.csv" for name in ("speed", "accuracy")}
     expected = code | data | {"vila_deploy/py.typed"}
     assert len(data) > 10
     assert "vila_deploy/kernels/__init__.py" in code
