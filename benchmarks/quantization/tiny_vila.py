@@ -24,7 +24,7 @@ from PIL import Image
 from vila_deploy.bench.measure import commit, device_name
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.data.examples import Example, LazyImage
-from vila_deploy.engine.model_info import describe
+from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import OneSlot
 from vila_deploy.eval.data import EvaluationData
@@ -83,7 +83,7 @@ def exact_answers(root: Path, questions: Sequence[Question]) -> dict[str, Any]:
     """The share of right greedy answers, in all and by kind, in PyTorch and float32."""
     checkpoint, tokenizer = open_checkpoint(root), load_tokenizer(root / "llm")
     session = OneSlot(ReferenceSession(checkpoint))
-    model = describe(checkpoint.config, tokenizer)
+    model = ModelInfo.from_config(checkpoint.config, tokenizer)
 
     def answer(images: Sequence[Image.Image], prompt: str) -> str:
         conversation = Conversation(session, tokenizer, model, session.max_seq_len)

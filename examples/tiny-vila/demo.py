@@ -1,4 +1,4 @@
-"""The whole way on the small trained model: quantize, build, ask, score, time (`make demo`)."""
+"""Quantize, build, ask, score and time the small trained model (`make demo`)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from vila_deploy.utils.progress import progress
 if TYPE_CHECKING:
     from PIL import Image
 
-    from vila_deploy.engine.model_info import ModelInfo
-    from vila_deploy.engine.session import Session
-    from vila_deploy.processing.tokenizer import Tokenizer
+    from vila_deploy import Conversation
 
     Answer = Callable[[Sequence[Image.Image], str], str]
 
@@ -60,14 +58,14 @@ def heading(text: str) -> None:
 
 
 def run(command: str, *args: object) -> None:
-    """Shows a command as the user would type it, and runs it."""
+    """Show a command as the user would type it, and run it."""
     words = [command, *map(relative, args)]
     print(f"$ {shlex.join(words)}", flush=True)
     subprocess.run([Path(sys.executable).parent / command, *map(str, args)], check=True)
 
 
 def relative(value: object) -> str:
-    """Paths below the current folder are shown relative to it."""
+    """Return `value` as text; paths below the current folder are relative to it."""
     if isinstance(value, Path) and value.is_relative_to(Path.cwd()):
         return str(value.relative_to(Path.cwd()))
     return str(value)
@@ -78,7 +76,7 @@ def first_picture() -> Path:
 
 
 def score() -> None:
-    """Prints the right answers per kind: PyTorch in fp32, then both 4-bit engines."""
+    """Print the share of right answers by kind: PyTorch in fp32, then both 4-bit engines."""
     from tiny_vila.questions import held_out
     from tiny_vila.scoring import Score
     from tiny_vila.scoring import score as score_answers
@@ -104,9 +102,10 @@ def score() -> None:
 
 @contextmanager
 def reference() -> Iterator[Answer]:
-    """The checkpoint as trained, in PyTorch."""
+    """Yield the answers of the checkpoint as trained, in PyTorch."""
+    from vila_deploy import Conversation
     from vila_deploy.checkpoint import open_checkpoint
-    from vila_deploy.engine.model_info import describe
+    from vila_deploy.engine.model_info import ModelInfo
     from vila_deploy.engine.session import OneSlot
     from vila_deploy.model.vila import ReferenceSession
     from vila_deploy.processing.tokenizer import load_tokenizer
@@ -114,29 +113,25 @@ def reference() -> Iterator[Answer]:
     checkpoint = open_checkpoint(CHECKPOINT)
     tokenizer = load_tokenizer(CHECKPOINT / "llm")
     session = OneSlot(ReferenceSession(checkpoint))
-    yield answerer(session, tokenizer, describe(checkpoint.config, tokenizer))
+    model = ModelInfo.from_config(checkpoint.config, tokenizer)
+    yield answerer(lambda: Conversation(session, tokenizer, model, session.max_seq_len))
 
 
 @contextmanager
 def engine(folder: Path) -> Iterator[Answer]:
-    """A built engine."""
-    from vila_deploy.runtime.open_engine import open_engine
+    """Yield the answers of a built engine."""
+    from vila_deploy import open_engine
 
     with open_engine(folder) as opened:
-        assert opened.tokenizer is not None
-        yield answerer(opened.session, opened.tokenizer, opened.model)
+        yield answerer(opened.chat)
 
 
-def answerer(session: Session, tokenizer: Tokenizer, model: ModelInfo) -> Answer:
-    """(pictures, prompt) → greedy answer, each a conversation of its own."""
-    from vila_deploy.engine.sampling import SamplingParams
-    from vila_deploy.runtime.conversation import Conversation
+def answerer(chat: Callable[[], Conversation]) -> Answer:
+    """Return the function (images, prompt) → greedy answer, each a conversation of its own."""
+    from vila_deploy import SamplingParams
 
-    def answer(images: Sequence[Image.Image], prompt: str) -> str:
-        conversation = Conversation(session, tokenizer, model, session.max_seq_len)
-        return conversation.ask(prompt, list(images), SamplingParams(max_new_tokens=96)).text
-
-    return answer
+    sampling = SamplingParams(max_new_tokens=96)
+    return lambda images, prompt: chat().ask(prompt, images, sampling).text
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from tests.support.comparison import NEW_TOKENS, Prompt
 from vila_deploy.backends.tensorrt import files, graphs
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
-from vila_deploy.engine.model_info import describe
+from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.eval.metrics import compare_logits
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
@@ -188,7 +188,7 @@ def _read(session: ReferenceSession, prompt: Floats, answer: Any) -> Floats:
 def _rendered(checkpoint: Checkpoint, prompts: Sequence[Prompt]) -> tuple[list, list]:
     """Text chunks and images' pixels of each prompt."""
     tokenizer = load_tokenizer(checkpoint.layout.folder("llm"))
-    model = describe(checkpoint.config, tokenizer)
+    model = ModelInfo.from_config(checkpoint.config, tokenizer)
     texts, pixels = [], []
     for images, question in prompts:
         placed, prepared = place_images(question, images, model)

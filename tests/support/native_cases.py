@@ -16,7 +16,7 @@ from vila_deploy.backends.native.weights import Layer, PackedLlm, pack_shards
 from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.manifest import Limits, Manifest
-from vila_deploy.engine.model_info import describe
+from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.engine.target import Target, get_target
 from vila_deploy.formats.base import QuantScheme
@@ -80,7 +80,8 @@ def built(
     return Manifest(
         name="tiny", target="h100", backend="native", precision="int4", weights="trained",
         weight_bytes_per_token=found.weight_bytes_per_token, checkpoint_fingerprint=None,
-        limits=request.limits, model=describe(checkpoint.config, None), versions=found.versions,
+        limits=request.limits, model=ModelInfo.from_config(checkpoint.config, None),
+        versions=found.versions,
         module_precision=module_precision,
     )  # fmt: skip
 

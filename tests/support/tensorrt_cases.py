@@ -16,7 +16,7 @@ from vila_deploy.backends.tensorrt.backend import write_description
 from vila_deploy.backends.tensorrt.compilers import COMPILERS
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.manifest import Limits, Manifest
-from vila_deploy.engine.model_info import describe
+from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.engine.target import get_target
 
@@ -66,7 +66,7 @@ def write_engine(
         weight_bytes_per_token=size,
         checkpoint_fingerprint=None,
         limits=limits,
-        model=describe(config, None),
+        model=ModelInfo.from_config(config, None),
         versions={package: version, files.CAPABILITY: str(target.compute_capability)},
     )
 

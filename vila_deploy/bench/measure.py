@@ -101,7 +101,7 @@ def noise_image() -> Image.Image:
 
 def _check_room(engine: OpenedEngine, image: Image.Image) -> None:
     chunks, pixels = _prompt(engine, image)
-    image_tokens = [count for one in pixels for count in engine.model.tokens_of(one)]
+    image_tokens = [count for one in pixels for count in engine.model.image_tokens(one)]
     needed = prompt_length(chunks, image_tokens) + DECODE_TOKENS
     if needed > engine.session.max_seq_len:
         raise VilaDeployError(
@@ -117,7 +117,7 @@ def _prompt(engine: OpenedEngine, image: Image.Image) -> tuple[list[list[int]], 
     if engine.tokenizer is not None:
         return text_chunks(engine.tokenizer, render(template, [], question), end), pixels
     first, last = UNTOKENIZED_CHUNKS
-    between: list[list[int]] = [[] for _ in engine.model.tokens_of(pixels[0])[1:]]
+    between: list[list[int]] = [[] for _ in engine.model.image_tokens(pixels[0])[1:]]
     return [list(first), *between, list(last)], pixels
 
 

@@ -39,8 +39,20 @@ def build_engine(
     """
     from vila_deploy.builder.build import build_engine as build
     from vila_deploy.builder.resolve import BuildOptions
-    from vila_deploy.engine.precision import ModulePrecision
+    from vila_deploy.engine.precision import CHOICES, LLM_PRECISIONS, ModulePrecision
+    from vila_deploy.kernels.launch_mode import LAUNCH_MODES
+    from vila_deploy.utils.errors import check_at_least, check_choice
 
+    check_choice("--precision", precision, (None, *LLM_PRECISIONS))
+    check_choice("--vision", vision, CHOICES["vision"])
+    check_choice("--lm-head", lm_head, CHOICES["lm_head"])
+    check_choice("--kv-cache", kv_cache, CHOICES["kv_cache"])
+    check_choice("--kernel-launch", kernel_launch, (None, *LAUNCH_MODES))
+    check_at_least("--max-batch-size", max_batch_size, 1)
+    check_at_least("--max-input-len", max_input_len, 1)
+    check_at_least("--max-seq-len", max_seq_len, 2)
+    check_at_least("--tp", tp, 1)
+    check_at_least("--pp", pp, 1)
     return build(
         Path(checkpoint),
         Path(out),

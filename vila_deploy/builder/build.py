@@ -26,7 +26,7 @@ from vila_deploy.builder.resolve import (
 )
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.manifest import TOKENIZER_FOLDER, Manifest, write_manifest
-from vila_deploy.engine.model_info import describe
+from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.processing.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from vila_deploy.utils.errors import VilaDeployError
@@ -131,7 +131,7 @@ def _manifest(
         weight_bytes_per_token=0,
         checkpoint_fingerprint=fingerprint,
         limits=build.request.limits,
-        model=describe(build.config, tokenizer),
+        model=ModelInfo.from_config(build.config, tokenizer),
         versions={},
         module_precision=build.request.module_precision,
     )

@@ -10,6 +10,7 @@ import click
 
 from vila_deploy.cli import bench_worker
 from vila_deploy.cli.common import command
+from vila_deploy.engine.precision import LLM_PRECISIONS
 from vila_deploy.utils.files import check_new
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ TABLE_FORMATS = ("md", "csv", "json")
 @click.argument("engines", type=click.Path(path_type=Path), nargs=-1)
 @click.option("--model", help="A released model's shapes, e.g. VILA1.5-3b; with --random-weights.")
 @click.option(
-    "--precision", "precisions", type=click.Choice(["int4", "fp16"]), multiple=True,
+    "--precision", "precisions", type=click.Choice(LLM_PRECISIONS), multiple=True,
     help="For --model; repeatable, default int4.",
 )  # fmt: skip
 @click.option("--target", default="cpu", show_default=True, help="For --model.")

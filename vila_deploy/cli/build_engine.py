@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vila_deploy.cli.common import EXIT_INTERRUPTED, command, echo_json
+from vila_deploy.engine.precision import CHOICES, LLM_PRECISIONS
 from vila_deploy.kernels.launch_mode import LAUNCH_MODES
 from vila_deploy.utils.errors import VilaDeployError, printable
 
@@ -30,19 +31,19 @@ if TYPE_CHECKING:
     "--backend", help="Library that compiles and runs it; the target's default if left out."
 )
 @click.option(
-    "--precision", type=click.Choice(["int4", "fp16"]),
+    "--precision", type=click.Choice(LLM_PRECISIONS),
     help="Of the language model's linears; the checkpoint's own if left out.",
 )  # fmt: skip
 @click.option(
-    "--vision", type=click.Choice(["fp16", "int8"]), default="fp16", show_default=True,
+    "--vision", type=click.Choice(CHOICES["vision"]), default="fp16", show_default=True,
     help="Of the vision tower.",
 )  # fmt: skip
 @click.option(
-    "--lm-head", type=click.Choice(["fp16", "int8", "int4"]), default="fp16", show_default=True,
+    "--lm-head", type=click.Choice(CHOICES["lm_head"]), default="fp16", show_default=True,
     help="Of the output head; the embedding table stays as it is.",
 )  # fmt: skip
 @click.option(
-    "--kv-cache", type=click.Choice(["fp16", "int8"]), default="fp16", show_default=True,
+    "--kv-cache", type=click.Choice(CHOICES["kv_cache"]), default="fp16", show_default=True,
     help="Of the key/value cache.",
 )  # fmt: skip
 @click.option(
@@ -50,7 +51,8 @@ if TYPE_CHECKING:
     help="Measure how these three change the logits, on own held-out data as vila-quantize --eval "
     "takes it, or on the built-in data: the word builtin. Takes minutes with a large model.",
 )  # fmt: skip
-@click.option("--max-batch-size", type=click.IntRange(1), default=1, show_default=True,
+@click.option(
+    "--max-batch-size", type=click.IntRange(1), default=1, show_default=True,
     help="Sequences that the engine holds at once.",
 )  # fmt: skip
 @click.option(

@@ -77,22 +77,14 @@ def main(
     from vila_deploy.engine.sampling import SamplingParams
     from vila_deploy.processing.images import read_image
     from vila_deploy.processing.video import sample_frames
-    from vila_deploy.runtime.conversation import Conversation
     from vila_deploy.runtime.open_engine import open_engine
-    from vila_deploy.utils.errors import VilaDeployError
 
     turn_images = [read_image(path) for path in images]
     sampling = SamplingParams(max_new_tokens, temperature, top_p, seed)
     with open_engine(engine) as opened:
-        if opened.tokenizer is None:
-            raise VilaDeployError(
-                "has random weights and no tokenizer", where=engine, fix="use it with vila-bench"
-            )
+        conversation = opened.chat()
         frames_of = partial(sample_frames, count=video_frames or opened.model.num_video_frames)
         turn_images += [frame for path in videos for frame in frames_of(path)]
-        conversation = Conversation(
-            opened.session, opened.tokenizer, opened.model, opened.max_input_len
-        )
         if prompt is None:
             _interactive(conversation, turn_images, sampling, frames_of)
             return

@@ -40,8 +40,8 @@ class ModelInfo:
         """The most embeddings that one image takes in the prompt."""
         return self.tokens_per_block * self.tiling.max_blocks_per_image
 
-    def tokens_of(self, pixels: Pixels) -> list[int]:
-        """Return how many embeddings each of an image's places in the prompt takes."""
+    def image_tokens(self, pixels: Pixels) -> list[int]:
+        """Return how many embeddings stand for each image marker that the pixels fill."""
         if pixels.grid is None:
             return [self.tokens_per_block] * len(pixels.tiles)
         if self.tiling.mode == "s2":
@@ -51,6 +51,31 @@ class ModelInfo:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_config(cls, config: VilaConfig, tokenizer: Tokenizer | None) -> ModelInfo:
+        """Return the facts about a checkpoint; without a tokenizer for random weights."""
+        llm = config.llm
+        prompt = choose_template(config, tokenizer)
+        stops = set(llm.eos_token_ids)
+        if tokenizer is not None:
+            # The configs of some releases forget the template's own end marker.
+            stops |= stop_token_ids(PROMPT_TEMPLATES[prompt], tokenizer)
+        return cls(
+            hidden_size=llm.hidden_size,
+            vocab_size=llm.vocab_size,
+            num_layers=llm.num_layers,
+            num_kv_heads=llm.num_kv_heads,
+            head_dim=llm.head_dim,
+            tokens_per_block=config.tokens_per_block,
+            model_max_length=config.model_max_length,
+            image=config.image,
+            tiling=config.tiling,
+            image_end=config.image_end,
+            prompt=prompt,
+            stop_token_ids=tuple(sorted(stops)),
+            num_video_frames=config.num_video_frames,
+        )
 
     @classmethod
     def from_fields(cls, fields: Fields) -> ModelInfo:
@@ -85,28 +110,3 @@ class ModelInfo:
             stop_token_ids=tuple(fields.integers("stop_token_ids")),
             num_video_frames=fields.integer("num_video_frames"),
         )
-
-
-def describe(config: VilaConfig, tokenizer: Tokenizer | None) -> ModelInfo:
-    """Return the facts about a checkpoint; `tokenizer` None means random weights without text."""
-    llm = config.llm
-    prompt = choose_template(config, tokenizer)
-    stops = set(llm.eos_token_ids)
-    if tokenizer is not None:
-        # The configs of some releases forget the template's own end marker.
-        stops |= stop_token_ids(PROMPT_TEMPLATES[prompt], tokenizer)
-    return ModelInfo(
-        hidden_size=llm.hidden_size,
-        vocab_size=llm.vocab_size,
-        num_layers=llm.num_layers,
-        num_kv_heads=llm.num_kv_heads,
-        head_dim=llm.head_dim,
-        tokens_per_block=config.tokens_per_block,
-        model_max_length=config.model_max_length,
-        image=config.image,
-        tiling=config.tiling,
-        image_end=config.image_end,
-        prompt=prompt,
-        stop_token_ids=tuple(sorted(stops)),
-        num_video_frames=config.num_video_frames,
-    )

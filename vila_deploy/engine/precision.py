@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from vila_deploy.formats.module_dtypes import FP16, INT4, INT8
 from vila_deploy.utils.fields import Fields
 
+# Dtypes of the LLM's decoder linears.
+LLM_PRECISIONS = (INT4, FP16)
 # Dtypes of each module; the first is what every backend has.
 CHOICES: Mapping[str, tuple[str, ...]] = {
     "vision": (FP16, INT8),

@@ -134,7 +134,7 @@ class Conversation:
         clock.lap("preprocess")
         prompt = render(PROMPT_TEMPLATES[self.model.prompt], self.turns, question)
         chunks = text_chunks(self.tokenizer, prompt, self.model.image_end)
-        new_tokens = [count for image in pixels for count in self.model.tokens_of(image)]
+        new_tokens = [count for image in pixels for count in self.model.image_tokens(image)]
         length = prompt_length(chunks, [*map(len, self._features), *new_tokens])
         self._check_length(length)
         features = [*self._features, *encode_images(self.session, pixels)]

@@ -1,24 +1,25 @@
-"""Open a built engine: its folder is checked, its backend runs it."""
+"""Open a built engine: check its folder, load it, hand out conversations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 from vila_deploy.backends.registry import BACKENDS, get_backend
 from vila_deploy.engine.manifest import TOKENIZER_FOLDER, Manifest, load_manifest
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.session import Session
 from vila_deploy.processing.tokenizer import Tokenizer, load_tokenizer
+from vila_deploy.runtime.conversation import Conversation
 from vila_deploy.utils.errors import VilaDeployError
 
 
 @dataclass(frozen=True)
 class OpenedEngine:
-    """A running engine with what a conversation needs; `tokenizer` is None for random weights."""
+    """A running engine; `with` closes it, or `close`. `tokenizer` is None for random weights."""
 
+    folder: Path
     session: Session
     tokenizer: Tokenizer | None
     manifest: Manifest
@@ -31,14 +32,43 @@ class OpenedEngine:
     def max_input_len(self) -> int:
         return self.manifest.limits.max_input_len
 
+    def chat(self) -> Conversation:
+        """Return a new conversation with this engine.
 
-@contextmanager
-def open_engine(folder: Path) -> Iterator[OpenedEngine]:
-    """Check the engine in `folder` against its manifest and run it until the block ends.
+        Raises:
+            VilaDeployError: the engine has random weights and no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise VilaDeployError(
+                "has random weights and no tokenizer",
+                where=self.folder,
+                fix="use it with vila-bench",
+            )
+        return Conversation(self.session, self.tokenizer, self.model, self.max_input_len)
+
+    def close(self) -> None:
+        """Free the engine; it can't be used afterwards."""
+        self.session.close()
+
+    def __enter__(self) -> OpenedEngine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_engine(folder: str | Path) -> OpenedEngine:
+    """Check the engine in `folder` against its manifest and load it.
 
     Raises:
         VilaDeployError: no engine, an altered file, unfinished, or a backend that isn't here.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise VilaDeployError(
             "no such folder", where=folder, fix="give a folder that vila-build-engine made"
@@ -60,8 +90,4 @@ def open_engine(folder: Path) -> Iterator[OpenedEngine]:
         )
     tokenizer_folder = folder / TOKENIZER_FOLDER
     tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder.is_dir() else None
-    session = backend.open(folder, manifest)
-    try:
-        yield OpenedEngine(session, tokenizer, manifest)
-    finally:
-        session.close()
+    return OpenedEngine(folder, backend.open(folder, manifest), tokenizer, manifest)

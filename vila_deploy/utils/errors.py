@@ -25,12 +25,17 @@ class VilaDeployError(Exception):
         super().__init__(printable(line))
 
 
-def check_choice(name: str, value: object, choices: Collection[str]) -> None:
-    """Raise VilaDeployError unless `value` is one of `choices`; `name` is the option's."""
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
+    """Raise VilaDeployError unless `value` of option `name` is one of `choices`."""
     if value not in choices:
-        raise VilaDeployError(
-            f"{name} {short(value)} is unknown", fix=f"give one of {', '.join(choices)}"
-        )
+        known = ", ".join(str(choice) for choice in choices if choice is not None)
+        raise VilaDeployError(f"{name} {short(value)} is unknown", fix=f"give one of {known}")
+
+
+def check_at_least(name: str, value: float | None, low: float) -> None:
+    """Raise VilaDeployError if a number is below `low`; None is a number left out."""
+    if value is not None and not value >= low:
+        raise VilaDeployError(f"{name} is {short(value)}", fix=f"give at least {low}")
 
 
 OUT_OF_MEMORY = "out of memory; close other programs or use a computer with more memory"

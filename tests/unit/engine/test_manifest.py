@@ -11,7 +11,7 @@ import pytest
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint.config import load_config
 from vila_deploy.engine.manifest import Limits, Manifest, PendingStep, load_manifest, write_manifest
-from vila_deploy.engine.model_info import describe
+from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.target import get_target, load_targets
 from vila_deploy.processing.tokenizer import load_tokenizer
 from vila_deploy.runtime.open_engine import open_engine
@@ -30,7 +30,7 @@ def manifest(tmp_path: Path) -> Manifest:
         weight_bytes_per_token=1 << 40,
         checkpoint_fingerprint="ab" * 32,
         limits=Limits(1, 128, 256),
-        model=describe(load_config(checkpoint), load_tokenizer(checkpoint / "llm")),
+        model=ModelInfo.from_config(load_config(checkpoint), load_tokenizer(checkpoint / "llm")),
         versions={"onnxruntime": "1.0"},
     )
 

@@ -15,7 +15,7 @@ from tests.support.prompt_cases import conversations, write_tokenizer
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint.config import load_config
 from vila_deploy.checkpoint.variants import LLM_FAMILIES
-from vila_deploy.engine.model_info import describe
+from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.processing.chat_template import (
     PROMPT_TEMPLATES,
     choose_template,
@@ -83,12 +83,12 @@ def test_template_and_stops_come_from_family_and_tokenizer(template: str, tmp_pa
     assert None not in found
     assert stop_token_ids(PROMPT_TEMPLATES[template], tokenizer) == found
     # The tiny config's own end token is kept, as Llama-3's 128001 and NVILA's 151645 are.
-    assert set(describe(config, tokenizer).stop_token_ids) == found | {2}
+    assert set(ModelInfo.from_config(config, tokenizer).stop_token_ids) == found | {2}
 
 
 def test_root_config_overrides_the_choice(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "c", root_config={"prompt_template": "hermes-2"})
-    model = describe(load_config(root), load_tokenizer(root / "llm"))
+    model = ModelInfo.from_config(load_config(root), load_tokenizer(root / "llm"))
     assert model.prompt == "hermes-2"
 
 

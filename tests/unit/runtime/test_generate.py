@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint.config import load_config
-from vila_deploy.engine.model_info import describe
+from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.sampling import SamplingParams, sample
 from vila_deploy.engine.session import OneSlot
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render, with_markers
@@ -68,7 +68,7 @@ def conversation(checkpoint: Path, answer: str, max_seq_len: int = 2000) -> Conv
     tokenizer = load_tokenizer(checkpoint / "llm")
     script = [*tokenizer.encode(answer), 2] * 3
     session = ScriptedSession(script, max_seq_len=max_seq_len)
-    model = describe(load_config(checkpoint), tokenizer)
+    model = ModelInfo.from_config(load_config(checkpoint), tokenizer)
     return Conversation(OneSlot(session), tokenizer, model, max_input_len=1000)
 
 

@@ -23,7 +23,7 @@ from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.presets import preset
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.manifest import Limits, Manifest
-from vila_deploy.engine.model_info import describe
+from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.target import get_target
 from vila_deploy.formats.base import SYMMETRIC_ZERO
 from vila_deploy.model.random_weights import random_parts
@@ -68,7 +68,7 @@ def build(folder: Path, checkpoint: Any, max_seq_len: int = MAX_SEQ_LEN) -> tupl
         weight_bytes_per_token=built.weight_bytes_per_token,
         checkpoint_fingerprint=None,
         limits=Limits(1, max_seq_len, max_seq_len),
-        model=describe(config, None),
+        model=ModelInfo.from_config(config, None),
         versions=built.versions,
     )
 
