@@ -7,7 +7,7 @@ and down_proj are first moved towards the weights that bring the hidden states b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,9 +155,7 @@ def quantize_layer(
     inputs, factor = _capture_out(quantized, layer, fp_between)
     linears.quantize("self_attn.o_proj", factor, error_correction=True)
     del fp_between, factor
-    for chunk in quantized.chunks:
-        hidden, heads = quantized.load(chunk), quantized.load(chunk, inputs)
-        quantized.hidden[chunk.tokens] = after_attention(layer, hidden, heads)
+    _advance_quantized(quantized, layer, inputs, after_attention)
     del inputs
 
     on_step("feed-forward")
@@ -167,9 +165,7 @@ def quantize_layer(
     inputs, factor = _capture_down(quantized, layer, fp)
     linears.quantize("mlp.down_proj", factor, error_correction=True)
     del factor
-    for chunk in quantized.chunks:
-        hidden, inner = quantized.load(chunk), quantized.load(chunk, inputs)
-        quantized.hidden[chunk.tokens] = after_mlp(layer, hidden, inner)
+    _advance_quantized(quantized, layer, inputs, after_mlp)
 
     return QuantizedLayer(
         linears={name: linears.results[name] for name in LINEARS},
@@ -286,6 +282,18 @@ def _capture_down(
         hessian.add(inner, fp.load(chunk) - hidden)
         inputs[chunk.tokens] = inner
     return inputs, hessian.factor()
+
+
+def _advance_quantized(
+    quantized: PackedHiddenStates,
+    layer: nn.Module,
+    inputs: Tensor,
+    after: Callable[[nn.Module, Tensor, Tensor], Tensor],
+) -> None:
+    """Advance behind the linear that has just been quantized, whose `inputs` were captured."""
+    for chunk in quantized.chunks:
+        hidden = quantized.load(chunk)
+        quantized.hidden[chunk.tokens] = after(layer, hidden, quantized.load(chunk, inputs))
 
 
 def _hessian(
