@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Answer = Callable[[Sequence[Image.Image], str], str]
 
 HERE = Path(__file__).resolve().parent
-CHECKPOINT, PICTURES = HERE / "checkpoint", HERE / "pictures"
+CHECKPOINT, IMAGES = HERE / "checkpoint", HERE / "pictures"
 OUT = Path(".demo")
 SCORED_QUESTIONS = 500
 
@@ -41,8 +41,8 @@ def main() -> None:
         run("vila-build-engine", source, "--target", "cpu", "-o", OUT / engine)
 
     heading("3. Ask the 4-bit model about pictures")
-    for picture in sorted(PICTURES.glob("*.png")):
-        run("vila-chat", OUT / "int4", "--image", picture, "-p", "Describe the picture.")
+    for image in sorted(IMAGES.glob("*.png")):
+        run("vila-chat", OUT / "int4", "--image", image, "-p", "Describe the picture.")
 
     heading(f"4. Score it on {SCORED_QUESTIONS} held-out questions, exact answers only")
     score()
@@ -50,7 +50,7 @@ def main() -> None:
     heading("5. Time it, fp16 and int4")
     run("vila-bench", OUT / "fp16", OUT / "int4")
     print(f"\nDone in {time.monotonic() - start:.0f} s. Ask it yourself:")
-    print(f"  .venv/bin/vila-chat {OUT / 'int4'} --image {relative(first_picture())}")
+    print(f"  .venv/bin/vila-chat {OUT / 'int4'} --image {relative(first_image())}")
 
 
 def heading(text: str) -> None:
@@ -71,8 +71,8 @@ def relative(value: object) -> str:
     return str(value)
 
 
-def first_picture() -> Path:
-    return min(PICTURES.glob("*.png"))
+def first_image() -> Path:
+    return min(IMAGES.glob("*.png"))
 
 
 def score() -> None:

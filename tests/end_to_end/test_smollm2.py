@@ -119,7 +119,7 @@ def test_independent_unpacker_gives_the_weights_of_the_engine(
     # Products with the identity split activations into int8 terms; they hold no weights.
     nodes = [n for n in nodes if not n.input[1].startswith("identity")]
     found = np.concatenate([engine_weight(tensors, node).ravel() for node in nodes])
-    # The engine may join linears that share an input, so whole columns are compared, order aside.
+    # The engine may join linears that share an input, so whole columns are compared, in any order.
     assert found.size == sum(weight.size for weight in expected)
     assert column_digests(expected) == column_digests(
         [engine_weight(tensors, node) for node in nodes]

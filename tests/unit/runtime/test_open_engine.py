@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,6 +140,16 @@ def test_it_is_closed_with_and_without_a_block(engine: Path) -> None:
     opened.close()
     with pytest.raises(AttributeError):
         opened.session.embed_tokens([3])
+
+
+def test_a_cpu_engine_answers_without_torch(engine: Path) -> None:
+    code = (
+        "import sys; from vila_deploy import SamplingParams, open_engine\n"
+        f"with open_engine({str(engine)!r}) as opened:\n"
+        "    assert opened.chat().ask('Hi', sampling=SamplingParams(4)).tokens\n"
+        "assert 'onnxruntime' in sys.modules and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_wrong_options_are_one_line(engine: Path, tmp_path: Path) -> None:

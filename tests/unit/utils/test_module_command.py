@@ -31,10 +31,10 @@ def test_compiling_kernels() -> None:
     assert compile_engine(preset("VILA1.5-3b", "int4").llm, 64, (), only=("none",)) == []
 
 
-def test_compiling_a_part_aside(tmp_path: Path) -> None:
+def test_compiling_in_a_worker(tmp_path: Path) -> None:
     with (
-        CompileWorker(tmp_path, "vision") as aside,
+        CompileWorker(tmp_path, "vision") as worker,
         pytest.raises((VilaDeployError, OSError)) as raised,
     ):
-        aside.versions()
+        worker.versions()
     assert "another one" not in str(raised.value)
