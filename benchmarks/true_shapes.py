@@ -44,7 +44,7 @@ TEXT = "A fox walks along the river and looks at the water before it goes back i
 
 
 def write_checkpoint(root: Path, config: VilaConfig) -> None:
-    """Shard by shard, so that it takes no more memory than one shard."""
+    """Write a checkpoint shard by shard, with the memory of one shard."""
     parts: dict[str, Iterator[TensorSpec]] = {
         "llm": llm_tensor_specs(config.llm),
         "vision_tower": tower_tensor_specs(config),
@@ -64,7 +64,7 @@ def write_checkpoint(root: Path, config: VilaConfig) -> None:
 
 
 def config_files(config: VilaConfig) -> dict[str, dict[str, Any]]:
-    """The config files of three folders that say what `config` says, by path."""
+    """Return the config files of a VILA layout that say what `config` says, by path."""
     llm, vision, tiling, image = config.llm, config.vision, config.tiling, config.image
     root: dict[str, Any] = {
         "architectures": ["LlavaLlamaModel"],
@@ -121,19 +121,19 @@ def _key(table: dict[str, Any], row: Any) -> str:
 
 
 def run(root: Path, model: str) -> None:
-    """Quantizes with AWQ on a few sentences and a picture, builds for the CPU and asks."""
+    """Quantize with AWQ on a few sentences and an image, build for the CPU and ask."""
     work = root.with_name(f"{root.name}-run")
     if work.exists():
         sys.exit(f"{work} is there already; remove it first")
-    (work / "pictures").mkdir(parents=True)
+    (work / "images").mkdir(parents=True)
     (work / "texts.txt").write_text(TEXT * 2, "utf-8")
-    picture = work / "pictures" / "gradient.png"
-    Image.linear_gradient("L").resize((320, 240)).convert("RGB").save(picture)
-    data = ["--calib", work / "texts.txt", "--calib-images", work / "pictures"]
+    image = work / "images" / "gradient.png"
+    Image.linear_gradient("L").resize((320, 240)).convert("RGB").save(image)
+    data = ["--calib", work / "texts.txt", "--calib-images", work / "images"]
     for command in (
         ["vila-quantize", root, "-o", work / "awq", *data],
         ["vila-build-engine", work / "awq", "--target", "cpu", "-o", work / "engine"],
-        ["vila-chat", work / "engine", "--image", picture, "-p", "What?", "--max-new-tokens", "8"],
+        ["vila-chat", work / "engine", "--image", image, "-p", "What?", "--max-new-tokens", "8"],
     ):
         name, *arguments = map(str, command)
         start = time.monotonic()
