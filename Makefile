@@ -10,14 +10,14 @@ demo: $(VENV)/.installed  ## quantize, build, ask and time the small trained mod
 	$(BIN)/python examples/tiny-vila/demo.py
 
 test: $(VENV)/.installed-dev  ## lint, types and all tests that need no GPU
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(MAKE) lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 bench: $(VENV)/.installed  ## decode speed at VILA1.5-3b's true shapes, random weights, fp16 and int4
 	$(BIN)/vila-bench --model VILA1.5-3b --precision int4 --precision fp16 --target cpu --random-weights
 
-lint: $(VENV)/.installed-dev
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+lint: $(VENV)/.installed-dev  ## style, types, and that rooms import only from rooms below them
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -82,9 +82,8 @@ def attend_split(
     token: tl.tensor, kv_head: tl.tensor, split: tl.tensor, q_ptr: tl.tensor, keys_ptr: tl.tensor,
     values_ptr: tl.tensor, key_scales_ptr: tl.tensor, value_scales_ptr: tl.tensor,
     position_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, sums_ptr: tl.tensor,
-    maxima_ptr: tl.tensor, weights_ptr: tl.tensor,
-    heads: tl.tensor, kv_heads: tl.tensor, cache_len: tl.tensor, splits: tl.tensor,
-    scale: tl.tensor,
+    maxima_ptr: tl.tensor, weights_ptr: tl.tensor, heads: tl.tensor, kv_heads: tl.tensor,
+    cache_len: tl.tensor, splits: tl.tensor, scale: tl.tensor,
     ROPE: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -112,8 +111,7 @@ def attend_split(
     else:
         vectors = tl.load(q_ptr + rows * DIM + dim[None, :], mask=inside, other=0.0)
     top = tl.full((QUERIES,), -1e30, tl.float32)
-    mass = tl.zeros((QUERIES,), tl.float32)
-    total = tl.zeros((QUERIES, DIM_BLOCK), tl.float32)
+    mass, total = tl.zeros((QUERIES,), tl.float32), tl.zeros((QUERIES, DIM_BLOCK), tl.float32)
     stored = newest if ROPE else newest + 1  # the position being written is not read
     for first in tl.range(start, end, BLOCK, num_stages=STAGES):
         at = first + offset

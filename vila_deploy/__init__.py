@@ -11,6 +11,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vila_deploy.utils.version import __version__
+
 if TYPE_CHECKING:
     from vila_deploy.builder import build_engine
     from vila_deploy.engine.sampling import SamplingParams
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from vila_deploy.runtime.conversation import Conversation
     from vila_deploy.runtime.open_engine import open_engine
 
-__version__ = "0.1.0"
 __all__ = [
     "Conversation",
     "SamplingParams",

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from vila_deploy import __version__
 from vila_deploy.bench.bandwidth import read_bandwidth_bytes_per_s
 from vila_deploy.bench.gpu import gpu_name
 from vila_deploy.engine.sampling import SamplingParams
@@ -35,6 +34,7 @@ from vila_deploy.runtime.generate import decode_tokens
 from vila_deploy.runtime.open_engine import OpenedEngine, open_engine
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.version import __version__
 
 DECODE_TOKENS = 256
 # Not timed: a GPU's first steps record its graph.

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vila_deploy import __version__
 from vila_deploy.builder.finish import (
     can_finish_here,
     finish_engine,
@@ -31,6 +30,7 @@ from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.processing.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import new_folder
+from vila_deploy.utils.version import __version__
 
 if TYPE_CHECKING:
     from vila_deploy.builder.accuracy_impact import AccuracyImpact

@@ -11,12 +11,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from vila_deploy import __version__
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.formats import trtllm
 from vila_deploy.formats.base import TensorSpec
 from vila_deploy.formats.trtllm import W4A16_AWQ
 from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.version import __version__
 
 CONFIG, QUANT_CONFIG = "config.json", "quant_cfg.json"
 VOCABULARY_MULTIPLE = 64  # where linears are in 4 bits

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import click
 
-from vila_deploy import __version__
 from vila_deploy.utils.errors import OUT_OF_MEMORY, VilaDeployError, out_of_memory, printable
+from vila_deploy.utils.version import __version__
 
 if TYPE_CHECKING:
     from vila_deploy.builder.fit import Fit
