@@ -20,7 +20,7 @@ IMPORT_BY_NAME = {
     "vila_deploy/backends/registry.py",
     "vila_deploy/formats/registry.py",
 }
-# Words that the field has another for (docs/glossary of CONTRIBUTING): image, GPTQ, Hessian, argmax.
+# Words that the field has others for: image, GPTQ, Hessian, argmax, …
 OLD_WORDS = re.compile(
     r"\bpictures?\b|feed_?back|\bmoments?\b|\bpick\b|\baside\b|place_of_rest", re.IGNORECASE
 )

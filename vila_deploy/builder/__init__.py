@@ -57,18 +57,10 @@ def build_engine(
         Path(checkpoint),
         Path(out),
         BuildOptions(
-            target=target,
-            backend=backend,
-            precision=precision,
+            target, backend, precision, max_batch_size, max_input_len, max_seq_len,
+            prompt_template, tp, pp, jetpack,
             module_precision=ModulePrecision(vision, lm_head, kv_cache),
             eval_data=None if eval is None else Path(eval),
-            max_batch_size=max_batch_size,
-            max_input_len=max_input_len,
-            max_seq_len=max_seq_len,
-            prompt_template=prompt_template,
-            tp=tp,
-            pp=pp,
-            jetpack=jetpack,
             kernel_launch=kernel_launch,
         ),
-    )
+    )  # fmt: skip

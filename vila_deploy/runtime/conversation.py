@@ -127,9 +127,7 @@ class Conversation:
         show = on_text or _ignore
         clock = _Clock()
         _check_text(question)
-        if isinstance(images, str | Path | Image.Image):
-            images = [images]
-        rgb = [read_image(image) for image in images]
+        rgb = _read_images(images)
         question, pixels = place_images(question, rgb, self.model, first=not self._features)
         clock.lap("preprocess")
         prompt = render(PROMPT_TEMPLATES[self.model.prompt], self.turns, question)
@@ -183,6 +181,13 @@ class Conversation:
         if tokens and tokens[-1] in self.model.stop_token_ids:
             return "stop"
         return "length" if len(tokens) == sampling.max_new_tokens else "context"
+
+
+def _read_images(images: Sequence[ImageSource] | ImageSource) -> list[Image.Image]:
+    """Return RGB images of one source or of several."""
+    if isinstance(images, str | Path | Image.Image):
+        images = [images]
+    return [read_image(image) for image in images]
 
 
 def _check_text(question: str) -> None:

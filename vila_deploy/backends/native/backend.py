@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vila_deploy.backends.base import Backend
+from vila_deploy.backends.native.capability import capability_of
 from vila_deploy.backends.native.memory import estimate_memory
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.weight_source import WeightSource
@@ -16,7 +17,6 @@ from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.engine.session import Session
 from vila_deploy.engine.target import Target
 from vila_deploy.formats.module_dtypes import FP16, INT4, INT8
-from vila_deploy.kernels.capability import ComputeCapability
 from vila_deploy.kernels.launch_mode import DEFAULT_LAUNCH_MODE, get_launch_mode
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -95,12 +95,6 @@ class NativeBackend(Backend):
         device, _ = find_device()
         # Triton's interpreter runs on the CPU.
         return None if device == "cpu" else super().gpu_name()
-
-
-def capability_of(target: Target) -> ComputeCapability:
-    """Return the compute capability of a target that has a GPU."""
-    assert target.compute_capability is not None
-    return ComputeCapability.parse(target.compute_capability)
 
 
 def _only_native(modules: ModulePrecision) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from vila_deploy.backends.native import files
-from vila_deploy.backends.native.backend import capability_of
+from vila_deploy.backends.native.capability import capability_of
 from vila_deploy.backends.native.compile import compile_engine
 from vila_deploy.backends.native.memory import estimate_memory
 from vila_deploy.backends.native.model_file import ModelFile, Prescales, write_model
