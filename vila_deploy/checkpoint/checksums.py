@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from vila_deploy.utils.errors import VilaDeployError, short
 from vila_deploy.utils.files import read_small_file, sha256_file
@@ -17,15 +18,22 @@ WEIGHT_SUFFIXES = (".safetensors", ".pt")
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
 
 
-def write_checksums(root: Path) -> None:
-    """Writes SHA256SUMS over every *.safetensors file under `root`."""
-    files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.safetensors"))
-    lines = [f"{sha256_file(root / file)}  {file}\n" for file in files]
+def write_checksums(root: Path, known: Mapping[Path, str] = MappingProxyType({})) -> None:
+    """Write SHA256SUMS over every file of weights below `root`.
+
+    Args:
+        known: digests of files that need not be read again.
+    """
+    lines = [
+        f"{known.get(file) or sha256_file(file)}  {file.relative_to(root).as_posix()}\n"
+        for file in sorted(root.rglob("*"))
+        if file.suffix in WEIGHT_SUFFIXES
+    ]
     (root / CHECKSUM_FILE).write_text("".join(lines), "utf-8")
 
 
 def read_checksums(root: Path) -> dict[str, str] | None:
-    """Path relative to `root` → hex digest; None where there is no SHA256SUMS.
+    """Return path relative to `root` → hex digest; None where there is no SHA256SUMS.
 
     Raises:
         VilaDeployError: a line that is malformed, leaves the folder or names no file of weights.
@@ -52,7 +60,7 @@ def read_checksums(root: Path) -> dict[str, str] | None:
 
 
 def verify_checksums(root: Path, files: Iterable[Path]) -> dict[Path, str] | None:
-    """Hashes `files`; None where there is no SHA256SUMS.
+    """Hash `files`; None where there is no SHA256SUMS.
 
     Returns:
         File → hex digest, each as SHA256SUMS says.

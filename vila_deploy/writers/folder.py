@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.checkpoint.checksums import WEIGHT_SUFFIXES
+from vila_deploy.checkpoint.checksums import write_checksums
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.folder_layout import PARTS, llm_config_values, part_configs
 from vila_deploy.checkpoint.reader import INDEX_FILE, SINGLE_FILE, TensorReader
@@ -252,17 +251,3 @@ def _write_prompt_template(checkpoint: Checkpoint, file: Path) -> None:
     values, template = read_json_object(file), checkpoint.config.prompt_template
     if values.get("prompt_template") != template:
         file.write_text(canonical_json({**values, "prompt_template": template}), "utf-8")
-
-
-def write_checksums(root: Path, known: Mapping[Path, str] = MappingProxyType({})) -> None:
-    """Write SHA256SUMS over every file of weights below `root`.
-
-    Args:
-        known: digests of files that need not be read again.
-    """
-    lines = [
-        f"{known.get(file) or sha256_file(file)}  {file.relative_to(root).as_posix()}\n"
-        for file in sorted(root.rglob("*"))
-        if file.suffix in WEIGHT_SUFFIXES
-    ]
-    (root / "SHA256SUMS").write_text("".join(lines), "utf-8")

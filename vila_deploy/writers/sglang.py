@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.checkpoint.checksums import write_checksums
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.folder_layout import BY_PART, PARTS
 from vila_deploy.checkpoint.variants import ONE_FOLDERS, PROJECTOR_TYPES
@@ -31,7 +32,6 @@ from vila_deploy.writers.folder import (
     copy_llm_files,
     packed,
     quantized_config,
-    write_checksums,
 )
 
 NOT_LOADED = re.compile(r"vision_model\.(head\.|embeddings\.position_ids)")

@@ -8,13 +8,14 @@ from pathlib import Path
 from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.checkpoint.checksums import write_checksums
 from vila_deploy.checkpoint.folder_layout import llm_config_values
 from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD
 from vila_deploy.formats.base import QuantizedLinear, QuantScheme
 from vila_deploy.formats.registry import Format
 from vila_deploy.formats.tinychat import SUFFIX
 from vila_deploy.utils.files import canonical_json
-from vila_deploy.writers.folder import Writer, copy_parts, packed, write_checksums
+from vila_deploy.writers.folder import Writer, copy_parts, packed
 from vila_deploy.writers.torch_save import TorchFile
 
 # The longest part of the model's name in the file's.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.checkpoint.checksums import write_checksums
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import (
     EMBEDDING,
@@ -44,7 +45,7 @@ from vila_deploy.formats.registry import Format
 from vila_deploy.formats.trtllm import W4A16_AWQ, Dense, Linear
 from vila_deploy.utils.files import canonical_json
 from vila_deploy.utils.progress import progress
-from vila_deploy.writers.folder import Writer, copy_parts, write_checksums, write_llm_config
+from vila_deploy.writers.folder import Writer, copy_parts, write_llm_config
 
 # safetensors' dtypes: torch's, and bytes of an element.
 DTYPES = {"F16": (torch.float16, 2), "F32": (torch.float32, 4), "I8": (torch.int8, 1)}
