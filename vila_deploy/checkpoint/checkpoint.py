@@ -84,8 +84,8 @@ class Checkpoint:
     def _configs(self) -> set[Path]:
         """Return the files of configs and tokenizer."""
         inside = (path for folder in self.layout.folders() for path in folder.iterdir())
-        found = {path for path in inside if path.suffix in IDENTIFYING_SUFFIXES and path.is_file()}
-        return {self.root / "config.json", *found} - self._weights()
+        files = {path for path in inside if path.suffix in IDENTIFYING_SUFFIXES and path.is_file()}
+        return {self.root / "config.json", *files} - self._weights()
 
     def _weights(self) -> set[Path]:
         return {f for reader in (self.llm, self.vision, self.projector) for f in reader.files()}
@@ -133,13 +133,13 @@ def _open(root: Path, config: VilaConfig | None) -> Checkpoint:
     layout = find_layout(root)
     config = config or config_of(layout)
     if layout.flat:
-        found = split_flat(find_tensors(root), layout.prefixes)
+        tensors = split_flat(find_tensors(root), layout.prefixes)
     else:
-        found = {part: find_tensors(root / part) for part in PARTS[1:]}
-    llm = _open_llm(layout, config.llm, found.get("llm"))
-    check_tower(config, found["vision_tower"], layout.folder("vision_tower"))
-    check_projector(config, found["mm_projector"], layout.folder("mm_projector"))
-    vision, projector = TensorReader(found["vision_tower"]), TensorReader(found["mm_projector"])
+        tensors = {part: find_tensors(root / part) for part in PARTS[1:]}
+    llm = _open_llm(layout, config.llm, tensors.get("llm"))
+    check_tower(config, tensors["vision_tower"], layout.folder("vision_tower"))
+    check_projector(config, tensors["mm_projector"], layout.folder("mm_projector"))
+    vision, projector = TensorReader(tensors["vision_tower"]), TensorReader(tensors["mm_projector"])
     readers = (llm, vision, projector)
     # Last, since the other checks say more precisely what is wrong.
     try:

@@ -1,4 +1,4 @@
-"""What the config.json files of a checkpoint say, read once and checked at the boundary."""
+"""Read the config.json files of a checkpoint, once, checked at the boundary."""
 
 from __future__ import annotations
 
@@ -66,17 +66,17 @@ class VilaConfig:
 
     @property
     def max_tokens_per_image(self) -> int:
-        """Embeddings that one picture takes in the prompt, at most."""
+        """Embeddings that one image takes in the prompt, at most."""
         return self.tokens_per_block * self.tiling.max_blocks_per_image
 
     @property
     def image_end(self) -> str:
-        """Text whose embeddings follow each picture; empty for none."""
+        """Text whose embeddings follow each image; empty for none."""
         return self.llm.family.image_end
 
 
 def load_config(root: Path) -> VilaConfig:
-    """Reads and checks every config file under `root`; no weights.
+    """Read and check every config file under `root`; no weights.
 
     Raises:
         VilaDeployError: a missing folder, file or key, a wrong type, or an unsupported variant.
@@ -85,7 +85,7 @@ def load_config(root: Path) -> VilaConfig:
 
 
 def config_of(layout: Layout) -> VilaConfig:
-    """The config of a checkpoint whose files have been read; raises as load_config does."""
+    """Return the config of a checkpoint whose files have been read; raises as load_config does."""
     fields, llm_fields, projector_fields = layout.fields, layout.llm, layout.projector
     llm = load_llm_config(llm_fields, layout.generation)
     vision = load_vision_config(layout.vision)
@@ -147,7 +147,7 @@ def _prompt_template(fields: Fields) -> str | None:
 def _check_consistency(config: VilaConfig, fields: Fields) -> None:
     vision = config.vision
     if fields.boolean("mm_use_im_start_end", False):
-        raise fields.error("mm_use_im_start_end", "markers around pictures are not supported")
+        raise fields.error("mm_use_im_start_end", "markers around images are not supported")
     _refuse_unsupported(fields)
     keeps_all, class_token = config.select_feature == "cls_patch", vision.family.has_class_token
     if keeps_all == class_token:
@@ -163,11 +163,11 @@ def _check_consistency(config: VilaConfig, fields: Fields) -> None:
             "mm_vision_select_layer",
             f"{config.select_layer} is outside the tower's {vision.num_layers} layers",
         )
-    wanted = config.tiling.scales[-1] if config.tiling.mode == "s2" else vision.image_size
-    if config.image.size != wanted:
+    expected = config.tiling.scales[-1] if config.tiling.mode == "s2" else vision.image_size
+    if config.image.size != expected:
         raise fields.error(
             "image_size",
-            f"preprocessor makes {config.image.size} pixels, {wanted} are needed",
+            f"preprocessor makes {config.image.size} pixels, {expected} are needed",
             "correct vision_tower/preprocessor_config.json or vision_tower/config.json",
         )
     for key, expected in (
@@ -197,7 +197,7 @@ def _refuse_unsupported(fields: Fields) -> None:
 
 
 def _encoder(fields: Fields, key: str) -> Fields:
-    """An object; VILA's own code may save its JSON text instead."""
+    """Return the object under `key`; VILA's own code may save its JSON text instead."""
     value = fields.values[key]
     if isinstance(value, str):
         try:

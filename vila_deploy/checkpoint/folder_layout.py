@@ -1,4 +1,4 @@
-"""Where the parts of a checkpoint lie: in three folders, or in one.
+"""Find the parts of a checkpoint: in three folders (VILA layout), or in one.
 
 One folder is what the first generation has, and what SGLang's classes for NVILA read.
 """
@@ -55,7 +55,7 @@ class Layout:
 
 
 def find_layout(root: Path) -> Layout:
-    """Reads every config file of the checkpoint at `root`.
+    """Read every config file of the checkpoint at `root`.
 
     Raises:
         VilaDeployError: a folder or file that is missing or no JSON, or a tower that only its
@@ -95,7 +95,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _refuse_other_folders(root: Path) -> None:
-    """Raises VilaDeployError where `root` is what people give in place of a checkpoint's folder."""
+    """Raise VilaDeployError where `root` is another folder or file than a checkpoint's."""
     if not _is_folder(root):
         fix = "give the checkpoint's folder"
         if _is_file(root):
@@ -110,10 +110,10 @@ def _refuse_other_folders(root: Path) -> None:
         )
     if any(_is_folder(root / part) for part in PARTS):
         return
-    whole = Path(os.path.abspath(root))  # noqa: PTH100  links stay as they are
-    if whole.name in PARTS and _is_file(whole.parent / config.name):
+    absolute = Path(os.path.abspath(root))  # noqa: PTH100  links stay as they are
+    if absolute.name in PARTS and _is_file(absolute.parent / config.name):
         raise VilaDeployError(
-            "is one part of a checkpoint", where=root, fix=f"give the folder {whole.parent}"
+            "is one part of a checkpoint", where=root, fix=f"give the folder {absolute.parent}"
         )
     if os.path.lexists(config):
         return
@@ -124,7 +124,7 @@ def _refuse_other_folders(root: Path) -> None:
 
 
 def _flat(root: Path, fields: Fields) -> Layout:
-    """One config.json for all, which only names the tower."""
+    """Return the layout of one config.json for all, which only names the tower."""
     name = fields.choice("mm_vision_tower", KNOWN_TOWERS, what="vision tower")
     tower, preprocessor = KNOWN_TOWERS[name]
     llm = {key: value for key, value in fields.values.items() if not key.startswith("mm_")}
@@ -145,7 +145,7 @@ def _flat(root: Path, fields: Fields) -> Layout:
 
 
 def _one_folder(root: Path, fields: Fields) -> Layout:
-    """One config.json with the others in it, and what its class takes for granted."""
+    """Return the layout of one config.json with the others in it, and its class's defaults."""
     architectures = fields.values.get("architectures")
     name = architectures[0] if isinstance(architectures, list) and architectures else None
     if not isinstance(name, str) or name not in ONE_FOLDERS:
@@ -182,7 +182,7 @@ def _optional(file: Path) -> Fields:
 
 
 def split_flat(tensors: Mapping[str, Value], prefixes: Prefixes) -> dict[str, dict[str, Value]]:
-    """A flat checkpoint's tensors by part, under the names that they have in that part's folder."""
+    """Return a flat checkpoint's tensors by part, under the names that they have in VILA layout."""
     parts: dict[str, dict[str, Value]] = {part: {} for part in PARTS}
     for name, value in tensors.items():
         for part, (prefix, instead) in prefixes.items():
@@ -195,7 +195,7 @@ def split_flat(tensors: Mapping[str, Value], prefixes: Prefixes) -> dict[str, di
 
 
 def part_configs(layout: Layout) -> dict[str, dict[str, Any]]:
-    """What the config files of three folders would hold, by path; of a flat checkpoint only."""
+    """Return a flat checkpoint's config files as in VILA layout, by path."""
     parts = {f"{part}_cfg": {"_name_or_path": f"./{part}"} for part in PARTS}
     root = dict(layout.fields.values)
     if layout.prefixes is BY_PART:
@@ -211,5 +211,5 @@ def part_configs(layout: Layout) -> dict[str, dict[str, Any]]:
 
 
 def llm_config_values(layout: Layout) -> dict[str, Any]:
-    """What llm/config.json says apart from a quantization."""
+    """Return llm/config.json without its quantization."""
     return {key: value for key, value in layout.llm.values.items() if key != "quantization_config"}

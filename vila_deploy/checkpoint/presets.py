@@ -79,7 +79,7 @@ def base_models(name: str) -> tuple[str, str]:
 
 
 def preset(name: str, precision: str) -> VilaConfig:
-    """The config of a released model; `precision` int4 means asymmetric, group size 128.
+    """Return the config of a released model; `precision` int4 means asymmetric, group size 128.
 
     Raises:
         VilaDeployError: no such model; the message lists those there are.
@@ -109,7 +109,7 @@ def preset(name: str, precision: str) -> VilaConfig:
 
 
 def _llm(name: str, precision: str) -> tuple[LlmConfig, int]:
-    """The LLM and its longest sequence."""
+    """Return the LLM and its longest sequence."""
     hidden, layers, heads, kv_heads, inner, kin = _LLMS[name]
     family, theta, epsilon, (vocab, positions, longest, bos, eos) = _LLM_FAMILIES[kin]
     quantization = QuantizationConfig("awq", 4, GROUP_SIZE, True, "gemm")

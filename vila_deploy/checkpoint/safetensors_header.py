@@ -43,7 +43,7 @@ _DOWNLOAD = "download this file again"
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor; `begin` and `end` count from the end of the header."""
+    """One tensor of a header; `begin` and `end` count from the end of the header."""
 
     name: str
     dtype: str
@@ -54,7 +54,7 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """The tensors of a safetensors file by name.
+    """Return the tensors of a safetensors file by name.
 
     Raises:
         VilaDeployError: no regular file, or anything in it breaks the format.

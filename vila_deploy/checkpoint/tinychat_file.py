@@ -1,4 +1,4 @@
-"""llm/ as the AWQ releases of VILA hold it: one TinyChat `*-v2.pt` in place of the shards.
+"""Read llm/ of the AWQ releases of VILA: one TinyChat `*-v2.pt` in place of the shards.
 
 llm-awq ends the name of every quantized model that it writes in -v2.pt. Nothing in the file says
 what it is: bits are always 4, and the group size stands in its name or follows from its shapes.
@@ -58,17 +58,17 @@ def tinychat_file(folder: Path) -> Path | None:
         raise VilaDeployError(
             f"cannot be read ({error.strerror})", where=folder, fix="check its permissions"
         ) from error
-    found = [name for name in names if name.endswith(SUFFIX)]
-    if not found or any(name.endswith(".safetensors") for name in names):
+    files = [name for name in names if name.endswith(SUFFIX)]
+    if not files or any(name.endswith(".safetensors") for name in names):
         return None
-    if len(found) > 1:
+    if len(files) > 1:
         raise VilaDeployError(
-            f"holds {len(found)} quantized models: {short(found[0])}, {short(found[1])}"
-            + (", …" if len(found) > 2 else ""),
+            f"holds {len(files)} quantized models: {short(files[0])}, {short(files[1])}"
+            + (", …" if len(files) > 2 else ""),
             where=folder,
             fix="remove all but the one to use",
         )
-    return folder / found[0]
+    return folder / files[0]
 
 
 def group_size(file: Path) -> int:
@@ -98,12 +98,12 @@ def read_tinychat(file: Path, expected_group_size: int) -> dict[str, TensorInfo]
         VilaDeployError: it can't be read, or its groups are not of `expected_group_size`.
     """
     tensors = PickledFile(file).infos()
-    found = _stored_group_size(tensors, file)
-    if found != expected_group_size:
+    stored = _stored_group_size(tensors, file)
+    if stored != expected_group_size:
         raise VilaDeployError(
-            f"its name says groups of {expected_group_size}, its scales are for {found}",
+            f"its name says groups of {expected_group_size}, its scales are for {stored}",
             where=file,
-            fix=f"rename it: -g{found}- in place of -g{expected_group_size}-",
+            fix=f"rename it: -g{stored}- in place of -g{expected_group_size}-",
         )
     return tensors
 

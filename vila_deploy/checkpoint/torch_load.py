@@ -49,7 +49,7 @@ class PickledFile:
         return self._tensors[name]
 
     def infos(self) -> dict[str, TensorInfo]:
-        """What a safetensors header would say; `begin` and `end` count from the tensor's start."""
+        """Return the file's tensors; `begin` and `end` count from each tensor's start."""
         names = _dtype_names()
         return {
             name: TensorInfo(
@@ -60,7 +60,7 @@ class PickledFile:
 
 
 def is_search_result(path: Path) -> bool:
-    """Whether `path` holds what llm-awq's search found: scales and clips, no weights."""
+    """Return whether `path` holds what llm-awq's search found: scales and clips, no weights."""
     try:
         PickledFile(path)
     except SearchResultError:
@@ -83,7 +83,7 @@ class SearchResultError(VilaDeployError):
 
 
 def _check_archive(path: Path) -> None:
-    """The zip archive and the names in its pickle; no torch needed."""
+    """Return the zip archive and the names in its pickle; needs no torch."""
     try:
         # Opening a pipe would wait for ever.
         if not stat.S_ISREG(path.stat().st_mode):

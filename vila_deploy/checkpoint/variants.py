@@ -1,4 +1,4 @@
-"""What VILA checkpoints are made of, one row a variant; any other name is refused."""
+"""The variants of VILA checkpoints, one row each; any other name is refused."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class LlmFamily:
     """A language model architecture, keyed by `architectures[0]` of llm/config.json.
 
     Llama is the LLM of the first generation and of VILA1.5, Qwen2 that of NVILA, and with the
-    generation goes how pictures enter the prompt. `token_order` is the order in which the projector
-    emits a picture's tokens; `image_end` is text whose embeddings follow each picture.
+    generation goes how images enter the prompt. `token_order` is the order in which the projector
+    emits an image's tokens; `image_end` is text whose embeddings follow each image.
     """
 
     name: str
@@ -52,9 +52,9 @@ PROMPT_NAMES = ("vicuna_v1", "llama_3", "llama_3_original", "hermes-2", "qwen2")
 class TowerFamily:
     """A vision tower, keyed by `model_type` of vision_tower/config.json.
 
-    `prefix` begins the names of its tensors. `activation`, `norm_epsilon` and the picture's mean
+    `prefix` begins the names of its tensors. `activation`, `norm_epsilon` and the image's mean
     and std stand in for keys that a config leaves out. `crops`: its own image processor scales the
-    shorter side and cuts the middle out, instead of stretching the picture to a square.
+    shorter side and cuts the middle out, instead of stretching the image to a square.
     """
 
     name: str
@@ -115,7 +115,7 @@ class ProjectorType:
     token_order: str | None = None
 
     def prefix(self, index: int) -> str:
-        """What the names of the parameters of step `index` begin with on disk."""
+        """Return the prefix of the parameters of step `index` on disk."""
         return f"layers.{index}" if len(self.steps) > 1 else "layers"
 
     def shapes(self, channels: int, hidden_size: int) -> dict[int, tuple[int, ...]]:
@@ -235,7 +235,7 @@ ONE_FOLDERS = {
     ),
 }
 
-# `image_aspect_ratio` of the root config → how a picture becomes the square that the tower takes;
+# `image_aspect_ratio` of the root config → how an image becomes the square that the tower takes;
 # "processor" is the tower's own way.
 IMAGE_MODES = {
     "resize": "resize",

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its tower, of the pixels it takes and of the tiles of a picture."""
+"""Read the config of the vision tower, of its pixels and of the tiles of an image."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """How a picture becomes pixels: RGB, a square of `size`, x·rescale, (x − mean) / std.
+    """How an image becomes pixels: RGB, a square of `size`, x·rescale, (x − mean) / std.
 
     `mode`: "resize" stretches it, "pad" fills it up with the mean colour, "crop" scales the shorter
     side and takes the middle.
@@ -58,15 +58,15 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class TilingConfig:
-    """How a picture is cut into tiles of the tower's size, and which of their features are joined.
+    """How an image is cut into tiles of the tower's size, and which of their features are joined.
 
     `mode`:
-    - "single": a picture is one tile.
-    - "s2": the picture at each of `scales` (sides in pixels, rising), cut into tiles; the features
+    - "single": an image is one tile.
+    - "s2": the image at each of `scales` (sides in pixels, rising), cut into tiles; the features
       of all scales are resized to the map of scale `output_scale` and lie side by side in channels.
     - "dynamic_s2": likewise, but the largest scale has `min_tiles` to `max_tiles` tiles in the grid
-      that fits the picture's shape best.
-    - "dynamic": such a grid at one scale and a small copy of the picture, each tile a picture of
+      that fits the image's shape best.
+    - "dynamic": such a grid at one scale and a small copy of the image, each tile an image of
       its own in the prompt.
 
     `tile` is the side of a tile in pixels.
@@ -84,14 +84,14 @@ class TilingConfig:
         return self.mode in ("s2", "dynamic_s2")
 
     def side(self, scale: int) -> int:
-        """Tiles along one side of the picture at `scale`."""
+        """Tiles along one side of the image at `scale`."""
         return self.scales[scale] // self.tile
 
     def blocks(self, grid: tuple[int, int] | None) -> tuple[int, int]:
         """Rows and columns of tile-sized blocks in the joined map of dynamic_s2.
 
         Args:
-            grid: rows and columns of tiles at the largest scale; None: the picture is one tile.
+            grid: rows and columns of tiles at the largest scale; None: the image is one tile.
         """
         if grid is None:
             return 1, 1
@@ -101,7 +101,7 @@ class TilingConfig:
 
     @property
     def max_tiles_per_image(self) -> int:
-        """Tiles that go through the tower for one picture, at most."""
+        """Tiles that go through the tower for one image, at most."""
         if self.mode == "single":
             return 1
         if self.mode == "dynamic":
@@ -122,7 +122,7 @@ class TilingConfig:
 
 
 def load_vision_config(fields: Fields) -> VisionConfig:
-    """Reads vision_tower/config.json."""
+    """Read vision_tower/config.json."""
     family = TOWER_FAMILIES[fields.choice("model_type", TOWER_FAMILIES, what="vision tower")]
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads", high=4096)
@@ -153,10 +153,10 @@ def load_vision_config(fields: Fields) -> VisionConfig:
 
 
 def load_image_config(root: Fields, preprocessor: Fields, vision: VisionConfig) -> ImageConfig:
-    """Reads `image_aspect_ratio` of the root config and vision_tower/preprocessor_config.json."""
+    """Read `image_aspect_ratio` of the root config and vision_tower/preprocessor_config.json."""
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if not preprocessor.boolean(step, True):
-            raise preprocessor.error(step, "pictures are always resized, rescaled and normalized")
+            raise preprocessor.error(step, "images are always resized, rescaled and normalized")
     family = vision.family
     std = preprocessor.numbers("image_std", family.std, count=3)
     if min(std) < 1e-6:
@@ -186,14 +186,14 @@ def _processor_size(fields: Fields, vision: VisionConfig) -> int:
     if key not in fields:
         return vision.image_size
     if vision.family.crops and not fields.boolean("do_center_crop", True):
-        raise fields.error("do_center_crop", "the middle of the picture is always taken")
+        raise fields.error("do_center_crop", "the middle of the image is always taken")
     if key == "crop_size" and "size" in fields and _side(fields, "size") != _side(fields, key):
         raise fields.error("size", "the shorter side must be scaled to what is then cut out")
     return _side(fields, key)
 
 
 def _side(fields: Fields, key: str) -> int:
-    """A square's side, in any of the ways in which image processors write it."""
+    """Return a square's side, in any of the ways in which image processors write it."""
     if isinstance(fields.values[key], int):
         return fields.integer(key, high=MAX_PIXELS)
     size = fields.child(key)
@@ -206,7 +206,7 @@ def _side(fields: Fields, key: str) -> int:
 
 
 def load_tiling_config(root: Fields, vision: VisionConfig) -> TilingConfig:
-    """Reads the keys about scales and tiles of the root config.
+    """Read the keys about scales and tiles of the root config.
 
     The tile is the tower's square: `s2_max_split_size` and the smallest scale must be the same.
     """

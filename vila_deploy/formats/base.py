@@ -59,7 +59,7 @@ class QuantScheme:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """What a checkpoint's config says of its quantization; engine files store these names.
+    """The quantization that a checkpoint's config names; engine files store these keys.
 
     Args:
         quant_method: value of that key in `quantization_config`.
@@ -289,7 +289,7 @@ def no_prequant_scale(linear: QuantizedLinear, title: str) -> None:
     """Raise VilaDeployError if `linear` has a prequant scale, which the format `title` lacks."""
     if linear.prequant_scale is not None:
         raise VilaDeployError(
-            f"{title} has no place for a prequant scale",
+            f"{title} stores no prequant scale",
             fix="fold it into the previous operation or choose another format",
         )
 

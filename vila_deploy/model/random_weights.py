@@ -20,7 +20,7 @@ from vila_deploy.formats.base import MAX_VALUE, QuantizedLinear
 
 # A prime, so that the rows of a weight differ although the block repeats.
 BLOCK = 1_048_573
-MEAN_LEVEL_SQUARED = 22.0  # of q − zero, for q uniform in 0..15 and zero in 6..9
+MEAN_SQUARE = 22.0  # of q − zero, for q uniform in 0..15 and zero in 6..9
 
 
 class RandomWeights:
@@ -35,7 +35,7 @@ class RandomWeights:
         self._group_size = llm.quantization.group_size if llm and llm.quantization else None
         self._generator = torch.Generator().manual_seed(seed)
         self._normal = torch.randn(BLOCK, generator=self._generator)
-        self._levels = self._integers(0, MAX_VALUE + 1)
+        self._values = self._integers(0, MAX_VALUE + 1)
         self._zeros = self._integers(6, 10)
 
     def _integers(self, low: int, high: int) -> Tensor:
@@ -53,9 +53,9 @@ class RandomWeights:
             return self.tensor(f"{prefix}.weight")
         out_features, in_features = self._linears[prefix.split(".", 3)[3]]
         groups = (out_features, in_features // self._group_size)
-        scale = (MEAN_LEVEL_SQUARED * in_features) ** -0.5
+        scale = (MEAN_SQUARE * in_features) ** -0.5
         return QuantizedLinear(
-            q=_repeated(self._levels, (out_features, in_features), prefix),
+            q=_repeated(self._values, (out_features, in_features), prefix),
             scale=torch.full(groups, scale, dtype=torch.float16),
             zero=_repeated(self._zeros, groups, prefix),
             bias=self.tensor(f"{prefix}.bias") if f"{prefix}.bias" in self._shapes else None,
@@ -63,7 +63,7 @@ class RandomWeights:
 
 
 def random_parts(config: VilaConfig) -> tuple[RandomWeights, RandomWeights, RandomWeights]:
-    """Sources for llm, vision tower and projector of `config`."""
+    """Return sources for llm, vision tower and projector of `config`."""
     return (
         RandomWeights(llm_tensor_specs(config.llm), config.llm),
         RandomWeights(tower_tensor_specs(config)),
@@ -72,7 +72,7 @@ def random_parts(config: VilaConfig) -> tuple[RandomWeights, RandomWeights, Rand
 
 
 def _repeated(block: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    """`block` over and over, from a place that depends on `name`.
+    """Return `block` repeated to `shape`, from an offset that depends on `name`.
 
     No two layers may be equal: onnxruntime would keep one copy, and a step would read less memory
     than that of a trained model.

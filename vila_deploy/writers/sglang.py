@@ -38,7 +38,7 @@ NOT_LOADED = re.compile(r"vision_model\.(head\.|embeddings\.position_ids)")
 # VILA's loader adds a sentinel to the tokenizer before these two.
 IMAGE_TOKEN, VIDEO_TOKEN, ADDED_BEFORE = "<image>", "<vila/video>", 1
 PUBLISHED = ("processor_config.json", "chat_template.json")
-OF_THREE_FOLDERS = ("resume_path", "_name_or_path", *(f"{part}_cfg" for part in PARTS))
+VILA_LAYOUT_KEYS = ("resume_path", "_name_or_path", *(f"{part}_cfg" for part in PARTS))
 FIX = "serve it from another format with a tool that knows this model; docs/formats.md lists them"
 
 
@@ -128,7 +128,7 @@ class SglangWriter(Writer):
         quantization["modules_to_not_convert"] = ["lm_head", "vision_tower", "mm_projector"]
         text = quantized_config(self._checkpoint, quantization)
         del text["quantization_config"]
-        root = {k: v for k, v in layout.fields.values.items() if k not in OF_THREE_FOLDERS}
+        root = {k: v for k, v in layout.fields.values.items() if k not in VILA_LAYOUT_KEYS}
         if config.prompt_template is not None:
             root["prompt_template"] = config.prompt_template
         projector = layout.projector.values["mm_projector_type"]

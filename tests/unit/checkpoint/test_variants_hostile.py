@@ -270,7 +270,7 @@ UNSUPPORTED: dict[str, tuple[str, str, Any, str]] = {
         PROJECTOR_CONFIG, "mm_projector_type", "mlp_downsample_3x3_s2",
         r"mm_projector_type: unknown projector 'mlp_downsample_3x3_s2'; .*mlp_downsample_3x3_fix",
     ),
-    "markers": (ROOT, "mm_use_im_start_end", True, r"mm_use_im_start_end: markers around pict"),
+    "markers": (ROOT, "mm_use_im_start_end", True, r"mm_use_im_start_end: markers around images"),
     "mixture": (LLM, "architectures", ["MixtralForCausalLM"], r"architectures: unknown LLM family"),
 }  # fmt: skip
 

@@ -16,11 +16,11 @@ from vila_deploy.engine.memory import MemoryEstimate
 from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.engine.session import Session
 from vila_deploy.engine.target import Target
+from vila_deploy.formats.base import GROUP_SIZES
 from vila_deploy.formats.module_dtypes import FP16, INT4, INT8
 from vila_deploy.kernels.launch_mode import DEFAULT_LAUNCH_MODE, get_launch_mode
 from vila_deploy.utils.errors import VilaDeployError
 
-GROUP_SIZES = (16, 32, 64, 128, 256)
 # Query heads that share a key head fill at most one tensor core product.
 MOST_HEADS_IN_GROUP = 16
 
