@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_deploy.backends.registry import get_backend
-from vila_deploy.bench.measure import commit, device_name, versions
+from vila_deploy.bench.conditions import commit, device_name, versions
 from vila_deploy.builder.memory_plan import plan_engine
 from vila_deploy.checkpoint.presets import PRESETS, preset
 from vila_deploy.engine.build_request import BuildRequest

@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from vila_deploy.bench.measure import commit, device_name, versions
+from vila_deploy.bench.conditions import commit, device_name, versions
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.presets import PRESETS, preset
 from vila_deploy.checkpoint.tensor_schema import (

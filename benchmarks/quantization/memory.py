@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from true_shapes import write_checkpoint
 
-from vila_deploy.bench.measure import commit, device_name, versions
+from vila_deploy.bench.conditions import commit, device_name, versions
 from vila_deploy.checkpoint.presets import PRESETS, preset
 from vila_deploy.quantize.options import ALGORITHMS
 from vila_deploy.utils.host_memory import OWN_PAGES, SAMPLE_EVERY_S

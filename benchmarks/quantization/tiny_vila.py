@@ -21,7 +21,7 @@ from typing import Any
 
 from PIL import Image
 
-from vila_deploy.bench.measure import commit, device_name
+from vila_deploy.bench.conditions import commit, device_name
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.data.examples import Example, LazyImage
 from vila_deploy.engine.model_info import ModelInfo

@@ -35,6 +35,8 @@ class Backend(ABC):
     takes_kernel_launch: ClassVar[bool] = False
     # Whether modules that don't fit on the GPU stay in its host's memory.
     offloads: ClassVar[bool] = False
+    # Of a value in a key/value cache that is not quantized.
+    cache_bits: ClassVar[int] = 16
 
     # What it can build.
 

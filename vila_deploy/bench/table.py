@@ -82,11 +82,12 @@ def _csv(rows: Sequence[Row]) -> str:
     return out.getvalue().rstrip("\n")
 
 
-def _flatten(row: Row) -> Row:
+def _flatten(row: Row, prefix: str = "") -> Row:
+    """Return `row` with the keys of inner objects joined by dots; lists become JSON."""
     flat: Row = {}
     for key, value in row.items():
         if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": item for inner, item in value.items()}
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            flat[key] = value
+            flat[prefix + key] = json.dumps(value) if isinstance(value, list) else value
     return flat

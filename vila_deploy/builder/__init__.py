@@ -29,7 +29,7 @@ def build_engine(
     jetpack: str | None = None,
     kernel_launch: str | None = None,
 ) -> Manifest:
-    """Write the engine folder `out` for `target` and return its manifest.
+    """Write the engine folder `out` for `target`, "auto" for this computer; return its manifest.
 
     The options are those of `vila-build-engine`, see docs/cli.md. Steps that only the device can
     take are left pending in the manifest; `build_engine(out, out, target)` finishes them there.
@@ -39,6 +39,7 @@ def build_engine(
     """
     from vila_deploy.builder.build import build_engine as build
     from vila_deploy.builder.resolve import BuildOptions
+    from vila_deploy.engine.local_target import target_name
     from vila_deploy.engine.precision import CHOICES, LLM_PRECISIONS, ModulePrecision
     from vila_deploy.kernels.launch_mode import LAUNCH_MODES
     from vila_deploy.utils.errors import check_at_least, check_choice
@@ -57,7 +58,7 @@ def build_engine(
         Path(checkpoint),
         Path(out),
         BuildOptions(
-            target, backend, precision, max_batch_size, max_input_len, max_seq_len,
+            target_name(target)[0], backend, precision, max_batch_size, max_input_len, max_seq_len,
             prompt_template, tp, pp, jetpack,
             module_precision=ModulePrecision(vision, lm_head, kv_cache),
             eval_data=None if eval is None else Path(eval),

@@ -65,6 +65,7 @@ def build_random_engine(
     target: str,
     out: Path,
     module_precision: ModulePrecision = ALL_FP16,
+    max_seq_len: int = RANDOM_MAX_SEQ_LEN,
 ) -> Manifest:
     """Build and finish an engine of a released model's shapes with random weights, to measure.
 
@@ -74,9 +75,7 @@ def build_random_engine(
     """
     from vila_deploy.model.random_weights import random_parts
 
-    options = BuildOptions(
-        target, max_seq_len=RANDOM_MAX_SEQ_LEN, module_precision=module_precision
-    )
+    options = BuildOptions(target, max_seq_len=max_seq_len, module_precision=module_precision)
     build = resolve_random_build(model, precision, options)
     build.backend.check_tools(build.request)
     manifest = _manifest(build, None)

@@ -9,14 +9,29 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vila_deploy.cli import bench_worker
-from vila_deploy.cli.common import command
+from vila_deploy.cli.bench_table import RESULTS, TableOptions, run_table
+from vila_deploy.cli.common import command, no_nan
 from vila_deploy.engine.precision import LLM_PRECISIONS
+from vila_deploy.utils.errors import printable
 from vila_deploy.utils.files import check_new
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TABLE_FORMATS = ("md", "csv", "json")
+MAX_CONTEXT = 1 << 20
+
+
+def _numbers(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """Return the numbers of tokens in `0,256,…`, sorted, each once."""
+    if value is None:
+        return None
+    parts = [part.strip() for part in value.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) <= MAX_CONTEXT for part in parts):
+        raise click.BadParameter("give numbers of tokens with commas between, e.g. 0,256,512")
+    return tuple(sorted(set(map(int, parts))))
 
 
 @command("vila-bench")
@@ -26,8 +41,31 @@ TABLE_FORMATS = ("md", "csv", "json")
     "--precision", "precisions", type=click.Choice(LLM_PRECISIONS), multiple=True,
     help="For --model; repeatable, default int4.",
 )  # fmt: skip
-@click.option("--target", default="cpu", show_default=True, help="For --model.")
+@click.option(
+    "--target", help="For --model, cpu if left out; for --table, this computer if left out."
+)
 @click.option("--random-weights", is_flag=True, help="Build --model with random weights first.")
+@click.option(
+    "--table", is_flag=True,
+    help="Fill the authors' table, VILA1.5's five models in fp16 and int4, for this computer.",
+)  # fmt: skip
+@click.option(
+    "--minutes", type=click.FloatRange(0), callback=no_nan,
+    help="For --table: time for building and measuring, 15 if left out; other rows are predicted.",
+)  # fmt: skip
+@click.option(
+    "--contexts", metavar="N,N…", callback=_numbers,
+    help="For --table: also decode behind so many cached tokens, e.g. 0,256,512,960.",
+)  # fmt: skip
+@click.option("--all", "every_model", is_flag=True,
+    help="For --table: add NVILA's models and those of the first generation.",
+)  # fmt: skip
+@click.option(
+    "--results", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+    help="For --table: folder for rows, tables and plots, vila-bench-results if left out. "
+    "The same command goes on with the rows that are missing there.",
+)  # fmt: skip
+@click.option("--fresh", is_flag=True, help="For --table: forget the rows in the results folder.")
 @click.option(
     "--format", "table_format", type=click.Choice(TABLE_FORMATS),
     help="How the table is written; md if left out, or what the ending of -o says.",
@@ -41,8 +79,14 @@ def main(
     engines: tuple[Path, ...],
     model: str | None,
     precisions: tuple[str, ...],
-    target: str,
+    target: str | None,
     random_weights: bool,
+    table: bool,
+    minutes: float | None,
+    contexts: tuple[int, ...] | None,
+    every_model: bool,
+    results: Path | None,
+    fresh: bool,
     table_format: str | None,
     as_json: bool,
     out: Path | None,
@@ -56,12 +100,23 @@ def main(
     \b
     vila-bench my-engine-int4 my-engine-fp16
     vila-bench --model VILA1.5-3b --precision int4 --target cpu --random-weights --json
+    vila-bench --table
+
+    With --table each row is built with random weights of the model's shapes, measured and deleted;
+    ENGINES take the place of the rows of their shapes (docs/benchmarking.md).
     """
-    if bool(engines) == bool(model):
-        raise click.UsageError("give either engine folders or --model")
+    of_table = (minutes, contexts, results, every_model or None, fresh or None)
+    if not table and any(value is not None for value in of_table):
+        raise click.UsageError(
+            "--minutes, --contexts, --all, --results and --fresh go with --table"
+        )
+    if table and (model or precisions or random_weights):
+        raise click.UsageError("--model, --precision and --random-weights don't go with --table")
+    if not table and bool(engines) == bool(model):
+        raise click.UsageError("give either engine folders or --model, or --table")
     if model and not random_weights:
         raise click.UsageError("--model has no trained weights at hand: add --random-weights")
-    if engines and (precisions or random_weights):
+    if not table and engines and (precisions or random_weights):
         raise click.UsageError("--precision and --random-weights go with --model")
     if as_json and table_format not in (None, "json"):
         raise click.UsageError(f"--json and --format {table_format} contradict each other")
@@ -73,18 +128,41 @@ def main(
         ending = out.suffix.removeprefix(".")
         table_format = table_format or (ending if ending in TABLE_FORMATS else None)
 
+    if table:
+        options = TableOptions(
+            engines, target or "auto", 15.0 if minutes is None else minutes, contexts or (),
+            results or RESULTS, fresh, every_model,
+        )  # fmt: skip
+        rows = run_table(options)
+        text = _rendered(rows, table_format, options.results)
+    else:
+        rows = _measure(engines, model, precisions or ("int4",), target or "cpu")
+        text = _rendered(rows, table_format, None)
+    if out is None:
+        click.echo(text)
+    else:
+        out.write_text(f"{text}\n", "utf-8")
+        click.echo(f"{out}: {len(rows)} rows")
+
+
+def _rendered(
+    rows: Sequence[dict[str, Any]], table_format: str | None, results: Path | None
+) -> str:
+    """Return the rows as --format says; `results` is the folder with a filled table's Markdown."""
     from vila_deploy.bench.table import render_rows
 
+    if results is not None and table_format in (None, "md"):
+        files = f"Rows, tables and plots: {printable(str(results))}"
+        return f"{(results / 'table.md').read_text('utf-8')}\n{files}"
+    return render_rows(rows, table_format or "md")
+
+
+def _measure(
+    engines: Sequence[Path], model: str | None, precisions: Sequence[str], target: str
+) -> list[dict[str, Any]]:
     if model is None:
-        rows = [bench_worker.measure_in_subprocess(engine) for engine in engines]
-    else:
-        rows = _measure_random(model, precisions or ("int4",), target)
-    table = render_rows(rows, table_format or "md")
-    if out is None:
-        click.echo(table)
-    else:
-        out.write_text(f"{table}\n", "utf-8")
-        click.echo(f"{out}: {len(rows)} rows")
+        return [bench_worker.measure_in_subprocess(engine) for engine in engines]
+    return _measure_random(model, precisions, target)
 
 
 def _measure_random(model: str, precisions: Sequence[str], target: str) -> list[dict[str, Any]]:

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 
 @command("vila-build-engine")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--target", required=True, help="Device: a file of engines/, e.g. cpu or orin.")
+@click.option(
+    "--target",
+    required=True,
+    help="Device: a file of engines/, e.g. cpu or orin; auto: this computer.",
+)
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder to write; must not exist."
 )
@@ -110,6 +114,7 @@ def main(
     An engine folder with steps left for the device is finished there by the same command.
     """
     from vila_deploy.builder.finish import is_engine, is_unfinished
+    from vila_deploy.engine.local_target import target_name
 
     if out is None and not plan_only and is_unfinished(checkpoint):
         out = checkpoint
@@ -121,6 +126,10 @@ def main(
         )
     if out is None and not plan_only:
         raise click.UsageError("-o is missing: name the folder to write, or give --plan")
+
+    target, note = target_name(target)
+    if note:
+        click.echo(note, err=True)
 
     from vila_deploy.builder.plan import plan_build, plan_targets
     from vila_deploy.builder.resolve import BuildOptions, resolve_build

@@ -141,6 +141,21 @@ def load_manifest(folder: Path) -> Manifest:
     Raises:
         VilaDeployError: no engine, another format version, or any byte that differs.
     """
+    values = _read_fields(folder)
+    _check_files(folder, values.values["files"])
+    return _from_fields(values)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read manifest.json alone, in no time; the engine's other files are not looked at.
+
+    Raises:
+        VilaDeployError: no engine, another format version, or an altered manifest.
+    """
+    return _from_fields(_read_fields(folder))
+
+
+def _read_fields(folder: Path) -> Fields:
     path = folder / MANIFEST
     if not path.is_file():
         raise VilaDeployError(
@@ -160,8 +175,7 @@ def load_manifest(folder: Path) -> Manifest:
     # Comparing the text itself finds changes that parsing forgives, such as white space.
     if checksum != _digest(content) or path.read_text("utf-8") != expected:
         raise VilaDeployError("was altered", where=path, fix=REBUILD)
-    _check_files(folder, content["files"])
-    return _from_fields(values)
+    return values
 
 
 def _from_fields(values: Fields) -> Manifest:

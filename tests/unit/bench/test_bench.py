@@ -21,10 +21,11 @@ from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.tensorrt import backend as tensorrt_backend
 from vila_deploy.backends.tensorrt import compile_worker, compilers, cuda
 from vila_deploy.backends.tensorrt.compile import Job
-from vila_deploy.bench import gpu
+from vila_deploy.bench import conditions, gpu
 from vila_deploy.bench import measure as measure_module
+from vila_deploy.bench.conditions import device_name, versions
 from vila_deploy.bench.gpu import gpu_name
-from vila_deploy.bench.measure import device_name, measure, versions
+from vila_deploy.bench.measure import measure
 from vila_deploy.bench.table import render_rows
 from vila_deploy.builder.build import build_engine, build_random_engine
 from vila_deploy.builder.resolve import BuildOptions
@@ -126,7 +127,7 @@ def test_what_is_not_installed_is_not_listed(monkeypatch: pytest.MonkeyPatch) ->
             raise PackageNotFoundError(name)
         return version(name)
 
-    monkeypatch.setattr(measure_module, "version", without)
+    monkeypatch.setattr(conditions, "version", without)
     assert versions().keys() == {"vila-deploy", "python", "numpy"}
     assert versions({"onnxruntime": "1.0"})["onnxruntime"] == "1.0"
 

@@ -24,6 +24,7 @@ class OnnxRuntimeBackend(Backend):
     """Implements `Backend` for CPUs."""
 
     name, device = "onnxruntime", "processor"
+    cache_bits = 32
 
     def check_model(self, config: VilaConfig, request: BuildRequest) -> None:
         llm = config.llm

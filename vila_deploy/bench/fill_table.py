@@ -1,0 +1,239 @@
+"""Fill the authors' table within a time: plan every row, build and measure what fits, predict."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from vila_deploy.bench.estimates import Rates, predict, row_seconds
+from vila_deploy.bench.measure_row import MeasureSettings
+from vila_deploy.bench.results_file import ResultsFile, Row
+from vila_deploy.bench.table_rows import RowPlan, TableRow, engine_length
+from vila_deploy.engine.target import Target
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.progress import Advance
+
+MEASURED, PREDICTED, OOM, FAILED = "measured", "predicted", "oom", "failed"
+# Not run, and without the known shapes that a prediction needs.
+SKIPPED = "skipped"
+# Beside the engine, the disk keeps this free.
+DISK_RESERVE_BYTES = 1 << 30
+
+
+class TimeUp(Exception):
+    """The time allowed for the table ended while a row was at work."""
+
+
+class Worker(Protocol):
+    """Builds and measures engines in processes of their own."""
+
+    def build(
+        self, model: str, precision: str, max_seq_len: int, out: Path, seconds: float
+    ) -> None:
+        """Write an engine with random weights into the new folder `out`.
+
+        Raises:
+            VilaDeployError: the process failed or died.
+            TimeUp: it was ended after `seconds`.
+        """
+        ...
+
+    def measure(self, engine: Path, settings: MeasureSettings, seconds: float) -> Row:
+        """Return what `measure_row` does; raises as `build` does."""
+        ...
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is to be filled and how.
+
+    Args:
+        plans: of the rows whose shapes are known.
+        identity: keys and values of a row that must be equal for it to be kept from an earlier
+            run: device, target, commit and settings.
+        rates: of this computer before any row has run.
+        scratch: returns a new folder for an engine, removed at the end of the block.
+        free_bytes: returns what the disk of that folder has free.
+    """
+
+    rows: Sequence[TableRow]
+    plans: dict[TableRow, RowPlan]
+    target: Target
+    settings: MeasureSettings
+    minutes: float
+    identity: dict[str, Any]
+    rates: Rates
+    worker: Worker
+    scratch: Callable[[], AbstractContextManager[Path]]
+    free_bytes: Callable[[], int]
+    clock: Callable[[], float] = time.monotonic
+
+
+def fill_table(table: Table, results: ResultsFile, advance: Advance) -> list[Row]:
+    """Return a row for each of `table.rows`; each is appended to `results` as it ends.
+
+    Rows that an earlier run of the same identity has measured are kept. The others run in the
+    order of their estimated time, as long as the next one fits into what is left of the minutes.
+
+    Raises:
+        VilaDeployError: `results` can't be read.
+    """
+    filler = _Filler(table, results, advance)
+    filler.keep_earlier()
+    filler.refuse()
+    filler.run()
+    filler.predict_rest()
+    return [filler.done[row] for row in table.rows]
+
+
+def expected_seconds(table: Table, rows: Sequence[Row]) -> float:
+    """Return about how long the rows will take that are to run, at most the minutes."""
+    rates = table.rates.learn(rows)
+    seconds = [
+        row_seconds(table.plans[row], rates, table.settings, builds=row.engine is None)
+        for row in table.rows
+        if row in table.plans and (row.engine is not None or table.plans[row].fits)
+    ]
+    return min(sum(seconds), table.minutes * 60)
+
+
+class _Filler:
+    def __init__(self, table: Table, results: ResultsFile, advance: Advance):
+        self._table, self._results, self._advance = table, results, advance
+        self._deadline = table.clock() + table.minutes * 60
+        self.done: dict[TableRow, Row] = {}
+        self._reasons: dict[TableRow, str] = {}
+
+    def keep_earlier(self) -> None:
+        """Take over the measured rows of earlier runs; the last of each row counts."""
+        known = {_key(self._begin(row)): row for row in self._table.rows}
+        for earlier in self._results.read():
+            row = known.get(_key(earlier))
+            if row is None or earlier.get("label") != MEASURED:
+                continue
+            if all(earlier.get(k) == value for k, value in self._table.identity.items()):
+                self.done[row] = earlier
+
+    def refuse(self) -> None:
+        """End the rows that can't run, before any work."""
+        for row in self._table.rows:
+            plan = self._table.plans.get(row)
+            if row in self.done:
+                continue
+            if row.problem:
+                self._end(row, FAILED, {"reason": row.problem})
+            elif row.engine is None and plan is None:
+                self._end(row, SKIPPED, {"reason": "this version doesn't know its shapes"})
+            elif row.engine is None and plan is not None and not plan.fits:
+                self._end(row, OOM, _out_of_memory(plan))
+
+    def run(self) -> None:
+        """Build and measure rows, the shortest first, until the next would take too long."""
+        waiting = [row for row in self._table.rows if row not in self.done]
+        while waiting:
+            seconds = {row: self._seconds(row) for row in waiting}
+            row = min(waiting, key=lambda row: seconds[row])
+            left = self._deadline - self._table.clock()
+            waiting.remove(row)
+            if left <= 0 or seconds[row] > left:
+                for late in (row, *waiting):
+                    self._reasons[late] = _too_long(seconds[late], left)
+                return
+            self._run_row(row)
+
+    def predict_rest(self) -> None:
+        """Predict the rows that did not run from the median share of those that did."""
+        rates = self._table.rates.learn(self.done.values())
+        for row in self._table.rows:
+            if row in self.done:
+                continue
+            reason = {"reason": self._reasons[row]}
+            if row in self._table.plans:
+                figures = predict(self._table.plans[row], rates, self._table.settings.contexts)
+                self._end(row, PREDICTED, {**figures, **reason})
+            else:
+                self._end(row, SKIPPED, reason)
+
+    def _seconds(self, row: TableRow) -> float:
+        plan = self._table.plans.get(row)
+        if plan is None:
+            return 0.0
+        rates = self._table.rates.learn(self.done.values())
+        return row_seconds(plan, rates, self._table.settings, builds=row.engine is None)
+
+    def _run_row(self, row: TableRow) -> None:
+        table, plan = self._table, self._table.plans.get(row)
+        number = f"row {len(self.done) + 1} of {len(table.rows)}: {row.title}"
+        began = table.clock()
+        try:
+            if row.engine is not None:
+                self._advance(f"{number}, measuring", 0)
+                measured = self._measure(row, row.engine)
+            else:
+                assert plan is not None
+                free, needed = table.free_bytes(), plan.disk_bytes + DISK_RESERVE_BYTES
+                if free < needed:
+                    self._reasons[row] = (
+                        f"no room on the disk: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB "
+                        "are free; choose another --results"
+                    )
+                    return
+                with table.scratch() as folder:
+                    self._advance(f"{number}, building", 0)
+                    length = engine_length(row.model)
+                    table.worker.build(
+                        row.model, row.precision, length, folder / "engine", self._left()
+                    )
+                    build_s = table.clock() - began
+                    self._advance(f"{number}, measuring", 0)
+                    measured = self._measure(row, folder / "engine") | {"build_s": build_s}
+            self._end(row, MEASURED, measured)
+        except TimeUp:
+            took = table.clock() - began
+            self._reasons[row] = f"ended after {took:.0f} s, when the time was up"
+        except VilaDeployError as error:
+            self._end(row, FAILED, {"reason": str(error)})
+        finally:
+            self._advance(row.title, round(table.clock() - began))
+
+    def _measure(self, row: TableRow, engine: Path) -> Row:
+        measured = self._table.worker.measure(engine, self._table.settings, self._left())
+        plan = self._table.plans.get(row)
+        if plan is not None:
+            first_token_s = measured["ttft_ms"]["total"] / 1e3
+            known = {"disk_bytes": plan.disk_bytes, "prompt_flops": plan.prompt_flops}
+            measured |= {**known, "first_token_s": first_token_s}
+        return measured
+
+    def _left(self) -> float:
+        return max(1.0, self._deadline - self._table.clock())
+
+    def _begin(self, row: TableRow) -> Row:
+        engine = None if row.engine is None else str(row.engine.resolve())
+        return {"model": row.model, "precision": row.precision, "engine": engine}
+
+    def _end(self, row: TableRow, label: str, values: Row) -> None:
+        ended = {**self._begin(row), **values, **self._table.identity, "label": label}
+        self.done[row] = ended
+        self._results.append(ended)
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return row.get("model"), row.get("precision"), row.get("engine")
+
+
+def _out_of_memory(plan: RowPlan) -> Row:
+    needed, limit = plan.plan.device_bytes, plan.plan.limit_bytes
+    reason = (
+        f"needs {needed / 1e9:.1f} GB of memory, {limit / 1e9:.1f} GB are there; what would do: "
+        f"{plan.advice}"
+    )
+    return {"needed_bytes": needed, "limit_bytes": limit, "reason": reason}
+
+
+def _too_long(seconds: float, left: float) -> str:
+    return f"would take about {seconds:.0f} s, {max(left, 0):.0f} s of the time are left"

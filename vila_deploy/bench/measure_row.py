@@ -1,0 +1,225 @@
+"""Measure one row of the table in this process: repetitions, contexts, memory, load of the host."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vila_deploy.backends.registry import get_backend
+from vila_deploy.bench.bandwidth import read_bandwidth_bytes_per_s
+from vila_deploy.bench.conditions import commit, machine_state, processor_name, versions
+from vila_deploy.bench.energy import EnergyMeter
+from vila_deploy.bench.first_token import (
+    FirstToken,
+    check_room,
+    measure_first_token,
+    noise_image,
+    prompt_tokens,
+)
+from vila_deploy.bench.gpu import gpu_name
+from vila_deploy.bench.host_load import LoadMonitor, is_noisy, load_before
+from vila_deploy.bench.measure import time_decoding
+from vila_deploy.bench.roofline import cache_values_per_token
+from vila_deploy.engine.manifest import Manifest
+from vila_deploy.engine.session import Session
+from vila_deploy.engine.target import get_target
+from vila_deploy.formats.module_dtypes import FP16
+from vila_deploy.runtime.open_engine import OpenedEngine, open_engine
+from vila_deploy.utils.arrays import Floats
+
+# TinyChat's scripts time an answer behind a prompt of so many tokens.
+TINYCHAT_CONTEXT = 4
+TEXT_TOKEN = 1
+WARM_UP_STEPS = 2
+FEWEST_STEPS = 8
+# Larger than any cache, so that memory is read, and no larger, so that it takes little time.
+LARGEST_BANDWIDTH_BUFFER = 2 << 30
+
+
+@dataclass(frozen=True)
+class MeasureSettings:
+    """How a row is measured.
+
+    Args:
+        repetitions: of each figure of decoding; the median counts.
+        decode_tokens: steps of a repetition where they are quick.
+        decode_s: seconds of a repetition, for which a slow engine decodes fewer tokens.
+        first_token_s: the question about an image is asked again until so many have passed.
+        contexts: cached tokens at the start of further measurements of decoding; 0 means one
+            token, which the model has to begin with.
+    """
+
+    repetitions: int = 3
+    decode_tokens: int = 128
+    decode_s: float = 5.0
+    first_token_s: float = 8.0
+    contexts: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "contexts": list(self.contexts)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> MeasureSettings:
+        return cls(**{**values, "contexts": tuple(values["contexts"])})
+
+
+def measure_row(folder: Path, settings: MeasureSettings) -> dict[str, Any]:
+    """Return the measured part of a table's row for the engine in `folder`.
+
+    Decoding is greedy at batch 1: behind the question about an image, with TinyChat's context of 4
+    tokens, and with each of the settings' contexts.
+    """
+    others_before = load_before()
+    start = time.perf_counter()
+    with open_engine(folder) as engine:
+        load_s = time.perf_counter() - start
+        after_load = _resident_bytes()
+        target = get_target(engine.manifest.target)
+        gpu = gpu_name(target, engine.manifest.backend)
+        monitor, energy = LoadMonitor(), EnergyMeter()
+        figures = _measure_engine(engine, settings, warm_up=gpu is not None)
+        joules, others_during = energy.joules(), monitor.others_cores()
+        at_end = _resident_bytes()
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    manifest = engine.manifest
+    if gpu is None:
+        size = min(manifest.weight_bytes_per_token, LARGEST_BANDWIDTH_BUFFER)
+        bandwidth: float | None = read_bandwidth_bytes_per_s(size)
+    else:
+        bandwidth = target.bandwidth_bytes_per_s
+    return {
+        "label": "measured",
+        "target": manifest.target,
+        "backend": manifest.backend,
+        "device": gpu or processor_name(),
+        "weights": manifest.weights,
+        **figures,
+        "load_s": load_s,
+        "resident_after_load_bytes": after_load,
+        "resident_at_end_bytes": at_end,
+        "peak_memory_bytes": peak_bytes,
+        "weight_bytes_per_token": manifest.weight_bytes_per_token,
+        "cache_bytes_per_token": cache_bytes(manifest),
+        "read_bandwidth_bytes_per_s": bandwidth,
+        "bandwidth_label": "published" if gpu else "measured",
+        "roofline_fraction": _share(manifest, figures["decode"]["image"], bandwidth),
+        "energy_joules": joules,
+        "others_before_cores": others_before,
+        "others_during_cores": others_during,
+        "noisy": is_noisy(others_before, others_during),
+        "state": machine_state(gpu is not None),
+        "versions": versions(manifest.versions),
+        "commit": commit(),
+    }
+
+
+def cache_bytes(manifest: Manifest) -> int:
+    """Return the bytes of one cached token as the engine's backend keeps them."""
+    model, dtype = manifest.model, manifest.module_precision.kv_cache
+    bits = get_backend(manifest.backend).cache_bits if dtype == FP16 else 8
+    return cache_values_per_token(model.num_layers, model.num_kv_heads, model.head_dim) * bits // 8
+
+
+def _share(manifest: Manifest, decode: dict[str, Any], bandwidth: float | None) -> float | None:
+    """Return the bytes of the mean step over those that the memory gives in that time."""
+    if not bandwidth:
+        return None
+    context = decode["context"] + decode["tokens"] / 2
+    step = manifest.weight_bytes_per_token + context * cache_bytes(manifest)
+    share: float = step * decode["tokens_per_s"] / bandwidth
+    return share
+
+
+def _measure_engine(
+    engine: OpenedEngine, settings: MeasureSettings, *, warm_up: bool
+) -> dict[str, Any]:
+    session, image = engine.session, noise_image()
+    check_room(engine, image, FEWEST_STEPS + WARM_UP_STEPS + 1)
+    if warm_up:
+        # The first time, kernels are compiled and libraries loaded.
+        measure_first_token(engine, image, max_runs=1)
+    prompt = prompt_tokens(engine, image)
+    first_token = measure_first_token(engine, image, settings.first_token_s, settings.repetitions)
+    step_s = _step_seconds(session, first_token)
+    decode = {
+        "image": _decode_at(session, prompt, first_token.last_embed, settings, step_s),
+        "tinychat": _decode_after_text(session, TINYCHAT_CONTEXT, settings, step_s),
+    }
+    contexts = [
+        {**_decode_after_text(session, max(context, 1), settings, step_s), "context": context}
+        for context in _possible(settings.contexts, session.max_seq_len)
+    ]
+    prefill_s = first_token.medians_ms["prefill"] / 1e3
+    return {
+        "decode": decode,
+        "contexts": contexts,
+        "ttft_ms": first_token.medians_ms,
+        "ttft_runs": first_token.runs,
+        "prompt_tokens": prompt,
+        "asked_tokens": settings.decode_tokens,
+        "prefill_tokens_per_s": prompt / prefill_s,
+    }
+
+
+def _possible(contexts: Sequence[int], max_seq_len: int) -> list[int]:
+    """Return the contexts that leave room for the fewest steps, smallest first."""
+    return sorted(c for c in contexts if c + FEWEST_STEPS + WARM_UP_STEPS + 1 <= max_seq_len)
+
+
+def _step_seconds(session: Session, first_token: FirstToken) -> float:
+    """Return the seconds of a step, from a few."""
+    return statistics.median(time_decoding(session, first_token.logits, WARM_UP_STEPS + 1))
+
+
+def _decode_after_text(
+    session: Session, context: int, settings: MeasureSettings, step_s: float
+) -> dict[str, Any]:
+    """Fill the cache with `context` equal text tokens and time decoding behind them."""
+    session.keep(0, 0)
+    embeds = session.embed_tokens([TEXT_TOKEN] * context)
+    session.prefill(0, embeds)
+    return _decode_at(session, context, embeds[-1:], settings, step_s)
+
+
+def _decode_at(
+    session: Session, context: int, last_embed: Floats, settings: MeasureSettings, step_s: float
+) -> dict[str, Any]:
+    """Time decoding `repetitions` times, each behind the first `context` tokens of slot 0.
+
+    The last of them, whose embedding is `last_embed`, goes through the model again each time.
+    """
+    room = session.max_seq_len - context - WARM_UP_STEPS - 1
+    in_time = int(settings.decode_s / step_s)
+    steps = min(max(in_time, FEWEST_STEPS), settings.decode_tokens, room)
+    speeds, step_ms = [], []
+    for _ in range(settings.repetitions):
+        session.keep(0, context - 1)
+        logits = session.prefill(0, last_embed)
+        seconds = time_decoding(session, logits, WARM_UP_STEPS + steps)[WARM_UP_STEPS:]
+        speeds.append(steps / sum(seconds))
+        step_ms += [second * 1e3 for second in seconds]
+    return {
+        "context": context,
+        "tokens": steps,
+        "tokens_per_s": statistics.median(speeds),
+        "min_tokens_per_s": min(speeds),
+        "max_tokens_per_s": max(speeds),
+        "step_ms_median": float(np.median(step_ms)),
+        "repetitions": len(speeds),
+    }
+
+
+def _resident_bytes() -> int | None:
+    """Return this process's present resident set, mapped files included."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    lines = status.read_text("ascii", "replace").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))

@@ -1,0 +1,152 @@
+"""vila-bench --table: the authors' table for this computer, with its files and plots."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from vila_deploy.cli.common import EXIT_INTERRUPTED
+from vila_deploy.utils.errors import VilaDeployError, printable
+
+if TYPE_CHECKING:
+    from vila_deploy.bench.fill_table import Table
+    from vila_deploy.bench.results_file import ResultsFile
+    from vila_deploy.engine.target import Target
+
+RESULTS = Path("vila-bench-results")
+# Engines lie here while they are measured; what a kill leaves is removed at the next start.
+WORK = "work"
+# A buffer that no cache holds, for the bandwidth that predictions begin with.
+BANDWIDTH_BUFFER = 512 << 20
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """The options of `vila-bench --table`."""
+
+    engines: tuple[Path, ...] = ()
+    target: str = "auto"
+    minutes: float = 15.0
+    contexts: tuple[int, ...] = ()
+    results: Path = RESULTS
+    fresh: bool = False
+    every_model: bool = False
+
+
+def run_table(options: TableOptions) -> list[dict[str, Any]]:
+    """Fill the table, write its files into the results folder and return its rows.
+
+    Raises:
+        VilaDeployError: unknown target, an ENGINE that is none, or a results folder in use.
+    """
+    from vila_deploy.bench.fill_table import expected_seconds, fill_table
+    from vila_deploy.bench.results_file import ResultsFile
+    from vila_deploy.engine.local_target import target_name
+    from vila_deploy.engine.target import get_target
+    from vila_deploy.utils.progress import progress
+
+    name, note = target_name(options.target)
+    target = get_target(name)
+    if note:
+        click.echo(note, err=True)
+    rows = _rows(options, target)
+    options.results.mkdir(parents=True, exist_ok=True)
+    results = ResultsFile(options.results)
+    with results.lock():
+        shutil.rmtree(options.results / WORK, ignore_errors=True)
+        if options.fresh:
+            results.clear()
+        earlier = results.read()
+        table = _table(options, target, rows, options.results / WORK)
+        seconds = round(expected_seconds(table, earlier))
+        with _keep_on_interrupt(options.results), progress(seconds, "seconds of work") as advance:
+            filled = fill_table(table, results, advance)
+        _write_files(filled, results)
+    return filled
+
+
+def _rows(options: TableOptions, target: Target) -> list[Any]:
+    from vila_deploy.bench.table_rows import table_rows
+
+    return table_rows(options.every_model, options.engines, target)
+
+
+def _table(options: TableOptions, target: Target, rows: Sequence[Any], work: Path) -> Table:
+    from vila_deploy.bench import gpu
+    from vila_deploy.bench.bandwidth import read_bandwidth_bytes_per_s
+    from vila_deploy.bench.conditions import commit, processor_name
+    from vila_deploy.bench.estimates import first_rates
+    from vila_deploy.bench.fill_table import Table
+    from vila_deploy.bench.measure_row import MeasureSettings
+    from vila_deploy.bench.table_rows import plan_row
+    from vila_deploy.cli.bench_table_worker import SubprocessWorker
+
+    device = gpu.gpu_name(target, target.default_backend) if options.minutes else None
+    bandwidth = target.bandwidth_bytes_per_s or read_bandwidth_bytes_per_s(BANDWIDTH_BUFFER)
+    settings = MeasureSettings(contexts=options.contexts)
+    return Table(
+        rows=rows,
+        plans={row: plan_row(row, target) for row in rows if row.has_shapes},
+        target=target,
+        settings=settings,
+        minutes=options.minutes,
+        identity={
+            "device": device or (target.title if target.compute_capability else processor_name()),
+            "target": target.name,
+            "settings": settings.to_json(),
+            "commit": commit(),
+        },
+        rates=first_rates(work.parent, bandwidth, target.compute_capability is not None),
+        worker=SubprocessWorker(target.name),
+        scratch=partial(_scratch, work),
+        free_bytes=lambda: shutil.disk_usage(work.parent).free,
+    )
+
+
+@contextmanager
+def _scratch(work: Path) -> Iterator[Path]:
+    work.mkdir(exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            yield Path(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _keep_on_interrupt(results: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        shutil.rmtree(results / WORK, ignore_errors=True)
+        click.echo(
+            f"interrupted: finished rows are kept in {printable(str(results))}; the same command "
+            "goes on",
+            err=True,
+        )
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _write_files(rows: Sequence[dict[str, Any]], results: ResultsFile) -> None:
+    """Write table.md, .csv, .json and the plots, replacing those of an earlier run."""
+    from vila_deploy.bench.plots import write_plots
+    from vila_deploy.bench.table import render_rows
+    from vila_deploy.bench.table_markdown import render_table
+
+    folder = results.folder
+    texts = {"md": render_table(rows), **{s: render_rows(rows, s) + "\n" for s in ("csv", "json")}}
+    for ending, text in texts.items():
+        (folder / f"table.{ending}").write_text(text, "utf-8")
+    try:
+        write_plots(rows, folder)
+    except VilaDeployError as error:
+        click.echo(str(error), err=True)
