@@ -12,17 +12,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from torch import Tensor
 
 from tests.support.tiny_tables import (
-    MERGES,
     NIBBLE_ORDER,
     PREPROCESSORS,
     PROJECTORS,
-    SPECIAL_TOKENS,
     TOWERS,
 )
+from tests.support.tiny_tokenizer import write_tokenizer
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def make_checkpoint(root: Path, **overrides: Any) -> Path:
     for name, values, changes in config_files(tiny):
         merged = {k: v for k, v in {**values, **changes}.items() if v is not None}
         (root / name).write_text(json.dumps(merged, indent=2), "utf-8")
-    write_tokenizer(root / "llm", tiny)
+    write_tokenizer(root / "llm", tiny.vocab, tiny.max_length, tiny.added_tokens)
     if tiny.checksums:
         write_checksums(root)
     return root
@@ -250,11 +248,11 @@ def quantize_llm(tensors: Mapping[str, Tensor], group_size: int) -> dict[str, Te
     return packed
 
 
-def pack_words(levels: Tensor) -> Tensor:
+def pack_words(values: Tensor) -> Tensor:
     """[rows, out] of 0..15 → int32 [rows, out/8] in AutoAWQ's nibble order."""
-    words = torch.zeros(levels.shape[0], levels.shape[1] // 8, dtype=torch.int64)
+    words = torch.zeros(values.shape[0], values.shape[1] // 8, dtype=torch.int64)
     for nibble, column in enumerate(NIBBLE_ORDER):
-        words |= levels[:, column::8].long() << (4 * nibble)
+        words |= values[:, column::8].long() << (4 * nibble)
     return torch.where(words >= 2**31, words - 2**32, words).int()
 
 
@@ -354,49 +352,6 @@ def config_files(tiny: Tiny) -> list[tuple[str, dict[str, Any], Mapping[str, Any
         ("vision_tower/preprocessor_config.json", preprocessor, tiny.preprocessor_config),
         ("mm_projector/config.json", projector, tiny.projector_config),
     ]
-
-
-def write_tokenizer(folder: Path, tiny: Tiny) -> None:
-    """A byte-fallback BPE like Llama-2's, over ASCII with a few merges; bos is prepended."""
-    pieces = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
-    pieces += [chr(code) for code in range(33, 127)]
-    merges = [(left, right) for left, right in (merge.split() for merge in MERGES)]
-    pieces += ["".join(merge) for merge in merges]
-    vocab = {piece: index for index, piece in enumerate(pieces)}
-    assert len(vocab) == len(pieces) <= tiny.vocab
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(content=" ", left=1, right=0),
-        ]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
-    )
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
-    )
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in tiny.added_tokens]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    settings = {
-        **special,
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": tiny.max_length,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), "utf-8")
-    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2), "utf-8")
 
 
 def _matrix(rows: int, columns: int, generator: torch.Generator) -> Tensor:

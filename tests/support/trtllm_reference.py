@@ -21,15 +21,15 @@ def unpacked(weights: dict[str, np.ndarray], name: str) -> tuple[Tensor, Tensor]
     if weight.dtype == np.float16:
         return torch.tensor(weight, dtype=torch.float64), torch.ones(weight.shape[1]).double()
     rows, columns = 2 * weight.shape[0], weight.shape[1]
-    levels = np.empty((rows, columns), np.float64)
+    values = np.empty((rows, columns), np.float64)
     for row in range(rows):
         byte = weight[row // 2].view(np.uint8)
         nibble = byte >> 4 if row % 2 else byte & 15
-        levels[row] = np.where(nibble > 7, nibble.astype(int) - 16, nibble)
+        values[row] = np.where(nibble > 7, nibble.astype(int) - 16, nibble)
     scale = weights[f"{name}.weights_scaling_factor"].astype(np.float64)
-    levels *= np.repeat(scale, columns // scale.shape[1], axis=1)
+    values *= np.repeat(scale, columns // scale.shape[1], axis=1)
     factors = weights[f"{name}.prequant_scaling_factor"].astype(np.float64)
-    return torch.tensor(levels), torch.tensor(factors)
+    return torch.tensor(values), torch.tensor(factors)
 
 
 def linear(weights: dict[str, np.ndarray], name: str, x: Tensor) -> Tensor:

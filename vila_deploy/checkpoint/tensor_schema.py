@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from vila_deploy.checkpoint.config import VilaConfig
@@ -155,6 +156,11 @@ def projector_tensor_specs(config: VilaConfig) -> Iterator[TensorSpec]:
     for index, shape in kind.shapes(config.feature_channels, config.llm.hidden_size).items():
         yield TensorSpec(f"{kind.prefix(index)}.weight", shape)
         yield TensorSpec(f"{kind.prefix(index)}.bias", shape[:1])
+
+
+def parameters(specs: Iterable[TensorSpec]) -> int:
+    """Return how many parameters there are in all."""
+    return sum(math.prod(spec.shape) for spec in specs)
 
 
 def _check_specs(

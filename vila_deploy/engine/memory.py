@@ -11,6 +11,7 @@ from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.tensor_schema import (
     TensorSpec,
+    parameters,
     projector_tensor_specs,
     tower_tensor_specs,
 )
@@ -18,7 +19,7 @@ from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.precision import BITS, ModulePrecision
 from vila_deploy.engine.target import Target
 from vila_deploy.formats.module_dtypes import FP16, INT8, head_group_size, is_tower_linear
-from vila_deploy.utils.estimates import MemoryItem, PlanStep, available_memory_bytes, parameters
+from vila_deploy.utils.estimates import MemoryItem, PlanStep, available_memory_bytes
 
 # Group size that vila-quantize takes by default, for a checkpoint that is not quantized yet.
 DEFAULT_GROUP_SIZE = 128

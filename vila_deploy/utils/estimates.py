@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-from vila_deploy.checkpoint.tensor_schema import TensorSpec
 
 
 @dataclass(frozen=True)
@@ -32,11 +28,6 @@ class PlanStep:
     name: str
     memory_bytes: int
     seconds: float | None = None
-
-
-def parameters(tensors: Iterable[TensorSpec]) -> int:
-    """How many there are in all."""
-    return sum(math.prod(tensor.shape) for tensor in tensors)
 
 
 def available_memory_bytes() -> int:

@@ -74,14 +74,14 @@ def test_quantized_it_has_three_folders_and_answers(algorithm: str, tmp_path: Pa
     with safe_open(tmp_path / "q" / "vision_tower" / "model.safetensors", "pt") as file:
         assert "vision_model.pre_layrnorm.weight" in file.keys()  # noqa: SIM118  not a dict
     build_engine(tmp_path / "q", tmp_path / "e", BuildOptions("cpu"))
-    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (30, 50, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (30, 50, 3), np.uint8))
     with open_engine(tmp_path / "e") as engine:
         reference = OneSlot(ReferenceSession(open_checkpoint(tmp_path / "q")))
         tokens = []
         for session in (engine.session, reference):
             assert engine.tokenizer is not None
             chat = Conversation(session, engine.tokenizer, engine.model, engine.max_input_len)
-            tokens.append(chat.ask("What?", [picture], SamplingParams(16)).tokens)
+            tokens.append(chat.ask("What?", [image], SamplingParams(16)).tokens)
     assert tokens[0] == tokens[1]
 
 

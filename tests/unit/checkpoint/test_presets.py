@@ -126,7 +126,7 @@ def test_projector(name: str, file_bytes: float) -> None:
     assert size_bytes(tensors) == pytest.approx(file_bytes, rel=0.005)
 
 
-# Tokens that one picture takes at most, as the original code gives them.
+# Tokens that one image takes at most, as the original code gives them.
 @pytest.mark.parametrize(
     ("name", "tokens"),
     [

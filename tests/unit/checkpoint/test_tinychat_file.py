@@ -60,7 +60,7 @@ def test_holds_what_the_same_weights_hold_elsewhere(
             assert all(
                 torch.equal(getattr(one, n), getattr(other, n)) for n in ("q", "scale", "zero")
             )
-    # The same levels, scales and zero points: not one bit of the logits differs.
+    # The same values, scales and zero points: not one bit of the logits differs.
     one, other = (ReferenceSession(checkpoint) for checkpoint in (found, expected))
     np.testing.assert_array_equal(
         one.prefill(one.embed_tokens(TOKENS)), other.prefill(other.embed_tokens(TOKENS))

@@ -148,14 +148,14 @@ def image(seed: int) -> Image.Image:
 
 
 def answers(session: Session, opened: Any) -> list[list[int]]:
-    """Greedy tokens of questions about two pictures, then none; and about one, then another."""
+    """Greedy tokens of questions about two images, then none; and about one, then another."""
     chat = Conversation(session, opened.tokenizer, opened.model, opened.max_input_len)
     questions = [[image(1), image(2)], [], [image(3)], [image(4)]]
     found = []
-    for index, pictures in enumerate(questions):
+    for index, images in enumerate(questions):
         if index == 2:
             chat.reset()
-        found.append(chat.ask("What is it?", pictures, SAMPLING).tokens)
+        found.append(chat.ask("What is it?", images, SAMPLING).tokens)
     return found
 
 

@@ -125,7 +125,7 @@ EVERY_TOWER: dict[str, tuple[Damage, str]] = {
     "negative size": (set_key(TOWER, "hidden_size", -64), r"hidden_size: must be an integer"),
     "size as text": (set_key(TOWER, "intermediate_size", "128"), r"intermediate_size: must be an"),
     "no patches": (set_key(TOWER, "patch_size", None), r"patch_size: is missing"),
-    "patch larger than the picture": (
+    "patch larger than the image": (
         set_key(TOWER, "patch_size", 64), r"patch_size: 64 is larger than image_size 42",
     ),
     "a billion layers": (set_key(TOWER, "num_hidden_layers", 10**9), r"num_hidden_layers: must be"),

@@ -26,10 +26,10 @@ GOLDEN = json.loads((GOLDEN / "compressed_tensors.json").read_text())
 
 def random_linear(rows: int, columns: int, group: int, symmetric: bool) -> QuantizedLinear:
     generator = torch.Generator().manual_seed(rows)
-    levels = {"low": 0, "high": 16, "generator": generator, "dtype": torch.uint8}
-    zero = torch.randint(size=(rows, columns // group), **levels)
+    values = {"low": 0, "high": 16, "generator": generator, "dtype": torch.uint8}
+    zero = torch.randint(size=(rows, columns // group), **values)
     return QuantizedLinear(
-        q=torch.randint(size=(rows, columns), **levels),
+        q=torch.randint(size=(rows, columns), **values),
         scale=torch.rand(rows, columns // group, generator=generator).half(),
         zero=torch.full_like(zero, 8) if symmetric else zero,
         bias=torch.randn(rows, generator=generator).half(),
@@ -37,7 +37,7 @@ def random_linear(rows: int, columns: int, group: int, symmetric: bool) -> Quant
 
 
 def nibbles(words: Tensor) -> np.ndarray:
-    """Eight levels for each word of the last dimension, low bits first, from its bytes."""
+    """Eight values for each word of the last dimension, low bits first, from its bytes."""
     octets = words.contiguous().numpy().view(np.uint8)
     return np.stack([octets & 15, octets >> 4], axis=-1).reshape(*words.shape[:-1], -1)
 
@@ -57,7 +57,7 @@ def test_there_and_back(symmetric: bool) -> None:
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"symmetric={case['symmetric']}")
 def test_what_compressed_tensors_itself_packed(case: dict[str, Any]) -> None:
-    """Numbers that version 0.20 wrote of given levels; see tests/interop."""
+    """Numbers that version 0.20 wrote of given values; see tests/interop."""
     linear = QuantizedLinear(
         q=torch.tensor(case["q"], dtype=torch.uint8),
         scale=torch.tensor(case["scale"]).half(),

@@ -10,7 +10,7 @@ from vila_deploy.utils.errors import VilaDeployError
 
 
 def reference_group(weights, symmetric):
-    """Levels, scale and zero of one group, in Python floats."""
+    """Quantized values, scale and zero of one group, in Python floats."""
     if symmetric:
         scale = float(np.float16(max(max(abs(w) for w in weights), 1e-5) / 7))
         zero = 8

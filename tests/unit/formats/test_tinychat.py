@@ -115,10 +115,10 @@ def test_layout_is_the_described_one():
     for row in range(16):
         for column in range(192):
             b, h, t, w = column // 64, column // 32 % 2, column // 8 % 4, column % 8
-            level = words[row // 4, 64 * b + 16 * (row % 4) + 8 * h + w] >> 4 * t & 15
-            assert level == linear.q[row, column]
+            value = words[row // 4, 64 * b + 16 * (row % 4) + 8 * h + w] >> 4 * t & 15
+            assert value == linear.q[row, column]
             scale = float(tensors["scales"][column // 64, row])
-            weight[row, column] = level * scale + float(tensors["scaled_zeros"][column // 64, row])
+            weight[row, column] = value * scale + float(tensors["scaled_zeros"][column // 64, row])
     rounded = (linear.scale.double() * linear.zero.double() / 2048).repeat_interleave(64, 1).numpy()
     difference = np.abs(weight - linear.dequantize().double().numpy())
     assert (difference <= rounded).all()

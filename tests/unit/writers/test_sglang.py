@@ -131,7 +131,7 @@ def test_there_and_back(architecture: str, tmp_path: Path) -> None:
     assert_same(original, open_checkpoint(tmp_path / "back"))
     tokenizer = Tokenizer.from_file(str(root / "llm" / "tokenizer.json"))
     size, known = tokenizer.get_vocab_size(), tokenizer.token_to_id("<image>")
-    # A sentinel, the picture's and the video's marker are what VILA's loader adds.
+    # A sentinel, the image's and the video's marker are what VILA's loader adds.
     assert config["image_token_id"] == (size + 1 if known is None else known)
     assert config["video_token_id"] == size + 2
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.tensor_schema import TensorSpec, tower_tensor_specs
+from vila_deploy.checkpoint.tensor_schema import tower_tensor_specs
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.memory import (
     GPU_PROGRAM_BYTES,
@@ -20,6 +20,7 @@ from vila_deploy.engine.memory import (
     tower_bits,
     weight_items,
 )
+from vila_deploy.formats.base import TensorSpec
 from vila_deploy.formats.module_dtypes import FP16, is_tower_linear
 from vila_deploy.kernels.tile_config import WIDEST_GEMM
 from vila_deploy.utils.estimates import MemoryItem, PlanStep

@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.tensor_schema import projector_tensor_specs, tower_tensor_specs
+from vila_deploy.checkpoint.tensor_schema import (
+    parameters,
+    projector_tensor_specs,
+    tower_tensor_specs,
+)
 from vila_deploy.quantize.algorithms import learned_scales
-from vila_deploy.utils.estimates import parameters
 from vila_deploy.utils.limits import (
     CHUNK_TOKENS,
     HEAD_ROWS,

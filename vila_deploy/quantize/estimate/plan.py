@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.tensor_schema import projector_tensor_specs, tower_tensor_specs
+from vila_deploy.checkpoint.tensor_schema import (
+    parameters,
+    projector_tensor_specs,
+    tower_tensor_specs,
+)
 from vila_deploy.data.data_size import DataSize, data_size
 from vila_deploy.data.examples import load_examples, load_held_out
 from vila_deploy.engine.memory import Items, MemoryRow
@@ -20,7 +24,7 @@ from vila_deploy.quantize.estimate.memory import MemoryEstimate, spilled
 from vila_deploy.quantize.estimate.time import OperationCost, Speed
 from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.utils.errors import VilaDeployError
-from vila_deploy.utils.estimates import MemoryItem, PlanStep, available_memory_bytes, parameters
+from vila_deploy.utils.estimates import MemoryItem, PlanStep, available_memory_bytes
 from vila_deploy.utils.limits import (
     MAX_CALIBRATION_SEQUENCES,
     MAX_EVALUATION_SEQUENCES,

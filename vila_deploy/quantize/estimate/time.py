@@ -14,13 +14,16 @@ from dataclasses import dataclass
 import torch
 
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.tensor_schema import projector_tensor_specs, tower_tensor_specs
+from vila_deploy.checkpoint.tensor_schema import (
+    parameters,
+    projector_tensor_specs,
+    tower_tensor_specs,
+)
 from vila_deploy.quantize.algorithms import learned_scales
 from vila_deploy.quantize.algorithms.awq_clip import CLIP_STEPS
 from vila_deploy.quantize.algorithms.awq_scales import GRID
 from vila_deploy.quantize.algorithms.awq_stats import CLIP_SAMPLE_TOKENS
 from vila_deploy.quantize.algorithms.gptq import CLIPPING_RATIOS
-from vila_deploy.utils.estimates import parameters
 from vila_deploy.utils.limits import MAX_TOKENS, ROWS_AT_A_TIME
 
 PROBE_S = 0.1
