@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 REPETITIONS = 5
 SMALLEST_PASS_BYTES = 256 << 20
+# Below this a pass would time calls, not reading.
+SMALLEST_BUFFER_BYTES = 64 << 10
 
 
 def read_bandwidth_bytes_per_s(size_bytes: int, threads: int | None = None) -> float:
@@ -21,7 +23,7 @@ def read_bandwidth_bytes_per_s(size_bytes: int, threads: int | None = None) -> f
     which fits into caches, is read many times over, so that starting threads takes no part.
     """
     threads = threads or len(os.sched_getaffinity(0))
-    buffer = np.ones(max(size_bytes // 8, threads), np.int64)
+    buffer = np.ones(max(size_bytes, SMALLEST_BUFFER_BYTES) // 8, np.int64)
     rounds = max(1, SMALLEST_PASS_BYTES // buffer.nbytes)
 
     def read(part: NDArray[np.int64]) -> None:
