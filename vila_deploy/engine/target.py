@@ -1,4 +1,4 @@
-"""Targets: what a board or card is, one TOML file each in engines/."""
+"""Targets: the boards and GPUs that engines are built for, one TOML file each in engines/."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ class Target:
 
     @property
     def usable_bytes(self) -> int | None:
-        """Memory that an engine may fill; None means what this host has to spare."""
+        """Memory that an engine may fill, in bytes; None means what this host has to spare."""
         return self.memory_bytes and self.memory_bytes - (self.reserved_bytes or 0)
 
 
 @cache
 def load_targets() -> dict[str, Target]:
-    """Every target by name, from the installed engines/*.toml."""
+    """Return every target by name, from the installed engines/*.toml."""
     targets = {}
     for file in resources.files("vila_deploy.engines").iterdir():
         if file.name.endswith(".toml"):
@@ -80,7 +80,7 @@ def load_targets() -> dict[str, Target]:
 
 
 def get_target(name: str) -> Target:
-    """The target called `name`.
+    """Return the target called `name`.
 
     Raises:
         VilaDeployError: unknown; the message lists those there are.
@@ -89,7 +89,7 @@ def get_target(name: str) -> Target:
     if name not in targets:
         raise VilaDeployError(
             f"unknown target {name!r}",
-            fix=f"choose from {', '.join(targets)}; for another card copy the file in engines/ "
+            fix=f"choose from {', '.join(targets)}; for another GPU copy the file in engines/ "
             "with its compute capability and change title, memory and bandwidth",
         )
     return targets[name]

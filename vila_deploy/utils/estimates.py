@@ -1,4 +1,4 @@
-"""Parts of a plan: parameters, bits and bytes of what is stored, memory of what is done."""
+"""Rows and steps of a plan: bytes of what is stored, memory and time of what is done."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class MemoryItem:
-    """A part of a model: how many parameters, in how many bits each, in how many bytes."""
+    """A part of a model: how many parameters, bits of each, bytes of all."""
 
     name: str
     parameters: int
@@ -18,6 +18,7 @@ class MemoryItem:
 
     @classmethod
     def of(cls, name: str, parameters: int, bits: float) -> MemoryItem:
+        """Return the row of `parameters` numbers of `bits` each."""
         return cls(name, parameters, bits, int(parameters * bits / 8))
 
 
@@ -31,14 +32,14 @@ class PlanStep:
 
 
 def available_memory_bytes() -> int:
-    """Memory that a new program can use: what the system says, within the container's limit."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    """Return the memory that a new program can use, within the container's limit."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
+                limits.append(int(line.split()[1]) * 1024)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        found.append(max(0, int(limit.read_text()) - int(used.read_text())))
-    return min(found)
+        limits.append(max(0, int(limit.read_text()) - int(used.read_text())))
+    return min(limits)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.support.old_engines import old_engine
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint.config import load_config
 from vila_deploy.engine.manifest import Limits, Manifest, PendingStep, load_manifest, write_manifest
@@ -101,3 +103,31 @@ def test_targets_are_complete() -> None:
     assert get_target("cpu").memory_bytes is None
     with pytest.raises(VilaDeployError, match="choose from a100"):
         get_target("toaster")
+
+
+@pytest.mark.parametrize(
+    ("name", "ids"),
+    [
+        ("tiny-cpu-int4", []),
+        ("tiny-orin-int4", ["vision", "llm"]),
+        ("tiny-a100-llm-int4-symmetric", ["vision", "llm"]),
+    ],
+)
+def test_manifests_of_format_version_1_are_read(tmp_path: Path, name: str, ids: list[str]) -> None:
+    engine = old_engine(tmp_path / "engine", name)
+    content = json.loads((engine / "manifest.json").read_text("utf-8"))
+    manifest = load_manifest(engine)
+    assert content["format_version"] == 1
+    assert [step.title for step in manifest.pending_steps] == content["needs"]
+    assert [step.id for step in manifest.pending_steps] == ids
+    assert manifest.module_precision.to_json() == content["components"]
+    # Written again it is of this version, and means the same.
+    write_manifest(engine, manifest)
+    assert load_manifest(engine) == manifest
+    again = json.loads((engine / "manifest.json").read_text("utf-8"))
+    assert again["format_version"] == 2
+    assert again["needs"] == [vars(step) for step in manifest.pending_steps]
+    changed = {"format_version", "manifest_sha256", "needs"}
+    assert {k: v for k, v in again.items() if k not in changed} == {
+        k: v for k, v in content.items() if k not in changed
+    }

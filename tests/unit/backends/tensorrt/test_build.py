@@ -14,6 +14,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
+from tests.support.old_engines import old_engine
 from tests.support.tensorrt_cases import needs_rtx
 from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.tensorrt import backend as backend_module
@@ -153,6 +154,20 @@ def test_the_same_command_finishes_on_the_board(
     assert (engine / files.TIMING_CACHE).exists()
 
 
+def test_an_engine_begun_by_an_older_version_is_finished(tmp_path: Path, board: list[str]) -> None:
+    engine = old_engine(tmp_path / "engine", "tiny-orin-int4")
+    with pytest.raises(VilaDeployError, match=r"is not finished: compile vision/model\.onnx"):
+        open_engine(engine).__enter__()
+    # A step that was killed: its artifact lies there, the manifest does not list it.
+    (engine / "llm" / files.PLAN).write_text("half")
+    done = CliRunner().invoke(main, [str(engine), "--target", "orin"])
+    assert done.exit_code == 0, done.output
+    assert board == ["vision", "llm"]
+    assert load_manifest(engine).pending_steps == ()
+    left = sorted(path.relative_to(engine).as_posix() for path in engine.glob("*/model.*"))
+    assert left == ["llm/model.plan", "vision/model.plan"]
+
+
 def test_finishing_elsewhere_is_refused(tmp_path: Path, board: list[str]) -> None:
     root = make_checkpoint(tmp_path / "c")
     with pytest.MonkeyPatch.context() as other:
@@ -210,7 +225,7 @@ REFUSALS = {
     "JetPack of a PC": (BuildOptions("a100", jetpack="6"), r"is for Jetson, .*; leave it out"),
     "another card": (
         BuildOptions("rtx3090"),
-        r"unknown target 'rtx3090'; choose from a100, .*, rtx4090; for another card copy the file",
+        r"unknown target 'rtx3090'; choose from a100, .*, rtx4090; for another GPU copy the file",
     ),
     "FP8 on a CPU": (BuildOptions("cpu", precision="fp8"), r"processor has no FP8; quantize to 4"),
     "JetPack of another backend": (
