@@ -65,7 +65,7 @@ def test_head_s_impact_is_what_pytorch_finds(tmp_path: Path, texts: Path, dialec
 
 
 def test_tower_s_impact_goes_through_the_llm(tmp_path: Path) -> None:
-    """Of the shipped pictures; texts don't change."""
+    """The built-in images; texts do not change."""
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c"))
     (tmp_path / "one.jsonl").write_text(
         json.dumps({"text": "What is this?", "answer": "A red circle.", "image": "red.png"}),
