@@ -94,30 +94,21 @@ def main(
     """Measure ENGINES, folders made by vila-build-engine, one after the other.
 
     Decoding is 256 greedy tokens at batch 1 after one image. Each engine runs in a process of its
-    own. The bandwidth is what this computer reads from memory, measured in that process; on a GPU
-    it is the one published for the engine's target.
+    own. The bandwidth is what this computer reads from memory, measured there; on a GPU the
+    published one. With --table each row is built with random weights, measured and deleted, and
+    ENGINES take the place of the rows of their shapes (docs/benchmarking.md).
 
     \b
     vila-bench my-engine-int4 my-engine-fp16
     vila-bench --model VILA1.5-3b --precision int4 --target cpu --random-weights --json
     vila-bench --table
-
-    With --table each row is built with random weights of the model's shapes, measured and deleted;
-    ENGINES take the place of the rows of their shapes (docs/benchmarking.md).
     """
     of_table = (minutes, contexts, results, every_model or None, fresh or None)
-    if not table and any(value is not None for value in of_table):
-        raise click.UsageError(
-            "--minutes, --contexts, --all, --results and --fresh go with --table"
-        )
-    if table and (model or precisions or random_weights):
-        raise click.UsageError("--model, --precision and --random-weights don't go with --table")
-    if not table and bool(engines) == bool(model):
-        raise click.UsageError("give either engine folders or --model, or --table")
-    if model and not random_weights:
-        raise click.UsageError("--model has no trained weights at hand: add --random-weights")
-    if not table and engines and (precisions or random_weights):
-        raise click.UsageError("--precision and --random-weights go with --model")
+    of_model = bool(precisions or random_weights)
+    if table:
+        _check_table_usage(model, of_model)
+    else:
+        _check_usage(engines, model, of_model, random_weights, of_table)
     if as_json and table_format not in (None, "json"):
         raise click.UsageError(f"--json and --format {table_format} contradict each other")
     table_format = "json" if as_json else table_format
@@ -143,6 +134,30 @@ def main(
     else:
         out.write_text(f"{text}\n", "utf-8")
         click.echo(f"{out}: {len(rows)} rows")
+
+
+def _check_table_usage(model: str | None, of_model: bool) -> None:
+    if model or of_model:
+        raise click.UsageError("--model, --precision and --random-weights don't go with --table")
+
+
+def _check_usage(
+    engines: Sequence[Path],
+    model: str | None,
+    of_model: bool,
+    random_weights: bool,
+    of_table: Sequence[object],
+) -> None:
+    if any(value is not None for value in of_table):
+        raise click.UsageError(
+            "--minutes, --contexts, --all, --results and --fresh go with --table"
+        )
+    if bool(engines) == bool(model):
+        raise click.UsageError("give either engine folders or --model, or --table")
+    if model and not random_weights:
+        raise click.UsageError("--model has no trained weights at hand: add --random-weights")
+    if engines and of_model:
+        raise click.UsageError("--precision and --random-weights go with --model")
 
 
 def _rendered(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vila_deploy.cli.common import EXIT_INTERRUPTED, command, echo_json
+from vila_deploy.cli.common import EXIT_INTERRUPTED, command, echo_json, named_target
 from vila_deploy.engine.precision import CHOICES, LLM_PRECISIONS
 from vila_deploy.kernels.launch_mode import LAUNCH_MODES
 from vila_deploy.utils.errors import VilaDeployError, printable
@@ -24,10 +24,9 @@ if TYPE_CHECKING:
 @command("vila-build-engine")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
-    "--target",
-    required=True,
+    "--target", required=True, callback=named_target,
     help="Device: a file of engines/, e.g. cpu or orin; auto: this computer.",
-)
+)  # fmt: skip
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), help="Folder to write; must not exist."
 )
@@ -114,7 +113,6 @@ def main(
     An engine folder with steps left for the device is finished there by the same command.
     """
     from vila_deploy.builder.finish import is_engine, is_unfinished
-    from vila_deploy.engine.local_target import target_name
 
     if out is None and not plan_only and is_unfinished(checkpoint):
         out = checkpoint
@@ -126,10 +124,6 @@ def main(
         )
     if out is None and not plan_only:
         raise click.UsageError("-o is missing: name the folder to write, or give --plan")
-
-    target, note = target_name(target)
-    if note:
-        click.echo(note, err=True)
 
     from vila_deploy.builder.plan import plan_build, plan_targets
     from vila_deploy.builder.resolve import BuildOptions, resolve_build

@@ -74,6 +74,16 @@ def no_nan(context: click.Context, option: click.Parameter, value: float | None)
     return value
 
 
+def named_target(context: click.Context, option: click.Parameter, value: str) -> str:
+    """Return the target of --target, and say which one this computer is for "auto"."""
+    from vila_deploy.engine.local_target import target_name
+
+    name, note = target_name(value)
+    if note:
+        click.echo(note, err=True)
+    return name
+
+
 def fail(message: str) -> NoReturn:
     """Print `message` as one line and end with exit code 1."""
     click.echo(f"error: {printable(message)}", err=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from tests.support.tiny import make_checkpoint
+from vila_deploy.cli.build_engine import main
 from vila_deploy.engine import local_target as module
 from vila_deploy.engine.local_target import LocalDevice, find_device, nearest_target, target_name
 
@@ -81,3 +85,13 @@ def test_a_driver_that_says_nothing_means_the_processor(
     done = subprocess.CompletedProcess((), 0, printed, "")
     monkeypatch.setattr(module.subprocess, "run", lambda *args, **options: done)
     assert find_device() == LocalDevice("processor")
+
+
+def test_commands_take_auto(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "find_device", lambda: device("RTX 3090", "8.6", 24))
+    make_checkpoint(tmp_path / "c")
+    arguments = [str(tmp_path / "c"), "--target", "auto", "--plan", "--json"]
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["target"] == "a100"
+    assert done.stderr.startswith("RTX 3090 (compute capability 8.6, 24 GiB) has no row in engines")
