@@ -141,7 +141,11 @@ class _Filler:
             waiting.remove(row)
             if left <= 0 or seconds[row] > left:
                 for late in (row, *waiting):
-                    self._reasons[late] = _too_long(seconds[late], left)
+                    self._reasons[late] = (
+                        _too_long(seconds[late], left)
+                        if self._table.minutes
+                        else "with --minutes 0 nothing is built or measured"
+                    )
                 return
             self._run_row(row)
 

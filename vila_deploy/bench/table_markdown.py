@@ -20,15 +20,20 @@ def render_table(rows: Sequence[Row]) -> str:
     """Return decode speed, time to first token, contexts if measured, reasons and conditions."""
     parts = [
         "## Decode tokens/s, batch 1",
-        _decode_table(rows),
+        decode_table(rows),
         DECODE_NOTE,
         "## Time to first token: a question about one image",
-        _first_token_table(rows),
+        first_token_table(rows),
     ]
     if any(row.get("contexts") for row in rows):
         parts += ["## Decode tokens/s by cached tokens", _context_table(rows)]
-    parts += [_reasons(rows), _conditions(rows)]
+    parts += [notes(rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def notes(rows: Sequence[Row]) -> str:
+    """Return why rows have no measured figure, and under which conditions the others have one."""
+    return "\n\n".join(part for part in (_reasons(rows), _conditions(rows)) if part)
 
 
 DECODE_NOTE = (
@@ -40,7 +45,8 @@ DECODE_NOTE = (
 )
 
 
-def _decode_table(rows: Sequence[Row]) -> str:
+def decode_table(rows: Sequence[Row]) -> str:
+    """Return the decode speed of all rows beside published figures and rooflines."""
     titles = ["model", "precision", "here, 4 tokens cached (TinyChat's)", "here, behind an image"]
     titles += ["share", *DEVICES.values()]
     body = [
@@ -94,7 +100,8 @@ def device_cell(model: str, precision: str, device: str) -> str:
     return f"{published} / {limit}"
 
 
-def _first_token_table(rows: Sequence[Row]) -> str:
+def first_token_table(rows: Sequence[Row]) -> str:
+    """Return time to first token, load and memory of the measured rows."""
     titles = ["model", "precision", *(f"{part} s" for part in TTFT_PARTS), "first token s"]
     titles += ["prefill tokens/s", "load s", "resident after load GB", "at the end GB"]
     measured = [row for row in rows if row["label"] == "measured"]
