@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from vila_deploy.bench.estimates import Rates
-from vila_deploy.bench.fill_table import Table, TimeUp
+from vila_deploy.bench.fill_table import Table, TimeLimit, TimeUp
 from vila_deploy.bench.measure_row import MeasureSettings
 from vila_deploy.bench.results_file import ResultsFile
 from vila_deploy.bench.table_rows import TableRow, plan_row, table_rows
@@ -76,24 +76,26 @@ class FakeWorker:
     measured: list[Path] = field(default_factory=list)
 
     def build(
-        self, model: str, precision: str, max_seq_len: int, out: Path, seconds: float
+        self, model: str, precision: str, max_seq_len: int, out: Path, limit: TimeLimit
     ) -> None:
-        self._spend(BUILD_S, seconds)
+        self._spend(BUILD_S, limit)
         self.built.append(f"{model} {precision}")
         if problem := self.problems.get(f"{model} {precision}"):
             raise problem
         out.mkdir()
 
-    def measure(self, engine: Path, settings: MeasureSettings, seconds: float) -> dict[str, Any]:
-        self._spend(self.seconds, seconds)
+    def measure(self, engine: Path, settings: MeasureSettings, limit: TimeLimit) -> dict[str, Any]:
+        self._spend(self.seconds, limit)
         assert engine.is_dir()
         self.measured.append(engine)
         precision = self.built[-1].split()[1] if self.built else "int4"
         return measured_row(share=self.share.get(precision, 0.5))
 
-    def _spend(self, needed: float, allowed: float) -> None:
-        self.now += min(needed, allowed)
-        if needed > allowed:
+    def _spend(self, needed: float, limit: TimeLimit) -> None:
+        for _ in range(int(min(needed, limit.seconds, 1000))):
+            limit.tick()
+        self.now += min(needed, limit.seconds)
+        if needed > limit.seconds:
             raise TimeUp
 
 

@@ -28,21 +28,29 @@ class TimeUp(Exception):
     """The time allowed for the table ended while a row was at work."""
 
 
+@dataclass(frozen=True)
+class TimeLimit:
+    """Seconds that a step of a row may take; `tick` is called about once a second meanwhile."""
+
+    seconds: float
+    tick: Callable[[], None]
+
+
 class Worker(Protocol):
     """Builds and measures engines in processes of their own."""
 
     def build(
-        self, model: str, precision: str, max_seq_len: int, out: Path, seconds: float
+        self, model: str, precision: str, max_seq_len: int, out: Path, limit: TimeLimit
     ) -> None:
         """Write an engine with random weights into the new folder `out`.
 
         Raises:
             VilaDeployError: the process failed or died.
-            TimeUp: it was ended after `seconds`.
+            TimeUp: it was ended at the limit.
         """
         ...
 
-    def measure(self, engine: Path, settings: MeasureSettings, seconds: float) -> Row:
+    def measure(self, engine: Path, settings: MeasureSettings, limit: TimeLimit) -> Row:
         """Return what `measure_row` does; raises as `build` does."""
         ...
 
@@ -83,40 +91,57 @@ def fill_table(table: Table, results: ResultsFile, advance: Advance) -> list[Row
         VilaDeployError: `results` can't be read.
     """
     filler = _Filler(table, results, advance)
-    filler.keep_earlier()
     filler.refuse()
     filler.run()
     filler.predict_rest()
     return [filler.done[row] for row in table.rows]
 
 
-def expected_seconds(table: Table, rows: Sequence[Row]) -> float:
-    """Return about how long the rows will take that are to run, at most the minutes."""
-    rates = table.rates.learn(rows)
-    seconds = [
-        row_seconds(table.plans[row], rates, table.settings, builds=row.engine is None)
-        for row in table.rows
-        if row in table.plans and (row.engine is not None or table.plans[row].fits)
-    ]
-    return min(sum(seconds), table.minutes * 60)
+def expected_seconds(table: Table, earlier: Sequence[Row]) -> int:
+    """Return about how long the rows will take that will run within the minutes.
+
+    Args:
+        earlier: rows of earlier runs, for their rates.
+    """
+    left = table.minutes * 60
+    for seconds in sorted(_weights(table, earlier).values()):
+        if seconds > left:
+            break
+        left -= seconds
+    return round(table.minutes * 60 - left)
+
+
+def _weights(table: Table, earlier: Sequence[Row]) -> dict[TableRow, int]:
+    """Return the estimated seconds of each row that can run and hasn't."""
+    rates = table.rates.learn(earlier)
+    kept = _kept(table, earlier)
+    return {
+        row: round(row_seconds(plan, rates, table.settings, builds=row.engine is None))
+        for row, plan in table.plans.items()
+        if row not in kept and (row.engine is not None or plan.fits)
+    }
+
+
+def _kept(table: Table, earlier: Sequence[Row]) -> dict[TableRow, Row]:
+    """Return the measured rows of earlier runs under the same conditions; the last of each."""
+    known = {_key(_begin(row)): row for row in table.rows}
+    return {
+        known[_key(old)]: old
+        for old in earlier
+        if _key(old) in known
+        and old.get("label") == MEASURED
+        and all(old.get(key) == value for key, value in table.identity.items())
+    }
 
 
 class _Filler:
     def __init__(self, table: Table, results: ResultsFile, advance: Advance):
         self._table, self._results, self._advance = table, results, advance
         self._deadline = table.clock() + table.minutes * 60
-        self.done: dict[TableRow, Row] = {}
+        earlier = results.read()
+        self._weights = _weights(table, earlier)
+        self.done = _kept(table, earlier)
         self._reasons: dict[TableRow, str] = {}
-
-    def keep_earlier(self) -> None:
-        """Take over the measured rows of earlier runs; the last of each row counts."""
-        known = {_key(self._begin(row)): row for row in self._table.rows}
-        for earlier in self._results.read():
-            row = known.get(_key(earlier))
-            if row is None or earlier.get("label") != MEASURED:
-                continue
-            if all(earlier.get(k) == value for k, value in self._table.identity.items()):
-                self.done[row] = earlier
 
     def refuse(self) -> None:
         """End the rows that can't run, before any work."""
@@ -170,42 +195,48 @@ class _Filler:
         return row_seconds(plan, rates, self._table.settings, builds=row.engine is None)
 
     def _run_row(self, row: TableRow) -> None:
-        table, plan = self._table, self._table.plans.get(row)
-        number = f"row {len(self.done) + 1} of {len(table.rows)}: {row.title}"
-        began = table.clock()
+        """Build and measure one row; what goes wrong with it concerns no other row."""
+        table, began = self._table, self._table.clock()
+        steps = _Steps(
+            self._advance,
+            f"row {len(self.done) + 1} of {len(table.rows)}: {row.title}",
+            self._weights.get(row, 0),
+        )
         try:
-            if row.engine is not None:
-                self._advance(f"{number}, measuring", 0)
-                measured = self._measure(row, row.engine)
-            else:
-                assert plan is not None
-                free, needed = table.free_bytes(), plan.disk_bytes + DISK_RESERVE_BYTES
-                if free < needed:
-                    self._reasons[row] = (
-                        f"no room on the disk: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB "
-                        "are free; choose another --results"
-                    )
-                    return
-                with table.scratch() as folder:
-                    self._advance(f"{number}, building", 0)
-                    length = engine_length(row.model)
-                    table.worker.build(
-                        row.model, row.precision, length, folder / "engine", self._left()
-                    )
-                    build_s = table.clock() - began
-                    self._advance(f"{number}, measuring", 0)
-                    measured = self._measure(row, folder / "engine") | {"build_s": build_s}
-            self._end(row, MEASURED, measured)
+            measured = self._build_and_measure(row, steps)
+            if measured is not None:
+                self._end(row, MEASURED, measured)
         except TimeUp:
             took = table.clock() - began
             self._reasons[row] = f"ended after {took:.0f} s, when the time was up"
         except VilaDeployError as error:
             self._end(row, FAILED, {"reason": str(error)})
         finally:
-            self._advance(row.title, round(table.clock() - began))
+            steps.finish()
 
-    def _measure(self, row: TableRow, engine: Path) -> Row:
-        measured = self._table.worker.measure(engine, self._table.settings, self._left())
+    def _build_and_measure(self, row: TableRow, steps: _Steps) -> Row | None:
+        """Return the measured figures; None, with the reason noted, without room on the disk."""
+        table = self._table
+        if row.engine is not None:
+            return self._measure(row, row.engine, steps)
+        plan = table.plans[row]
+        free, needed = table.free_bytes(), plan.disk_bytes + DISK_RESERVE_BYTES
+        if free < needed:
+            self._reasons[row] = (
+                f"no room on the disk: needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+                "choose another --results"
+            )
+            return None
+        with table.scratch() as folder:
+            began, engine = table.clock(), folder / "engine"
+            limit = self._limit(steps.begin("building"))
+            table.worker.build(row.model, row.precision, engine_length(row.model), engine, limit)
+            build_s = table.clock() - began
+            return self._measure(row, engine, steps) | {"build_s": build_s}
+
+    def _measure(self, row: TableRow, engine: Path, steps: _Steps) -> Row:
+        limit = self._limit(steps.begin("measuring"))
+        measured = self._table.worker.measure(engine, self._table.settings, limit)
         plan = self._table.plans.get(row)
         if plan is not None:
             first_token_s = measured["ttft_ms"]["total"] / 1e3
@@ -213,17 +244,41 @@ class _Filler:
             measured |= {**known, "first_token_s": first_token_s}
         return measured
 
-    def _left(self) -> float:
-        return max(1.0, self._deadline - self._table.clock())
-
-    def _begin(self, row: TableRow) -> Row:
-        engine = None if row.engine is None else str(row.engine.resolve())
-        return {"model": row.model, "precision": row.precision, "engine": engine}
+    def _limit(self, tick: Callable[[], None]) -> TimeLimit:
+        return TimeLimit(max(1.0, self._deadline - self._table.clock()), tick)
 
     def _end(self, row: TableRow, label: str, values: Row) -> None:
-        ended = {**self._begin(row), **values, **self._table.identity, "label": label}
+        ended = {**_begin(row), **values, **self._table.identity, "label": label}
         self.done[row] = ended
         self._results.append(ended)
+
+
+class _Steps:
+    """The progress of one row: a step a second, as many in all as were estimated."""
+
+    def __init__(self, advance: Advance, title: str, seconds: int):
+        self._advance, self._title, self._left = advance, title, seconds
+
+    def begin(self, work: str) -> Callable[[], None]:
+        """Show what begins, and return the function that counts a second of it."""
+        text = f"{self._title}, {work}"
+        self._advance(text, 0)
+
+        def tick() -> None:
+            # The last second is counted when the row has ended.
+            step = int(self._left > 1)
+            self._left -= step
+            self._advance(text, step)
+
+        return tick
+
+    def finish(self) -> None:
+        self._advance(self._title, self._left)
+
+
+def _begin(row: TableRow) -> Row:
+    engine = None if row.engine is None else str(row.engine.resolve())
+    return {"model": row.model, "precision": row.precision, "engine": engine}
 
 
 def _key(row: Row) -> tuple[Any, ...]:

@@ -67,7 +67,7 @@ def run_table(options: TableOptions) -> list[dict[str, Any]]:
             results.clear()
         earlier = results.read()
         table = _table(options, target, rows, options.results / WORK)
-        seconds = round(expected_seconds(table, earlier))
+        seconds = expected_seconds(table, earlier)
         with _keep_on_interrupt(options.results), progress(seconds, "seconds of work") as advance:
             filled = fill_table(table, results, advance)
         _write_files(filled, results)

@@ -7,11 +7,12 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vila_deploy.bench.fill_table import TimeUp
+from vila_deploy.bench.fill_table import TimeLimit, TimeUp
 from vila_deploy.cli.common import command_errors
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.module_command import module_command
@@ -23,6 +24,7 @@ MODULE = "vila_deploy.cli.bench_table_worker"
 PR_SET_PDEATHSIG = 1
 # Until a process that was told to end is killed.
 GRACE_S = 10.0
+TICK_S = 1.0
 
 
 class SubprocessWorker:
@@ -32,25 +34,25 @@ class SubprocessWorker:
         self._target = target
 
     def build(
-        self, model: str, precision: str, max_seq_len: int, out: Path, seconds: float
+        self, model: str, precision: str, max_seq_len: int, out: Path, limit: TimeLimit
     ) -> None:
         """Build an engine with random weights into the new folder `out`."""
         arguments = [model, precision, self._target, str(max_seq_len), str(out)]
-        run_step(["build", *arguments], seconds)
+        run_step(["build", *arguments], limit)
 
-    def measure(self, engine: Path, settings: MeasureSettings, seconds: float) -> dict[str, Any]:
+    def measure(self, engine: Path, settings: MeasureSettings, limit: TimeLimit) -> dict[str, Any]:
         """Return the figures of `measure_row`."""
-        printed = run_step(["measure", str(engine), json.dumps(settings.to_json())], seconds)
+        printed = run_step(["measure", str(engine), json.dumps(settings.to_json())], limit)
         row: dict[str, Any] = json.loads(printed)
         return row
 
 
-def run_step(arguments: Sequence[str], seconds: float) -> str:
+def run_step(arguments: Sequence[str], limit: TimeLimit) -> str:
     """Run this module in a new process and return what it prints.
 
     Raises:
         VilaDeployError: the process failed, with its own line, or died.
-        TimeUp: it had not ended after `seconds`, and was ended.
+        TimeUp: it had not ended at the limit, and was ended.
     """
     process = subprocess.Popen(
         module_command(MODULE, *arguments),
@@ -59,16 +61,26 @@ def run_step(arguments: Sequence[str], seconds: float) -> str:
         text=True,
     )
     try:
-        printed, messages = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        _end(process)
-        raise TimeUp from None
+        printed, messages = _wait(process, limit)
     except BaseException:
         _end(process)
         raise
     if process.returncode:
         raise VilaDeployError(_problem(process.returncode, messages))
     return printed
+
+
+def _wait(process: subprocess.Popen[str], limit: TimeLimit) -> tuple[str, str]:
+    """Return the output of `process`; raise TimeUp if it has not ended at the limit."""
+    deadline = time.monotonic() + limit.seconds
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            return process.communicate(timeout=max(0.0, min(TICK_S, left)))
+        except subprocess.TimeoutExpired:
+            if left <= TICK_S:
+                raise TimeUp from None
+            limit.tick()
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -16,7 +16,8 @@ from click.testing import CliRunner, Result
 
 from tests.support.paths import REPOSITORY
 from tests.support.tiny import make_checkpoint
-from vila_deploy.bench.fill_table import TimeUp
+from vila_deploy.bench.fill_table import TimeLimit, TimeUp
+from vila_deploy.bench.measure_row import MeasureSettings
 from vila_deploy.builder.build import build_engine
 from vila_deploy.builder.resolve import BuildOptions
 from vila_deploy.cli import bench_table_worker
@@ -150,18 +151,18 @@ def test_an_interrupted_table_leaves_its_rows_and_no_process(
 
 def test_a_worker_says_its_problem_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(VilaDeployError, match=r"^\S+nothing: no such folder; give a folder"):
-        bench_table_worker.run_step(["measure", str(tmp_path / "nothing"), _settings()], 60)
+        run_step("measure", tmp_path / "nothing", seconds=60)
 
 
 def test_a_worker_that_takes_too_long_is_ended(engine: Path) -> None:
     with pytest.raises(TimeUp):
-        bench_table_worker.run_step(["measure", str(engine), _settings()], 0.05)
+        run_step("measure", engine, seconds=0.05)
 
 
-def _settings() -> str:
-    from vila_deploy.bench.measure_row import MeasureSettings
-
-    return json.dumps(MeasureSettings().to_json())
+def run_step(step: str, engine: Path, seconds: float) -> str:
+    settings = json.dumps(MeasureSettings().to_json())
+    limit = TimeLimit(seconds, lambda: None)
+    return bench_table_worker.run_step([step, str(engine), settings], limit)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.bench_table import BANDWIDTH, FakeWorker, fake_table, results_file
 from vila_deploy.bench import fill_table as fill_table_module
-from vila_deploy.bench.fill_table import fill_table
+from vila_deploy.bench.fill_table import expected_seconds, fill_table
 from vila_deploy.bench.table_rows import AUTHORS_MODELS, TableRow
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -206,3 +206,21 @@ def test_no_figure_is_called_measured_that_was_not(fill: Callable[..., list[Row]
     rows = fill(worker, minutes=3)
     assert len(titles(rows, "measured")) == len(worker.measured)
     assert fill_table_module.MEASURED == "measured"
+
+
+def test_progress_counts_the_estimated_seconds(tmp_path: Path) -> None:
+    """A step a second, and at the end of each row what is left of its estimate."""
+    steps: list[int] = []
+    texts: list[str] = []
+
+    def advance(text: str = "", count: int = 1) -> None:
+        texts.append(text)
+        steps.append(count)
+
+    table = fake_table(tmp_path, FakeWorker())
+    fill_table(table, results_file(tmp_path / "r"), advance)
+    assert sum(steps) == expected_seconds(table, [])
+    assert min(steps) == 0
+    assert "row 5 of 10: VILA1.5-3b int4, building" in texts
+    assert "row 5 of 10: VILA1.5-3b int4, measuring" in texts
+    assert expected_seconds(fake_table(tmp_path, FakeWorker(), minutes=0), []) == 0
