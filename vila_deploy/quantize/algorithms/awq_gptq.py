@@ -316,7 +316,8 @@ class _LinearQuantizer:
     def quantize(self, name: str, factor: HessianFactor, error_correction: bool = False) -> None:
         weight, bias = weight_of(self.layer, name), bias_of(self.layer, name)
         target = weight
-        if error_correction:
+        # A linear without any weight was pruned on purpose and stays so.
+        if error_correction and bool(weight.any()):
             target = weight + ERROR_CORRECTION * factor.least_squares_update(weight)
         linear = gptq_quantize(target, factor, self.scheme, f"{self.where}.{name}", bias)
         stored = linear.dequantize()

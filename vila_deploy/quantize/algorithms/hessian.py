@@ -13,6 +13,8 @@ SHRINK = 0.15
 # Added to the diagonal, as a share of its mean: channels that calibration never excites must not
 # be free to round.
 DAMPING = 0.003
+# Below this mean square inputs are zero: float32 has no digits left to factor them with.
+ZERO_MEAN_SQUARE = 1e-30
 # Rows of the Hessian that are permuted at a time, so that there is no third copy of it.
 ROWS_IN_ORDER = 256
 
@@ -38,10 +40,17 @@ class HessianAccumulator:
             self._cross.addmm_(targets.T, inputs)
 
     def factor(self) -> HessianFactor:
-        """Return means over tokens, shrunk, damped and factored; the sums are used up."""
+        """Return means over tokens, shrunk, damped and factored; the sums are used up.
+
+        Inputs that are all zero, as behind a pruned linear, give the identity: every channel
+        counts the same.
+        """
         hessian = self._hessian.div_(self.tokens)
         cross = self._cross.div_(self.tokens)
         mean_square = hessian.diagonal().clone()
+        if float(mean_square.mean()) < ZERO_MEAN_SQUARE:
+            identity = hessian.zero_().fill_diagonal_(1)
+            return HessianFactor.of(identity, identity.diagonal().clone(), cross.zero_())
         damping = SHRINK * mean_square + DAMPING * mean_square.mean()
         damping += torch.finfo(torch.float32).tiny
         hessian.mul_(1 - SHRINK).diagonal().copy_((1 - SHRINK) * mean_square + damping)

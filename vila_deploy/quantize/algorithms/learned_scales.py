@@ -17,6 +17,8 @@ ROWS = 512
 START_RATIO = 0.35
 # Further out, the float16 group scales of the layer before would lose digits.
 MAX_LOG_SCALE = math.log(64)
+# Below this error the weights are zero: its logarithm has no gradient to follow.
+ZERO_ERROR = 1e-30
 
 
 def learn_scales(
@@ -27,7 +29,7 @@ def learn_scales(
     GPTQ's expected output error is Σ over rows and groups of step² / 12 · Σ over the group's
     channels of d / s², where step is the range of W · s in the group over 15. That is
     differentiable in s, so all scales move at once, instead of along AWQ's one-dimensional family
-    mean|x|^ratio.
+    mean|x|^ratio. Weights that are all zero, as in a pruned layer, keep scales of 1.
 
     Args:
         weight: [out, in], all linears that share the input stacked.
@@ -58,9 +60,11 @@ def _gradient_descent(
         scales = logs[tie].exp()
         ranges = _ranges((sample * scales).unflatten(1, (-1, scheme.group_size)), scheme)
         importance = (d / scales.square()).unflatten(0, (-1, scheme.group_size)).sum(-1)
-        error = (ranges.square().sum(0) * importance).sum().log()
+        error = (ranges.square().sum(0) * importance).sum()
+        if step == 0 and error.item() < ZERO_ERROR:
+            return torch.zeros_like(logs)
         optimizer.zero_grad()
-        error.backward()
+        error.log().backward()
         optimizer.step()
     return logs.detach().clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE)
 
