@@ -14,6 +14,7 @@ from vila_deploy.engine.manifest import (
     Manifest,
     load_manifest,
     pending_steps_of,
+    unlisted_files,
     write_manifest,
 )
 from vila_deploy.utils.errors import VilaDeployError
@@ -54,12 +55,13 @@ def finish_engine(folder: Path, asked_target: str, asked_backend: str | None) ->
             )
     backend = get_backend(manifest.backend)
     backend.check_device(folder, manifest)
+    users_files = unlisted_files(folder)
     while manifest.pending_steps:
         step, *rest = manifest.pending_steps
         versions = {**manifest.versions, **backend.finish_step(folder, manifest, step)}
         manifest = replace(manifest, pending_steps=tuple(rest), versions=versions)
         intermediates = backend.intermediates(folder, step)
-        write_manifest(folder, manifest, without=intermediates)
+        write_manifest(folder, manifest, without=(*intermediates, *users_files))
         _remove(folder, intermediates)
     return manifest
 

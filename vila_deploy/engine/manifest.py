@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +23,8 @@ MANIFEST, TOKENIZER_FOLDER = "manifest.json", "tokenizer"
 CHECKSUM = "manifest_sha256"
 # Files that backends keep to be quicker next time; they change and may be deleted.
 CACHE_SUFFIX = ".cache"
+# What operating systems leave in folders besides hidden files.
+SYSTEM_FILES = ("Thumbs.db", "desktop.ini")
 HASH_THREADS = 4
 REBUILD = "build the engine again with vila-build-engine, or copy it again"
 
@@ -100,18 +103,14 @@ KEYS = {
 def write_manifest(folder: Path, manifest: Manifest, without: Collection[str] = ()) -> None:
     """Write manifest.json with size and SHA-256 of every other file below `folder`.
 
-    One that is there is replaced at once.
+    Hidden files and caches are left out. One that is there is replaced at once.
 
     Args:
         without: paths within `folder` that are about to be removed.
     """
     partial = folder / f".{MANIFEST}.partial"
     left_out = {folder / MANIFEST, partial, *(folder / path for path in without)}
-    paths = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path not in left_out and path.suffix != CACHE_SUFFIX
-    ]
+    paths = [path for path in sorted(_own_files(folder)) if path not in left_out]
     with ThreadPoolExecutor(HASH_THREADS) as threads:
         digests = threads.map(sha256_file, paths)
     names = [field.name for field in fields(Manifest)]
@@ -136,7 +135,7 @@ def write_manifest(folder: Path, manifest: Manifest, without: Collection[str] = 
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read manifest.json and check every file of the engine against it.
+    """Read manifest.json and check every file that it lists; files beside the engine's are fine.
 
     Raises:
         VilaDeployError: no engine, another format version, or any byte that differs.
@@ -209,18 +208,43 @@ def pending_steps_of(content: Mapping[str, Any]) -> tuple[PendingStep, ...]:
     )
 
 
+def unlisted_files(folder: Path) -> list[str]:
+    """Return the paths within an engine folder that its manifest doesn't list.
+
+    They are the user's, such as a README.md; hidden and cache files are left out.
+    """
+    return sorted(_unlisted(folder, _read_fields(folder).values["files"]))
+
+
+def _unlisted(folder: Path, listed: Collection[str]) -> set[str]:
+    names = {path.relative_to(folder).as_posix() for path in _own_files(folder)}
+    return names - set(listed) - {MANIFEST}
+
+
+def _own_files(folder: Path) -> Iterator[Path]:
+    """Yield the files below `folder` but hidden ones (.git/, .cache/), caches and the system's."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(parent, name)
+            hidden = name.startswith(".") or name in SYSTEM_FILES
+            if not hidden and path.suffix != CACHE_SUFFIX and path.is_file():
+                yield path
+
+
 def _check_files(folder: Path, expected: dict[str, dict[str, Any]]) -> None:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != CACHE_SUFFIX)
-    present = {path.relative_to(folder).as_posix() for path in files}
-    for name in sorted(present - expected.keys() - {MANIFEST}):
-        raise VilaDeployError(
-            f"is not part of this engine ({MANIFEST} doesn't list it)",
-            where=folder / name,
-            fix="move it elsewhere",
-        )
+    # In these a file counts by being there; beside them are a model card, notes and the like.
+    engine_folders = {name.split("/")[0] for name in expected if "/" in name} | {TOKENIZER_FOLDER}
+    for name in sorted(_unlisted(folder, expected)):
+        if "/" in name and name.split("/")[0] in engine_folders:
+            raise VilaDeployError(
+                f"is not part of this engine ({MANIFEST} doesn't list it)",
+                where=folder / name,
+                fix="move it elsewhere",
+            )
     for name, facts in expected.items():
         path = folder / name
-        if name not in present:
+        if not path.is_file():
             raise VilaDeployError("is missing", where=path, fix=REBUILD)
         if path.stat().st_size != facts["size_bytes"]:
             raise VilaDeployError(

@@ -12,7 +12,14 @@ import pytest
 from tests.support.old_engines import old_engine
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint.config import load_config
-from vila_deploy.engine.manifest import Limits, Manifest, PendingStep, load_manifest, write_manifest
+from vila_deploy.engine.manifest import (
+    Limits,
+    Manifest,
+    PendingStep,
+    load_manifest,
+    unlisted_files,
+    write_manifest,
+)
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.target import get_target, load_targets
 from vila_deploy.processing.tokenizer import load_tokenizer
@@ -78,6 +85,49 @@ def test_altered_missing_and_foreign_files_are_named(engine: Path, tmp_path: Pat
     (engine / "llm" / "more.onnx").touch()
     with pytest.raises(VilaDeployError, match=r"more\.onnx: is not part"):
         load_manifest(engine)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".gitattributes", "README.md", "notes/run-3/answers.txt", ".DS_Store", "llm/.DS_Store",
+        "._manifest.json", "llm/._model.onnx", ".git/HEAD", ".cache/huggingface/download/x.lock",
+        "llm/.nfs0000001", "Thumbs.db", "llm/Thumbs.db", "LICENSE", "tokenizer/.gitkeep",
+        "model.onnx",
+    ],
+)  # fmt: skip
+def test_foreign_files_beside_the_engines_are_no_corruption(
+    engine: Path, manifest: Manifest, name: str
+) -> None:
+    before = (engine / "manifest.json").read_bytes()
+    foreign = engine / name
+    foreign.parent.mkdir(parents=True, exist_ok=True)
+    foreign.write_text("x")
+    assert load_manifest(engine) == manifest
+    write_manifest(engine, manifest, without=unlisted_files(engine))
+    assert (engine / "manifest.json").read_bytes() == before
+    model = engine / "llm" / "model.onnx"
+    model.write_bytes(model.read_bytes()[::-1])
+    with pytest.raises(VilaDeployError, match=r"llm/model\.onnx: was altered"):
+        load_manifest(engine)
+
+
+@pytest.mark.parametrize("name", ["llm/prefill.onnx", "tokenizer/added_tokens.json", "llm/a/b.npy"])
+def test_files_that_an_engine_would_read_are_refused(engine: Path, name: str) -> None:
+    (engine / name).parent.mkdir(exist_ok=True)
+    (engine / name).write_text("{}")
+    with pytest.raises(VilaDeployError, match=f"{name}: is not part of this engine"):
+        load_manifest(engine)
+
+
+def test_an_engine_of_links_is_read(engine: Path, manifest: Manifest, tmp_path: Path) -> None:
+    (engine / "llm" / "model.onnx").rename(tmp_path / "blob")
+    (engine / "llm" / "model.onnx").symlink_to(tmp_path / "blob")
+    (tmp_path / "link").symlink_to(engine)
+    assert load_manifest(tmp_path / "link") == manifest
+    (engine / "llm").rename(tmp_path / "llm")
+    (engine / "llm").symlink_to(tmp_path / "llm")
+    assert load_manifest(engine) == manifest
 
 
 def test_other_format_version_and_unfinished_engines_are_refused(
