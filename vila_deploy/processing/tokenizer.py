@@ -7,10 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from vila_deploy.processing.added_tokens import (
+    AddedTokenEntry,
+    read_added_tokens,
+    read_settings,
+    read_special_tokens,
+)
 from vila_deploy.utils.errors import VilaDeployError, short
-from vila_deploy.utils.fields import Fields
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from tokenizers import Tokenizer as Library
 
 TOKENIZER_FILES = (
@@ -23,7 +29,6 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 MAX_TOKENIZER_BYTES = 128 << 20
-MAX_TOKENS = 1 << 24
 QWEN2_CLASSES = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 # How Qwen2 splits text before byte-level BPE: contractions, words, single digits, signs, spaces.
 QWEN2_WORDS = (
@@ -50,7 +55,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`, special tokens left out."""
+        """Return the text of `ids` as transformers' decode(skip_special_tokens=True) does."""
         ...
 
 
@@ -98,7 +103,17 @@ class JsonTokenizer:
     def _load(self, path: Path) -> Library:
         from tokenizers import Tokenizer as Library
 
-        return Library.from_file(str(path))
+        library = Library.from_file(str(path))
+        for entry in read_added_tokens(path):
+            # An id that the vocabulary doesn't leave would be another token's for the model.
+            number = library.token_to_id(entry.content)
+            if entry.number == (library.get_vocab_size() if number is None else number):
+                library.add_tokens([_library_token(entry)])
+        added = {token.content for token in library.get_added_tokens_decoder().values()}
+        named = read_special_tokens(path) - added
+        for content in sorted(token for token in named if library.token_to_id(token) is not None):
+            library.add_special_tokens([content])
+        return library
 
     def encode(self, text: str) -> list[int]:
         return self._library.encode(text, add_special_tokens=False).ids
@@ -114,10 +129,10 @@ class Qwen2Tokenizer(JsonTokenizer):
     """vocab.json with merges.txt beside it: byte-level BPE with the patterns of Qwen2."""
 
     def _load(self, path: Path) -> Library:
-        from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+        from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
         from tokenizers import Tokenizer as Library
 
-        kind = _settings(path).text("tokenizer_class", "")
+        kind = read_settings(path).text("tokenizer_class", "")
         if kind not in QWEN2_CLASSES:
             raise VilaDeployError(
                 f"unknown tokenizer class {short(kind)} for it",
@@ -133,12 +148,13 @@ class Qwen2Tokenizer(JsonTokenizer):
             ]
         )
         library.decoder = decoders.ByteLevel()
-        for token, number in sorted(_added_tokens(path).items(), key=lambda item: item[1]):
-            library.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-            if library.token_to_id(token) != number:
+        for entry in read_added_tokens(path):
+            library.add_tokens([_library_token(entry)])
+            number = library.token_to_id(entry.content)
+            if number != entry.number:
                 raise VilaDeployError(
-                    f"token {short(token)} has id {number}, vocab.json leaves it "
-                    f"{library.token_to_id(token)}",
+                    f"token {short(entry.content)} has id {entry.number}, "
+                    f"vocab.json leaves it {number}",
                     where=path.with_name("added_tokens.json"),
                     fix="download the tokenizer files again",
                 )
@@ -153,58 +169,73 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: Path):
         from sentencepiece import SentencePieceProcessor
+        from tokenizers import decoders
 
         self._library = SentencePieceProcessor()
         self._library.LoadFromSerializedProto(path.read_bytes() + NO_DUMMY_PREFIX)
-        adds_bos = _settings(path).boolean("add_bos_token", True) and self._library.bos_id() >= 0
+        adds_bos = (
+            read_settings(path).boolean("add_bos_token", True) and self._library.bos_id() >= 0
+        )
         self.bos_ids = [self._library.bos_id()] if adds_bos else []
         special = (self._library.bos_id(), self._library.eos_id(), self._library.unk_id())
-        self._special = {self._library.id_to_piece(i): i for i in special if i >= 0}
-        self._special |= _added_tokens(path)
-        self.vocab_size = max(self._library.vocab_size(), *(i + 1 for i in self._special.values()))
-        longest_first = sorted(self._special, key=len, reverse=True)
+        self._added = {self._library.id_to_piece(i): i for i in special if i >= 0}
+        entries = read_added_tokens(path)
+        self._added |= {entry.content: entry.number for entry in entries}
+        self.vocab_size = max(self._library.vocab_size(), *(i + 1 for i in self._added.values()))
+        longest_first = sorted(self._added, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._texts = {number: content for content, number in self._added.items()}
+        plain = {entry.number for entry in entries if not entry.special}
+        named = (self.token_id(token) for token in read_special_tokens(path))
+        self._skipped = {*special, *named, *(self._texts.keys() - plain)}
+        self._decoder = decoders.Sequence(
+            [
+                decoders.Replace("\u2581", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(content=" ", left=1, right=0),
+            ]
+        )
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for index, span in enumerate(self._split.split(text.replace("\u2581", " "))):
-            if span in self._special:
-                ids.append(self._special[span])
+            if span in self._added:
+                ids.append(self._added[span])
             elif span:
                 ids += self._library.encode(span if index else f" {span}")
         return ids
 
     def token_id(self, token: str) -> int | None:
-        if token in self._special:
-            return self._special[token]
+        if token in self._added:
+            return self._added[token]
         number = self._library.piece_to_id(token)
         return None if number == self._library.unk_id() else number
 
     def decode(self, ids: Sequence[int]) -> str:
-        special = set(self._special.values())
-        return self._library.decode([i for i in ids if i not in special])
+        pieces = (self._piece(number) for number in ids if number not in self._skipped)
+        return self._decoder.decode([piece for piece in pieces if piece is not None])
+
+    def _piece(self, number: int) -> str | None:
+        """Return the text of an id; None for control pieces and ids beyond the vocabulary."""
+        if number in self._texts:
+            return self._texts[number]
+        if not 0 <= number < self._library.vocab_size() or self._library.is_control(number):
+            return None
+        return self._library.id_to_piece(number)
 
 
-def _settings(path: Path) -> Fields:
-    """Read tokenizer_config.json beside a tokenizer file; empty where there is none."""
-    config = path.with_name("tokenizer_config.json")
-    return Fields.from_file(config) if config.exists() else Fields({}, config)
+def _library_token(entry: AddedTokenEntry) -> AddedToken:
+    from tokenizers import AddedToken
 
-
-def _added_tokens(path: Path) -> dict[str, int]:
-    """Return tokens added to a vocabulary: by added_tokens.json and by tokenizer_config.json."""
-    fields, tokens = _settings(path), {}
-    if "added_tokens_decoder" in fields:
-        decoder = fields.child("added_tokens_decoder")
-        for number in decoder.values:
-            if not number.isdecimal() or int(number) >= MAX_TOKENS:
-                raise decoder.error(short(number), "must be a token's id")
-            tokens[decoder.child(number).text("content")] = int(number)
-    added = path.with_name("added_tokens.json")
-    if added.exists():
-        more = Fields.from_file(added)
-        tokens |= {token: more.integer(token, low=0, high=MAX_TOKENS) for token in more.values}
-    return {token: number for token, number in tokens.items() if token}
+    return AddedToken(
+        entry.content,
+        single_word=entry.single_word,
+        lstrip=entry.lstrip,
+        rstrip=entry.rstrip,
+        normalized=entry.normalized,
+        special=entry.special,
+    )
 
 
 class IncrementalDetokenizer:
@@ -223,7 +254,10 @@ class IncrementalDetokenizer:
         after = self._tokenizer.decode(self._ids[self._start :])
         if after.endswith(REPLACEMENT):
             return ""
-        self._start, self._shown = self._shown, len(self._ids)
+        # A decoder strips the first space; behind a token without text it would be the wrong one.
+        if self._tokenizer.decode(self._ids[self._shown :]):
+            self._start = self._shown
+        self._shown = len(self._ids)
         return after[len(before) :]
 
     def finish(self) -> str:

@@ -139,21 +139,21 @@ class Conversation:
         clock.lap("vision")
         embeds = merge_embeddings(chunks, features, self.session.embed_tokens)
 
-        detokenizer, text = IncrementalDetokenizer(self.tokenizer), ""
+        detokenizer, started = IncrementalDetokenizer(self.tokenizer), False
         tokens: list[int] = []
         for token in generate(self.session, embeds, self.model.stop_token_ids, sampling):
             if not tokens:
                 clock.lap("prefill")
             tokens.append(token)
             piece = detokenizer.push(token)
-            if not text:
+            if not started:
                 piece = piece.lstrip()
-            text += piece
+                started = bool(piece)
             show(piece)
-        rest = detokenizer.finish()
-        show(rest)
+        show(detokenizer.finish())
         clock.lap("decode")
-        text = (text + rest).strip()
+        # What was shown may differ where bytes of a broken character came one by one.
+        text = self.tokenizer.decode(tokens).strip()
         # An answer may spell a marker; in later prompts it would ask for an image.
         self.turns.append((question, text.replace(IMAGE_MARKER, "")))
         self._features = features

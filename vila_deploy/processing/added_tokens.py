@@ -1,0 +1,107 @@
+"""Read which tokens were added to a vocabulary, and which of them answers leave out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vila_deploy.utils.errors import short
+from vila_deploy.utils.fields import Fields
+
+MAX_TOKENS = 1 << 24
+# transformers' SPECIAL_TOKENS_ATTRIBUTES (tokenization_utils_base.py); always special.
+NAMED_TOKENS = (
+    "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
+)  # fmt: skip
+SPECIAL_TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
+
+
+@dataclass(frozen=True)
+class AddedTokenEntry:
+    """A token added to a vocabulary, with the flags of `tokenizers.AddedToken`."""
+
+    content: str
+    number: int
+    special: bool
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+
+
+def read_settings(path: Path) -> Fields:
+    """Return tokenizer_config.json beside a tokenizer file; empty where there is none."""
+    config = path.with_name("tokenizer_config.json")
+    return Fields.from_file(config) if config.exists() else Fields({}, config)
+
+
+def read_added_tokens(path: Path) -> list[AddedTokenEntry]:
+    """Return the tokens of tokenizer_config.json and added_tokens.json beside `path`, by id.
+
+    As transformers' `from_pretrained` reads them: added_tokens.json holds no flags, so its tokens
+    are special only where the settings name them.
+    """
+    named = read_special_tokens(path)
+    entries: dict[str, AddedTokenEntry] = {}
+    added = path.with_name("added_tokens.json")
+    if added.exists():
+        fields = Fields.from_file(added)
+        for content in filter(None, fields.values):
+            number = fields.integer(content, low=0, high=MAX_TOKENS)
+            special = content in named
+            entries[content] = AddedTokenEntry(content, number, special, normalized=not special)
+    settings = read_settings(path)
+    if "added_tokens_decoder" in settings:
+        decoder = settings.child("added_tokens_decoder")
+        for key in decoder.values:
+            if not key.isdecimal() or int(key) >= MAX_TOKENS:
+                raise decoder.error(short(key), "must be a token's id")
+            token = decoder.child(key)
+            content = token.text("content")
+            if not content:
+                continue
+            special = token.boolean("special", False)
+            entries[content] = AddedTokenEntry(
+                content,
+                # added_tokens.json decides where the two disagree.
+                entries[content].number if content in entries else int(key),
+                special or content in named,
+                single_word=token.boolean("single_word", False),
+                lstrip=token.boolean("lstrip", False),
+                rstrip=token.boolean("rstrip", False),
+                normalized=token.boolean("normalized", not special),
+            )
+    return sorted(entries.values(), key=lambda entry: entry.number)
+
+
+def read_special_tokens(path: Path) -> set[str]:
+    """Return the tokens that tokenizer_config.json or special_tokens_map.json name as special."""
+    settings = read_settings(path)
+    sources = [settings]
+    special_map = path.with_name("special_tokens_map.json")
+    # transformers reads this file only for releases from before added_tokens_decoder.
+    if "added_tokens_decoder" not in settings and special_map.exists():
+        sources.append(Fields.from_file(special_map))
+    return {
+        content
+        for fields in sources
+        for key in (*NAMED_TOKENS, *SPECIAL_TOKEN_LISTS)
+        for content in _contents(fields, key)
+    }
+
+
+def _contents(fields: Fields, key: str) -> list[str]:
+    """Return the texts of one setting: a token, a saved AddedToken, or a list of either."""
+    value = fields.values.get(key)
+    if isinstance(value, dict) and "content" not in value:
+        value = list(value.values())
+    contents = [_content(item) for item in (value if isinstance(value, list) else [value])]
+    if None in contents and value is not None:
+        raise fields.error(key, f"must hold tokens, found {short(value)}")
+    return [content for content in contents if content]
+
+
+def _content(value: Any) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
