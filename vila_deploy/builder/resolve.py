@@ -14,11 +14,12 @@ from vila_deploy.engine.build_request import BuildRequest, resolve_limits
 from vila_deploy.engine.precision import ALL_FP16, ModulePrecision, option_of
 from vila_deploy.engine.target import Target, get_target
 from vila_deploy.formats.module_dtypes import FP16
+from vila_deploy.quantize.options import BUILTIN, OLD_BUILTIN
 from vila_deploy.utils.errors import VilaDeployError
 
 FIRST_WITH_FP8 = (8, 9)
 # What stands for the built-in held-out data; the second is the older word.
-BUILTIN_DATA = (Path("builtin"), Path("shipped"))
+BUILTIN_DATA = (Path(BUILTIN), Path(OLD_BUILTIN))
 
 
 @dataclass(frozen=True)
