@@ -38,9 +38,13 @@ FILE = click.Path(path_type=Path)
 @click.option("--symmetric", is_flag=True, help="No zero points: all are 8.")
 @click.option(
     "--calib", type=FILE, metavar="FILE_OR_DIR",
-    help="Own calibration texts: .txt, .jsonl (text, answer, image) or a folder of them.",
+    help="Own calibration texts: .txt, .jsonl (text, answer, image), LLaVA's .json "
+    "(conversations) or a folder of them.",
 )  # fmt: skip
-@click.option("--calib-images", type=FILE, metavar="DIR", help="Own calibration images.")
+@click.option(
+    "--calib-images", type=FILE, metavar="DIR",
+    help="Own calibration images; image paths of --calib may be relative to it.",
+)  # fmt: skip
 @click.option("--text-only", is_flag=True, help="Calibrate without images, e.g. to compare.")
 @click.option(
     "--eval", "eval_data", type=FILE, metavar="FILE_OR_DIR",

@@ -52,4 +52,5 @@ def _tokens(example: Example) -> int:
     if example.is_plain:
         return 1 + len(example.text) // CHARACTERS_PER_TOKEN
     characters = len(example.text) + len(example.answer or "")
-    return TEMPLATE_TOKENS + characters // CHARACTERS_PER_TOKEN
+    characters += sum(len(question) + len(answer) for question, answer in example.turns)
+    return TEMPLATE_TOKENS * (1 + len(example.turns)) + characters // CHARACTERS_PER_TOKEN

@@ -18,6 +18,7 @@ from vila_deploy.checkpoint.llm_config import EMBEDDING
 from vila_deploy.data.examples import Example, LazyImage
 from vila_deploy.model.vision import VisionEncoder
 from vila_deploy.processing.chat_template import (
+    IMAGE_MARKER,
     PROMPT_TEMPLATES,
     PromptTemplate,
     choose_template,
@@ -82,7 +83,7 @@ class SampleTokenizer:
         chunks = self._chunks(self._rendered(example))
         if example.answer is None:
             return TokenSequence(chunks, example.images)
-        prompt = render(self._template, [], self._question(example))
+        prompt = render(self._template, *self._marked(example))
         last_chunk, prompt_chunk = chunks[-1], self._chunks(prompt)[-1]
         # The last token of the prompt and the first of the answer may have become one.
         prompt_tokens = _common_prefix_length(last_chunk, prompt_chunk)
@@ -91,15 +92,22 @@ class SampleTokenizer:
     def _chunks(self, text: str) -> list[list[int]]:
         return text_chunks(self.tokenizer, text, self.config.image_end)
 
-    def _question(self, example: Example) -> str:
-        return with_markers(example.text, len(example.images), self.config.image_end)
+    def _marked(self, example: Example) -> tuple[list[tuple[str, str]], str]:
+        """Return earlier turns and question, with a marker for each image."""
+        turns, question, images = list(example.turns), example.text, len(example.images)
+        if not turns:
+            return [], with_markers(question, images, self.config.image_end)
+        if not any(IMAGE_MARKER in text for text in (question, *(asked for asked, _ in turns))):
+            first, answer = turns[0]
+            turns[0] = with_markers(first, images, self.config.image_end), answer
+        return turns, question
 
     def _rendered(self, example: Example) -> str:
-        """Return the example as a turn of the model's own conversation template."""
-        question = self._question(example)
+        """Return the example in the model's own conversation template."""
+        turns, question = self._marked(example)
         if example.answer is None:
-            return render(self._template, [], question)
-        return render_answered(self._template, question, example.answer)
+            return render(self._template, turns, question)
+        return render_answered(self._template, question, example.answer, turns)
 
 
 def _common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:

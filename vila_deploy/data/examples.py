@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from PIL import Image
 
 from vila_deploy.data import drawn_scenes_eval
 from vila_deploy.data.drawn_scenes import SCENES, Scene
-from vila_deploy.processing.chat_template import IMAGE_MARKER
+from vila_deploy.data.rows import Row, rows_of_lines, rows_of_list
 from vila_deploy.processing.images import read_image
 from vila_deploy.utils.errors import VilaDeployError, short
 
@@ -22,7 +22,8 @@ IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
 )  # fmt: skip
 EMPTY_LINES = re.compile(r"\r?\n[^\S\n]*\n")
-TEXT_SUFFIXES = (".txt", ".jsonl")
+ROW_READERS = {".jsonl": rows_of_lines, ".json": rows_of_list}
+TEXT_SUFFIXES = (".txt", *ROW_READERS)
 IMAGE_QUESTIONS = (
     "Describe this image.",
     "What is in the picture?",
@@ -45,15 +46,20 @@ class LazyImage:
 
 @dataclass(frozen=True)
 class Example:
-    """A plain text, or a question with images, an answer, or both."""
+    """A plain text, or a question with images, an answer, or both.
+
+    Args:
+        turns: earlier questions and answers of the same conversation; their images come first.
+    """
 
     text: str
     answer: str | None = None
     images: tuple[LazyImage, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
 
     @property
     def is_plain(self) -> bool:
-        return self.answer is None and not self.images
+        return self.answer is None and not self.images and not self.turns
 
 
 def load_examples(
@@ -62,16 +68,17 @@ def load_examples(
     """Return the examples to calibrate with; the user's replace the built-in ones of their kind.
 
     Args:
-        texts: a .txt file (paragraphs), a .jsonl file (objects with `text` and, if wanted, `answer`
-            and `image`), or a folder of such files.
-        images: a folder of images.
+        texts: a .txt file (paragraphs), a .jsonl or .json file (rows with `text` and, if wanted,
+            `answer` and `image`, or with LLaVA's `conversations`), or a folder of such files.
+        images: a folder of images. Paths in `texts` may be relative to it; if one is, it is no set
+            of images to calibrate with besides.
         text_only: leave out every example with images.
 
     Raises:
         VilaDeployError: a file is of another kind, too large, or empty.
     """
-    own = _own_texts(texts) if texts else []
-    if images:
+    own = _own_texts(texts, images) if texts else []
+    if images and not (texts and _is_searched(images, texts, own)):
         own += _own_images(images)
     examples = list(own)
     if not any(not example.images for example in own):
@@ -81,11 +88,19 @@ def load_examples(
     return [e for e in examples if not (text_only and e.images)]
 
 
-def load_held_out(path: Path | None) -> list[Example]:
+def _is_searched(images: Path, texts: Path, examples: Sequence[Example]) -> bool:
+    """Return whether an image that `texts` name was found in the folder `images`."""
+    folder = texts if texts.is_dir() else texts.parent
+    paths = (Path(image.name) for example in examples for image in example.images)
+    return any(p.is_relative_to(images) and not p.is_relative_to(folder) for p in paths)
+
+
+def load_held_out(path: Path | None, images: Path | None = None) -> list[Example]:
     """Return the examples to evaluate with: the user's own, or the built-in ones.
 
     Args:
         path: as `texts` of `load_examples`, or a folder that holds images only.
+        images: a folder that paths of images may be relative to, besides that of their file.
 
     Raises:
         VilaDeployError: as `load_examples`.
@@ -94,7 +109,7 @@ def load_held_out(path: Path | None) -> list[Example]:
         return _builtin_texts("evaluation") + _scene_examples(drawn_scenes_eval.SCENES)
     if path.is_dir() and not _files(path, TEXT_SUFFIXES) and _files(path, IMAGE_SUFFIXES):
         return _own_images(path)
-    return _own_texts(path)
+    return _own_texts(path, images)
 
 
 def builtin_text_examples() -> list[Example]:
@@ -113,7 +128,7 @@ def _builtin_texts(name: str) -> list[Example]:
     conversations = (folder / "conversations.jsonl").read_text("utf-8")
     return [
         *_paragraphs(passages),
-        *_from_lines(conversations, Path("conversations.jsonl")),
+        *(_example(row, ()) for row in rows_of_lines(conversations, Path("conversations.jsonl"))),
     ]
 
 
@@ -131,27 +146,33 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return sorted(file for file in matching if not file.name.startswith("."))
 
 
-def _own_texts(path: Path) -> list[Example]:
+def _own_texts(path: Path, images: Path | None) -> list[Example]:
     if path.is_dir():
         files = _files(path, TEXT_SUFFIXES)
         if not files:
             raise VilaDeployError(
-                "holds no .txt or .jsonl file", where=path, fix="give a folder of texts"
+                f"holds no file of texts ({', '.join(TEXT_SUFFIXES)})",
+                where=path,
+                fix="give a folder of texts",
             )
     else:
         files = [path]
-    examples = [example for file in files for example in _read_file(file)]
+    examples = [example for file in files for example in _read_file(file, images)]
     if not examples:
         raise VilaDeployError("holds no text", where=path, fix="give a file with some paragraphs")
     return examples
 
 
-def _read_file(path: Path) -> list[Example]:
-    fix = "give a UTF-8 text file or a .jsonl file"
+def _read_file(path: Path, images: Path | None) -> list[Example]:
+    fix = f"give a UTF-8 file: {', '.join(TEXT_SUFFIXES)}"
     try:
         if not path.is_file():
             what = "is no regular file" if path.exists() else "no such file"
             raise VilaDeployError(what, where=path, fix=fix)
+        if path.suffix.lower() not in TEXT_SUFFIXES:
+            raise VilaDeployError(
+                f"{short(path.suffix)} is no kind of text file that is read", where=path, fix=fix
+            )
         if path.stat().st_size > MAX_FILE_BYTES:
             raise VilaDeployError(
                 f"is larger than {MAX_FILE_BYTES >> 20} MiB", where=path, fix="give a part of it"
@@ -162,9 +183,11 @@ def _read_file(path: Path) -> list[Example]:
         raise VilaDeployError(f"cannot be read: {error.strerror}", where=path, fix=fix) from error
     except UnicodeDecodeError as error:
         raise VilaDeployError(f"is not UTF-8 (byte {error.start})", where=path, fix=fix) from error
-    if path.suffix.lower() == ".jsonl":
-        return list(_from_lines(text, path))
-    return list(_paragraphs(text))
+    read_rows = ROW_READERS.get(path.suffix.lower())
+    if read_rows is None:
+        return list(_paragraphs(text))
+    folders = [path.parent, *([images] if images else [])]
+    return [_example(row, folders) for row in read_rows(text, path)]
 
 
 def _paragraphs(text: str) -> Iterator[Example]:
@@ -173,50 +196,34 @@ def _paragraphs(text: str) -> Iterator[Example]:
             yield Example(" ".join(paragraph.split()))
 
 
-def _from_lines(text: str, path: Path) -> Iterator[Example]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield _from_line(line, path, number)
+def _example(row: Row, folders: Sequence[Path]) -> Example:
+    turns = tuple(zip(row.questions[:-1], row.answers, strict=False))
+    answer = row.answers[-1] if len(row.answers) == len(row.questions) else None
+    images = tuple(LazyImage.from_file(_find(name, folders)) for name in row.images)
+    return Example(row.questions[-1], answer, images, turns)
 
 
-def _from_line(line: str, path: Path, number: int) -> Example:
-    def error(what: str) -> VilaDeployError:
-        return VilaDeployError(
-            what,
-            where=f"{path}: line {number}",
-            fix='write {"text": …} with "answer" and "image" if wanted',
-        )
+def _find(name: str, folders: Sequence[Path]) -> Path:
+    """Return the path of an image in the first of `folders` that has it.
 
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as problem:
-        raise error("is not valid JSON") from problem
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        raise error(f"must be an object with a string `text`, found {short(value)}")
-    unknown = sorted(set(value) - {"text", "answer", "image"})
-    if unknown:
-        raise error(f"unknown key {short(unknown[0])}")
-    answer, image = value.get("answer"), value.get("image")
-    if not (answer is None or isinstance(answer, str)):
-        raise error(f"answer must be a string, found {short(answer)}")
-    names = image if isinstance(image, list) else [] if image is None else [image]
-    if not all(isinstance(name, str) and name and "\0" not in name for name in names):
-        raise error(f"image must be a path or a list of paths, found {short(image)}")
-    markers = value["text"].count(IMAGE_MARKER)
-    if markers not in (0, len(names)) or IMAGE_MARKER in (answer or ""):
-        raise error(f"has {markers} {IMAGE_MARKER} markers for {len(names)} images")
-    images = tuple(LazyImage.from_file(path.parent / name) for name in names)
-    return Example(_unicode(value["text"]), None if answer is None else _unicode(answer), images)
-
-
-def _unicode(text: str) -> str:
-    """Return `text` without halves of surrogate pairs, which JSON can spell and UTF-8 cannot."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    Raises:
+        VilaDeployError: none has it.
+    """
+    for folder in folders:
+        if os.path.lexists(folder / name):
+            return folder / name
+    raise VilaDeployError(
+        f"no such image; looked in {' and '.join(map(str, folders))}",
+        where=name,
+        fix="correct the path, or give the folder that it is relative to with --calib-images",
+    )
 
 
 def _own_images(folder: Path) -> list[Example]:
     if not folder.is_dir():
-        raise VilaDeployError("no such folder", where=folder, fix="give a folder of images")
+        what = "is a file, no folder" if folder.exists() else "no such folder"
+        fix = "give a folder of images; a file that names images goes to --calib"
+        raise VilaDeployError(what, where=folder, fix=fix)
     files = _files(folder, IMAGE_SUFFIXES)
     if not files:
         raise VilaDeployError(

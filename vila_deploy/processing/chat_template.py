@@ -152,7 +152,9 @@ def render(template: PromptTemplate, turns: Sequence[tuple[str, str]], question:
     return f"{text}{template.user}{question}{template.assistant}"
 
 
-def render_answered(template: PromptTemplate, question: str, answer: str) -> str:
-    """Return a complete conversation of one turn, as in training."""
+def render_answered(
+    template: PromptTemplate, question: str, answer: str, turns: Sequence[tuple[str, str]] = ()
+) -> str:
+    """Return a complete conversation, as in training; `turns` come before the question."""
     end = template.end_of_conversation or template.end_of_answer
-    return f"{render(template, [], question)}{template.before_answer}{answer}{end}"
+    return f"{render(template, turns, question)}{template.before_answer}{answer}{end}"

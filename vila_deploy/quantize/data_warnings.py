@@ -26,8 +26,8 @@ def data_warnings(
             "no image among the calibration data: the built-in drawings stand in; "
             "give your own with --calib-images"
         )
-    seen = {(e.text, e.answer) for e in calibration}
-    overlap = sum((e.text, e.answer) in seen for e in held_out if not e.images or e.answer)
+    seen = {(e.turns, e.text, e.answer) for e in calibration}
+    overlap = sum((e.turns, e.text, e.answer) in seen for e in held_out if not e.images or e.answer)
     if overlap:
         warnings.append(
             f"{overlap} of {len(held_out)} evaluation examples were calibrated on: the figures are "

@@ -68,7 +68,7 @@ def quantize(
     planned = plan(checkpoint.config, options)
     device = choose_device(options.device, planned.device_bytes)
     examples = _calibration_examples(options)
-    held_out = load_held_out(options.eval) if options.evaluates else []
+    held_out = load_held_out(options.eval, options.calib_images) if options.evaluates else []
     warnings = data_warnings(options, examples, held_out)
     with ExitStack() as stack:
         memory = stack.enter_context(PeakMemory())

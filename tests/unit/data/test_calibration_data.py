@@ -141,12 +141,16 @@ def test_refuses_damaged_texts(tmp_path, name, content, message):
 def test_refuses_other_paths(tmp_path):
     with pytest.raises(VilaDeployError, match="no such file"):
         load_examples(tmp_path / "none.txt", None)
-    with pytest.raises(VilaDeployError, match=r"holds no .txt or .jsonl"):
+    with pytest.raises(VilaDeployError, match=r"holds no file of texts \(.txt, .jsonl, .json\)"):
         load_examples(tmp_path, None)
     with pytest.raises(VilaDeployError, match="is no regular file"):
         load_examples(Path("/dev/zero"), None)
     with pytest.raises(VilaDeployError, match="no such folder"):
         load_examples(None, tmp_path / "none")
+    (tmp_path / "list.jsonl").write_text('{"text": "a"}', "utf-8")
+    with pytest.raises(VilaDeployError, match=r"list.jsonl: is a file, no folder.*goes to --calib"):
+        load_examples(None, tmp_path / "list.jsonl")
+    (tmp_path / "list.jsonl").unlink()
     with pytest.raises(VilaDeployError, match="holds no image"):
         load_examples(None, tmp_path)
 

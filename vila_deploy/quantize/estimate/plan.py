@@ -176,7 +176,9 @@ def measured_plan(config: VilaConfig, options: QuantizeOptions) -> QuantizePlan:
         examples = load_examples(options.calib, options.calib_images, text_only=options.text_only)
         calibration = data_size(config, examples, MAX_CALIBRATION_SEQUENCES)
     if options.evaluates:
-        evaluation = data_size(config, load_held_out(options.eval), MAX_EVALUATION_SEQUENCES)
+        evaluation = data_size(
+            config, load_held_out(options.eval, options.calib_images), MAX_EVALUATION_SEQUENCES
+        )
     return plan(config, options, calibration, evaluation, time.probe(config))
 
 
