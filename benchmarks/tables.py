@@ -31,6 +31,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "targets": models.targets,
     "speed": speed.speed,
     "speed-cpu": speed.speed_cpu,
+    "authors-table": speed.authors_table,
     "published-speed": speed.published_speed,
     "published-ttft": speed.published_ttft,
     "published-accuracy": speed.published_accuracy,

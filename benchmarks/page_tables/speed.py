@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from benchmarks.page_tables import sources
 from benchmarks.page_tables.sources import PRECISIONS, markdown, results
-from vila_deploy.bench.published import read_published
+from vila_deploy.bench.published import published_models, read_published
+from vila_deploy.bench.table_markdown import decode_table, first_token_table, notes
 
 GPUS = {"a100": "A100", "rtx4090": "RTX 4090", "orin": "Jetson AGX Orin"}
 
@@ -78,6 +80,22 @@ def speed_cpu() -> str:
     )
     titles = ["precision", "tokens/s", "weights read a token", "read bandwidth of the host"]
     return markdown([*titles, "share of it", "first token", "peak memory"], rows, note)
+
+
+def authors_table() -> str:
+    """Return the tables of every committed run of `vila-bench --table`."""
+    names = sorted(path.stem for path in sources.RESULTS.glob("authors-table-*.jsonl"))
+    if not names:
+        return "No run has been committed yet.\n"
+    parts = []
+    models = published_models()
+    for name in names:
+        # A later row of a model takes the place of an earlier one, as when the command goes on.
+        last = {(row["model"], row["precision"]): row for row in results(name)}
+        known = [key for key in last if key[0] in models]
+        rows = [last[key] for key in sorted(known, key=lambda key: (models.index(key[0]), key[1]))]
+        parts += [decode_table(rows), first_token_table(rows), notes(rows)]
+    return "\n\n".join(parts) + "\n"
 
 
 def published_ttft() -> str:

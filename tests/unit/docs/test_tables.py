@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from benchmarks import tables
 from benchmarks.page_tables import sources
+from tests.support.bench_table import measured_row
 from tests.support.paths import REPOSITORY
 
 
@@ -35,6 +37,25 @@ def test_a_changed_figure_makes_a_page_stale(
     finally:
         sources.results.cache_clear()
     assert names == {"README.md", "benchmarks/README.md"}
+
+
+def test_a_run_of_the_authors_table_makes_its_page_stale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in sources.RESULTS.glob("*.jsonl"):
+        shutil.copy(path, tmp_path)
+    oom = {"label": "oom", "needed_bytes": 2e10, "limit_bytes": 1e10, "reason": "too large"}
+    measured = {"model": "VILA1.5-3b", "precision": "int4", **measured_row()}
+    rows = [{"model": "VILA1.5-40b", "precision": "int4", **oom}, {**measured, **oom}, measured]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "authors-table-some-board.jsonl").write_text(text, "utf-8")
+    monkeypatch.setattr(sources, "RESULTS", tmp_path)
+    table = tables.TABLES["authors-table"]()
+    lines = [line for line in table.splitlines() if line.startswith("| VILA1.5-")]
+    assert len(lines) == 3, "two rows, of which one has a time to first token"
+    assert lines[0].startswith("| VILA1.5-3b | int4 | **15.0** (14.0–16.0) |")
+    assert lines[1].startswith("| VILA1.5-40b | int4 | OOM: 20.0 of 10.0 GB |")
+    assert [path.name for path in tables.stale()] == ["README.md"]
 
 
 def test_every_table_stands_on_a_page() -> None:
