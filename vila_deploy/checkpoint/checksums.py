@@ -15,7 +15,9 @@ CHECKSUM_FILE = "SHA256SUMS"
 LIMIT_BYTES = 1 << 20
 # An AWQ release of VILA has its language model in a .pt.
 WEIGHT_SUFFIXES = (".safetensors", ".pt")
-_LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
+# As sha256sum writes them, and with --tag as BSD does.
+_LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{64})[ \t]+\*?(?P<path>\S.*)")
+_TAGGED_LINE = re.compile(r"SHA256 ?\((?P<path>.+)\) ?= ?(?P<digest>[0-9a-fA-F]{64})")
 
 
 def write_checksums(root: Path, known: Mapping[Path, str] = MappingProxyType({})) -> None:
@@ -35,28 +37,36 @@ def write_checksums(root: Path, known: Mapping[Path, str] = MappingProxyType({})
 def read_checksums(root: Path) -> dict[str, str] | None:
     """Return path relative to `root` → hex digest; None where there is no SHA256SUMS.
 
+    Empty lines, comments and files that are no weights are left out.
+
     Raises:
-        VilaDeployError: a line that is malformed, leaves the folder or names no file of weights.
+        VilaDeployError: a line that is malformed, leaves the folder, or contradicts another.
     """
     source = root / CHECKSUM_FILE
     if not os.path.lexists(source):
         return None
     content = read_small_file(source, limit_bytes=LIMIT_BYTES)
     digests: dict[str, str] = {}
-    for number, line in enumerate(content.decode("utf-8", "replace").splitlines(), 1):
-        match = _LINE.fullmatch(line)
-        path = match[2] if match else ""
-        inside = not path.startswith("/") and not set(path) & set("\\:\0")
-        inside = inside and not {"", ".", ".."} & set(path.split("/"))
-        if not match or not inside or not path.endswith(WEIGHT_SUFFIXES) or path in digests:
+    for number, line in enumerate(content.decode("utf-8-sig", "replace").splitlines(), 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        match = _LINE.fullmatch(text) or _TAGGED_LINE.fullmatch(text)
+        path, digest = (match["path"], match["digest"].lower()) if match else ("", "")
+        path = path.removeprefix("./")
+        if not _is_inside(path) or digests.get(path, digest) != digest:
             raise VilaDeployError(
-                "must be a SHA-256 and the path of a .safetensors or .pt file here, found "
-                f"{short(line)}",
+                f"must be a SHA-256 and the path of a file here, found {short(line)}",
                 where=f"{source}: line {number}",
                 fix="download this file again, or remove it to go without checksums",
             )
-        digests[path] = match[1]
-    return digests
+        digests[path] = digest
+    return {path: digest for path, digest in digests.items() if path.endswith(WEIGHT_SUFFIXES)}
+
+
+def _is_inside(path: str) -> bool:
+    inside = not path.startswith("/") and not set(path) & set("\\:\0")
+    return inside and not {"", ".", ".."} & set(path.split("/"))
 
 
 def verify_checksums(root: Path, files: Iterable[Path]) -> dict[Path, str] | None:

@@ -26,6 +26,9 @@ from vila_deploy.checkpoint.vision_config import (
 from vila_deploy.utils.errors import VilaDeployError, short
 from vila_deploy.utils.fields import Fields
 
+# Lengths from here on mean that there is no limit.
+UNLIMITED = 1 << 24
+
 
 @dataclass(frozen=True)
 class VilaConfig:
@@ -110,9 +113,10 @@ def config_of(layout: Layout) -> VilaConfig:
             projector.token_order or llm.family.token_order,
             what="token order",
         ),
-        model_max_length=llm_fields.integer(
+        model_max_length=_max_length(
+            llm_fields,
             "model_max_length",
-            llm_fields.integer("tokenizer_model_max_length", llm.max_position_embeddings),
+            _max_length(llm_fields, "tokenizer_model_max_length", llm.max_position_embeddings),
         ),
         num_video_frames=fields.integer("num_video_frames", 8, high=4096),
         prompt_template=_prompt_template(fields),
@@ -120,6 +124,14 @@ def config_of(layout: Layout) -> VilaConfig:
     check_quantized_sizes(llm, llm_fields)
     _check_consistency(config, fields)
     return config
+
+
+def _max_length(fields: Fields, key: str, default: int) -> int:
+    """Return a length in tokens; transformers writes 1e30 where a tokenizer has no limit."""
+    value = fields.values.get(key)
+    if type(value) in (int, float) and value >= UNLIMITED:
+        return default
+    return fields.integer(key, default)
 
 
 def with_template(config: VilaConfig, name: str | None) -> VilaConfig:

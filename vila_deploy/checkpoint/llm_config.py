@@ -97,11 +97,8 @@ def load_llm_config(fields: Fields, generation: Fields) -> LlmConfig:
     if fields.boolean("use_sliding_window", False):
         raise fields.error("use_sliding_window", "sliding-window attention is not supported")
     vocab = fields.integer("vocab_size")
-    stops = {
-        *fields.integers("eos_token_id", [], high=vocab - 1),
-        *generation.integers("eos_token_id", [], high=vocab - 1),
-    }
-    bos = fields.integer("bos_token_id", -1, low=-1, high=vocab - 1)
+    stops = {*fields.integers("eos_token_id", []), *generation.integers("eos_token_id", [])}
+    bos = fields.integer("bos_token_id", -1, low=-1)
     return LlmConfig(
         family=family,
         hidden_size=hidden,
@@ -115,8 +112,9 @@ def load_llm_config(fields: Fields, generation: Fields) -> LlmConfig:
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6, low=1e-12, high=1.0),
         max_position_embeddings=fields.integer("max_position_embeddings", 2048),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
-        bos_token_id=bos if bos >= 0 else None,
-        eos_token_ids=tuple(sorted(stops)),
+        # The model never chooses ids beyond its vocabulary, so such stops change nothing.
+        bos_token_id=bos if 0 <= bos < vocab else None,
+        eos_token_ids=tuple(sorted(stop for stop in stops if stop < vocab)),
         quantization=load_quantization(fields),
     )
 

@@ -63,13 +63,14 @@ def resolve_limits(
     max_input_len: int | None = None,
     max_seq_len: int | None = None,
 ) -> Limits:
-    """Return an engine's limits; None means the longest that the model takes, at most 4096 tokens.
+    """Return an engine's limits; None means the length it was tuned on, at most 4096 tokens.
 
     Raises:
-        VilaDeployError: longer than the model takes, or a prompt longer than the sequence.
+        VilaDeployError: longer than the model's positions, or a prompt longer than the sequence.
     """
-    longest = min(config.model_max_length, config.llm.max_position_embeddings)
-    max_seq_len = max_seq_len or min(longest, DEFAULT_MAX_SEQ_LEN)
+    longest = config.llm.max_position_embeddings
+    tuned = min(config.model_max_length, longest)
+    max_seq_len = max_seq_len or min(tuned, DEFAULT_MAX_SEQ_LEN)
     if max_seq_len > longest:
         raise VilaDeployError(
             f"--max-seq-len {max_seq_len} is more than the model's {longest}",

@@ -44,9 +44,13 @@ def local_target() -> LocalTarget:
 
 
 def target_name(name: str) -> tuple[str, str]:
-    """Return the target for `--target NAME`, where "auto" is this computer, and a note or ""."""
-    if name != AUTO:
-        return name, ""
+    """Return the target for `--target NAME`, where "auto" is this computer, and a note or "".
+
+    Raises:
+        VilaDeployError: unknown; the message lists those there are.
+    """
+    if name.lower() != AUTO:
+        return get_target(name).name, ""
     found = local_target()
     return found.target.name, found.note or f"this computer is target {found.target.name}"
 

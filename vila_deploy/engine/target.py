@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib import resources
@@ -80,19 +81,27 @@ def load_targets() -> dict[str, Target]:
 
 
 def get_target(name: str) -> Target:
-    """Return the target called `name`.
+    """Return the target called `name`, in any case and with or without dashes.
 
     Raises:
         VilaDeployError: unknown; the message lists those there are.
     """
     targets = load_targets()
     if name not in targets:
+        for known, target in targets.items():
+            if _letters(known) == _letters(name):
+                return target
         raise VilaDeployError(
             f"unknown target {name!r}",
             fix=f"choose from {', '.join(targets)}; for another GPU copy the file in engines/ "
             "with its compute capability and change title, memory and bandwidth",
         )
     return targets[name]
+
+
+def _letters(name: str) -> str:
+    """Return the letters and digits of `name`, as its device is called whoever writes it."""
+    return re.sub(r"[\W_]", "", name.lower())
 
 
 def _target(name: str, row: dict[str, Any]) -> Target:

@@ -264,7 +264,7 @@ HOSTILE_VALUES = [
     ("llm/config.json", "hidden_act", "relu"),
     ("llm/config.json", "attention_bias", True),
     ("llm/config.json", "eos_token_id", [2, True]),
-    ("llm/config.json", "eos_token_id", 384),
+    ("llm/config.json", "eos_token_id", -1),
     ("llm/config.json", "bos_token_id", 10**9),
     ("llm/config.json", "model_max_length", -1),
     ("llm/config.json", "quantization_config", []),

@@ -12,6 +12,7 @@ import pytest
 from tests.support.old_engines import old_engine
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint.config import load_config
+from vila_deploy.engine.local_target import target_name
 from vila_deploy.engine.manifest import (
     Limits,
     Manifest,
@@ -153,6 +154,24 @@ def test_targets_are_complete() -> None:
     assert get_target("cpu").memory_bytes is None
     with pytest.raises(VilaDeployError, match="choose from a100"):
         get_target("toaster")
+
+
+@pytest.mark.parametrize(
+    ("written", "name"),
+    [
+        ("A100", "a100"), ("Orin-Nano", "orin-nano"), ("orin_nano", "orin-nano"), ("CPU", "cpu"),
+        ("RTX 4090", "rtx4090"), ("ORIN", "orin"), ("orin32gb", "orin-32gb"),
+    ],
+)  # fmt: skip
+def test_targets_are_found_in_any_case(written: str, name: str) -> None:
+    assert get_target(written).name == name
+    assert target_name(written) == (name, "")
+
+
+@pytest.mark.parametrize("name", ["", "-", "a10", "a1000", "orin nano 8gb", "авто"])
+def test_other_targets_are_unknown(name: str) -> None:
+    with pytest.raises(VilaDeployError, match="unknown target"):
+        target_name(name)
 
 
 @pytest.mark.parametrize(
