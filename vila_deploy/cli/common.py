@@ -78,7 +78,11 @@ def named_target(context: click.Context, option: click.Parameter, value: str) ->
     """Return the target of --target, and say which one this computer is for "auto"."""
     from vila_deploy.engine.local_target import target_name
 
-    name, note = target_name(value)
+    # Click calls this outside the command, where errors become one line.
+    try:
+        name, note = target_name(value)
+    except VilaDeployError as error:
+        fail(str(error))
     if note:
         click.echo(note, err=True)
     return name

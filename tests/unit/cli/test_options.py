@@ -80,3 +80,11 @@ def test_own_data_is_a_path() -> None:
     assert not options(no_eval=True).evaluates
     assert options().evaluates
     assert not options(algorithm="rtn").evaluates
+
+
+@pytest.mark.parametrize("name", ["toaster", "", "a10"])
+def test_unknown_target_is_one_line(name: str) -> None:
+    result = CliRunner().invoke(COMMANDS["build_engine"], ["c", "--target", name, "--plan"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: unknown target {name!r}; choose from a100")
+    assert result.stderr.count("\n") == 1
