@@ -275,19 +275,6 @@ def test_json_output_is_one_document(checkpoint: Path, engine: Path) -> None:
     assert len(answer["tokens"]) <= 3
 
 
-def test_interactive_conversation(engine: Path, tmp_path: Path) -> None:
-    Image.new("RGB", (50, 50), "red").save(tmp_path / "red.png")
-    typed = f"/image {tmp_path / 'red.png'}\nWhat?\n/image nowhere.png\nAnd?\n/reset\nHi\n/quit\n"
-    done = subprocess.run(
-        [BIN / "vila-chat", engine, "--max-new-tokens", "4"],
-        input=typed, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "nowhere.png" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout.count("\n") >= 3
-
-
 def test_chat_does_without_torch(engine: Path) -> None:
     """The start of a chat must not wait for torch, and small boards may not have it."""
     code = (

@@ -60,6 +60,17 @@ def test_a_video_is_its_frames(engine: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_placeholder_takes_all_frames(engine: Path, tmp_path: Path) -> None:
+    video = make_video(tmp_path / "v", 30, image=blocks)
+    image = frame_files(tmp_path, [7])
+    flags = ("--video-frames", 2)
+    asked = ask(engine, *image, "--video", video, *flags, prompt="<vila/video> then <image>")
+    frames = frame_files(tmp_path, [0, 29, 7])
+    assert asked == ask(engine, *frames, prompt="<image>\n<image> then <image>")
+    plain = ask(engine, "--video", video, *flags)
+    assert ask(engine, "--video", video, *flags, prompt="<video>\nWhat happens?") == plain
+
+
 def test_pictures_come_before_videos(engine: Path, tmp_path: Path) -> None:
     first = make_video(tmp_path / "first", 5, image=blocks)
     second = make_video(tmp_path / "second", 5, image=lambda index: blocks(index + 10))
@@ -79,6 +90,7 @@ def test_video_in_a_conversation(
     def talk(*lines: str) -> tuple[str, str]:
         left = [*lines, "/quit"]
         monkeypatch.setattr("builtins.input", lambda shown: left.pop(0))
+        monkeypatch.setattr("vila_deploy.cli.chat_interactive.is_terminal", lambda: True)
         done = invoke("vila-chat", engine, "--video-frames", 2, "--max-new-tokens", 16)
         assert done.returncode == 0
         return done.stdout, done.stderr

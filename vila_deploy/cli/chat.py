@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from vila_deploy.cli.chat_interactive import check_input, check_output, converse, show
 from vila_deploy.cli.common import command, echo_json, no_nan
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from vila_deploy.engine.sampling import SamplingParams
-    from vila_deploy.runtime.conversation import Answer, Conversation
-
-HELP_INTERACTIVE = (
-    "/image FILE and /video FILE add images to the next question, /reset begins anew, /quit ends"
-)
+    from vila_deploy.processing.placeholders import Media
+    from vila_deploy.runtime.conversation import Answer
 
 
 @command("vila-chat")
@@ -36,7 +29,7 @@ HELP_INTERACTIVE = (
     "--video-frames", type=click.IntRange(1),
     help="Images from each video; the model's own number if left out, mostly 8.",
 )  # fmt: skip
-@click.option("-p", "--prompt", help="Question; <image> in it marks where each image goes.")
+@click.option("-p", "--prompt", help="Question; <image> and <video> in it mark where each goes.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True)
 @click.option(
     "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True,
@@ -79,16 +72,19 @@ def main(
     from vila_deploy.processing.video import sample_frames
     from vila_deploy.runtime.open_engine import open_engine
 
-    turn_images = [read_image(path) for path in images]
+    check_output()
+    if prompt is None:
+        check_input()
+    media: list[Media] = [read_image(path) for path in images]
     sampling = SamplingParams(max_new_tokens, temperature, top_p, seed)
     with open_engine(engine) as opened:
         conversation = opened.chat()
         frames_of = partial(sample_frames, count=video_frames or opened.model.num_video_frames)
-        turn_images += [frame for path in videos for frame in frames_of(path)]
+        media += [frames_of(path) for path in videos]
         if prompt is None:
-            _interactive(conversation, turn_images, sampling, frames_of)
+            converse(conversation, media, sampling, {"/image": read_image, "/video": frames_of})
             return
-        answer = conversation.ask(prompt, turn_images, sampling, on_text=None if as_json else _show)
+        answer = conversation.ask(prompt, media, sampling, on_text=None if as_json else show)
     if as_json:
         echo_json(_for_programs(answer))
     else:
@@ -104,45 +100,3 @@ def _for_programs(answer: Answer) -> dict[str, Any]:
         "timings_ms": answer.timings_ms,
         "decode_tokens_per_s": answer.decode_tokens_per_s,
     }
-
-
-def _interactive(
-    conversation: Conversation,
-    images: list[Image],
-    sampling: SamplingParams,
-    frames_of: Callable[[Path], list[Image]],
-) -> None:
-    from vila_deploy.processing.images import read_image
-    from vila_deploy.utils.errors import VilaDeployError
-
-    click.echo(HELP_INTERACTIVE, err=True)
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        verb, _, argument = line.partition(" ")
-        try:
-            if verb == "/quit":
-                return
-            if verb == "/reset":
-                conversation.reset()
-                images = []
-            elif verb == "/image":
-                images = [*images, read_image(Path(argument.strip()))]
-            elif verb == "/video":
-                images = [*images, *frames_of(Path(argument.strip()))]
-            elif line.startswith("/"):
-                click.echo(HELP_INTERACTIVE, err=True)
-            elif line:
-                conversation.ask(line, images, sampling, on_text=_show)
-                click.echo()
-                images = []
-        # A wrong path or a full context must not end the conversation.
-        except VilaDeployError as error:
-            click.echo(f"error: {error}", err=True)
-
-
-def _show(text: str) -> None:
-    click.echo(text, nl=False)
-    sys.stdout.flush()

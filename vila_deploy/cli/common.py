@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -41,6 +42,9 @@ def command_errors(command: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # A character that the output's encoding lacks is escaped, as on stderr.
+            sys.stdout.reconfigure(errors="backslashreplace")
         previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
             command(*args, **kwargs)
@@ -95,8 +99,13 @@ def fail(message: str) -> NoReturn:
 
 
 def echo_json(value: Any) -> None:
-    """Print `value` as one JSON document."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print `value` as one JSON document; ASCII if the output's encoding lacks a character."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    click.echo(text)
 
 
 def show_plan(items: Iterable[MemoryItem], steps: Iterable[PlanStep]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from vila_deploy.processing.s2 import resize_bicubic
 from vila_deploy.utils.errors import VilaDeployError
 
 MAX_IMAGE_PIXELS = 100_000_000
+URL = re.compile(r"(?i)([a-z][a-z0-9+.-]+:/|data:)")  # two letters: C:/ is a drive
 
 
 def read_image(source: str | Path | Image.Image) -> Image.Image:
@@ -35,8 +37,17 @@ def read_image(source: str | Path | Image.Image) -> Image.Image:
         raise VilaDeployError(
             f"an image can't be a {type(source).__name__}", fix="give a path or a PIL image"
         )
+    check_not_url(source)
     with _one_line_errors(source), Image.open(source) as image:
         return _upright_rgb(image)
+
+
+def check_not_url(source: str | Path) -> None:
+    """Raise VilaDeployError for a URL in place of a file; as a Path it has lost a slash."""
+    if URL.match(str(source)) and not Path(source).exists():
+        raise VilaDeployError(
+            "is a URL, and files alone are read", where=source, fix="download it and give the file"
+        )
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

@@ -80,6 +80,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             return kind(path)
         except VilaDeployError:
             raise
+        except UnicodeEncodeError as error:
+            raise VilaDeployError(
+                "the path is no UTF-8, which the libraries that read it need",
+                where=path,
+                fix="rename the folder",
+            ) from error
         # Both libraries raise plain Exception or RuntimeError for whatever is wrong in the file.
         except Exception as error:
             raise VilaDeployError(

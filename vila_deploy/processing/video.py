@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from vila_deploy.processing.images import MAX_IMAGE_PIXELS
+from vila_deploy.processing.images import MAX_IMAGE_PIXELS, check_not_url
 from vila_deploy.utils.errors import VilaDeployError
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def sample_frames(path: Path, count: int) -> list[Image.Image]:
         raise VilaDeployError(
             f"cannot take {count} frames", where=path, fix=f"ask for 1 to {MAX_VIDEO_FRAMES}"
         )
+    check_not_url(path)
     try:
         # The first frame is taken however many there are: no need to count them for it.
         total = 1 if count == 1 else _stated_frames(path)

@@ -17,17 +17,18 @@ from vila_deploy.processing.chat_template import (
     IMAGE_MARKER,
     PROMPT_TEMPLATES,
     render,
-    with_markers,
     with_tile_markers,
 )
 from vila_deploy.processing.images import Pixels, preprocess, read_image
 from vila_deploy.processing.multimodal_prompt import merge_embeddings, prompt_length, text_chunks
+from vila_deploy.processing.placeholders import Media, bind_placeholders
 from vila_deploy.processing.tokenizer import IncrementalDetokenizer, Tokenizer
 from vila_deploy.runtime.generate import generate
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 
 ImageSource = str | Path | Image.Image
+MediaSource = ImageSource | Sequence[ImageSource]  # an image, or the frames of a video
 
 
 class ImageEncoder(Protocol):
@@ -59,18 +60,18 @@ class Answer:
 
 
 def place_images(
-    question: str, images: Sequence[Image.Image], model: ModelInfo, first: bool = True
+    question: str, media: Sequence[Media], model: ModelInfo, first: bool = True
 ) -> tuple[str, list[Pixels]]:
     """Return `question` with a marker for each place that an image takes, and the pixels.
 
     Args:
-        images: RGB, as `read_image` returns them.
+        media: images, RGB as `read_image` returns them, and videos as sequences of frames.
         first: whether no earlier turn had an image.
 
     Raises:
-        VilaDeployError: markers and images differ in number.
+        VilaDeployError: placeholders and images or videos differ in number.
     """
-    question = with_markers(question, len(images), model.image_end)
+    question, images = bind_placeholders(question, media, model.image_end)
     pixels = preprocess(images, model.image, model.tiling, alone=first)
     if model.tiling.mode == "dynamic" and len(images) == 1 and first:
         question = with_tile_markers(question, len(pixels[0].tiles))
@@ -107,15 +108,16 @@ class Conversation:
     def ask(
         self,
         question: str,
-        images: Sequence[ImageSource] = (),
+        images: Sequence[MediaSource] = (),
         sampling: SamplingParams | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Answer:
         """Return the answer to `question` and remember the turn.
 
         Args:
-            images: new images of this turn, paths or PIL images, in the order of the markers
-                <image> in `question`; without markers they come first.
+            images: new images of this turn, paths or PIL images, and videos, lists of frames as
+                `sample_frames` returns. <image> in `question` takes the next image, <video> the
+                next video; without them all come first.
             sampling: greedy, at most 512 tokens, if left out.
             on_text: called with each piece of text as it comes.
 
@@ -124,11 +126,10 @@ class Conversation:
                 or a prompt that is too long.
         """
         sampling = sampling or SamplingParams()
-        show = on_text or _ignore
-        clock = _Clock()
+        show, clock = on_text or _ignore, _Clock()
         _check_text(question)
-        rgb = _read_images(images)
-        question, pixels = place_images(question, rgb, self.model, first=not self._features)
+        media = _read_media(images)
+        question, pixels = place_images(question, media, self.model, first=not self._features)
         clock.lap("preprocess")
         prompt = render(PROMPT_TEMPLATES[self.model.prompt], self.turns, question)
         chunks = text_chunks(self.tokenizer, prompt, self.model.image_end)
@@ -152,7 +153,7 @@ class Conversation:
             show(piece)
         show(detokenizer.finish())
         clock.lap("decode")
-        # What was shown may differ where bytes of a broken character came one by one.
+        # Not what was shown: bytes of a broken character came one by one.
         text = self.tokenizer.decode(tokens).strip()
         # An answer may spell a marker; in later prompts it would ask for an image.
         self.turns.append((question, text.replace(IMAGE_MARKER, "")))
@@ -172,9 +173,12 @@ class Conversation:
     def _check_length(self, length: int) -> None:
         limit = min(self.max_input_len, self.session.max_seq_len)
         if length > limit:
+            # reset() here, /reset in vila-chat.
+            anew = "begin anew with /reset, " if self.turns else ""
             raise VilaDeployError(
                 f"the prompt takes {length} tokens, this engine takes {limit}",
-                fix="use fewer images, a shorter prompt, or build with a larger --max-input-len",
+                fix=f"{anew}use fewer images, a shorter prompt, or build with a larger "
+                "--max-input-len",
             )
 
     def _finish_reason(self, tokens: list[int], sampling: SamplingParams) -> str:
@@ -183,11 +187,16 @@ class Conversation:
         return "length" if len(tokens) == sampling.max_new_tokens else "context"
 
 
-def _read_images(images: Sequence[ImageSource] | ImageSource) -> list[Image.Image]:
-    """Return RGB images of one source or of several."""
-    if isinstance(images, str | Path | Image.Image):
-        images = [images]
-    return [read_image(image) for image in images]
+def _read_media(media: Sequence[MediaSource] | ImageSource) -> list[Media]:
+    """Return RGB images and frames of one source or of several."""
+    if isinstance(media, str | Path | Image.Image):
+        media = [media]
+    return [
+        read_image(item)
+        if isinstance(item, str | Path | Image.Image) or not isinstance(item, Sequence)
+        else [read_image(frame) for frame in item]
+        for item in media
+    ]
 
 
 def _check_text(question: str) -> None:
