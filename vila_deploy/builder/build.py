@@ -28,7 +28,6 @@ from vila_deploy.engine.manifest import TOKENIZER_FOLDER, Manifest, write_manife
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.processing.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
-from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import new_folder
 from vila_deploy.utils.version import __version__
 
@@ -91,7 +90,7 @@ def _build(build: ResolvedBuild, out: Path) -> Manifest:
     # Before any work, for an engine that leaves nothing to measure.
     measure = None if build.eval_data is None else _accuracy_measurement(build, build.eval_data)
     checkpoint = build.checkpoint
-    tokenizer = _load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint.layout.folder("llm"))
     with new_folder(out) as folder:
         _copy_tokenizer(checkpoint, folder / TOKENIZER_FOLDER)
         manifest = _manifest(build, tokenizer, checkpoint.fingerprint())
@@ -151,18 +150,6 @@ def _write(
     )
     write_manifest(folder, manifest)
     return manifest
-
-
-def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    folder, vocab_size = checkpoint.layout.folder("llm"), checkpoint.config.llm.vocab_size
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > vocab_size:
-        raise VilaDeployError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}",
-            where=folder,
-            fix="use the tokenizer files that belong to this checkpoint",
-        )
-    return tokenizer
 
 
 def _copy_tokenizer(checkpoint: Checkpoint, destination: Path) -> None:

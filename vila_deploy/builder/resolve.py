@@ -9,11 +9,13 @@ from pathlib import Path
 from vila_deploy.backends.base import Backend
 from vila_deploy.backends.registry import ALIASES, get_backend
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
-from vila_deploy.checkpoint.config import VilaConfig, load_config, with_template
+from vila_deploy.checkpoint.config import VilaConfig, config_of, with_template
+from vila_deploy.checkpoint.folder_layout import find_layout
 from vila_deploy.engine.build_request import BuildRequest, resolve_limits
 from vila_deploy.engine.precision import ALL_FP16, ModulePrecision, option_of
 from vila_deploy.engine.target import Target, get_target
 from vila_deploy.formats.module_dtypes import FP16
+from vila_deploy.processing.vocabulary import check_vocabulary
 from vila_deploy.quantize.options import BUILTIN, OLD_BUILTIN
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -83,7 +85,7 @@ class ResolvedBuild:
 
 
 def resolve_build(root: Path, options: BuildOptions, *, planning: bool = False) -> ResolvedBuild:
-    """Return what building the checkpoint in `root` means; reads config files only.
+    """Return what building the checkpoint in `root` means; reads config and tokenizer files only.
 
     Args:
         planning: an fp16 checkpoint may be taken for what it would be in 4 bits.
@@ -92,7 +94,9 @@ def resolve_build(root: Path, options: BuildOptions, *, planning: bool = False) 
         VilaDeployError: anything wrong with options or configs, or an engine that the target's
             backend can't build.
     """
-    config = with_template(load_config(root), options.prompt_template)
+    layout = find_layout(root)
+    config = with_template(config_of(layout), options.prompt_template)
+    check_vocabulary(layout.folder("llm"), config.llm.vocab_size)
     target = get_target(options.target)
     backend = resolve_backend(target, options.backend)
     found = "int4" if config.llm.quantization else FP16

@@ -136,11 +136,15 @@ def main(
 
 def _plan(checkpoint: Path, options: QuantizeOptions, as_json: bool) -> None:
     from vila_deploy.builder.fit import fit_everywhere
-    from vila_deploy.checkpoint.config import load_config, with_template
+    from vila_deploy.checkpoint.config import config_of, with_template
+    from vila_deploy.checkpoint.folder_layout import find_layout
     from vila_deploy.engine.build_request import resolve_limits
+    from vila_deploy.processing.vocabulary import check_vocabulary
     from vila_deploy.quantize.estimate.plan import measured_plan
 
-    config = with_template(load_config(checkpoint), options.prompt_template)
+    layout = find_layout(checkpoint)
+    config = with_template(config_of(layout), options.prompt_template)
+    check_vocabulary(layout.folder("llm"), config.llm.vocab_size)
     planned = measured_plan(config, options)
     fits = fit_everywhere(config, "int4", resolve_limits(config))
     if as_json:

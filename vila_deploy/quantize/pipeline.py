@@ -20,6 +20,7 @@ from vila_deploy.engine.memory import MemoryRow
 from vila_deploy.eval.data import evaluation_data
 from vila_deploy.eval.fidelity import evaluate
 from vila_deploy.formats.base import to_float16
+from vila_deploy.processing.vocabulary import check_vocabulary
 from vila_deploy.quantize.algorithms.awq import Awq
 from vila_deploy.quantize.algorithms.awq_gptq import AwqGptq
 from vila_deploy.quantize.algorithms.base import LayerEntry, LayerQuantizer, OnStep
@@ -63,8 +64,7 @@ def quantize(
         VilaDeployError: the checkpoint, the options, the disk or the work folder is unfit.
     """
     start = time.monotonic()
-    checkpoint = open_checkpoint(root)
-    checkpoint.config = with_template(checkpoint.config, options.prompt_template)
+    checkpoint = _open(root, options)
     planned = plan(checkpoint.config, options)
     device = choose_device(options.device, planned.device_bytes)
     examples = _calibration_examples(options)
@@ -105,6 +105,14 @@ def quantize(
         )
         _write_report(checkpoint, report, folder, checkpoints)
     return report
+
+
+def _open(root: Path, options: QuantizeOptions) -> Checkpoint:
+    """Return the checked checkpoint with the prompt template that the user asks for."""
+    checkpoint = open_checkpoint(root)
+    checkpoint.config = with_template(checkpoint.config, options.prompt_template)
+    check_vocabulary(checkpoint.layout.folder("llm"), checkpoint.config.llm.vocab_size)
+    return checkpoint
 
 
 def _calibration_examples(options: QuantizeOptions) -> list[Example]:

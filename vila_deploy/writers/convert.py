@@ -12,6 +12,7 @@ from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, NORMS, layer_prefix
 from vila_deploy.formats.base import QuantizedLinear, to_float16
 from vila_deploy.formats.registry import FORMATS
+from vila_deploy.processing.vocabulary import check_vocabulary
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import new_folder
 from vila_deploy.utils.progress import progress
@@ -34,6 +35,7 @@ def convert(root: Path, out: Path, formats: Sequence[str]) -> None:
         raise VilaDeployError(
             "is not quantized", where=root, fix="run vila-quantize first and convert its output"
         )
+    check_vocabulary(checkpoint.layout.folder("llm"), checkpoint.config.llm.vocab_size)
     scheme = quantization.scheme
     check_formats(formats, checkpoint.config, scheme)
     for name in formats:
