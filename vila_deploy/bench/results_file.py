@@ -51,11 +51,22 @@ class ResultsFile:
         return rows
 
     def append(self, row: Row) -> None:
-        """Add a row so that it survives a kill or a power cut right afterwards."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Add a row so that it survives a kill or a power cut right afterwards.
+
+        Raises:
+            VilaDeployError: it can't be written, as on a full disk; the rows before it are kept.
+        """
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise VilaDeployError(
+                f"cannot write: {error.strerror}",
+                where=self._path,
+                fix="free some space; finished rows are kept, and the same command goes on",
+            ) from error
 
     def clear(self) -> None:
         """Forget all rows."""

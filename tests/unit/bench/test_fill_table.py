@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,25 @@ def test_an_engine_that_dies_fails_alone(fill: Callable[..., list[Row]], tmp_pat
     worker = FakeWorker()
     fill(worker)
     assert worker.built == ["VILA1.5-3b int4"], "it is tried again"
+
+
+def test_a_full_disk_ends_the_table_and_keeps_the_rows(
+    fill: Callable[..., list[Row]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(FakeWorker(problems={"VILA1.5-3b-s2 int4": VilaDeployError("any")}), minutes=3)
+    kept = {f"{row['model']} {row['precision']}" for row in lines(tmp_path)
+            if row["label"] == "measured"}  # fmt: skip
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vila_deploy.bench.results_file.os.fsync", full)
+        with pytest.raises(VilaDeployError, match=r"rows.jsonl: cannot write: No space left on"):
+            fill(FakeWorker())
+    worker = FakeWorker()
+    assert titles(fill(worker), "measured") == FIT
+    assert not kept & set(worker.built)
 
 
 def test_no_room_on_the_disk_is_seen_before_building(fill: Callable[..., list[Row]]) -> None:
