@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vila_deploy.utils.errors import short
 from vila_deploy.utils.fields import Fields
+from vila_deploy.utils.files import read_json_object
 
 MAX_TOKENS = 1 << 24
 # transformers' SPECIAL_TOKENS_ATTRIBUTES (tokenization_utils_base.py); always special.
@@ -40,10 +41,20 @@ def read_added_tokens(path: Path) -> list[AddedTokenEntry]:
     """Return the tokens of tokenizer_config.json and added_tokens.json beside `path`, by id.
 
     As transformers' `from_pretrained` reads them: added_tokens.json holds no flags, so its tokens
-    are special only where the settings name them.
+    are special only where the settings name them. Without added_tokens_decoder, those of a
+    tokenizer.json beside another kind of file count too.
     """
     named = read_special_tokens(path)
+    settings = read_settings(path)
     entries: dict[str, AddedTokenEntry] = {}
+    library = path.with_name("tokenizer.json")
+    if path != library and library.exists() and "added_tokens_decoder" not in settings:
+        tokens = read_json_object(library).get("added_tokens")
+        for index, values in enumerate(tokens if isinstance(tokens, list) else ()):
+            if isinstance(values, dict):
+                token = Fields(values, library, f"added_tokens.{index}.")
+                entry = _entry(token, token.integer("id", low=0, high=MAX_TOKENS), named)
+                entries[entry.content] = entry
     added = path.with_name("added_tokens.json")
     if added.exists():
         fields = Fields.from_file(added)
@@ -51,28 +62,30 @@ def read_added_tokens(path: Path) -> list[AddedTokenEntry]:
             number = fields.integer(content, low=0, high=MAX_TOKENS)
             special = content in named
             entries[content] = AddedTokenEntry(content, number, special, normalized=not special)
-    settings = read_settings(path)
     if "added_tokens_decoder" in settings:
         decoder = settings.child("added_tokens_decoder")
         for key in decoder.values:
             if not key.isdecimal() or int(key) >= MAX_TOKENS:
                 raise decoder.error(short(key), "must be a token's id")
-            token = decoder.child(key)
-            content = token.text("content")
-            if not content:
-                continue
-            special = token.boolean("special", False)
-            entries[content] = AddedTokenEntry(
-                content,
-                # added_tokens.json decides where the two disagree.
-                entries[content].number if content in entries else int(key),
-                special or content in named,
-                single_word=token.boolean("single_word", False),
-                lstrip=token.boolean("lstrip", False),
-                rstrip=token.boolean("rstrip", False),
-                normalized=token.boolean("normalized", not special),
-            )
+            entry = _entry(decoder.child(key), int(key), named)
+            # added_tokens.json decides where the two disagree.
+            number = entries[entry.content].number if entry.content in entries else entry.number
+            entries[entry.content] = replace(entry, number=number)
+    entries.pop("", None)
     return sorted(entries.values(), key=lambda entry: entry.number)
+
+
+def _entry(token: Fields, number: int, named: set[str]) -> AddedTokenEntry:
+    content, special = token.text("content"), token.boolean("special", False)
+    return AddedTokenEntry(
+        content,
+        number,
+        special or content in named,
+        single_word=token.boolean("single_word", False),
+        lstrip=token.boolean("lstrip", False),
+        rstrip=token.boolean("rstrip", False),
+        normalized=token.boolean("normalized", not special),
+    )
 
 
 def read_special_tokens(path: Path) -> set[str]:

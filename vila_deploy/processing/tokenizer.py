@@ -38,6 +38,15 @@ QWEN2_WORDS = (
 # Appended to a sentencepiece model this sets its normalizer_spec.add_dummy_prefix to false.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 REPLACEMENT = "\ufffd"
+# Where readings of one vocabulary are known to differ: at the start, behind special tokens and line
+# ends, in runs of spaces, in letters that a normalizer changes, in bytes.
+PROBES = (
+    "USER: \nWhat is it? ASSISTANT: A cat.</s>USER: And now? ASSISTANT:",
+    "<|im_start|>user\nthe end<|im_end|><|im_start|>assistant\nyes",
+    "<s>the</s> the</s>  the<unk>the",
+    "", " ", "  two  spaces   three ", "\nthe\n\n the\tthe", "THE The ｔｈｅ ﬁ e\u0301 é",
+    "日本語 été 😀 \u2581the", "1234 5,678.90 don't I'm C++ <br/>",
+)  # fmt: skip
 
 
 class Tokenizer(Protocol):
@@ -60,40 +69,57 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """Open the tokenizer in `folder`.
+    """Open the tokenizer in `folder`, the one that the original loads if there are two.
 
     Raises:
         VilaDeployError: there is none, or it is damaged.
     """
-    kinds: dict[str, Callable[[Path], Tokenizer]] = {
-        "tokenizer.json": JsonTokenizer,
-        "tokenizer.model": SentencePieceTokenizer,
-        "vocab.json": Qwen2Tokenizer,
-    }
-    for name, kind in kinds.items():
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            if path.stat().st_size > MAX_TOKENIZER_BYTES:
-                raise VilaDeployError(f"larger than {MAX_TOKENIZER_BYTES} bytes", where=path)
-            return kind(path)
-        except VilaDeployError:
-            raise
-        except UnicodeEncodeError as error:
-            raise VilaDeployError(
-                "the path is no UTF-8, which the libraries that read it need",
-                where=path,
-                fix="rename the folder",
-            ) from error
-        # Both libraries raise plain Exception or RuntimeError for whatever is wrong in the file.
-        except Exception as error:
-            raise VilaDeployError(
-                f"is not a valid tokenizer ({error})", where=path, fix="download it again"
-            ) from error
-    raise VilaDeployError(
-        f"holds none of {', '.join(kinds)}", where=folder, fix="download the whole checkpoint"
-    )
+    path = next((folder / name for name in _KINDS if (folder / name).is_file()), None)
+    if path is None:
+        raise VilaDeployError(
+            f"holds none of {', '.join(_KINDS)}", where=folder, fix="download the whole checkpoint"
+        )
+    tokenizer, sentencepiece = _open(path), folder / "tokenizer.model"
+    # VILA passes use_fast=False (llava/model/language_model/builder.py): a slow class reads
+    # tokenizer.model, a fast one has no other file than tokenizer.json.
+    fast = read_settings(path).text("tokenizer_class", "").endswith("Fast")
+    if path.name == "tokenizer.json" and sentencepiece.is_file() and not fast:
+        original = _open(sentencepiece)
+        return tokenizer if _agree(tokenizer, original) else original
+    return tokenizer
+
+
+def _open(path: Path) -> Tokenizer:
+    try:
+        if path.stat().st_size > MAX_TOKENIZER_BYTES:
+            raise VilaDeployError(f"larger than {MAX_TOKENIZER_BYTES} bytes", where=path)
+        return _KINDS[path.name](path)
+    except VilaDeployError:
+        raise
+    except UnicodeEncodeError as error:
+        raise VilaDeployError(
+            "the path is no UTF-8, which the libraries that read it need",
+            where=path,
+            fix="rename the folder",
+        ) from error
+    # Both libraries raise plain Exception or RuntimeError for whatever is wrong in the file.
+    except Exception as error:
+        raise VilaDeployError(
+            f"is not a valid tokenizer ({error})", where=path, fix="download it again"
+        ) from error
+
+
+def _agree(first: Tokenizer, second: Tokenizer) -> bool:
+    """Return whether two tokenizers do the same on prompts of every kind of conversation."""
+    if first.bos_ids != second.bos_ids or first.vocab_size != second.vocab_size:
+        return False
+    for probe in PROBES:
+        ids = first.encode(probe)
+        if ids != second.encode(probe) or first.decode(ids) != second.decode(ids):
+            return False
+    # Every token has its id and its text: added ones are where two files differ most.
+    numbers = range(first.vocab_size)
+    return all(first.decode([number]) == second.decode([number]) for number in numbers)
 
 
 class JsonTokenizer:
@@ -271,3 +297,10 @@ class IncrementalDetokenizer:
         before = self._tokenizer.decode(self._ids[self._start : self._shown])
         after = self._tokenizer.decode(self._ids[self._start :])
         return after[len(before) :]
+
+
+_KINDS: dict[str, Callable[[Path], Tokenizer]] = {
+    "tokenizer.json": JsonTokenizer,
+    "tokenizer.model": SentencePieceTokenizer,
+    "vocab.json": Qwen2Tokenizer,
+}
