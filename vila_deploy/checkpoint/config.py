@@ -129,7 +129,7 @@ def config_of(layout: Layout) -> VilaConfig:
 def _max_length(fields: Fields, key: str, default: int) -> int:
     """Return a length in tokens; transformers writes 1e30 where a tokenizer has no limit."""
     value = fields.values.get(key)
-    if type(value) in (int, float) and value >= UNLIMITED:
+    if isinstance(value, int | float) and value >= UNLIMITED:
         return default
     return fields.integer(key, default)
 

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vila_deploy.checkpoint.variants import KNOWN_TOWERS, ONE_FOLDERS
-from vila_deploy.utils.errors import VilaDeployError, short
+from vila_deploy.utils.errors import VilaDeployError, printable, short
 from vila_deploy.utils.fields import Fields
+from vila_deploy.utils.files import read_json_object
 
+ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_", "non_lora_")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 PARTS = ("llm", "vision_tower", "mm_projector")
 # What begins the names of a flat checkpoint's tensors, and what begins them in the part's folder.
 Prefixes = Mapping[str, tuple[str, str]]
@@ -103,6 +106,7 @@ def _refuse_other_folders(root: Path) -> None:
         if len(root.parts) == 2 and not _is_folder(root.parent):
             fix += f"; for a hub's name: hf download {root} --local-dir {root.name}"
         raise VilaDeployError("no such folder", where=root, fix=fix)
+    _refuse_adapter(root)
     config = root / "config.json"
     if not os.path.lexists(config) and _is_file(root / "manifest.json"):
         raise VilaDeployError(
@@ -121,6 +125,26 @@ def _refuse_other_folders(root: Path) -> None:
     inside = sorted(root.glob("*/config.json")) or sorted(root.glob("snapshots/*/config.json"))
     fix = f"give the folder {inside[0].parent}" if inside else "give the checkpoint's folder"
     raise VilaDeployError("holds no config.json", where=root, fix=fix)
+
+
+def _refuse_adapter(root: Path) -> None:
+    """Raise VilaDeployError where LoRA fine-tuning has left an adapter and no weights."""
+    for folder in (root, root / "llm"):
+        adapter = folder / ADAPTER_CONFIG
+        if not _is_file(adapter) or any(_is_folder(folder / part) for part in PARTS):
+            continue
+        weights = (file.name for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+        if not all(name.startswith(ADAPTER_FILES) for name in weights):
+            continue
+        base = read_json_object(adapter).get("base_model_name_or_path")
+        name = printable(base)[:200] if isinstance(base, str) and base else "its base model"
+        raise VilaDeployError(
+            f"is a LoRA adapter of {name}, not a checkpoint",
+            where=folder,
+            fix="merge it into that model first, for example with VILA's or LLaVA's "
+            "scripts/merge_lora_weights.py --model-path ADAPTER --model-base BASE "
+            "--save-model-path MERGED, and give the merged folder",
+        )
 
 
 def _flat(root: Path, fields: Fields) -> Layout:

@@ -156,6 +156,7 @@ def _plan(checkpoint: Path, options: QuantizeOptions, as_json: bool) -> None:
 def _quantize(
     checkpoint: Path, out: Path, options: QuantizeOptions, resume: bool, as_json: bool
 ) -> dict[str, Any]:
+    from vila_deploy.checkpoint.config import load_config
     from vila_deploy.quantize.estimate.plan import work_path
 
     try:
@@ -176,6 +177,8 @@ def _quantize(
         click.echo(f"{out}: {before:,.1f} MB → {after:,.1f} MB of weights; see {out / 'report.md'}")
         for line in _quality(report):
             click.echo(line)
+    for warning in _unknown_texts(report, load_config(checkpoint).llm.vocab_size):
+        click.echo(f"warning: {warning}", err=True)
     return report
 
 
@@ -188,6 +191,19 @@ def _quality(report: dict[str, Any]) -> Iterator[str]:
             agreement = f"top-1 agreement {scores['top1_agreement']:.1%}"
             kl = f"mean KL {scores['kl_mean']:.3g}"
             yield f"{PREDICTED[kind]}: perplexity {perplexity}, {kl}, {agreement}"
+
+
+def _unknown_texts(report: dict[str, Any], vocab_size: int) -> Iterator[str]:
+    """Yield a warning for each kind of text where guessing would do better than the original."""
+    from vila_deploy.quantize.report import PREDICTED
+
+    for kind, scores in report["evaluation"]["quality"].items() if report["evaluation"] else ():
+        if scores and kind != "all" and not scores["perplexity_original"] <= vocab_size:
+            yield (
+                f"{PREDICTED[kind]}: the original's perplexity, "
+                f"{scores['perplexity_original']:.3g}, is above the {vocab_size:,} of guessing, so "
+                "this model does not know these texts; evaluate it on its own with --eval"
+            )
 
 
 def _check_kl(out: Path, report: dict[str, Any], most: float) -> None:

@@ -1,5 +1,6 @@
 """Configs that are wrong, or that the tensors don't agree with: one line that names the key."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.support.damage import (
     write,
 )
 from tests.support.tiny import make_checkpoint
+from vila_deploy.checkpoint import open_checkpoint
 
 # (overrides of the checkpoint, damage, what the message must hold)
 CASES: dict[str, tuple[dict[str, Any], Damage, str]] = {
@@ -206,7 +208,13 @@ def test_open_refuses(case: str, tmp_path: Path) -> None:
     assert re.search(message, refused(root))
 
 
+ADAPTER = (
+    r": is a LoRA adapter of {}, not a checkpoint; merge it into that model first, for.*merge_lora"
+)
 OTHER_FOLDERS = {
+    "lora": "lora" + ADAPTER.format("Efficient-Large-Model/VILA1.5-3b"),
+    "lora without config": "config" + ADAPTER.format("its base model"),
+    "lora of llm/": "llm" + ADAPTER.format("base"),
     "engine": r"engine: is an engine, not a checkpoint; give the checkpoint's folder",
     "root/llm": r"root/llm: is one part of a checkpoint; give the folder \S+/root$",
     "cache": r"cache: holds no config\.json; give the folder \S+/cache/snapshots/0123$",
@@ -227,7 +235,25 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (top / "engine" / "manifest.json").write_text("{}")
     (top / "cache" / "snapshots" / "0123").symlink_to(root)
     (top / "formats" / "awq").symlink_to(root)
+    for name, base in (
+        ("lora", "Efficient-Large-Model/VILA1.5-3b"),
+        ("lora without config", None),
+        ("lora of llm/llm", "base"),
+    ):
+        (top / name).mkdir(parents=True)
+        adapter = {"peft_type": "LORA", "base_model_name_or_path": base}
+        (top / name / "adapter_config.json").write_text(json.dumps(adapter))
+        for file in ("adapter_model.safetensors", "non_lora_trainables.bin"):
+            (top / name / file).touch()
+    (top / "lora" / "config.json").write_text("{}")
     return top
+
+
+def test_a_checkpoint_may_keep_the_config_of_a_merged_adapter(tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "c")
+    for folder in (root, root / "llm"):
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    open_checkpoint(root)
 
 
 @pytest.mark.parametrize("name", OTHER_FOLDERS)

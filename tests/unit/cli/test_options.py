@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import vila_deploy
+from vila_deploy.cli.quantize import _unknown_texts
 from vila_deploy.formats.registry import FORMATS
 from vila_deploy.quantize.options import ALGORITHMS, DEVICES, QuantizeOptions, quantize_options
 
@@ -88,3 +89,24 @@ def test_unknown_target_is_one_line(name: str) -> None:
     assert result.exit_code == 1
     assert result.stderr.startswith(f"error: unknown target {name!r}; choose from a100")
     assert result.stderr.count("\n") == 1
+
+
+def scores(perplexity: float) -> dict[str, dict[str, float]]:
+    return {"perplexity_original": perplexity}
+
+
+@pytest.mark.parametrize(
+    ("quality", "kinds"),
+    [
+        ({"text": scores(5.9e8), "image": scores(3.0), "all": scores(1e6)}, ["text"]),
+        ({"text": scores(367.9), "image": scores(368.1)}, ["answers about images"]),
+        ({"text": scores(float("inf")), "image": None}, ["text"]),
+        ({"text": scores(float("nan"))}, ["text"]),
+        ({"text": scores(8.0), "image": scores(368.0), "all": scores(20.0)}, []),
+    ],
+)
+def test_perplexity_above_guessing_is_said(quality: dict, kinds: list[str]) -> None:
+    lines = list(_unknown_texts({"evaluation": {"quality": quality}}, 368))
+    assert [line.partition(":")[0] for line in lines] == kinds
+    assert all("above the 368 of guessing" in line and "--eval" in line for line in lines)
+    assert list(_unknown_texts({"evaluation": None}, 368)) == []
