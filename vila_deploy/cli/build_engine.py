@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vila_deploy.cli.common import EXIT_INTERRUPTED, command, echo_json, named_target
+from vila_deploy.cli.common import (
+    EXIT_INTERRUPTED,
+    command,
+    echo_json,
+    named_target,
+    note_template,
+)
 from vila_deploy.engine.precision import CHOICES, LLM_PRECISIONS
 from vila_deploy.kernels.launch_mode import LAUNCH_MODES
 from vila_deploy.utils.errors import VilaDeployError, printable
@@ -134,6 +140,7 @@ def main(
         pp, jetpack, ModulePrecision(vision, lm_head, kv_cache), eval_data, kernel_launch,
     )  # fmt: skip
     if plan_only or out is None:
+        note_template(checkpoint, prompt_template)
         build = resolve_build(checkpoint, options, planning=True)
         planned, fits = plan_build(build), plan_targets(build)
         if as_json:
@@ -148,6 +155,8 @@ def _build(checkpoint: Path, out: Path, options: BuildOptions) -> Manifest:
     from vila_deploy.builder.build import build_engine
     from vila_deploy.builder.finish import is_unfinished
 
+    if not is_unfinished(out):
+        note_template(checkpoint, options.prompt_template)
     try:
         return build_engine(checkpoint, out, options)
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from functools import wraps
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
@@ -90,6 +91,19 @@ def named_target(context: click.Context, option: click.Parameter, value: str) ->
     if note:
         click.echo(note, err=True)
     return name
+
+
+def note_template(root: Path, prompt_template: str | None) -> None:
+    """Say so where a checkpoint's tokenizer has a chat template that isn't the one used."""
+    from vila_deploy.checkpoint.config import config_of, with_template
+    from vila_deploy.checkpoint.folder_layout import find_layout
+    from vila_deploy.processing.own_template import template_note
+
+    layout = find_layout(root)
+    config = with_template(config_of(layout), prompt_template)
+    note = template_note(layout.folder("llm"), config)
+    if note:
+        click.echo(note, err=True)
 
 
 def fail(message: str) -> NoReturn:

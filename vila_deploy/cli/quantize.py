@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vila_deploy.cli.common import EXIT_INTERRUPTED, command, echo_json, fail, no_nan
+from vila_deploy.cli.common import (
+    EXIT_INTERRUPTED,
+    command,
+    echo_json,
+    fail,
+    no_nan,
+    note_template,
+)
 from vila_deploy.cli.formats import FormatNames
 from vila_deploy.formats.registry import FORMATS
 from vila_deploy.quantize.options import ALGORITHMS, BUILTIN, DEVICES, quantize_options
@@ -126,6 +133,7 @@ def main(
         )
     except VilaDeployError as error:
         raise click.UsageError(str(error)) from error
+    note_template(checkpoint, prompt_template)
     if plan_only or out is None:
         _plan(checkpoint, options, as_json)
     else:
