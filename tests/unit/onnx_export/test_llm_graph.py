@@ -125,7 +125,7 @@ def test_nibbles_low_half_first() -> None:
 
 
 def test_values_beyond_float16_are_refused() -> None:
-    with pytest.raises(VilaDeployError, match="some_tensor: holds values beyond 65504"):
+    with pytest.raises(VilaDeployError, match=r"some_tensor: a value of 7e\+04 is too large"):
         float16(torch.tensor([1.0, -7e4]), "some_tensor")
     assert float16(torch.tensor([65504.0, 0.1]), "some_tensor").dtype == np.float16
 

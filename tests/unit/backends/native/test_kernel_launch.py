@@ -97,6 +97,6 @@ def test_where_there_is_none_it_is_refused_in_one_line(
 
 
 def test_python_refuses_an_unknown_one_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(VilaDeployError, match=r"unknown kernel launch mode 'fast'; choose from"):
+    with pytest.raises(VilaDeployError, match=r"--kernel-launch 'fast' is unknown; give one of"):
         build_engine(TINY_VILA, tmp_path / "engine", "h200", kernel_launch="fast")
     assert not (tmp_path / "engine").exists()
