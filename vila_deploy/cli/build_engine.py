@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     "--target", required=True, callback=named_target,
     help="Device: a file of engines/, e.g. cpu or orin; auto: this computer.",
 )  # fmt: skip
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="Folder to write; must not exist."
-)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write; new or empty.")
 @click.option(
     "--backend", help="Library that compiles and runs it; the target's default if left out."
 )

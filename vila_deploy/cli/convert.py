@@ -19,7 +19,7 @@ from vila_deploy.formats.registry import FORMATS
 )  # fmt: skip
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True,
-    help="Folder to write; must not exist.",
+    help="Folder to write; new or empty.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the folder of each format as JSON.")
 def main(checkpoint: Path, formats: tuple[str, ...], out: Path, as_json: bool) -> None:

@@ -32,7 +32,7 @@ FILE = click.Path(path_type=Path)
 
 @command("vila-quantize")
 @click.argument("checkpoint", type=FILE)
-@click.option("-o", "--out", type=FILE, help="Folder to write; must not exist.")
+@click.option("-o", "--out", type=FILE, help="Folder to write; new or empty.")
 @click.option(
     "--algorithm", type=click.Choice(ALGORITHMS), default=ALGORITHMS[0], show_default=True,
     help="awq-gptq learns scales and makes up for rounding errors on calibration data; "

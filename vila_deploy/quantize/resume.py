@@ -35,6 +35,7 @@ from vila_deploy.utils.errors import OUT_OF_MEMORY, VilaDeployError, out_of_memo
 from vila_deploy.utils.files import (
     canonical_json,
     check_new,
+    is_empty_folder,
     new_folder,
     read_json_object,
     replace_file,
@@ -153,7 +154,7 @@ def work_folder(
         check_new(out)
     path, state = work_path(out), _state_of(checkpoint, options, device)
     exists = os.path.lexists(path)
-    if exists and os.path.lexists(out):
+    if exists and os.path.lexists(out) and not is_empty_folder(out):
         raise VilaDeployError(
             f"exists, and so does {path.name}",
             where=out,

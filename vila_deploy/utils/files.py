@@ -38,8 +38,8 @@ def new_folder(destination: Path, work: Path | None = None) -> Iterator[Path]:
             success; remains of an earlier new folder in it are removed at the start.
 
     Raises:
-        VilaDeployError: `destination` exists or appears meanwhile, its parent does not exist, or
-            something can't be written, as on a full disk.
+        VilaDeployError: `destination` exists and is no empty folder, or appears meanwhile, its
+            parent does not exist, or something can't be written, as on a full disk.
     """
     check_new(destination)
     # The name is cut, so that the longest legal destination still leaves room for the suffix.
@@ -67,8 +67,11 @@ def new_folder(destination: Path, work: Path | None = None) -> Iterator[Path]:
 
 
 def check_new(destination: Path, kind: str = "folder") -> None:
-    """Raise VilaDeployError if `destination` exists or its parent does not."""
-    if os.path.lexists(destination):
+    """Raise VilaDeployError if `destination` exists or its parent does not.
+
+    An empty folder is as good as none, unless it is a link or another disk is mounted there.
+    """
+    if os.path.lexists(destination) and not (kind == "folder" and is_empty_folder(destination)):
         raise VilaDeployError(
             f"output {kind} exists", where=destination, fix="remove it or choose another -o"
         )
@@ -78,8 +81,17 @@ def check_new(destination: Path, kind: str = "folder") -> None:
         )
 
 
+def is_empty_folder(path: Path) -> bool:
+    """Return whether `path` is a folder with nothing in it, which rename(2) can replace."""
+    try:
+        replaceable = bool(path.name) and not path.is_symlink() and not path.is_mount()
+        return replaceable and not any(path.iterdir())
+    except OSError:
+        return False
+
+
 def _publish(partial: Path, destination: Path) -> None:
-    """Rename without replacing: rename(2) alone would replace an empty folder."""
+    """Rename without replacing anything but an empty folder, as rename(2) does at once."""
     check_new(destination)
     try:
         partial.rename(destination)

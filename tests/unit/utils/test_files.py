@@ -50,23 +50,48 @@ def test_appears_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
-@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")])
+def full_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "theirs").touch()
+
+
+def link_to_a_folder(path: Path) -> None:
+    (path.parent / "elsewhere").mkdir()
+    path.symlink_to("elsewhere")
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    fill(tmp_path / "out", lambda partial: None)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["ours"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_empty_folder_stays_after_an_error(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="bug"):
+        fill(tmp_path / "out", throw(ValueError("bug")))
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [full_folder, Path.touch, link_to_a_folder, lambda path: path.symlink_to("nowhere")],
+)
 def test_existing_destination_is_refused_first(make: Callable, tmp_path: Path) -> None:
     make(tmp_path / "out")
     with pytest.raises(VilaDeployError, match="out: output folder exists; remove it"):
         fill(tmp_path / "out", throw(AssertionError("the work began")))
 
 
-@pytest.mark.parametrize("kind", ["empty folder", "folder", "file", "link", "dangling link"])
+@pytest.mark.parametrize("kind", ["folder", "file", "link", "dangling link"])
 def test_destination_that_appears_meanwhile_stays(kind: str, tmp_path: Path) -> None:
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     elsewhere.mkdir()
 
     def work(partial: Path) -> None:
-        if "folder" in kind:
-            out.mkdir()
-            if kind == "folder":
-                (out / "theirs").touch()
+        if kind == "folder":
+            full_folder(out)
         elif kind == "file":
             out.write_text("theirs")
         else:
