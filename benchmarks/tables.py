@@ -20,7 +20,14 @@ if __name__ == "__main__":
     # Python looks for modules beside a script only.
     sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.page_tables import accuracy, builds, models, precision, speed  # noqa: E402
+from benchmarks.page_tables import (  # noqa: E402
+    accuracy,
+    builds,
+    cpu_engine,
+    models,
+    precision,
+    speed,
+)
 from benchmarks.page_tables.options import COMMANDS, options  # noqa: E402
 
 PAGES = ("README.md", "benchmarks/README.md", "examples/*/README.md", "docs/*.md")
@@ -43,6 +50,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "tiny-vila": accuracy.tiny_vila,
     "tiny-vila-kinds": accuracy.tiny_vila_kinds,
     "headline": accuracy.headline,
+    "cpu-choices": cpu_engine.cpu_choices,
+    "cpu-choices-answers": cpu_engine.cpu_choices_answers,
+    "cpu-engine": cpu_engine.cpu_engine,
     "module-precision": accuracy.module_precision,
     "module-support": precision.module_support,
     "module-sizes": precision.module_sizes,

@@ -24,8 +24,10 @@ def prompts() -> list:
     return by_count[1][:10] + by_count[2][:5] + by_count[3][:5]
 
 
-def test_int4_engine_equals_reference(tiny_awq: Path, tiny_engine: Path, prompts: list) -> None:
-    pairs = greedy_tokens_of_both(tiny_awq, tiny_engine, prompts)
+def test_int4_engine_equals_reference(
+    tiny_awq: Path, tiny_close_engine: Path, prompts: list
+) -> None:
+    pairs = greedy_tokens_of_both(tiny_awq, tiny_close_engine, prompts)
     assert len(pairs) == 20
     assert all(len(tokens) == NEW_TOKENS for tokens, _ in pairs)
     assert [reference for reference, _ in pairs] == [engine for _, engine in pairs]

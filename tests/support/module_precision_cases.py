@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 Doubles = NDArray[np.float64]
 
 
-def rounded(weight: torch.Tensor, dtype: str, largest: int) -> Doubles:
-    """Return a head as it should be: a scale for each row in int8, for each 64 weights in int4."""
+def rounded(weight: torch.Tensor, dtype: str, largest: int, grouped: bool = False) -> Doubles:
+    """Return a head as it should be: a scale for each row in int8, for each 64 weights in int4.
+
+    Args:
+        grouped: a scale for each 64 weights in int8 too, as backend onnxruntime has it.
+    """
     wide = weight.double().numpy()
-    if dtype == "int8":
-        groups, limit = wide[:, None], largest
-    else:
-        groups, limit = wide.reshape(len(wide), -1, 64), 7
+    limit = largest if dtype == "int8" else 7
+    by_row = dtype == "int8" and not grouped
+    groups = wide[:, None] if by_row else wide.reshape(len(wide), -1, 64)
     scale = (np.abs(groups).max(-1, keepdims=True) / limit).astype(np.float16).astype(np.float64)
     values = np.clip(np.rint(groups / np.where(scale == 0, 1, scale)), -limit, limit)
     return (values * scale).reshape(wide.shape)
@@ -40,9 +43,9 @@ class Replaced:
         return self._source.linear(prefix) if replaced is None else replaced
 
 
-def with_head(checkpoint: Any, dtype: str, largest: int) -> Any:
+def with_head(checkpoint: Any, dtype: str, largest: int, grouped: bool = False) -> Any:
     weight = checkpoint.llm.tensor("lm_head.weight")
-    head = torch.from_numpy(rounded(weight, dtype, largest)).float()
+    head = torch.from_numpy(rounded(weight, dtype, largest, grouped)).float()
     return SimpleNamespace(
         config=replace(checkpoint.config, llm=replace(checkpoint.config.llm)),
         llm=Replaced(checkpoint.llm, {"lm_head.weight": head}),

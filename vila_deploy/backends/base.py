@@ -13,7 +13,7 @@ from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.engine.manifest import Manifest, PendingStep
 from vila_deploy.engine.memory import MemoryEstimate
-from vila_deploy.engine.precision import FP16, ModulePrecision
+from vila_deploy.engine.precision import FP16, DefaultChoice, ModulePrecision
 from vila_deploy.engine.session import Session
 from vila_deploy.engine.target import Target
 from vila_deploy.utils.errors import VilaDeployError
@@ -33,6 +33,7 @@ class Backend(ABC):
     takes_several_gpus: ClassVar[bool] = False
     takes_jetpack: ClassVar[bool] = False
     takes_kernel_launch: ClassVar[bool] = False
+    takes_activations: ClassVar[bool] = False
     # Whether modules that don't fit on the GPU stay in its host's memory.
     offloads: ClassVar[bool] = False
     # Of a value in a key/value cache that is not quantized.
@@ -49,6 +50,11 @@ class Backend(ABC):
         if request.kernel_launch is not None and not self.takes_kernel_launch:
             raise VilaDeployError(
                 f"--kernel-launch is for backend native, not for {self.name}", fix="leave it out"
+            )
+        if request.activations is not None and not self.takes_activations:
+            raise VilaDeployError(
+                f"--activations is for backend onnxruntime, not for {self.name}",
+                fix="leave it out",
             )
         batch = request.limits.max_batch_size
         if batch > self.max_batch_size:
@@ -85,6 +91,18 @@ class Backend(ABC):
     def unsupported_reason(self, target: Target, module: str) -> str:
         """Return why `module` has no other dtype on `target`; empty if there is no more to say."""
         return ""
+
+    def default_lm_head(self, config: VilaConfig, precision: str) -> DefaultChoice:
+        """Return the dtype of the output head for `--lm-head auto`.
+
+        Args:
+            precision: of the LLM's linears, "int4" or "fp16".
+        """
+        return DefaultChoice(FP16)
+
+    def default_activations(self) -> DefaultChoice:
+        """Return a name in ACTIVATIONS for 4-bit linears, if it `takes_activations`."""
+        raise NotImplementedError(f"backend {self.name} has no choice of activations")
 
     def supports(self, target: Target, module: str, dtype: str) -> bool:
         """Return whether `module` can be in `dtype` on `target`."""

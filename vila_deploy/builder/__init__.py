@@ -17,7 +17,7 @@ def build_engine(
     backend: str | None = None,
     precision: str | None = None,
     vision: str = "fp16",
-    lm_head: str = "fp16",
+    lm_head: str = "auto",
     kv_cache: str = "fp16",
     eval: str | Path | None = None,
     max_batch_size: int = 1,
@@ -28,6 +28,7 @@ def build_engine(
     pp: int = 1,
     jetpack: str | None = None,
     kernel_launch: str | None = None,
+    activations: str | None = None,
 ) -> Manifest:
     """Write the engine folder `out` for `target`, "auto" for this computer; return its manifest.
 
@@ -63,5 +64,6 @@ def build_engine(
             module_precision=ModulePrecision(vision, lm_head, kv_cache),
             eval_data=None if eval is None else Path(eval),
             kernel_launch=kernel_launch,
+            activations=activations,
         ),
     )  # fmt: skip

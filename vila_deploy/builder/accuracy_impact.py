@@ -27,7 +27,8 @@ from vila_deploy.data.examples import load_held_out
 from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.eval.data import EvaluationData
 from vila_deploy.eval.metrics import TokenMetrics, compare_logits, top1_agreement
-from vila_deploy.formats.module_dtypes import FP16
+from vila_deploy.formats.module_dtypes import FP16, INT8
+from vila_deploy.onnx_export.dialects.onnxruntime import INT8_TERMS, OnnxRuntimeDialect
 from vila_deploy.onnx_export.dialects.registry import DIALECTS
 from vila_deploy.onnx_export.graph_writer import WeightFile
 from vila_deploy.onnx_export.llm import build_head_graph, build_llm_graph, store_llm
@@ -74,13 +75,14 @@ def evaluated_dialect(build: ResolvedBuild) -> str:
     Raises:
         VilaDeployError: all are fp16, or no graph has them as the backend does.
     """
-    if not build.request.module_precision.quantized():
+    request = build.request
+    if not request.module_precision.quantized() and request.activations != INT8:
         raise VilaDeployError(
             "there is nothing to measure: all modules are fp16",
             where="--eval",
             fix="leave --eval out; vila-quantize --eval compares a quantized LLM with its original",
         )
-    return build.backend.evaluated_dialect(build.request)
+    return build.backend.evaluated_dialect(request)
 
 
 def measure_accuracy_impact(
@@ -89,13 +91,18 @@ def measure_accuracy_impact(
     dialect: str,
     data: Path | None,
     scratch: Path,
+    activations: str | None = None,
 ) -> AccuracyImpact:
     """Run the checkpoint's graphs with `module_precision` and with fp16 and compare the logits.
+
+    Both int8 terms of int8x2 together differ from float32 by less than 1e-6 nats; here float32
+    stands for them in the decoder layers.
 
     Args:
         dialect: of the graphs, a key of DIALECTS.
         data: own held-out data as `load_held_out` takes it; None means the built-in one.
         scratch: folder in which a temporary one gets both sets of weights.
+        activations: of the 4-bit linears as asked, in dialect "onnxruntime".
 
     Raises:
         VilaDeployError: nothing to predict, or data that can't be read.
@@ -108,7 +115,9 @@ def measure_accuracy_impact(
         progress(_steps(checkpoint, held_out), "measuring") as advance,
     ):
         longest = max(map(len, held_out.ids))
-        graphs = _GraphPair(checkpoint, module_precision, dialect, Path(name), longest, advance)
+        graphs = _GraphPair(
+            checkpoint, module_precision, dialect, Path(name), longest, advance, activations
+        )
         metrics = graphs.compare(held_out)
     return AccuracyImpact(
         kl_mean=float(metrics.kl.mean()),
@@ -137,10 +146,14 @@ class _GraphPair:
         folder: Path,
         max_seq_len: int,
         advance: Advance,
+        activations: str | None = None,
     ):
         self._checkpoint, self._folder, self._dialect = checkpoint, folder, dialect
         self._module_precision, self._advance = module_precision, advance
         self._emitter, self._max_seq_len = DIALECTS[dialect](), max_seq_len
+        emitters = {PLAIN: self._emitter}
+        if activations == INT8:
+            emitters[AS_ASKED] = OnnxRuntimeDialect(INT8_TERMS[activations])
         with WeightFile(folder / files.WEIGHTS) as file:
             llm, config = checkpoint.llm, checkpoint.config.llm
             stored = store_llm(config, llm, max_seq_len, file, self._emitter, advance, FP16)
@@ -148,14 +161,15 @@ class _GraphPair:
             if module_precision.lm_head != FP16:
                 weight = llm.tensor(HEAD)
                 heads[AS_ASKED] = self._emitter.store_head(file, weight, module_precision.lm_head)
-        trunk = build_llm_graph(
-            config, stored, self._emitter, tokens=None, logits=False, states=True
-        )
-        trunk.save(folder / "trunk.onnx")
-        self._trunk = _load(folder / "trunk.onnx")
+        self._trunks = {}
+        for name, emitter in emitters.items():
+            trunk = build_llm_graph(config, stored, emitter, tokens=None, logits=False, states=True)
+            trunk.save(folder / f"trunk_{name}.onnx")
+            self._trunks[name] = _load(folder / f"trunk_{name}.onnx")
         self._heads = {}
         for name, head in heads.items():
-            build_head_graph(config, head, self._emitter).save(folder / f"{name}.onnx")
+            emitter = emitters.get(name, self._emitter)
+            build_head_graph(config, head, emitter).save(folder / f"{name}.onnx")
             self._heads[name] = _load(folder / f"{name}.onnx")
 
     def compare(self, data: EvaluationData) -> TokenMetrics:
@@ -170,7 +184,8 @@ class _GraphPair:
         for index, mask in enumerate(masks):
             predicted = mask.numpy()
             states = {
-                name: self._states(embeds[index])[predicted] for name, embeds in prompts.items()
+                name: self._states(prompts.get(name, prompts[PLAIN])[index], name)[predicted]
+                for name in {*prompts, *self._trunks}
             }
             for start in range(0, len(states[PLAIN]), LOGIT_ROWS):
                 rows = slice(start, start + LOGIT_ROWS)
@@ -194,7 +209,7 @@ class _GraphPair:
         ]
         return np.concatenate(parts)
 
-    def _states(self, embeds: Floats) -> Floats:
+    def _states(self, embeds: Floats, name: str) -> Floats:
         """Normed hidden states [tokens, hidden] of a sequence that begins with an empty cache."""
         llm, count = self._checkpoint.config.llm, len(embeds)
         feeds: dict[str, NDArray[Any]] = {
@@ -204,13 +219,14 @@ class _GraphPair:
             "seqlens_k": np.array([count - 1], np.int32),
             "total_sequence_length": np.array(count, np.int32),
         }
-        inputs = self._trunk.get_inputs()
+        trunk = self._trunks.get(name, self._trunks[PLAIN])
+        inputs = trunk.get_inputs()
         kind = np.float32 if self._emitter.batch == 1 else np.float16
         cache = np.zeros((1, llm.num_kv_heads, self._max_seq_len, llm.head_dim), kind)
         feeds |= {each.name: cache for each in inputs if each.name.startswith("past_")}
         known = {each.name for each in inputs}
         feeds = {name: value for name, value in feeds.items() if name in known}
-        states: Floats = self._trunk.run(["states"], feeds)[0]
+        states: Floats = trunk.run(["states"], feeds)[0]
         return states
 
     def _embeds(self, sequence: TokenSequence, features: Mapping[str, Floats]) -> Floats:

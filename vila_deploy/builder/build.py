@@ -26,7 +26,7 @@ from vila_deploy.builder.resolve import (
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.manifest import TOKENIZER_FOLDER, Manifest, write_manifest
 from vila_deploy.engine.model_info import ModelInfo
-from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
+from vila_deploy.engine.precision import DEFAULT_MODULES, ModulePrecision
 from vila_deploy.processing.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from vila_deploy.utils.files import new_folder
 from vila_deploy.utils.version import __version__
@@ -63,8 +63,9 @@ def build_random_engine(
     precision: str,
     target: str,
     out: Path,
-    module_precision: ModulePrecision = ALL_FP16,
+    module_precision: ModulePrecision = DEFAULT_MODULES,
     max_seq_len: int = RANDOM_MAX_SEQ_LEN,
+    activations: str | None = None,
 ) -> Manifest:
     """Build and finish an engine of a released model's shapes with random weights, to measure.
 
@@ -74,7 +75,12 @@ def build_random_engine(
     """
     from vila_deploy.model.random_weights import random_parts
 
-    options = BuildOptions(target, max_seq_len=max_seq_len, module_precision=module_precision)
+    options = BuildOptions(
+        target,
+        max_seq_len=max_seq_len,
+        module_precision=module_precision,
+        activations=activations,
+    )
     build = resolve_random_build(model, precision, options)
     build.backend.check_tools(build.request)
     manifest = _manifest(build, None)
@@ -112,8 +118,10 @@ def _accuracy_measurement(
 
     dialect = evaluated_dialect(build)
     data = None if eval_data in BUILTIN_DATA else eval_data
-    modules = build.request.module_precision
-    return lambda folder: measure_accuracy_impact(build.checkpoint, modules, dialect, data, folder)
+    modules, activations = build.request.module_precision, build.request.activations
+    return lambda folder: measure_accuracy_impact(
+        build.checkpoint, modules, dialect, data, folder, activations
+    )
 
 
 def _manifest(
@@ -132,6 +140,8 @@ def _manifest(
         model=ModelInfo.from_config(build.config, tokenizer),
         versions={},
         module_precision=build.request.module_precision,
+        activations=build.request.activations,
+        defaults=build.request.defaults,
     )
 
 

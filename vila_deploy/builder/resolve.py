@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +12,13 @@ from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import VilaConfig, config_of, with_template
 from vila_deploy.checkpoint.folder_layout import find_layout
 from vila_deploy.engine.build_request import BuildRequest, resolve_limits
-from vila_deploy.engine.precision import ALL_FP16, ModulePrecision, option_of
+from vila_deploy.engine.precision import (
+    AUTO,
+    DEFAULT_MODULES,
+    DefaultChoice,
+    ModulePrecision,
+    option_of,
+)
 from vila_deploy.engine.target import Target, get_target
 from vila_deploy.formats.module_dtypes import FP16
 from vila_deploy.processing.vocabulary import check_vocabulary
@@ -29,9 +35,11 @@ class BuildOptions:
     """What the user asks for; None means: take what the target, checkpoint or model suggests.
 
     Args:
-        module_precision: dtype of vision tower, output head and key/value cache.
+        module_precision: dtype of vision tower, output head and key/value cache; the head may be
+            AUTO.
         eval_data: texts and images, or one of BUILTIN_DATA, on which the change of the logits by
-            `module_precision` is measured; None: it is not.
+            `module_precision` and `activations` is measured; None: it is not.
+        activations: a name in ACTIVATIONS, of the 4-bit linears of backend onnxruntime.
     """
 
     target: str
@@ -44,9 +52,10 @@ class BuildOptions:
     tp: int = 1
     pp: int = 1
     jetpack: str | None = None
-    module_precision: ModulePrecision = ALL_FP16
+    module_precision: ModulePrecision = DEFAULT_MODULES
     eval_data: Path | None = None
     kernel_launch: str | None = None
+    activations: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,13 +111,14 @@ def resolve_build(root: Path, options: BuildOptions, *, planning: bool = False) 
     found = "int4" if config.llm.quantization else FP16
     if not (planning and found == FP16 and options.precision == "int4"):
         _check_precision(found, options.precision, target)
+    precision = options.precision or found
     return _resolve(
         ResolvedBuild(
             name=root.resolve().name,
             config=config,
             backend=backend,
-            precision=options.precision or found,
-            request=_request(config, target, options),
+            precision=precision,
+            request=_request(config, target, backend, precision, options),
             root=root,
             backend_asked=options.backend,
             eval_data=options.eval_data,
@@ -126,7 +136,7 @@ def resolve_random_build(model: str, precision: str, options: BuildOptions) -> R
 
     config, target = preset(model, precision), get_target(options.target)
     backend = resolve_backend(target, options.backend)
-    request = _request(config, target, options)
+    request = _request(config, target, backend, precision, options)
     return _resolve(ResolvedBuild(model, config, backend, precision, request))
 
 
@@ -173,17 +183,33 @@ def _resolve(build: ResolvedBuild) -> ResolvedBuild:
     return build
 
 
-def _request(config: VilaConfig, target: Target, options: BuildOptions) -> BuildRequest:
+def _request(
+    config: VilaConfig, target: Target, backend: Backend, precision: str, options: BuildOptions
+) -> BuildRequest:
     lengths = options.max_batch_size, options.max_input_len, options.max_seq_len
     limits = resolve_limits(config, *lengths)
+    modules, activations = options.module_precision, options.activations
+    defaults: dict[str, DefaultChoice] = {}
+    if modules.lm_head == AUTO:
+        defaults["lm_head"] = backend.default_lm_head(config, precision)
+        modules = replace(modules, lm_head=defaults["lm_head"].value)
+    if activations is None and backend.takes_activations and precision != FP16:
+        defaults["activations"] = backend.default_activations()
+        activations = defaults["activations"].value
+    elif activations is not None and backend.takes_activations and precision == FP16:
+        raise VilaDeployError(
+            "--activations is for 4-bit linears, this language model is fp16", fix="leave it out"
+        )
     return BuildRequest(
         target,
         limits,
         options.tp,
         options.pp,
         options.jetpack,
-        options.module_precision,
+        modules,
         options.kernel_launch,
+        activations,
+        {name: choice.reason for name, choice in defaults.items() if choice.reason},
     )
 
 

@@ -15,7 +15,8 @@ from vila_deploy.cli.common import (
     named_target,
     note_template,
 )
-from vila_deploy.engine.precision import CHOICES, LLM_PRECISIONS
+from vila_deploy.engine.precision import AUTO, CHOICES, LLM_PRECISIONS, ModulePrecision, option_of
+from vila_deploy.formats.module_dtypes import ACTIVATIONS
 from vila_deploy.kernels.launch_mode import LAUNCH_MODES
 from vila_deploy.utils.errors import VilaDeployError, printable
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from vila_deploy.builder.memory_plan import EnginePlan
     from vila_deploy.builder.resolve import BuildOptions
     from vila_deploy.engine.manifest import Manifest
-    from vila_deploy.engine.precision import ModulePrecision
 
 
 @command("vila-build-engine")
@@ -46,16 +46,22 @@ if TYPE_CHECKING:
     help="Of the vision tower.",
 )  # fmt: skip
 @click.option(
-    "--lm-head", type=click.Choice(CHOICES["lm_head"]), default="fp16", show_default=True,
-    help="Of the output head; the embedding table stays as it is.",
+    "--lm-head", type=click.Choice([AUTO, *CHOICES["lm_head"]]), default=AUTO, show_default=True,
+    help="Of the output head; auto is int8 for int4 engines of backend onnxruntime, else fp16. The "
+    "embedding table stays as it is.",
 )  # fmt: skip
 @click.option(
     "--kv-cache", type=click.Choice(CHOICES["kv_cache"]), default="fp16", show_default=True,
     help="Of the key/value cache.",
 )  # fmt: skip
 @click.option(
+    "--activations", type=click.Choice([*ACTIVATIONS]),
+    help="Of 4-bit linears, int8 if left out; int8x2 is the sum of two int8 terms; --backend "
+    "onnxruntime only.",
+)  # fmt: skip
+@click.option(
     "--eval", "eval_data", type=click.Path(path_type=Path), metavar="FILE_OR_DIR",
-    help="Measure how these three change the logits, on own held-out data as vila-quantize --eval "
+    help="Measure how these four change the logits, on own held-out data as vila-quantize --eval "
     "takes it, or on the built-in data: the word builtin. Takes minutes with a large model.",
 )  # fmt: skip
 @click.option(
@@ -96,6 +102,7 @@ def main(
     vision: str,
     lm_head: str,
     kv_cache: str,
+    activations: str | None,
     eval_data: Path | None,
     max_batch_size: int,
     max_input_len: int | None,
@@ -116,26 +123,16 @@ def main(
 
     An engine folder with steps left for the device is finished there by the same command.
     """
-    from vila_deploy.builder.finish import is_engine, is_unfinished
-
-    if out is None and not plan_only and is_unfinished(checkpoint):
-        out = checkpoint
-    elif out is None and not plan_only and is_engine(checkpoint):
-        raise VilaDeployError(
-            "nothing is left to do for this engine",
-            where=checkpoint,
-            fix="run it with vila-chat or vila-bench",
-        )
     if out is None and not plan_only:
-        raise click.UsageError("-o is missing: name the folder to write, or give --plan")
+        out = _unfinished_engine(checkpoint)
 
     from vila_deploy.builder.plan import plan_build, plan_targets
     from vila_deploy.builder.resolve import BuildOptions, resolve_build
-    from vila_deploy.engine.precision import ModulePrecision
 
+    modules = ModulePrecision(vision, lm_head, kv_cache)
     options = BuildOptions(
         target, backend, precision, max_batch_size, max_input_len, max_seq_len, prompt_template, tp,
-        pp, jetpack, ModulePrecision(vision, lm_head, kv_cache), eval_data, kernel_launch,
+        pp, jetpack, modules, eval_data, kernel_launch, activations,
     )  # fmt: skip
     if plan_only or out is None:
         note_template(checkpoint, prompt_template)
@@ -147,6 +144,21 @@ def main(
             _show_plan(planned, fits)
         return
     _show_engine(out, _build(checkpoint, out, options), as_json)
+
+
+def _unfinished_engine(folder: Path) -> Path:
+    """Return `folder` if it is an engine with steps left; the command needs -o otherwise."""
+    from vila_deploy.builder.finish import is_engine, is_unfinished
+
+    if is_unfinished(folder):
+        return folder
+    if is_engine(folder):
+        raise VilaDeployError(
+            "nothing is left to do for this engine",
+            where=folder,
+            fix="run it with vila-chat or vila-bench",
+        )
+    raise click.UsageError("-o is missing: name the folder to write, or give --plan")
 
 
 def _build(checkpoint: Path, out: Path, options: BuildOptions) -> Manifest:
@@ -174,6 +186,8 @@ def _show_engine(out: Path, manifest: Manifest, as_json: bool) -> None:
                 "backend": manifest.backend,
                 "precision": manifest.precision,
                 "components": manifest.module_precision.to_json(),
+                "activations": manifest.activations,
+                "defaults": dict(manifest.defaults),
                 "effect": manifest.accuracy_impact,
                 "weight_bytes_per_token": manifest.weight_bytes_per_token,
                 "needs": [step.title for step in manifest.pending_steps],
@@ -181,14 +195,19 @@ def _show_engine(out: Path, manifest: Manifest, as_json: bool) -> None:
         )
     else:
         size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+        activations = manifest.activations
         click.echo(
             f"{out}: {_precisions(manifest.precision, manifest.module_precision)} engine for "
             f"{manifest.target}, {size / 1e6:,.1f} MB"
         )
+        values = {**manifest.module_precision.to_json(), "activations": activations}
+        for name, reason in manifest.defaults.items():
+            click.echo(f"--{option_of(name)} {values[name]} by default: {reason}")
         impact = manifest.accuracy_impact
         if impact is not None:
+            plain = "fp16 modules and float32 activations" if activations else "fp16 modules"
             click.echo(
-                f"Against fp16 modules: mean KL {impact['kl_mean']:.2g} nats, top-1 agreement "
+                f"Against {plain}: mean KL {impact['kl_mean']:.2g} nats, top-1 agreement "
                 f"{impact['top1_agreement']:.2%} over {impact['tokens']} tokens"
             )
         if manifest.pending_steps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.engine.manifest import Limits, PendingStep
@@ -27,6 +27,9 @@ class BuildRequest:
         module_precision: dtype of vision tower, output head and key/value cache.
         kernel_launch: a name in LAUNCH_MODES, how the native backend's kernels follow each other;
             None means the default.
+        activations: a name in ACTIVATIONS, of the 4-bit linears of backend onnxruntime; None where
+            there are none, or another backend.
+        defaults: why the backend's own choices are what they are, by option.
     """
 
     target: Target
@@ -36,6 +39,8 @@ class BuildRequest:
     jetpack: str | None = None
     module_precision: ModulePrecision = ALL_FP16
     kernel_launch: str | None = None
+    activations: str | None = None
+    defaults: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def gpus(self) -> int:

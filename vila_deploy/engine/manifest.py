@@ -7,12 +7,13 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
+from vila_deploy.formats.module_dtypes import ACTIVATIONS, INT8X2
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.fields import Fields
 from vila_deploy.utils.files import canonical_json, read_json_object, replace_file, sha256_file
@@ -75,6 +76,8 @@ class Manifest:
         module_precision: dtype of vision tower, output head and key/value cache. Key `components`.
         accuracy_impact: change of the logits by that, where it was measured (see
             AccuracyImpact.to_json). Key `effect`.
+        activations: a name in ACTIVATIONS, of the 4-bit linears of backend onnxruntime.
+        defaults: why choices that the user left to the backend are what they are, by option.
     """
 
     name: str
@@ -90,6 +93,8 @@ class Manifest:
     pending_steps: tuple[PendingStep, ...] = ()
     module_precision: ModulePrecision = ALL_FP16
     accuracy_impact: Mapping[str, Any] | None = None
+    activations: str | None = None
+    defaults: Mapping[str, str] = field(default_factory=dict)
 
 
 # Keys in manifest.json of the fields whose names have changed since.
@@ -98,6 +103,8 @@ KEYS = {
     "module_precision": "components",
     "accuracy_impact": "effect",
 }
+# Written only where they say something.
+OPTIONAL_KEYS = ("activations", "defaults")
 
 
 def write_manifest(folder: Path, manifest: Manifest, without: Collection[str] = ()) -> None:
@@ -129,6 +136,9 @@ def write_manifest(folder: Path, manifest: Manifest, without: Collection[str] = 
             for path, digest in zip(paths, digests, strict=True)
         },
     }
+    for key in OPTIONAL_KEYS:
+        if not content[key]:
+            del content[key]
     content[CHECKSUM] = _digest(content)
     partial.write_text(canonical_json(content), "utf-8")
     replace_file(partial, folder / MANIFEST)
@@ -195,7 +205,17 @@ def _from_fields(values: Fields) -> Manifest:
         pending_steps=pending_steps_of(values.values),
         module_precision=ModulePrecision.from_fields(values),
         accuracy_impact=values.child("effect").values if "effect" in values else None,
+        activations=_activations(values),
+        defaults=values.child("defaults").values if "defaults" in values else {},
     )
+
+
+def _activations(values: Fields) -> str | None:
+    """Return how activations enter 4-bit linears; older manifests of the CPU don't say it."""
+    if "activations" in values:
+        return values.choice("activations", ACTIVATIONS)
+    old = values.text("backend") == "onnxruntime" and values.text("precision") == "int4"
+    return INT8X2 if old else None
 
 
 def pending_steps_of(content: Mapping[str, Any]) -> tuple[PendingStep, ...]:

@@ -56,6 +56,17 @@ def option_of(module: str) -> str:
 
 
 ALL_FP16 = ModulePrecision()
+# A build's own choice of `lm_head`, which `resolve_build` replaces.
+AUTO = "auto"
+DEFAULT_MODULES = ModulePrecision(lm_head=AUTO)
+
+
+@dataclass(frozen=True)
+class DefaultChoice:
+    """What a backend takes where the user leaves the choice to it, and why."""
+
+    value: str
+    reason: str = ""
 
 
 assert list(CHOICES) == [field.name for field in fields(ModulePrecision)]

@@ -5,6 +5,10 @@ from __future__ import annotations
 from vila_deploy.utils.errors import VilaDeployError
 
 FP16, INT8, INT4 = "fp16", "int8", "int4"
+# Activations of 4-bit linears on a CPU: float32, int8 with a scale for each token and group of
+# weights, or the sum of two such terms, which has 15 bits.
+INT8X2, FP32 = "int8x2", "fp32"
+ACTIVATIONS = (INT8, INT8X2, FP32)
 # Group sizes of an int4 head, in order of preference.
 HEAD_GROUP_SIZES = (128, 64, 32, 16)
 

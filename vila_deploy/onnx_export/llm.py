@@ -114,6 +114,7 @@ def build_llm_graph(
     tokens: int | None,
     logits: bool,
     states: bool = False,
+    last_early: bool = False,
 ) -> GraphWriter:
     """Return the graph over weights that `store_llm` wrote.
 
@@ -125,18 +126,15 @@ def build_llm_graph(
         tokens: number of tokens in a pass; None for any number.
         logits: False makes a graph that only fills the cache.
         states: output the input of the head, [tokens, hidden], not logits; for a batch of one.
+        last_early: behind the last layer's attention go on with the last token alone, for logits.
     """
     graph, epsilon = GraphWriter(dialect.opset), config.rms_norm_eps
-    batch, count, hidden = dialect.batch, tokens or "tokens", config.hidden_size
-    embeds = graph.input("inputs_embeds", np.float32, [batch, count, hidden])
-    shape = AttentionShape(
-        config.num_heads, config.num_kv_heads, config.head_dim, stored.cos.shape[0],
-        graph.weight("rotary.cos", stored.cos), graph.weight("rotary.sin", stored.sin),
-    )  # fmt: skip
+    count, hidden = tokens or "tokens", config.hidden_size
+    embeds, shape = _declare(graph, config, stored, dialect, count)
     if states:
         graph.output("states", np.float32, [count, hidden])
     elif logits:
-        graph.output("logits", np.float32, [batch, config.vocab_size])
+        graph.output("logits", np.float32, [dialect.batch, config.vocab_size])
     dialect.cache(graph, shape, config.num_layers, count)
     x = dialect.rows(graph, embeds, hidden)
     delta = None
@@ -151,6 +149,8 @@ def build_llm_graph(
         if not (logits or states) and index == config.num_layers - 1:
             dialect.finish(graph, config.num_layers)
             return graph
+        if last_early and index == config.num_layers - 1:
+            attended, x = dialect.last(graph, attended), dialect.last(graph, x)
         delta = dialect.linear(graph, attended, layer.o)
         norm = graph.weight(f"layer_{index}.post_attention_norm", layer.post_attention_norm)
         normed, x = dialect.add_norm(graph, x, delta, norm, epsilon)
@@ -163,9 +163,20 @@ def build_llm_graph(
         wide = graph.node("Cast", normed, to=TensorProto.FLOAT)
         graph.node("Reshape", wide, graph.integers(-1, hidden), output="states")
     else:
-        dialect.head(graph, dialect.last(graph, normed), stored.head)
+        dialect.head(graph, normed if last_early else dialect.last(graph, normed), stored.head)
     dialect.finish(graph, config.num_layers)
     return graph
+
+
+def _declare(
+    graph: GraphWriter, config: LlmConfig, stored: StoredLlm, dialect: Dialect, tokens: int | str
+) -> tuple[str, AttentionShape]:
+    """Declare the embeddings' input and return it, with the shape of every attention."""
+    embeds = graph.input("inputs_embeds", np.float32, [dialect.batch, tokens, config.hidden_size])
+    return embeds, AttentionShape(
+        config.num_heads, config.num_kv_heads, config.head_dim, stored.cos.shape[0],
+        graph.weight("rotary.cos", stored.cos), graph.weight("rotary.sin", stored.sin),
+    )  # fmt: skip
 
 
 def build_head_graph(config: LlmConfig, head: StoredLinear, dialect: Dialect) -> GraphWriter:

@@ -106,13 +106,29 @@ def test_command_writes_it_into_the_manifest(tmp_path: Path, texts: Path) -> Non
     arguments = [str(root), "--target", "cpu", "-o", str(out), "--eval", str(texts)]
     done = CliRunner().invoke(main, [*arguments, "--lm-head", "int4"])
     assert done.exit_code == 0, done.output
-    assert "Against fp16 modules: mean KL" in done.stdout
+    assert "Against fp16 modules and float32 activations: mean KL" in done.stdout
     impact = AccuracyImpact(**dict(load_manifest(out).accuracy_impact or {}))
     assert impact.tokens > 10
     assert 0 < impact.kl_mean <= impact.kl_p99
     assert np.isfinite(impact.kl_p99)
     assert {path.name for path in out.iterdir()} >= {"manifest.json", "llm", "vision"}
     assert not list(out.glob(".accuracy*"))
+
+
+def test_one_int8_term_is_measured_too(tmp_path: Path, texts: Path) -> None:
+    """The whole of activations and head, and not less than the head alone; two terms are exact."""
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=True))
+    kl = {
+        (head, activations): measure_accuracy_impact(
+            checkpoint, ModulePrecision(lm_head=head), "onnxruntime", texts, tmp_path, activations
+        ).kl_mean
+        for head, activations in (
+            ("fp16", "int8"), ("int8", "int8"), ("int8", "int8x2"), ("int8", "fp32"),
+        )
+    }  # fmt: skip
+    assert kl["int8", "int8x2"] == kl["int8", "fp32"] > 0
+    assert kl["fp16", "int8"] > 0
+    assert kl["int8", "int8"] > max(kl["fp16", "int8"], kl["int8", "fp32"])
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,8 @@ def manifest(tmp_path: Path) -> Manifest:
         limits=Limits(1, 128, 256),
         model=ModelInfo.from_config(load_config(checkpoint), load_tokenizer(checkpoint / "llm")),
         versions={"onnxruntime": "1.0"},
+        activations="int8",
+        defaults={"activations": "the fastest"},
     )
 
 
@@ -58,6 +60,23 @@ def engine(tmp_path: Path, manifest: Manifest) -> Path:
 def test_round_trip(engine: Path, manifest: Manifest) -> None:
     assert load_manifest(engine) == manifest
     assert manifest.model.stop_token_ids == (2,)
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "activations"),
+    [("onnxruntime", "int4", "int8x2"), ("onnxruntime", "fp16", None), ("native", "int4", None)],
+)
+def test_older_manifests_without_activations(
+    tmp_path: Path, manifest: Manifest, backend: str, precision: str, activations: str | None
+) -> None:
+    """Engines for the CPU had two int8 terms; where there is no choice, no key is written."""
+    older = replace(manifest, backend=backend, precision=precision, activations=None, defaults={})
+    write_manifest(tmp_path, older)
+    assert (
+        not {"activations", "defaults"}
+        & json.loads((tmp_path / "manifest.json").read_text("utf-8")).keys()
+    )
+    assert load_manifest(tmp_path) == replace(older, activations=activations)
 
 
 def test_every_byte_of_the_manifest_is_guarded(engine: Path) -> None:
@@ -196,7 +215,8 @@ def test_manifests_of_format_version_1_are_read(tmp_path: Path, name: str, ids: 
     again = json.loads((engine / "manifest.json").read_text("utf-8"))
     assert again["format_version"] == 2
     assert again["needs"] == [vars(step) for step in manifest.pending_steps]
-    changed = {"format_version", "manifest_sha256", "needs"}
+    assert again.get("activations") == ("int8x2" if name == "tiny-cpu-int4" else None)
+    changed = {"format_version", "manifest_sha256", "needs", "activations"}
     assert {k: v for k, v in again.items() if k not in changed} == {
         k: v for k, v in content.items() if k not in changed
     }

@@ -21,7 +21,7 @@ from vila_deploy.builder.resolve import check_module_precision
 from vila_deploy.checkpoint.presets import preset
 from vila_deploy.checkpoint.tensor_schema import tower_tensor_specs
 from vila_deploy.cli.build_engine import main
-from vila_deploy.engine.manifest import Limits
+from vila_deploy.engine.manifest import Limits, load_manifest
 from vila_deploy.engine.precision import CHOICES, ModulePrecision
 from vila_deploy.engine.target import get_target
 from vila_deploy.formats.module_dtypes import head_group_size
@@ -155,6 +155,58 @@ def test_command_refuses_in_one_line_before_any_work(tmp_path: Path) -> None:
         assert output.count("\n") == 1
         assert "--kv-cache fp16, not int8" in output
     assert not (tmp_path / "engine").exists()
+
+
+INT4 = {"quantized": True}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "flags", "head", "activations"),
+    [
+        (INT4, [], "int8", "int8"),
+        (INT4, ["--lm-head", "fp16"], "fp16", "int8"),
+        (INT4, ["--lm-head", "int4", "--activations", "fp32"], "int4", "fp32"),
+        (INT4, ["--activations", "int8x2"], "int8", "int8x2"),
+        ({}, [], "fp16", None),
+    ],
+)
+def test_head_and_activations_are_chosen_by_the_backend_unless_given(
+    tmp_path: Path, checkpoint: Any, flags: list[str], head: str, activations: str | None
+) -> None:
+    root, out = make_checkpoint(tmp_path / "c", **checkpoint), tmp_path / "engine"
+    code, output = build(root, "--target", "cpu", "-o", out, *flags)
+    assert code == 0, output
+    manifest = load_manifest(out)
+    assert (manifest.module_precision.lm_head, manifest.activations) == (head, activations)
+    given = {flag.removeprefix("--").replace("-", "_") for flag in flags[::2]}
+    chosen = set() if activations is None else {"lm_head", "activations"} - given
+    assert manifest.defaults.keys() == chosen
+    for name in chosen:
+        assert f"--{name.replace('_', '-')} int8 by default: " in output
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "target", "words"),
+    [
+        (INT4, "h100", "--activations is for backend onnxruntime, not for native; leave it out"),
+        (INT4, "orin", "--activations is for backend onnxruntime, not for tensorrt; leave it out"),
+        ({}, "cpu", "--activations is for 4-bit linears, this language model is fp16; leave"),
+    ],
+)
+def test_activations_are_refused_where_there_is_no_choice(
+    tmp_path: Path, checkpoint: Any, target: str, words: str
+) -> None:
+    root = make_checkpoint(tmp_path / "checkpoint", **checkpoint)
+    code, output = build(root, "--target", target, "--activations", "int8", "--plan")
+    assert code == 1
+    assert words in output
+    assert output.count("\n") == 1
+
+
+def test_head_of_other_backends_stays_fp16(tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "checkpoint", **INT4)
+    shown = json.loads(build(root, "--target", "orin", "--plan", "--json")[1])
+    assert shown["kept_as"]["lm_head"] == "fp16"
 
 
 def test_plan_says_what_is_kept_in_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

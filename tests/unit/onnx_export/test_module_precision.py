@@ -78,7 +78,7 @@ def test_head_gives_the_products_of_its_rounded_weights(
     onnx_model = onnx.load(tmp_path / "w.onnx", load_external_data=False)
     assert dialect != "primitive" or refusals(onnx_model) == []
     (found,) = loaded(tmp_path / "w.onnx").run(None, {"x": x})
-    exact = rounded(weight, dtype, largest)
+    exact = rounded(weight, dtype, largest, grouped=not half)
     expected = x.astype(np.float64) @ exact.T
     # Rows differ in size, so each is compared with what its own terms add up to.
     size = np.sqrt((x.astype(np.float64) ** 2) @ (exact**2).T) + 1e-6
@@ -107,14 +107,17 @@ def test_cpu_engine_equals_the_reference_with_the_same_head(
     tmp_path: Path, quantized: bool, dtype: str
 ) -> None:
     root = make_checkpoint(tmp_path / "c", quantized=quantized, hidden=192, heads=6, kv_heads=2)
-    options = BuildOptions("cpu", max_seq_len=96, module_precision=ModulePrecision(lm_head=dtype))
+    options = BuildOptions(
+        "cpu", max_seq_len=96, module_precision=ModulePrecision(lm_head=dtype),
+        activations="int8x2" if quantized else None,
+    )  # fmt: skip
     plain = build_engine(
         root, tmp_path / "plain", replace(options, module_precision=ModulePrecision())
     )
     manifest = build_engine(root, tmp_path / "engine", options)
     assert load_manifest(tmp_path / "engine").module_precision == options.module_precision
     assert manifest.weight_bytes_per_token < plain.weight_bytes_per_token
-    reference = ReferenceSession(with_head(open_checkpoint(root), dtype, 127))
+    reference = ReferenceSession(with_head(open_checkpoint(root), dtype, 127, grouped=True))
     with open_engine(tmp_path / "engine") as engine:
         embeds = engine.session.embed_tokens(range(20, 50))
         found, expected = engine.session.sequence.prefill(embeds), reference.prefill(embeds)

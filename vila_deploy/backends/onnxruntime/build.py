@@ -13,11 +13,9 @@ from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
+from vila_deploy.formats.module_dtypes import INT8X2
 from vila_deploy.onnx_export.arrays import float16
-from vila_deploy.onnx_export.dialects.onnxruntime import (
-    INT8_TERMS,
-    OnnxRuntimeDialect,
-)
+from vila_deploy.onnx_export.dialects.onnxruntime import INT8_TERMS, OnnxRuntimeDialect
 from vila_deploy.onnx_export.graph_writer import WeightFile
 from vila_deploy.onnx_export.llm import StoredLlm, build_llm_graph, store_llm
 from vila_deploy.onnx_export.vision import build_projector_graph, build_vision_graph
@@ -52,7 +50,7 @@ def build(
                 advance,
                 request.module_precision.lm_head,
             )
-        _save_llm(folder / files.LLM, config.llm, stored)
+        _save_llm(folder / files.LLM, config.llm, stored, request.activations)
 
         table = float16(llm.tensor(llm_config.EMBEDDING), llm_config.EMBEDDING)
         np.save(folder / files.EMBEDDING, table)
@@ -80,18 +78,19 @@ def _save_vision(
         graph.save(folder / files.PROJECTOR_GRAPH)
 
 
-def _save_llm(folder: Path, config: LlmConfig, stored: StoredLlm) -> None:
-    """One graph for any number of tokens; with 4-bit weights, one for one token and one for many.
+def _save_llm(folder: Path, config: LlmConfig, stored: StoredLlm, activations: str | None) -> None:
+    """One graph for any number of tokens; with activations int8x2, a second one for many tokens.
 
-    Both read the same weights, each through the kernel that is fastest for it.
+    Both read the same weights, each through the kernel that is fastest for it. onnxruntime repacks
+    the weights for each kernel, so that one graph takes half the memory of two.
     """
-    float_linears = OnnxRuntimeDialect()
-    if all(linear.group_size is None for layer in stored.layers for linear in layer.linears()):
-        graph = build_llm_graph(config, stored, float_linears, tokens=None, logits=True)
+    dialect = OnnxRuntimeDialect(int8_terms=INT8_TERMS[activations])
+    if activations != INT8X2:
+        early = activations is not None
+        graph = build_llm_graph(config, stored, dialect, tokens=None, logits=True, last_early=early)
         graph.save(folder / files.GRAPH)
         return
-    int8_linears = OnnxRuntimeDialect(int8_terms=INT8_TERMS)
-    graph = build_llm_graph(config, stored, int8_linears, tokens=1, logits=True)
+    graph = build_llm_graph(config, stored, dialect, tokens=1, logits=True)
     graph.save(folder / files.GRAPH)
-    graph = build_llm_graph(config, stored, float_linears, tokens=None, logits=False)
+    graph = build_llm_graph(config, stored, OnnxRuntimeDialect(), tokens=None, logits=False)
     graph.save(folder / files.PREFILL_GRAPH)

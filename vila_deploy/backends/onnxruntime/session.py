@@ -42,7 +42,7 @@ class OnnxRuntimeSession:
         llm = folder / files.LLM
         single = not (llm / files.PREFILL_GRAPH).exists()
         # Repacking float32 weights would only slow down decoding; quantized ones need it.
-        repack = not single or manifest.module_precision.lm_head != FP16
+        repack = {manifest.precision, manifest.module_precision.lm_head} != {FP16}
         options = {} if repack else NO_PREPACKING
         decoder = load_graph(llm / files.GRAPH, threads=threads, options=options)
         cache_shape = (1, model.num_kv_heads, limits.max_seq_len, model.head_dim)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from vila_deploy.formats.base import GROUP_SIZES, QuantizedLinear
-from vila_deploy.formats.module_dtypes import head_group_size
+from vila_deploy.formats.module_dtypes import FP32, INT8, INT8X2, head_group_size
 from vila_deploy.onnx_export.arrays import float16, float32
 from vila_deploy.onnx_export.dialects.base import (
     AttentionShape,
@@ -23,13 +23,14 @@ from vila_deploy.onnx_export.dialects.base import (
     pack_nibbles,
 )
 from vila_deploy.onnx_export.graph_writer import MICROSOFT, OPSET, GraphWriter, WeightFile
-from vila_deploy.onnx_export.rounding import Int8Linear, round_head
+from vila_deploy.onnx_export.rounding import Int8Linear, round_head, round_int8
 from vila_deploy.utils.errors import VilaDeployError
 
 ACCURACY_FLOAT32, ACCURACY_INT8 = 1, 4
-# Two int8 terms of an activation hold 15 bits of it, 4 more than float16 does; a third costs a
-# third of the speed (188 against 138 ms a token at VILA1.5-3b's shapes) and changes no token.
-INT8_TERMS = 2
+# int8 terms of an activation for each value of --activations; None: no linear is 4-bit. Two hold
+# 15 bits of it, 4 more than float16 does; a third costs a third of the speed (188 against 138 ms a
+# token at VILA1.5-3b's shapes) and changes no token.
+INT8_TERMS: Mapping[str | None, int] = {None: 0, FP32: 0, INT8: 1, INT8X2: 2}
 HEAD = "lm_head"
 
 
@@ -38,11 +39,11 @@ class OnnxRuntimeDialect:
     """Emit com.microsoft GroupQueryAttention and MatMulNBits.
 
     Args:
-        int8_terms: 0 multiplies 4-bit weights by float32 activations, which is limited by
-            arithmetic and suits many tokens at once. n > 0, for graphs that take one token, splits
-            the activations into n int8 terms, x ≈ x₁ + … + xₙ, each term the rounding error of the
-            terms before. The kernel for int8 activations is limited by memory and reads every
-            weight once for all terms. Two terms have 15 bits of each group, three have 22.
+        int8_terms: 0 multiplies 4-bit weights by float32 activations, 1 by activations rounded to
+            int8, with a scale for each token and group, which is about twice as fast. n > 1, for
+            graphs that take one token, splits the activations into n int8 terms, x ≈ x₁ + … + xₙ,
+            each term the rounding error of the terms before; the kernel reads every weight once for
+            all terms. Two terms have 15 bits of each group, three have 22.
     """
 
     int8_terms: int = 0
@@ -84,9 +85,10 @@ class OnnxRuntimeDialect:
         return StoredLinear(name, out_features, in_features, None, tensors, bytes_per_step)
 
     def store_head(self, file: WeightFile, weight: Tensor, dtype: str) -> StoredLinear:
+        if dtype == INT8:
+            return _store_int8(file, HEAD, weight)
         head = round_head(weight, dtype, HEAD)
-        if isinstance(head, Int8Linear):
-            return _store_int8(file, HEAD, head)
+        assert not isinstance(head, Int8Linear)
         return self.store_linear(file, HEAD, [head])
 
     def linear(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
@@ -130,8 +132,9 @@ class OnnxRuntimeDialect:
     def head(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
         shape = graph.integers(1, linear.out_features)
         if linear.group_size is not None:
-            # The head computes one token, however many the rest of the graph takes.
-            terms = replace(self, int8_terms=self.int8_terms or INT8_TERMS)
+            # The head computes one token, however many the rest of the graph takes. One term of
+            # its input would add twice the loss that one term in all layers does (SmolLM2-135M).
+            terms = replace(self, int8_terms=INT8_TERMS[INT8X2])
             return graph.node("Reshape", terms.linear(graph, x, linear), shape, output="logits")
         # The weight comes first: onnxruntime would repack a second operand, which is slower here.
         column = graph.node("Reshape", x, graph.integers(linear.in_features, 1))
@@ -234,16 +237,13 @@ def _store_quantized(
     )
 
 
-def _store_int8(file: WeightFile, name: str, linear: Int8Linear) -> StoredLinear:
-    """Write an int8 matrix; MatMulNBits needs groups, so that a row's scale is repeated."""
-    out_features, in_features = linear.q.shape
+def _store_int8(file: WeightFile, name: str, weight: Tensor) -> StoredLinear:
+    """Round `weight` [out, in] to int8, a scale for each group, which MatMulNBits needs anyway."""
+    out_features, in_features = weight.shape
     group_size = head_group_size(in_features)
+    linear = round_int8(weight.reshape(-1, group_size), name)
     values = (linear.q.view(torch.uint8) ^ 128).reshape(out_features, -1, group_size)
-    scale = linear.scale[:, None].expand(-1, in_features // group_size)
-    tensors = {
-        "q8": file.append(values.numpy()),
-        "scale": file.append(float32(scale.contiguous()).reshape(-1)),
-    }
+    tensors = {"q8": file.append(values.numpy()), "scale": file.append(float32(linear.scale))}
     size = sum(tensor.size_bytes for tensor in tensors.values())
     return StoredLinear(name, out_features, in_features, group_size, tensors, size)
 

@@ -1,0 +1,63 @@
+"""Choices of the CPU engine: what activations and head add to the loss, and what they save."""
+
+from __future__ import annotations
+
+from benchmarks.page_tables.sources import Row, markdown, results
+
+FIGURES = {
+    "prefill_256_s": "prefill of 256 tokens",
+    "decode_0_ms": "decode at context 0",
+    "decode_256_ms": "256",
+    "decode_512_ms": "512",
+    "decode_960_ms": "960",
+    "load_s": "load",
+    "loaded_bytes": "resident after load",
+    "end_bytes": "at the end",
+}
+
+
+def cpu_choices() -> str:
+    """Return what int8 activations and an int8 head add to what 4 bits cost."""
+    rows = []
+    for row in results("cpu-choices"):
+        if "kl_mean" in row:
+            added = f"{row['kl_added_share']:+.1%}" if row["kl_added_share"] else ""
+            figures = [f"{row['perplexity']:.3f}", f"{row['kl_mean']:.5f}", added]
+            rows.append([f"{row['model']}, {row['text']}", *_choice(row), *figures])
+    note = _note(results("cpu-choices")[0])
+    return markdown(
+        ["model, text", "`--activations`", "`--lm-head`", "perplexity", "KL to fp32", "added"],
+        rows,
+        note,
+    )
+
+
+def cpu_choices_answers() -> str:
+    """Return how many of tiny-vila's answers are exact with each choice."""
+    rows = [
+        [row["model"], *_choice(row), f"{row['exact_match']:.1%}"]
+        for row in results("cpu-choices")
+        if "exact_match" in row
+    ]
+    return markdown(["model", "`--activations`", "`--lm-head`", "exact answers of 500"], rows)
+
+
+def cpu_engine() -> str:
+    """Return the figures of default engines as shares of those with int8x2 and an fp16 head."""
+    engines = [row for row in results("cpu-engine") if row["activations"] == "int8"]
+    rows = [
+        [title, *(f"{row['ratio_to_first'][name]:.2f}" for row in engines)]
+        for name, title in FIGURES.items()
+    ]
+    note = f"{_note(engines[0])}, {engines[0]['clock']}, {engines[0]['threads']} thread"
+    return markdown(["", *(row["model"] for row in engines)], rows, note)
+
+
+def _choice(row: Row) -> tuple[str, str]:
+    terms = row.get("lm_head_terms", 0)
+    head = f"{row['lm_head']}, {terms} terms" if terms == 2 else row["lm_head"]
+    return row["activations"], head
+
+
+def _note(row: Row) -> str:
+    return f"{row['label']} on {row['device']}"
