@@ -41,13 +41,15 @@ def build_engine(
     from vila_deploy.builder.build import build_engine as build
     from vila_deploy.builder.resolve import BuildOptions
     from vila_deploy.engine.local_target import target_name
-    from vila_deploy.engine.precision import CHOICES, LLM_PRECISIONS, ModulePrecision
+    from vila_deploy.engine.precision import AUTO, CHOICES, LLM_PRECISIONS, ModulePrecision
+    from vila_deploy.formats.module_dtypes import ACTIVATIONS
     from vila_deploy.kernels.launch_mode import LAUNCH_MODES
     from vila_deploy.utils.errors import check_at_least, check_choice
 
     check_choice("--precision", precision, (None, *LLM_PRECISIONS))
     check_choice("--vision", vision, CHOICES["vision"])
-    check_choice("--lm-head", lm_head, CHOICES["lm_head"])
+    check_choice("--lm-head", lm_head, (AUTO, *CHOICES["lm_head"]))
+    check_choice("--activations", activations, (None, *ACTIVATIONS))
     check_choice("--kv-cache", kv_cache, CHOICES["kv_cache"])
     check_choice("--kernel-launch", kernel_launch, (None, *LAUNCH_MODES))
     check_at_least("--max-batch-size", max_batch_size, 1)
