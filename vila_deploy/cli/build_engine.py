@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--lm-head", type=click.Choice([AUTO, *CHOICES["lm_head"]]), default=AUTO, show_default=True,
-    help="Of the output head; auto is int8 for int4 engines of backend onnxruntime, else fp16. The "
-    "embedding table stays as it is.",
+    help="Of the output head; auto is the backend's choice, now fp16. The embedding table stays as "
+    "it is.",
 )  # fmt: skip
 @click.option(
     "--kv-cache", type=click.Choice(CHOICES["kv_cache"]), default="fp16", show_default=True,
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--activations", type=click.Choice([*ACTIVATIONS]),
-    help="Of 4-bit linears, int8 if left out; int8x2 is the sum of two int8 terms; --backend "
+    help="Of 4-bit linears, int8x2, the sum of two int8 terms, if left out; --backend "
     "onnxruntime only.",
 )  # fmt: skip
 @click.option(

@@ -52,8 +52,8 @@ def command_errors(command: Callable[P, None]) -> Callable[P, None]:
         except VilaDeployError as error:
             fail(str(error))
         except BrokenPipeError:
-            # The reader of our output has gone; Python would complain again while closing stdout.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # The reader of our output has gone.
+            _discard_stdout()
             sys.exit(EXIT_FAILED)
         except KeyboardInterrupt:
             click.echo("interrupted: nothing was left behind", err=True)
@@ -64,12 +64,21 @@ def command_errors(command: Callable[P, None]) -> Callable[P, None]:
             fail(OUT_OF_MEMORY)
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
+            try:
+                sys.stdout.flush()
+            except OSError:
+                _discard_stdout()
             fail(f"{where}{error.strerror or error}; check the path, its permissions and the disk")
         finally:
             # A program that calls a command keeps its own handler.
             signal.signal(signal.SIGTERM, previous)
 
     return run
+
+
+def _discard_stdout() -> None:
+    """Keep Python from complaining again, while it closes stdout, of what can't be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def no_nan(context: click.Context, option: click.Parameter, value: float | None) -> float | None:

@@ -22,7 +22,7 @@ from vila_deploy.checkpoint.presets import preset
 from vila_deploy.checkpoint.tensor_schema import tower_tensor_specs
 from vila_deploy.cli.build_engine import main
 from vila_deploy.engine.manifest import Limits, load_manifest
-from vila_deploy.engine.precision import CHOICES, ModulePrecision
+from vila_deploy.engine.precision import CHOICES, DefaultChoice, ModulePrecision
 from vila_deploy.engine.target import get_target
 from vila_deploy.formats.module_dtypes import head_group_size
 from vila_deploy.utils.errors import VilaDeployError
@@ -163,10 +163,10 @@ INT4 = {"quantized": True}
 @pytest.mark.parametrize(
     ("checkpoint", "flags", "head", "activations"),
     [
-        (INT4, [], "int8", "int8"),
-        (INT4, ["--lm-head", "fp16"], "fp16", "int8"),
+        (INT4, [], "fp16", "int8x2"),
+        (INT4, ["--lm-head", "int8"], "int8", "int8x2"),
         (INT4, ["--lm-head", "int4", "--activations", "fp32"], "int4", "fp32"),
-        (INT4, ["--activations", "int8x2"], "int8", "int8x2"),
+        (INT4, ["--activations", "int8"], "fp16", "int8"),
         ({}, [], "fp16", None),
     ],
 )
@@ -178,11 +178,19 @@ def test_head_and_activations_are_chosen_by_the_backend_unless_given(
     assert code == 0, output
     manifest = load_manifest(out)
     assert (manifest.module_precision.lm_head, manifest.activations) == (head, activations)
-    given = {flag.removeprefix("--").replace("-", "_") for flag in flags[::2]}
-    chosen = set() if activations is None else {"lm_head", "activations"} - given
-    assert manifest.defaults.keys() == chosen
-    for name in chosen:
-        assert f"--{name.replace('_', '-')} int8 by default: " in output
+    assert manifest.defaults == {}
+
+
+def test_a_backend_says_why_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = DefaultChoice("int8", "a quarter of the memory")
+    monkeypatch.setattr(OnnxRuntimeBackend, "default_lm_head", lambda *_: choice)
+    root, out = make_checkpoint(tmp_path / "c", quantized=True), tmp_path / "engine"
+    code, output = build(root, "--target", "cpu", "-o", out)
+    assert code == 0, output
+    assert "--lm-head int8 by default: a quarter of the memory" in output
+    manifest = load_manifest(out)
+    assert manifest.module_precision.lm_head == "int8"
+    assert manifest.defaults == {"lm_head": "a quarter of the memory"}
 
 
 @pytest.mark.parametrize(

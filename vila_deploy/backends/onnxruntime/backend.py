@@ -15,13 +15,7 @@ from vila_deploy.engine.memory import MemoryEstimate
 from vila_deploy.engine.precision import DefaultChoice
 from vila_deploy.engine.session import Session
 from vila_deploy.engine.target import Target
-from vila_deploy.formats.module_dtypes import (
-    FP16,
-    HEAD_GROUP_SIZES,
-    INT4,
-    INT8,
-    head_group_size,
-)
+from vila_deploy.formats.module_dtypes import FP16, INT4, INT8, INT8X2, head_group_size
 from vila_deploy.utils.errors import VilaDeployError
 
 HEAD_DIM_MULTIPLE = 8
@@ -59,16 +53,8 @@ class OnnxRuntimeBackend(Backend):
     def supported_dtypes(self, target: Target) -> Mapping[str, Sequence[str]]:
         return {"lm_head": (INT8, INT4)}
 
-    def default_lm_head(self, config: VilaConfig, precision: str) -> DefaultChoice:
-        if precision == FP16:
-            return DefaultChoice(FP16)
-        if config.llm.hidden_size % HEAD_GROUP_SIZES[-1]:
-            reason = f"a hidden size of {config.llm.hidden_size} has no groups"
-            return DefaultChoice(FP16, reason)
-        return DefaultChoice(INT8, HEAD_REASON)
-
     def default_activations(self) -> DefaultChoice:
-        return DefaultChoice(INT8, ACTIVATIONS_REASON)
+        return DefaultChoice(INT8X2)
 
     def estimate_memory(
         self, config: VilaConfig, request: BuildRequest, precision: str, limit_bytes: int

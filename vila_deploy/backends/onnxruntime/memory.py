@@ -14,8 +14,6 @@ from vila_deploy.engine.memory import (
     tower_activations,
     weight_items,
 )
-from vila_deploy.formats.module_dtypes import INT8X2
-from vila_deploy.utils.estimates import MemoryItem
 
 # Tokens that go through the LLM at a time: enough to keep the cores busy, little scratch memory.
 PREFILL_TOKENS = 256
@@ -30,15 +28,8 @@ def estimate_memory(config: VilaConfig, request: BuildRequest, precision: str) -
     llm, limits, modules = config.llm, request.limits, request.module_precision
     chunk = min(PREFILL_TOKENS, limits.max_input_len)
     widest = max(tower_activations(config), decoder_activations(llm, chunk))
-    weights = weight_items(config, precision, STORAGE, modules)
-    if request.activations == INT8X2:
-        # onnxruntime packs the weights for each of the two graphs' kernels.
-        linears = weights[MemoryRow.DECODER_LINEARS]
-        weights[MemoryRow.DECODER_LINEARS] = MemoryItem(
-            f"{linears.name}, twice", linears.parameters, 2 * linears.bits, 2 * linears.bytes
-        )
     items = {
-        **weights,
+        **weight_items(config, precision, STORAGE, modules),
         MemoryRow.KV_CACHE: cache_item(llm, limits, STORAGE, modules.kv_cache),
         MemoryRow.ACTIVATIONS: activation_item(widest + llm.vocab_size, STORAGE),
     }
