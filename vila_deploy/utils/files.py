@@ -43,9 +43,8 @@ def new_folder(destination: Path, work: Path | None = None) -> Iterator[Path]:
     """
     check_new(destination)
     # The name is cut, so that the longest legal destination still leaves room for the suffix.
-    partial = destination.parent / f".{destination.name[:32]}.partial-{secrets.token_hex(4)}"
-    if work is not None:
-        partial = work / "output"
+    hidden = destination.parent / f".{destination.name[:32]}.partial-{secrets.token_hex(4)}"
+    partial = hidden if work is None else work / "output"
     no_longer_needed = partial
     with _interrupted_once() as ignore_signals:
         try:
@@ -55,7 +54,10 @@ def new_folder(destination: Path, work: Path | None = None) -> Iterator[Path]:
             _sync(partial)
             ignore_signals()
             _publish(partial, destination)
-            no_longer_needed = work or partial
+            if work is not None:
+                # If it is killed now, what is left of `work` is not taken for one to go on from.
+                work.rename(hidden)
+                no_longer_needed = hidden
         except Exception as error:
             problem = _write_problem(error, work or partial, destination)
             if problem is None:

@@ -332,3 +332,20 @@ def test_pipe_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(VilaDeployError, match="pipe: is no regular file; download"):
         read_json_object(tmp_path / "pipe")
+
+
+def test_killed_while_the_work_folder_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rest has another name, so that no later run takes it for a work folder."""
+    out, work = tmp_path / "out", tmp_path / "out.partial"
+    work.mkdir()
+    (work / "state.json").touch()
+    removed: list[Path] = []
+    monkeypatch.setattr(files.shutil, "rmtree", lambda path, **_: removed.append(path))
+    with new_folder(out, work) as partial:
+        (partial / "ours").touch()
+    assert (out / "ours").exists()
+    assert not work.exists()
+    assert removed[-1].name.startswith(".out.partial-")
+    assert (removed[-1] / "state.json").exists()
