@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vila_deploy.processing.chat_template import IMAGE_MARKER
+from vila_deploy.processing.placeholders import IMAGE_PLACEHOLDERS, VIDEO_PLACEHOLDERS
 from vila_deploy.utils.errors import VilaDeployError, short
 
 ROW_KEYS = ("text", "answer", "image")
@@ -67,14 +68,20 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _row(value: Any, where: str) -> Row:
-    """Return a row in either form.
+    """Return a row in either form, with <image> for every kind of image placeholder.
 
     Raises:
-        VilaDeployError: a key is missing, unknown or of another type; or the number of markers is
-            neither 0 nor that of the images.
+        VilaDeployError: a key is missing, unknown or of another type; the number of markers is
+            neither 0 nor that of the images; or there is a video's placeholder.
     """
     is_conversation = isinstance(value, dict) and CONVERSATIONS in value
     row = (_conversation if is_conversation else _own_form)(value, where)
+    for text in (*row.questions, *row.answers):
+        for placeholder in VIDEO_PLACEHOLDERS:
+            if placeholder in text:
+                raise _video_error(placeholder, where)
+    questions, answers = (tuple(map(_with_markers, t)) for t in (row.questions, row.answers))
+    row = Row(questions, answers, row.images)
     markers = sum(question.count(IMAGE_MARKER) for question in row.questions)
     in_answers = any(IMAGE_MARKER in answer for answer in row.answers)
     if markers not in (0, len(row.images)) or in_answers:
@@ -84,6 +91,20 @@ def _row(value: Any, where: str) -> Row:
             where,
         )
     return row
+
+
+def _with_markers(text: str) -> str:
+    for placeholder in IMAGE_PLACEHOLDERS:
+        text = text.replace(placeholder, IMAGE_MARKER)
+    return text
+
+
+def _video_error(found: str, where: str) -> VilaDeployError:
+    return VilaDeployError(
+        f"has a {found}: only texts and images are calibrated on",
+        where=where,
+        fix="leave out rows with videos, or give some of their frames as images",
+    )
 
 
 def _own_form(value: Any, where: str) -> Row:
@@ -103,11 +124,7 @@ def _conversation(value: dict[str, Any], where: str) -> Row:
     """Return a row of LLaVA's form; other keys, such as `id`, say nothing about the text."""
     for key in ("video", "videos"):
         if value.get(key):
-            raise VilaDeployError(
-                f"has a {key}: only texts and images are calibrated on",
-                where=where,
-                fix="leave out rows with videos, or give some of their frames as images",
-            )
+            raise _video_error(key, where)
     messages = value[CONVERSATIONS]
     if not isinstance(messages, list) or not messages:
         raise _error(f"{CONVERSATIONS} must be a list of messages", where)

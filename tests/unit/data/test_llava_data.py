@@ -112,6 +112,21 @@ def test_images_without_markers_come_before_the_first_question(checkpoint, photo
     assert digests[0] == digests[1]
 
 
+@pytest.mark.parametrize("own_form", [False, True])
+def test_every_placeholder_of_an_image_is_a_marker(checkpoint, photos, own_form):
+    def digest(*placeholders):
+        question = "".join(f"{p}\nWhat?" for p in placeholders)
+        images = [f"photos/{colour}.png" for colour in COLOURS[: len(placeholders)]]
+        data = row(question, "Red.", image=images)
+        if own_form:
+            data = {"text": question, "answer": "Red.", "image": images}
+        examples = load_held_out(write(photos / "t.json", [data]))
+        return calibrate(checkpoint, examples, seed=0).sha256
+
+    assert digest("<image-placeholder>") == digest("<image>")
+    assert digest("<image-placeholder>", "<image>") == digest("<image>", "<image>")
+
+
 def test_turns_count_for_the_plan_and_as_seen(checkpoint, capsys):
     short, long = Example("q", "a"), Example("q", "a", turns=(("x" * 400, "y" * 400),))
     sizes = [data_size(checkpoint.config, [example], 8).tokens for example in (short, long)]
@@ -178,6 +193,11 @@ def test_image_paths_are_relative_to_the_file_or_the_image_folder(photos, tmp_pa
         ([row("a", "<image>", image="a.png")], "some in answers"),
         ([row("a", "b", image=3)], "image must be a path"),
         ([row("<video>\na", "b", video="a.mp4")], "has a video: only texts and images"),
+        ([row("<video>\na", "b", image="a.png")], "has a <video>: only texts and images"),
+        ([{"text": "a <vila/video>"}], "row 1: has a <vila/video>: only texts and images"),
+        ([row("a", "b", "c", "<video>")], "has a <video>: only texts and images"),
+        ([row("<image-placeholder>\na", "b")], "1 <image> markers for 0 images"),
+        ([row("a", "<image-placeholder>", image="a.png")], "some in answers"),
     ],
 )
 def test_refuses_what_is_no_row(tmp_path, data, expected):
