@@ -8,6 +8,7 @@ setup(
         "vila_deploy": ["py.typed"],
         "vila_deploy.bench.published": ["*.csv"],
         "vila_deploy.engines": ["*.toml"],
+        "vila_deploy.server": ["page/*"],
         "vila_deploy.data": ["calibration/*", "evaluation/*"],
     },
 )
