@@ -13,6 +13,11 @@ from vila_deploy.processing.added_tokens import (
     read_settings,
     read_special_tokens,
 )
+from vila_deploy.processing.token_bytes import (
+    byte_fallback_bytes,
+    byte_level_bytes,
+    is_byte_level,
+)
 from vila_deploy.utils.errors import VilaDeployError, short
 
 if TYPE_CHECKING:
@@ -65,6 +70,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` as transformers' decode(skip_special_tokens=True) does."""
+        ...
+
+    def token_bytes(self, number: int) -> bytes | None:
+        """Return the bytes that an id stands for; None if it is special or stands for none."""
         ...
 
 
@@ -131,6 +140,8 @@ class JsonTokenizer:
         self._library.no_padding()
         self.bos_ids = self._library.encode("", add_special_tokens=True).ids[:1]
         self.vocab_size = self._library.get_vocab_size()
+        self._added = self._library.get_added_tokens_decoder()
+        self._byte_level = is_byte_level(self._library.decoder)
 
     def _load(self, path: Path) -> Library:
         from tokenizers import Tokenizer as Library
@@ -155,6 +166,15 @@ class JsonTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._library.decode(list(ids), skip_special_tokens=True)
+
+    def token_bytes(self, number: int) -> bytes | None:
+        if number in self._added:
+            token = self._added[number]
+            return None if token.special else token.content.encode()
+        piece = self._library.id_to_token(number) if number >= 0 else None
+        if piece is None:
+            return None
+        return byte_level_bytes(piece) if self._byte_level else byte_fallback_bytes(piece)
 
 
 class Qwen2Tokenizer(JsonTokenizer):
@@ -247,6 +267,14 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         pieces = (self._piece(number) for number in ids if number not in self._skipped)
         return self._decoder.decode([piece for piece in pieces if piece is not None])
+
+    def token_bytes(self, number: int) -> bytes | None:
+        if number in self._skipped:
+            return None
+        piece = self._piece(number)
+        if piece is None or number in self._texts:
+            return None if piece is None else piece.encode()
+        return byte_fallback_bytes(piece)
 
     def _piece(self, number: int) -> str | None:
         """Return the text of an id; None for control pieces and ids beyond the vocabulary."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from vila_deploy.utils.errors import VilaDeployError, short
 from vila_deploy.utils.files import read_json_object
@@ -84,11 +84,11 @@ class Fields:
             )
         return value
 
-    def child(self, key: str) -> Fields:
+    def child(self, key: str) -> Self:
         value = self._get(key, _MISSING)
         if not isinstance(value, dict):
             raise self.error(key, f"must be an object, found {short(value)}")
-        return Fields(value, self.source, f"{self.prefix}{key}.")
+        return type(self)(value, self.source, f"{self.prefix}{key}.")
 
     def integers(
         self, key: str, default: Any = _MISSING, *, low: int = 0, high: int = 1 << 24

@@ -56,6 +56,15 @@ def test_sentencepiece_streams_what_it_decodes(llama_folder: Path, text: str) ->
     assert "".join(map(detokenizer.push, ids)) + detokenizer.finish() == tokenizer.decode(ids)
 
 
+def test_sentencepiece_tokens_spell_their_text(llama_folder: Path) -> None:
+    tokenizer = load_tokenizer(llama_folder)
+    text = "a  b\nc é🎉"
+    spelt = b"".join(tokenizer.token_bytes(number) or b"" for number in tokenizer.encode(text))
+    assert spelt.decode() == f" {text}"
+    assert tokenizer.token_bytes(tokenizer.vocab_size) is None
+    assert {tokenizer.token_bytes(number) for number in tokenizer.bos_ids} <= {None}
+
+
 def test_bos_comes_from_the_file_and_special_tokens_are_found(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(make_checkpoint(tmp_path / "c") / "llm")
     assert tokenizer.bos_ids == [1]

@@ -1,0 +1,117 @@
+"""Fields of OpenAI's API: which are supported, accepted without effect, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from vila_deploy.server.errors import ApiError
+from vila_deploy.utils.errors import short
+from vila_deploy.utils.fields import Fields
+
+GENERATION_FIELDS = frozenset(
+    {
+        "model",
+        "stream",
+        "stream_options",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "top_k",
+        "repetition_penalty",
+        "seed",
+        "stop",
+        "logprobs",
+        "response_format",
+    }
+)
+CHAT_FIELDS = GENERATION_FIELDS | {"messages", "max_completion_tokens", "top_logprobs"}
+COMPLETION_FIELDS = GENERATION_FIELDS | {"prompt"}
+# They say who asks, for what, and how it is billed and kept: no answer depends on them.
+IGNORED = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "parallel_tool_calls",
+        "chat_id",
+        "session_id",
+        "conversation_id",
+        "message_id",
+        "id",
+        "background_tasks",
+        "cache_salt",
+        "priority",
+        "request_id",
+    }
+)
+# Fields that would change the answer, and the values at which they don't.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repeat_penalty": (1,),
+    "length_penalty": (1,),
+    "min_p": (0,),
+    "typical_p": (1,),
+    "tfs_z": (1,),
+    "mirostat": (0,),
+    "min_tokens": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "echo": (False,),
+    "suffix": ("",),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "ignore_eos": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "include_stop_str_in_output": (False,),
+    "use_beam_search": (False,),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+}
+
+
+class RequestFields(Fields):
+    """A JSON object of a request; what is wrong with a key becomes an ApiError that names it."""
+
+    def __init__(self, values: dict[str, Any], source: Path = Path("request"), prefix: str = ""):
+        super().__init__(values, source, prefix)
+
+    def error(self, key: str, what: str, fix: str | None = None) -> ApiError:
+        if what == "is missing":
+            fix = "add it"
+        return ApiError(what, param=f"{self.prefix}{key}", fix=fix)
+
+    def check_known(self, known: Collection[str]) -> None:
+        """Raise ApiError for a field with a value that would change the answer, and can't here."""
+        for key, value in self.values.items():
+            if value is None or key in known or key in IGNORED:
+                continue
+            if key not in NEUTRAL:
+                raise self.error(short(key).strip("'"), "is no field of this API", "remove it")
+            if not any(_same(value, neutral) for neutral in NEUTRAL[key]):
+                neutral = " or ".join(short(item) for item in NEUTRAL[key])
+                raise self.error(
+                    key, f"{short(value)} is not supported", f"remove it or give {neutral}"
+                )
+
+
+def _same(value: Any, neutral: Any) -> bool:
+    """Compare with JSON's types: 0 and 0.0 are one number, false is none."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
