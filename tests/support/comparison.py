@@ -15,9 +15,10 @@ from vila_deploy.engine.session import SequenceSession, Session
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
 from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
-from vila_deploy.runtime.conversation import encode_images, place_images
+from vila_deploy.runtime.conversation import encode_images
 from vila_deploy.runtime.generate import generate
 from vila_deploy.runtime.open_engine import open_engine
+from vila_deploy.runtime.prompt import place_images
 from vila_deploy.utils.arrays import Floats
 
 Prompt = tuple[list[Image.Image], str]

@@ -14,8 +14,9 @@ from PIL import Image
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
 from vila_deploy.processing.images import Pixels, preprocess
 from vila_deploy.processing.multimodal_prompt import merge_embeddings, prompt_length, text_chunks
-from vila_deploy.runtime.conversation import encode_images, place_images
+from vila_deploy.runtime.conversation import encode_images
 from vila_deploy.runtime.open_engine import OpenedEngine
+from vila_deploy.runtime.prompt import place_images
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 

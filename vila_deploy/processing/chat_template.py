@@ -18,6 +18,7 @@ class PromptTemplate:
     """The fixed strings of a conversation: `system`, then `user` and `assistant` of each turn.
 
     Args:
+        system_message: the part of `system` that another system message replaces.
         end_of_answer: follows each answer.
         stops: tokens that end an answer.
         before_answer: stands between `assistant` and an answer that is known already.
@@ -29,25 +30,30 @@ class PromptTemplate:
     assistant: str
     end_of_answer: str
     stops: tuple[str, ...]
+    system_message: str
     before_answer: str = ""
     end_of_conversation: str = ""
 
 
-_LLAMA_3_SYSTEM = (
-    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+_VICUNA_MESSAGE = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_LLAMA_3_MESSAGE = (
     "You are a helpful language and vision assistant. "
     "You are able to understand the visual content that the user provides, "
     "and assist the user with a variety of tasks using natural language."
+)
+_LLAMA_3_SYSTEM = (
+    f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{_LLAMA_3_MESSAGE}"
 )
 _LLAMA_3_STOPS = ("<|eot_id|>", "<|end_of_text|>")
 
 # Keyed by PROMPT_NAMES.
 PROMPT_TEMPLATES = {
     "vicuna_v1": PromptTemplate(
-        system=(
-            "A chat between a curious user and an artificial intelligence assistant. "
-            "The assistant gives helpful, detailed, and polite answers to the user's questions. "
-        ),
+        system=f"{_VICUNA_MESSAGE} ",
+        system_message=_VICUNA_MESSAGE,
         user="USER: ",
         assistant=" ASSISTANT:",
         before_answer=" ",
@@ -57,6 +63,7 @@ PROMPT_TEMPLATES = {
     # Since August 2024, so most likely of Llama-3-VILA1.5-8B-Fix.
     "llama_3": PromptTemplate(
         system=f"{_LLAMA_3_SYSTEM}<|eot_id|>",
+        system_message=_LLAMA_3_MESSAGE,
         user="<|start_header_id|>user<|end_header_id|>\n\n",
         assistant="<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         end_of_answer="<|eot_id|>",
@@ -66,6 +73,7 @@ PROMPT_TEMPLATES = {
     # As VILA1.5 was released: every block ends the text, and answers stand under "system" too.
     "llama_3_original": PromptTemplate(
         system=f"{_LLAMA_3_SYSTEM}<|end_of_text|>",
+        system_message=_LLAMA_3_MESSAGE,
         user="<|start_header_id|>user<|end_header_id|>\n\n",
         assistant="<|end_of_text|><|start_header_id|>system<|end_header_id|>\n\n",
         end_of_answer="<|end_of_text|>",
@@ -74,6 +82,7 @@ PROMPT_TEMPLATES = {
     # ChatML, but with no newline after <|im_end|>.
     "hermes-2": PromptTemplate(
         system="<|im_start|>system\nAnswer the questions.<|im_end|>",
+        system_message="Answer the questions.",
         user="<|im_start|>user\n",
         assistant="<|im_end|><|im_start|>assistant\n",
         end_of_answer="<|im_end|>",
@@ -81,6 +90,7 @@ PROMPT_TEMPLATES = {
     ),
     "qwen2": PromptTemplate(
         system="<|im_start|>system\nYou are a helpful assistant<|im_end|>\n",
+        system_message="You are a helpful assistant",
         user="<|im_start|>user\n",
         assistant="<|im_end|>\n<|im_start|>assistant\n",
         end_of_answer="<|im_end|>\n",
@@ -139,13 +149,21 @@ def with_tile_markers(question: str, tiles: int) -> str:
     return question.replace(IMAGE_MARKER, f"{IMAGE_MARKER}\n" * tiles)
 
 
-def render(template: PromptTemplate, turns: Sequence[tuple[str, str]], question: str) -> str:
+def render(
+    template: PromptTemplate,
+    turns: Sequence[tuple[str, str]],
+    question: str,
+    system: str | None = None,
+) -> str:
     """Return the text up to the point where the assistant's next answer begins.
 
     Args:
         turns: earlier (question, answer) pairs of this conversation.
+        system: replaces the template's own system message.
     """
     text = template.system
+    if system is not None:
+        text = text.replace(template.system_message, system)
     for earlier, answer in turns:
         text += f"{template.user}{earlier}{template.assistant}{template.before_answer}{answer}"
         text += template.end_of_answer

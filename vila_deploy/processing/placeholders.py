@@ -56,6 +56,20 @@ def bind_placeholders(
     return PLACEHOLDER.sub(fill, question), ordered
 
 
+def check_no_placeholders(text: str) -> None:
+    """Raise VilaDeployError if `text` asks for an image or a video.
+
+    For callers whose images come beside the text: there it could only be an attempt at another
+    person's image, or at the embedding of a token that was never trained.
+    """
+    match = PLACEHOLDER.search(text)
+    if match is not None:
+        raise VilaDeployError(
+            f"the text holds {match.group()}, which marks the place of an image",
+            fix="leave it out; images take their place among the parts of a message",
+        )
+
+
 def _images(item: Media) -> list[Image.Image]:
     return [item] if isinstance(item, Image.Image) else list(item)
 

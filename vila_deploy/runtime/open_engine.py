@@ -38,13 +38,22 @@ class OpenedEngine:
         Raises:
             VilaDeployError: the engine has random weights and no tokenizer.
         """
+        tokenizer = self.require_tokenizer()
+        return Conversation(self.session, tokenizer, self.model, self.max_input_len)
+
+    def require_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer.
+
+        Raises:
+            VilaDeployError: the engine has random weights and no tokenizer.
+        """
         if self.tokenizer is None:
             raise VilaDeployError(
                 "has random weights and no tokenizer",
                 where=self.folder,
                 fix="use it with vila-bench",
             )
-        return Conversation(self.session, self.tokenizer, self.model, self.max_input_len)
+        return self.tokenizer
 
     def close(self) -> None:
         """Free the engine; it can't be used afterwards."""
