@@ -141,9 +141,8 @@ def _refuse_adapter(root: Path) -> None:
         raise VilaDeployError(
             f"is a LoRA adapter of {name}, not a checkpoint",
             where=folder,
-            fix="merge it into that model first, for example with VILA's or LLaVA's "
-            "scripts/merge_lora_weights.py --model-path ADAPTER --model-base BASE "
-            "--save-model-path MERGED, and give the merged folder",
+            fix="vila-quantize BASE --lora ADAPTER merges it into that model and quantizes both; "
+            "for fp16, merge it with peft's merge_and_unload and give the merged folder",
         )
 
 

@@ -139,8 +139,12 @@ class TensorReader:
         aliases: Mapping[str, str] | None = None,
     ):
         self._tensors, self._packing, self._group_size = tensors, packing, group_size
-        self._aliases = aliases or {}
+        self.aliases: Mapping[str, str] = aliases or {}
         self._open_files: dict[Path, Any] = {}
+
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Return where every stored tensor lies."""
+        return self._tensors
 
     def names(self) -> list[str]:
         """Return every stored tensor, sorted; tensors that nothing uses are among them."""
@@ -151,11 +155,11 @@ class TensorReader:
         return sorted({info.file for info in self._tensors.values()})
 
     def __contains__(self, name: str) -> bool:
-        return self._aliases.get(name, name) in self._tensors
+        return self.aliases.get(name, name) in self._tensors
 
     def info(self, name: str) -> TensorInfo:
         """Return where a tensor lies, its shape and dtype, without reading it."""
-        stored = self._aliases.get(name, name)
+        stored = self.aliases.get(name, name)
         if stored not in self._tensors:
             raise VilaDeployError(
                 "the checkpoint has no such tensor",

@@ -47,12 +47,16 @@ def check_tower(config: VilaConfig, tensors: Mapping[str, TensorInfo], folder: P
     """Compare vision_tower/ with its config; layers behind the selected one may be absent."""
     known = _check_specs(tower_tensor_specs(config), tensors, folder)
     for name in tensors:
-        layer = TOWER_LAYER.fullmatch(name)
-        unused_layer = (
-            layer and config.vision_layers_used <= int(layer[1]) < config.vision.num_layers
-        )
-        if name not in known and not unused_layer and not UNUSED_TOWER.fullmatch(name):
+        if name not in known and not unused_tensor(config, name):
             raise _unknown(tensors[name], folder)
+
+
+def unused_tensor(config: VilaConfig, name: str) -> bool:
+    """Return whether a tensor of vision_tower/ lies behind the selected hidden state."""
+    layer = TOWER_LAYER.fullmatch(name)
+    if layer:
+        return config.vision_layers_used <= int(layer[1]) < config.vision.num_layers
+    return bool(UNUSED_TOWER.fullmatch(name))
 
 
 def check_projector(config: VilaConfig, tensors: Mapping[str, TensorInfo], folder: Path) -> None:

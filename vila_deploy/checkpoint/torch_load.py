@@ -34,14 +34,17 @@ _DISTRUST = "get it from a source that you trust, or use a checkpoint in safeten
 class PickledFile:
     """The tensors of a torch.save file by name, mapped rather than read: don't write into them.
 
+    Args:
+        may_be_empty: take a file without tensors.
+
     Raises:
         VilaDeployError: the file is missing, damaged or of another kind, holds anything but
             contiguous tensors under text names, or needs code to be run.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, may_be_empty: bool = False):
         _check_archive(path)
-        self._path, self._tensors = path, _load(path)
+        self._path, self._tensors = path, _load(path, may_be_empty)
 
     def get_tensor(self, name: str) -> Tensor:
         if name not in self._tensors:
@@ -138,7 +141,7 @@ def _check_names(path: Path, content: bytes) -> None:
         raise _error(path, f"has a damaged data.pkl ({error})") from error
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def _load(path: Path, may_be_empty: bool) -> dict[str, Tensor]:
     import torch
 
     try:
@@ -158,7 +161,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise _error(path, f"holds a {type(content).__name__}, must hold tensors by name")
     if isinstance(content.get("scale"), list) and isinstance(content.get("clip"), list):
         raise SearchResultError(path)
-    if not content:
+    if not content and not may_be_empty:
         raise _error(path, "holds no tensors")
     return {_checked_name(path, name): _checked(path, name, content[name]) for name in content}
 

@@ -76,6 +76,10 @@ FILE = click.Path(path_type=Path)
     help="vicuna_v1, llama_3, hermes-2, qwen2 …; chosen by LLM and tokenizer if left out.",
 )  # fmt: skip
 @click.option(
+    "--lora", type=FILE, metavar="ADAPTER",
+    help="Folder of a LoRA adapter, as peft or VILA's training saves it, to merge in first.",
+)  # fmt: skip
+@click.option(
     "--plan", "plan_only", is_flag=True, help="Show sizes, memory and time; reads no weights."
 )
 @click.option(
@@ -100,6 +104,7 @@ def main(
     formats: tuple[str, ...],
     device: str,
     prompt_template: str | None,
+    lora: Path | None,
     plan_only: bool,
     resume: bool,
     seed: int,
@@ -130,6 +135,7 @@ def main(
             device=device,
             prompt_template=prompt_template,
             seed=seed,
+            lora=lora,
         )
     except VilaDeployError as error:
         raise click.UsageError(str(error)) from error
@@ -146,13 +152,17 @@ def _plan(checkpoint: Path, options: QuantizeOptions, as_json: bool) -> None:
     from vila_deploy.builder.fit import fit_everywhere
     from vila_deploy.checkpoint.config import config_of, with_template
     from vila_deploy.checkpoint.folder_layout import find_layout
+    from vila_deploy.checkpoint.lora import open_adapter
     from vila_deploy.engine.build_request import resolve_limits
     from vila_deploy.processing.vocabulary import check_vocabulary
-    from vila_deploy.quantize.estimate.plan import measured_plan
+    from vila_deploy.quantize.estimate.plan import check_not_quantized, measured_plan
 
     layout = find_layout(checkpoint)
     config = with_template(config_of(layout), options.prompt_template)
     check_vocabulary(layout.folder("llm"), config.llm.vocab_size)
+    if options.lora is not None:
+        check_not_quantized(config)
+        open_adapter(options.lora, config)
     planned = measured_plan(config, options)
     fits = fit_everywhere(config, "int4", resolve_limits(config))
     if as_json:

@@ -31,6 +31,7 @@ def quantize_checkpoint(
     prompt_template: str | None = None,
     resume: bool = False,
     seed: int = 0,
+    lora: str | Path | None = None,
 ) -> dict[str, Any]:
     """Write the 4-bit checkpoint `out` and return its report, as in `out`/report.json.
 
@@ -52,6 +53,7 @@ def quantize_checkpoint(
         device=device,
         prompt_template=prompt_template,
         seed=seed,
+        lora=lora,
     )
     from vila_deploy.quantize.pipeline import quantize
 

@@ -40,6 +40,7 @@ def model_card(checkpoint: Checkpoint, report: dict[str, Any]) -> str:
         f"| bits per weight | {report['bits_per_weight']:.3f} in quantized linears, "
         f"{report['bits_per_llm_weight']:.2f} over the whole language model |",
         f"| made from | checkpoint with fingerprint {report['checkpoint_fingerprint'][:16]} |",
+        *_adapter_row(report.get("lora")),
         f"| calibration | {_calibration(report['calibration'])} |",
         "",
         "## How to run it",
@@ -57,6 +58,16 @@ def model_card(checkpoint: Checkpoint, report: dict[str, Any]) -> str:
         *(line for text in report["warnings"] for line in ("", f"**Warning**: {text}.")),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _adapter_row(lora: dict[str, Any] | None) -> list[str]:
+    if lora is None:
+        return []
+    name = lora["name"].replace("`", "'").replace("|", r"\|")
+    return [
+        f"| LoRA adapter | `{name}`, rank {lora['rank']}, merged into {lora['merged']} "
+        f"tensors, {lora['replaced']} replaced; SHA-256 {lora['sha256'][:16]} |"
+    ]
 
 
 def _front_matter(checkpoint: Checkpoint, report: dict[str, Any]) -> list[str]:

@@ -23,6 +23,7 @@ class QuantizeOptions:
         evaluate: None: if it costs less than the quantization, that is with calibration data, or
             if `eval` names data.
         device: one of DEVICES; "auto" is the GPU if there is one with room.
+        lora: the folder of an adapter to merge into the checkpoint first.
     """
 
     scheme: QuantScheme = field(default_factory=QuantScheme)
@@ -36,6 +37,7 @@ class QuantizeOptions:
     evaluate: bool | None = None
     eval: Path | None = None
     device: str = "auto"
+    lora: Path | None = None
 
     @property
     def calibrates(self) -> bool:
@@ -63,6 +65,7 @@ def quantize_options(
     device: str,
     prompt_template: str | None,
     seed: int,
+    lora: str | Path | None,
 ) -> QuantizeOptions:
     """Return the options that flags of `vila-quantize`, or keywords of the same names, ask for.
 
@@ -98,4 +101,5 @@ def quantize_options(
         evaluate=False if no_eval else True if eval else None,
         eval=own_data,
         device=device,
+        lora=None if lora is None else Path(lora),
     )

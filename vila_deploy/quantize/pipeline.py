@@ -15,6 +15,7 @@ import torch
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import with_template
 from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, LlmConfig, layer_prefix
+from vila_deploy.checkpoint.lora import Adapter, open_adapter
 from vila_deploy.data.examples import Example, load_examples, load_held_out
 from vila_deploy.engine.memory import MemoryRow
 from vila_deploy.eval.data import evaluation_data
@@ -27,7 +28,13 @@ from vila_deploy.quantize.algorithms.base import LayerEntry, LayerQuantizer, OnS
 from vila_deploy.quantize.algorithms.rtn import Rtn
 from vila_deploy.quantize.calibrate import Calibration, calibrate
 from vila_deploy.quantize.data_warnings import data_warnings
-from vila_deploy.quantize.estimate.plan import LLM_ROWS, QuantizePlan, plan, scratch_bytes
+from vila_deploy.quantize.estimate.plan import (
+    LLM_ROWS,
+    QuantizePlan,
+    check_not_quantized,
+    plan,
+    scratch_bytes,
+)
 from vila_deploy.quantize.model_card import model_card
 from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.quantize.report import RunCost, build_report
@@ -64,7 +71,7 @@ def quantize(
         VilaDeployError: the checkpoint, the options, the disk or the work folder is unfit.
     """
     start = time.monotonic()
-    checkpoint = _open(root, options)
+    checkpoint, adapter = _open(root, options)
     planned = plan(checkpoint.config, options)
     device = choose_device(options.device, planned.device_bytes)
     examples = _calibration_examples(options)
@@ -74,7 +81,8 @@ def quantize(
         memory = stack.enter_context(PeakMemory())
         work = None
         if resume or options.calibrates:
-            work = stack.enter_context(work_folder(out, checkpoint, options, device, resume=resume))
+            opened = work_folder(out, checkpoint, options, device, resume=resume, adapter=adapter)
+            work = stack.enter_context(opened)
         else:
             refuse_finished_layers(out)
         folder = stack.enter_context(new_folder(out, work.path if work else None))
@@ -101,18 +109,23 @@ def quantize(
             evaluation = evaluate(checkpoint, quantized, held_out_data, device)
         cost = _cost(start - saved_seconds, written_at, memory, device)
         report = build_report(
-            checkpoint, folder, options, calibration, layers, evaluation, warnings, cost
+            checkpoint, folder, options, calibration, layers, evaluation, warnings, cost, adapter
         )
         _write_report(checkpoint, report, folder, checkpoints)
     return report
 
 
-def _open(root: Path, options: QuantizeOptions) -> Checkpoint:
-    """Return the checked checkpoint with the prompt template that the user asks for."""
+def _open(root: Path, options: QuantizeOptions) -> tuple[Checkpoint, Adapter | None]:
+    """Return the checked checkpoint as the user asks for it, and the adapter merged into it."""
     checkpoint = open_checkpoint(root)
     checkpoint.config = with_template(checkpoint.config, options.prompt_template)
     check_vocabulary(checkpoint.layout.folder("llm"), checkpoint.config.llm.vocab_size)
-    return checkpoint
+    if options.lora is None:
+        return checkpoint, None
+    check_not_quantized(checkpoint.config)
+    adapter = open_adapter(options.lora, checkpoint.config)
+    adapter.merge_into(checkpoint)
+    return checkpoint, adapter
 
 
 def _calibration_examples(options: QuantizeOptions) -> list[Example]:

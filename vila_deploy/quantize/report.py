@@ -12,6 +12,7 @@ from typing import Any
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.checksums import WEIGHT_SUFFIXES
+from vila_deploy.checkpoint.lora import Adapter
 from vila_deploy.engine.memory import MemoryRow
 from vila_deploy.eval.fidelity import IMAGE, TEXT, Evaluation
 from vila_deploy.quantize.calibrate import Calibration
@@ -63,6 +64,7 @@ def build_report(
     evaluation: Evaluation | None,
     warnings: Sequence[str],
     cost: RunCost,
+    adapter: Adapter | None = None,
 ) -> dict[str, Any]:
     """Return the report of the checkpoint in `out`; errors are relative mean squares."""
     readers = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
@@ -81,6 +83,7 @@ def build_report(
         "bits_per_llm_weight": _mean_bits(llm_items),
         "seed": options.seed,
         "checkpoint_fingerprint": checkpoint.fingerprint(),
+        "lora": None if adapter is None else adapter.to_json(),
         "input_bytes": input_bytes,
         "output_bytes": output_bytes,
         "components": [vars(item) for item in items.values()],

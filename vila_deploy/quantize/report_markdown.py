@@ -26,6 +26,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['bits_per_llm_weight']:.2f} over the whole language model",
         _cost_line(report),
         f"- seed {report['seed']}; parent checkpoint {report['checkpoint_fingerprint'][:16]}",
+        *_adapter_lines(report.get("lora")),
         "- versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()),
         *_calibration_lines(report["calibration"]),
         *(f"- **warning**: {warning}" for warning in report["warnings"]),
@@ -115,6 +116,15 @@ def _relative_error_table(evaluation: dict[str, Any] | None) -> list[str]:
 
 def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
+
+
+def _adapter_lines(lora: dict[str, Any] | None) -> list[str]:
+    if lora is None:
+        return []
+    return [
+        f"- LoRA adapter {lora['name']}, rank {lora['rank']}, alpha {lora['alpha']:g}: merged into "
+        f"{lora['merged']} tensors, {lora['replaced']} replaced; SHA-256 {lora['sha256'][:16]}"
+    ]
 
 
 def _calibration_lines(calibration: dict[str, Any] | None) -> list[str]:

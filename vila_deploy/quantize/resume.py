@@ -26,6 +26,7 @@ from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.llm_config import EMBEDDING, layer_prefix
+from vila_deploy.checkpoint.lora import Adapter
 from vila_deploy.formats.awq import AWQ_GEMM
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.quantize.estimate.plan import work_path
@@ -47,6 +48,7 @@ STATE_FILE, LOCK_FILE = "state.json", "lock"
 LAYER_FILE = re.compile(r"layer-(\d{5,})-([0-9a-f]{64})\.safetensors")
 TEMPORARY_SUFFIX = ".tmp"
 CHECKPOINT, CALIBRATION = "the checkpoint", "the calibration data"
+ADAPTER = "the adapter of --lora"
 BEGIN_AGAIN = "remove this folder to begin again, or choose another -o"
 
 State = dict[str, Any]
@@ -138,6 +140,7 @@ def work_folder(
     device: torch.device,
     *,
     resume: bool,
+    adapter: Adapter | None = None,
 ) -> Iterator[WorkFolder]:
     """Yield the work folder beside `out`, created if missing, locked against other programs.
 
@@ -145,6 +148,7 @@ def work_folder(
 
     Args:
         resume: use finished layers; otherwise they are refused.
+        adapter: that is merged into the checkpoint.
 
     Raises:
         VilaDeployError: `out` exists, the folder is in use or not a work folder, or its layers are
@@ -152,7 +156,7 @@ def work_folder(
     """
     if not out.name:
         check_new(out)
-    path, state = work_path(out), _state_of(checkpoint, options, device)
+    path, state = work_path(out), _state_of(checkpoint, options, device, adapter)
     exists = os.path.lexists(path)
     if exists and os.path.lexists(out) and not is_empty_folder(out):
         raise VilaDeployError(
@@ -216,7 +220,12 @@ def _made_from(index: int) -> tuple[str, ...]:
     return (EMBEDDING, *(f"{layer_prefix(layer)}." for layer in range(index + 1)))
 
 
-def _state_of(checkpoint: Checkpoint, options: QuantizeOptions, device: torch.device) -> State:
+def _state_of(
+    checkpoint: Checkpoint,
+    options: QuantizeOptions,
+    device: torch.device,
+    adapter: Adapter | None,
+) -> State:
     """Return everything but weights that the layers depend on, by its name in messages."""
     return {
         CHECKPOINT: checkpoint.outline(),
@@ -226,6 +235,7 @@ def _state_of(checkpoint: Checkpoint, options: QuantizeOptions, device: torch.de
         "--symmetric": options.scheme.symmetric,
         "--seed": options.seed,
         "--prompt-template": options.prompt_template,
+        ADAPTER: None if adapter is None else adapter.sha256,
         "--device": device.type,
         # Sums come out differently when they are split among another number of threads.
         "OMP_NUM_THREADS": torch.get_num_threads(),

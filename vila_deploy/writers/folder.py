@@ -13,6 +13,7 @@ from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.checksums import write_checksums
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.folder_layout import PARTS, llm_config_values, part_configs
+from vila_deploy.checkpoint.lora import MergedReader
 from vila_deploy.checkpoint.reader import INDEX_FILE, SINGLE_FILE, TensorReader
 from vila_deploy.formats.base import Packing, QuantizedLinear, QuantScheme
 from vila_deploy.formats.registry import FORMATS, Format
@@ -218,8 +219,7 @@ def copy_parts(checkpoint: Checkpoint, root: Path) -> None:
         for name, values in part_configs(checkpoint.layout).items():
             (root / name).write_text(canonical_json(values), "utf-8")
         for part, reader in readers.items():
-            tensors = {name: reader.tensor(name).contiguous() for name in reader.names()}
-            save_tensors(tensors, root / part / SINGLE_FILE, {"format": "pt"})
+            _save_all(reader, root / part)
     else:
         shutil.copyfile(checkpoint.root / "config.json", root / "config.json")
         for part, reader in readers.items():
@@ -237,13 +237,22 @@ def copy_llm_files(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _copy_part(reader: TensorReader, source: Path, destination: Path) -> None:
+    merged = isinstance(reader, MergedReader)
     for file in sorted(source.glob("*.json")):
-        if file.is_file():
+        if file.is_file() and not (merged and file.name == INDEX_FILE):
             shutil.copyfile(file, destination / file.name)
+    if merged:
+        _save_all(reader, destination)
+        return
     for name in reader.names():
         reader.tensor(name)
     for file in reader.files():
         shutil.copyfile(file, destination / file.name)
+
+
+def _save_all(reader: TensorReader, folder: Path) -> None:
+    tensors = {name: reader.tensor(name).contiguous() for name in reader.names()}
+    save_tensors(tensors, folder / SINGLE_FILE, {"format": "pt"})
 
 
 def _write_prompt_template(checkpoint: Checkpoint, file: Path) -> None:

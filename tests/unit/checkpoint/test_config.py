@@ -209,7 +209,7 @@ def test_open_refuses(case: str, tmp_path: Path) -> None:
 
 
 ADAPTER = (
-    r": is a LoRA adapter of {}, not a checkpoint; merge it into that model first, for.*merge_lora"
+    r": is a LoRA adapter of {}, not a checkpoint; vila-quantize BASE --lora ADAPTER merges it"
 )
 OTHER_FOLDERS = {
     "lora": "lora" + ADAPTER.format("Efficient-Large-Model/VILA1.5-3b"),
