@@ -47,7 +47,7 @@ def greedy_tokens_of_both(
         for images, question in prompts:
             placed, pixels = place_images(question, images, opened.model)
             text = render(template, [], placed)
-            chunks = text_chunks(opened.tokenizer, text, opened.model.image_end)
+            chunks = text_chunks(opened.tokenizer, text, opened.model.recipe)
 
             def embed(session: Session | SequenceSession) -> Floats:
                 features = encode_images(session, pixels)  # noqa: B023

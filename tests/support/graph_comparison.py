@@ -193,7 +193,7 @@ def _rendered(checkpoint: Checkpoint, prompts: Sequence[Prompt]) -> tuple[list, 
     for images, question in prompts:
         placed, prepared = place_images(question, images, model)
         text = render(PROMPT_TEMPLATES[model.prompt], [], placed)
-        texts.append(text_chunks(tokenizer, text, model.image_end))
+        texts.append(text_chunks(tokenizer, text, model.recipe))
         pixels.append(prepared)
     return texts, pixels
 

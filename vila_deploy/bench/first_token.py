@@ -81,10 +81,10 @@ def measure_first_token(
 
 def _prompt(engine: OpenedEngine, image: Image.Image) -> tuple[list[list[int]], list[Pixels]]:
     """Return the text chunks of a question about `image`, and its pixels."""
-    template, end = PROMPT_TEMPLATES[engine.model.prompt], engine.model.image_end
+    template, recipe = PROMPT_TEMPLATES[engine.model.prompt], engine.model.recipe
     question, pixels = place_images(QUESTION, [image], engine.model)
     if engine.tokenizer is not None:
-        return text_chunks(engine.tokenizer, render(template, [], question), end), pixels
+        return text_chunks(engine.tokenizer, render(template, [], question), recipe), pixels
     first, last = UNTOKENIZED_CHUNKS
     between: list[list[int]] = [[] for _ in engine.model.image_tokens(pixels[0])[1:]]
     return [list(first), *between, list(last)], pixels

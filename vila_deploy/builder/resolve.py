@@ -9,7 +9,7 @@ from pathlib import Path
 from vila_deploy.backends.base import Backend
 from vila_deploy.backends.registry import ALIASES, get_backend
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
-from vila_deploy.checkpoint.config import VilaConfig, config_of, with_template
+from vila_deploy.checkpoint.config import VilaConfig, config_of
 from vila_deploy.checkpoint.folder_layout import find_layout
 from vila_deploy.engine.build_request import BuildRequest, resolve_limits
 from vila_deploy.engine.precision import (
@@ -104,7 +104,7 @@ def resolve_build(root: Path, options: BuildOptions, *, planning: bool = False) 
             backend can't build.
     """
     layout = find_layout(root)
-    config = with_template(config_of(layout), options.prompt_template)
+    config = config_of(layout, options.prompt_template)
     check_vocabulary(layout.folder("llm"), config.llm.vocab_size)
     target = get_target(options.target)
     backend = resolve_backend(target, options.backend)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vila_deploy.checkpoint.folder_layout import Layout, find_layout
+from vila_deploy.checkpoint.generation import generation_of, prompt_template
 from vila_deploy.checkpoint.llm_config import LlmConfig, check_quantized_sizes, load_llm_config
 from vila_deploy.checkpoint.variants import (
+    GENERATIONS,
     PROJECTOR_TYPES,
-    PROMPT_NAMES,
     TOKEN_ORDERS,
+    Generation,
     ProjectorType,
 )
+from vila_deploy.checkpoint.video_config import VideoConfig, load_video_config
 from vila_deploy.checkpoint.vision_config import (
     ImageConfig,
     TilingConfig,
@@ -23,7 +25,6 @@ from vila_deploy.checkpoint.vision_config import (
     load_tiling_config,
     load_vision_config,
 )
-from vila_deploy.utils.errors import VilaDeployError, short
 from vila_deploy.utils.fields import Fields
 
 # Lengths from here on mean that there is no limit.
@@ -32,6 +33,11 @@ UNLIMITED = 1 << 24
 
 @dataclass(frozen=True)
 class VilaConfig:
+    """What the config files of a checkpoint say; `generation` is a key of GENERATIONS.
+
+    `prompt_template` None: chosen by LLM family and tokenizer.
+    """
+
     llm: LlmConfig
     vision: VisionConfig
     projector: ProjectorType
@@ -41,8 +47,9 @@ class VilaConfig:
     select_feature: str
     token_order: str
     model_max_length: int
-    num_video_frames: int = 8
-    prompt_template: str | None = None  # None: chosen by LLM family and tokenizer
+    generation: str
+    video: VideoConfig = field(default_factory=VideoConfig)
+    prompt_template: str | None = None
 
     @property
     def vision_layers_used(self) -> int:
@@ -59,8 +66,7 @@ class VilaConfig:
     @property
     def feature_side(self) -> int:
         """Side of the feature map that the projector takes at a time."""
-        whole_map = self.tiling.mode == "s2"
-        return self.vision.grid * (self.tiling.side(self.tiling.output_scale) if whole_map else 1)
+        return _feature_side(self.vision, self.tiling)
 
     @property
     def tokens_per_block(self) -> int:
@@ -73,34 +79,44 @@ class VilaConfig:
         return self.tokens_per_block * self.tiling.max_blocks_per_image
 
     @property
+    def recipe(self) -> Generation:
+        """How images enter the prompt."""
+        return GENERATIONS[self.generation]
+
+    @property
     def image_end(self) -> str:
-        """Text whose embeddings follow each image; empty for none."""
-        return self.llm.family.image_end
+        """Text whose embeddings follow each image in the prompt; empty for none."""
+        return self.recipe.image_end
 
 
-def load_config(root: Path) -> VilaConfig:
+def load_config(root: Path, template: str | None = None) -> VilaConfig:
     """Read and check every config file under `root`; no weights.
+
+    Args:
+        template: the prompt template that the user names; None: what the configs say.
 
     Raises:
         VilaDeployError: a missing folder, file or key, a wrong type, or an unsupported variant.
     """
-    return config_of(find_layout(root))
+    return config_of(find_layout(root), template)
 
 
-def config_of(layout: Layout) -> VilaConfig:
-    """Return the config of a checkpoint whose files have been read; raises as load_config does."""
+def config_of(layout: Layout, template: str | None = None) -> VilaConfig:
+    """Do what `load_config` does, for a checkpoint whose config files have been read."""
     fields, llm_fields, projector_fields = layout.fields, layout.llm, layout.projector
     llm = load_llm_config(llm_fields, layout.generation)
     vision = load_vision_config(layout.vision)
     projector = PROJECTOR_TYPES[
         projector_fields.choice("mm_projector_type", PROJECTOR_TYPES, what="projector")
     ]
+    generation = generation_of(fields, llm.family)
+    tiling = load_tiling_config(fields, vision)
     config = VilaConfig(
         llm=llm,
         vision=vision,
         projector=projector,
         image=load_image_config(fields, layout.preprocessor, vision),
-        tiling=load_tiling_config(fields, vision),
+        tiling=tiling,
         select_layer=fields.integer("mm_vision_select_layer", -2, low=-200, high=200),
         select_feature=fields.choice(
             "mm_vision_select_feature",
@@ -110,7 +126,7 @@ def config_of(layout: Layout) -> VilaConfig:
         token_order=fields.choice(
             "mm_projector_token_order",
             TOKEN_ORDERS,
-            projector.token_order or llm.family.token_order,
+            projector.token_order or GENERATIONS[generation].token_order,
             what="token order",
         ),
         model_max_length=_max_length(
@@ -118,12 +134,19 @@ def config_of(layout: Layout) -> VilaConfig:
             "model_max_length",
             _max_length(llm_fields, "tokenizer_model_max_length", llm.max_position_embeddings),
         ),
-        num_video_frames=fields.integer("num_video_frames", 8, high=4096),
-        prompt_template=_prompt_template(fields),
+        generation=generation,
+        video=load_video_config(
+            fields, math.ceil(_feature_side(vision, tiling) / projector.window)
+        ),
+        prompt_template=prompt_template(fields, llm_fields, llm.family, template),
     )
     check_quantized_sizes(llm, llm_fields)
     _check_consistency(config, fields)
     return config
+
+
+def _feature_side(vision: VisionConfig, tiling: TilingConfig) -> int:
+    return vision.grid * (tiling.side(tiling.output_scale) if tiling.mode == "s2" else 1)
 
 
 def _max_length(fields: Fields, key: str, default: int) -> int:
@@ -132,28 +155,6 @@ def _max_length(fields: Fields, key: str, default: int) -> int:
     if isinstance(value, int | float) and value >= UNLIMITED:
         return default
     return fields.integer(key, default)
-
-
-def with_template(config: VilaConfig, name: str | None) -> VilaConfig:
-    """`config` with the prompt template that the user names; None leaves it as it is.
-
-    Raises:
-        VilaDeployError: unknown; the message lists those there are.
-    """
-    if name is None:
-        return config
-    if name not in PROMPT_NAMES:
-        raise VilaDeployError(
-            f"unknown prompt template {short(name)}", fix=f"choose from {', '.join(PROMPT_NAMES)}"
-        )
-    return replace(config, prompt_template=name)
-
-
-def _prompt_template(fields: Fields) -> str | None:
-    """Our own key of the root config, for models whose template the tokenizer can't tell."""
-    if "prompt_template" not in fields:
-        return None
-    return fields.choice("prompt_template", PROMPT_NAMES, what="prompt template")
 
 
 def _check_consistency(config: VilaConfig, fields: Fields) -> None:
@@ -194,26 +195,3 @@ def _refuse_unsupported(fields: Fields) -> None:
     """Keys of later VILA code that change what it computes, at values that no release has."""
     if fields.boolean("ps3", False):
         raise fields.error("ps3", "PS3 towers are not supported")
-    if fields.integer("num_time_tokens", 0, low=0):
-        raise fields.error("num_time_tokens", "time tokens are not supported", "use 0")
-    if "chat_template" in fields:
-        raise fields.error("chat_template", "is not read", "use --prompt-template instead")
-    for key, basic in (
-        ("image_encoder", "BasicImageEncoder"),
-        ("video_encoder", "BasicVideoEncoder"),
-    ):
-        if key in fields:
-            target = _encoder(fields, key).text("_target_", basic)
-            if target.rpartition(".")[2] != basic:
-                raise fields.error(key, f"{short(target)} is not supported", f"use {basic}")
-
-
-def _encoder(fields: Fields, key: str) -> Fields:
-    """Return the object under `key`; VILA's own code may save its JSON text instead."""
-    value = fields.values[key]
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise fields.error(key, "is no JSON object") from error
-    return Fields({key: value}, fields.source, fields.prefix).child(key)

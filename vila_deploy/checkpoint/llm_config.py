@@ -12,6 +12,8 @@ from vila_deploy.utils.fields import Fields
 
 # Tensors outside the decoder layers.
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+# "linear" divides positions by a factor.
+ROPE_TYPES = ("default", "linear")
 # Modules of a decoder layer; each norm has one weight [hidden_size].
 NORMS = ("input_layernorm", "post_attention_layernorm")
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -25,7 +27,10 @@ def layer_prefix(index: int) -> str:
 
 @dataclass(frozen=True)
 class LlmConfig:
-    """Shapes and constants of the language model, and how it is quantized."""
+    """Shapes and constants of the language model, and how it is quantized.
+
+    `rope_factor`: positions are divided by it before they turn queries and keys (linear scaling).
+    """
 
     family: LlmFamily
     hidden_size: int
@@ -42,6 +47,7 @@ class LlmConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     quantization: QuantizationConfig | None
+    rope_factor: float = 1.0
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -90,7 +96,6 @@ def load_llm_config(fields: Fields, generation: Fields) -> LlmConfig:
     if head_dim % 2:
         raise fields.error("head_dim", f"must be even for rotary embedding, found {head_dim}")
     fields.choice("hidden_act", ("silu",), "silu", what="activation")
-    _refuse_rope_scaling(fields)
     for flag, expected in (("attention_bias", family.qkv_bias), ("mlp_bias", False)):
         if fields.boolean(flag, expected) != expected:
             raise fields.error(flag, f"{family.name} always has {str(expected).lower()} here")
@@ -109,6 +114,7 @@ def load_llm_config(fields: Fields, generation: Fields) -> LlmConfig:
         intermediate_size=fields.integer("intermediate_size"),
         vocab_size=vocab,
         rope_theta=_rope_theta(fields),
+        rope_factor=_rope_factor(fields),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6, low=1e-12, high=1.0),
         max_position_embeddings=fields.integer("max_position_embeddings", 2048),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
@@ -146,14 +152,22 @@ def _rope_theta(fields: Fields) -> float:
     return fields.number("rope_theta", 10000.0, low=1.0)
 
 
-def _refuse_rope_scaling(fields: Fields) -> None:
+def _rope_factor(fields: Fields) -> float:
+    """Return what positions are divided by; raise for scaling that is more than that."""
+    factor = 1.0
     for key in ("rope_scaling", "rope_parameters"):
-        if key in fields:
-            scaling = fields.child(key)
-            kind = scaling.text("rope_type", scaling.text("type", "default"))
-            if kind != "default":
-                raise fields.error(
-                    key, f"rope type {short(kind)} is not supported", "use 'default'"
-                )
-            if scaling.number("partial_rotary_factor", 1.0) != 1.0:
-                raise fields.error(key, "partial rotary embedding is not supported")
+        if key not in fields:
+            continue
+        scaling = fields.child(key)
+        kind = scaling.text("rope_type", scaling.text("type", "default"))
+        if kind not in ROPE_TYPES:
+            raise fields.error(
+                key,
+                f"rope type {short(kind)} is not supported",
+                f"this version supports {' and '.join(ROPE_TYPES)}",
+            )
+        if scaling.number("partial_rotary_factor", 1.0) != 1.0:
+            raise fields.error(key, "partial rotary embedding is not supported")
+        if kind == "linear":
+            factor = scaling.number("factor", low=1.0, high=1e4)
+    return factor

@@ -6,7 +6,12 @@ from dataclasses import dataclass
 
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
-from vila_deploy.checkpoint.variants import LLM_FAMILIES, PROJECTOR_TYPES, TOWER_FAMILIES
+from vila_deploy.checkpoint.variants import (
+    GENERATIONS,
+    LLM_FAMILIES,
+    PROJECTOR_TYPES,
+    TOWER_FAMILIES,
+)
 from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig, VisionConfig
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -103,7 +108,8 @@ def preset(name: str, precision: str) -> VilaConfig:
         tiling=TilingConfig(mode, size, scales, output, least, most),
         select_layer=model.select_layer,
         select_feature="patch" if family.has_class_token else "cls_patch",
-        token_order=projector.token_order or llm.family.token_order,
+        token_order=projector.token_order or GENERATIONS[llm.family.generation].token_order,
+        generation=llm.family.generation,
         model_max_length=model.model_max_length or model_max_length,
     )
 

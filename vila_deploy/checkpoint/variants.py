@@ -10,21 +10,47 @@ from typing import Any
 class LlmFamily:
     """A language model architecture, keyed by `architectures[0]` of llm/config.json.
 
-    Llama is the LLM of the first generation and of VILA1.5, Qwen2 that of NVILA, and with the
-    generation goes how images enter the prompt. `token_order` is the order in which the projector
-    emits an image's tokens; `image_end` is text whose embeddings follow each image.
+    `generation` is that of its releases whose root config has no key of NVILA_KEYS.
     """
 
     name: str
     qkv_bias: bool
-    token_order: str
-    image_end: str
+    generation: str
 
 
 LLM_FAMILIES = {
-    "LlamaForCausalLM": LlmFamily("llama", qkv_bias=False, token_order="column", image_end=""),
-    "Qwen2ForCausalLM": LlmFamily("qwen2", qkv_bias=True, token_order="row", image_end="\n"),
+    "LlamaForCausalLM": LlmFamily("llama", qkv_bias=False, generation="vila1.5"),
+    "Qwen2ForCausalLM": LlmFamily("qwen2", qkv_bias=True, generation="nvila"),
 }
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generation of VILA's code: how images enter the prompts that it trains on.
+
+    `token_order` is the order in which the projector emits an image's tokens; `image_end` is text
+    whose embeddings follow each image. `marker_is_token`: an image's marker is a special token in
+    a prompt that is tokenized whole; otherwise the text is cut at markers and its chunks are
+    tokenized one by one.
+    """
+
+    token_order: str
+    image_end: str
+    marker_is_token: bool
+
+
+GENERATIONS = {
+    # The first VILA and VILA1.5: NVlabs/VILA until the parent of 36f6adc.
+    "vila1.5": Generation(token_order="column", image_end="", marker_is_token=False),
+    # From 36f6adc on.
+    "nvila": Generation(token_order="row", image_end="\n", marker_is_token=True),
+}
+# Keys of the root config that only NVILA's code writes (llava/train/args.py and
+# llava/model/configuration_llava.py, added in 36f6adc), whatever LLM is in the checkpoint.
+NVILA_KEYS = (
+    "num_time_tokens", "time_token_format", "time_token_ids", "soft_ce_std", "dynamic_s2",
+    "image_encoder", "video_encoder", "min_tiles", "max_tiles", "vision_tower_lr",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,7 +64,7 @@ class PromptChoice:
     template: str
 
 
-# The first row that fits decides. "llama_3_original" is only ever chosen by `prompt_template`.
+# The first row that fits decides.
 PROMPT_CHOICES = (
     PromptChoice("qwen2", None, "qwen2"),
     PromptChoice("llama", "<|start_header_id|>", "llama_3"),
@@ -46,6 +72,24 @@ PROMPT_CHOICES = (
     PromptChoice("llama", None, "vicuna_v1"),
 )
 PROMPT_NAMES = ("vicuna_v1", "llama_3", "llama_3_original", "hermes-2", "qwen2")
+# `chat_template` of the root config names a conversation of NVlabs/VILA's llava/conversation.py, or
+# a file of its chat_templates/ (its exports and *-hf-preview do): that name → ours, None: chosen as
+# if there were no name.
+CONVERSATION_NAMES: dict[str, str | None] = {
+    "vicuna_v1": "vicuna_v1",
+    "v1": "vicuna_v1",
+    "llama_3": "llama_3",
+    "hermes-2": "hermes-2",
+    "qwen2": "qwen2",
+    "auto": None,
+}
+# The one meaning that is read out of a name: the first Llama-3-VILA1.5-8B was trained with llama_3
+# as it was then, -Fix as it has been since August 2024, and nothing in the two checkpoints differs
+# but the `_name_or_path` of llm/config.json, the folder that training began from. `_name_or_path`
+# → conversation name → template.
+TRAINED_FROM = {
+    "./checkpoints/vila-siglip-llama3-8b-pretrain_r4/llm": {"llama_3": "llama_3_original"},
+}
 
 
 @dataclass(frozen=True)

@@ -104,12 +104,12 @@ def named_target(context: click.Context, option: click.Parameter, value: str) ->
 
 def note_template(root: Path, prompt_template: str | None) -> None:
     """Say so where a checkpoint's tokenizer has a chat template that isn't the one used."""
-    from vila_deploy.checkpoint.config import config_of, with_template
+    from vila_deploy.checkpoint.config import config_of
     from vila_deploy.checkpoint.folder_layout import find_layout
     from vila_deploy.processing.own_template import template_note
 
     layout = find_layout(root)
-    config = with_template(config_of(layout), prompt_template)
+    config = config_of(layout, prompt_template)
     note = template_note(layout.folder("llm"), config)
     if note:
         click.echo(note, err=True)

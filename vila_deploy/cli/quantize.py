@@ -150,7 +150,7 @@ def main(
 
 def _plan(checkpoint: Path, options: QuantizeOptions, as_json: bool) -> None:
     from vila_deploy.builder.fit import fit_everywhere
-    from vila_deploy.checkpoint.config import config_of, with_template
+    from vila_deploy.checkpoint.config import config_of
     from vila_deploy.checkpoint.folder_layout import find_layout
     from vila_deploy.checkpoint.lora import open_adapter
     from vila_deploy.engine.build_request import resolve_limits
@@ -158,7 +158,7 @@ def _plan(checkpoint: Path, options: QuantizeOptions, as_json: bool) -> None:
     from vila_deploy.quantize.estimate.plan import check_not_quantized, measured_plan
 
     layout = find_layout(checkpoint)
-    config = with_template(config_of(layout), options.prompt_template)
+    config = config_of(layout, options.prompt_template)
     check_vocabulary(layout.folder("llm"), config.llm.vocab_size)
     if options.lora is not None:
         check_not_quantized(config)
@@ -195,7 +195,9 @@ def _quantize(
         click.echo(f"{out}: {before:,.1f} MB → {after:,.1f} MB of weights; see {out / 'report.md'}")
         for line in _quality(report):
             click.echo(line)
-    for warning in _unknown_texts(report, load_config(checkpoint).llm.vocab_size):
+    for warning in _unknown_texts(
+        report, load_config(checkpoint, options.prompt_template).llm.vocab_size
+    ):
         click.echo(f"warning: {warning}", err=True)
     return report
 

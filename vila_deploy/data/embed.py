@@ -90,7 +90,7 @@ class SampleTokenizer:
         return TokenSequence(chunks, example.images, len(last_chunk) - prompt_tokens)
 
     def _chunks(self, text: str) -> list[list[int]]:
-        return text_chunks(self.tokenizer, text, self.config.image_end)
+        return text_chunks(self.tokenizer, text, self.config.recipe)
 
     def _marked(self, example: Example) -> tuple[list[tuple[str, str]], str]:
         """Return earlier turns and question, with a marker for each image."""

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.variants import GENERATIONS, Generation
+from vila_deploy.checkpoint.video_config import VideoConfig
 from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, choose_template, stop_token_ids
 from vila_deploy.processing.images import Pixels
@@ -18,7 +20,7 @@ class ModelInfo:
     """Sizes, image processing, prompt template (a key of PROMPT_TEMPLATES) and stop tokens.
 
     `tokens_per_block` embeddings come from each map or block of features that the projector takes;
-    `image_end` is text whose embeddings follow each image in the prompt; empty for none.
+    `generation` is a key of GENERATIONS.
     """
 
     hidden_size: int
@@ -30,10 +32,25 @@ class ModelInfo:
     model_max_length: int
     image: ImageConfig
     tiling: TilingConfig
-    image_end: str
+    generation: str
     prompt: str
     stop_token_ids: tuple[int, ...]
-    num_video_frames: int
+    video: VideoConfig
+
+    @property
+    def recipe(self) -> Generation:
+        """How images enter the prompt."""
+        return GENERATIONS[self.generation]
+
+    @property
+    def image_end(self) -> str:
+        """Text whose embeddings follow each image in the prompt; empty for none."""
+        return self.recipe.image_end
+
+    @property
+    def num_video_frames(self) -> int:
+        """Frames of a video, unless the user asks for another number."""
+        return self.video.num_frames
 
     @property
     def max_tokens_per_image(self) -> int:
@@ -50,7 +67,7 @@ class ModelInfo:
         return [rows * columns * self.tokens_per_block]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "video": self.video.to_json()}
 
     @classmethod
     def from_config(cls, config: VilaConfig, tokenizer: Tokenizer | None) -> ModelInfo:
@@ -71,10 +88,10 @@ class ModelInfo:
             model_max_length=config.model_max_length,
             image=config.image,
             tiling=config.tiling,
-            image_end=config.image_end,
+            generation=config.generation,
             prompt=prompt,
             stop_token_ids=tuple(sorted(stops)),
-            num_video_frames=config.num_video_frames,
+            video=config.video,
         )
 
     @classmethod
@@ -105,8 +122,23 @@ class ModelInfo:
                 min_tiles=tiling.integer("min_tiles"),
                 max_tiles=tiling.integer("max_tiles"),
             ),
-            image_end=fields.text("image_end"),
+            generation=_generation(fields),
             prompt=fields.choice("prompt", PROMPT_TEMPLATES, what="prompt template"),
             stop_token_ids=tuple(fields.integers("stop_token_ids")),
-            num_video_frames=fields.integer("num_video_frames"),
+            video=_video(fields),
         )
+
+
+def _generation(fields: Fields) -> str:
+    """Engines made before this key tell it by the text that follows each image."""
+    if "generation" in fields:
+        return fields.choice("generation", GENERATIONS, what="generation")
+    end = fields.text("image_end")
+    return next(name for name, row in GENERATIONS.items() if row.image_end == end)
+
+
+def _video(fields: Fields) -> VideoConfig:
+    """Engines made before this key have the number of frames only."""
+    if "video" in fields:
+        return VideoConfig.from_fields(fields.child("video"))
+    return VideoConfig(fields.integer("num_video_frames"))

@@ -41,10 +41,18 @@ def transformers_config(config: LlmConfig) -> PretrainedConfig:
         rms_norm_eps=config.rms_norm_eps,
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=config.tie_word_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        rope_parameters=_rope_parameters(config),
     )
     built._attn_implementation = "eager"
     return built
+
+
+def _rope_parameters(config: LlmConfig) -> dict[str, object]:
+    if config.rope_factor == 1.0:
+        return {"rope_type": "default", "rope_theta": config.rope_theta}
+    return {
+        "rope_type": "linear", "rope_theta": config.rope_theta, "factor": config.rope_factor
+    }  # fmt: skip
 
 
 def dense_weight(weights: WeightSource, prefix: str, dtype: torch.dtype) -> Tensor:

@@ -101,7 +101,8 @@ def _store_layer(
 def rotary_tables(config: LlmConfig, max_seq_len: int) -> Iterator[Tensor]:
     """Yield cos and sin [max_seq_len, head_dim / 2] in float32, computed as Llama was trained."""
     exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-    angles = torch.arange(max_seq_len).float()[:, None] * (1.0 / config.rope_theta**exponents)
+    frequencies = 1.0 / config.rope_theta**exponents / config.rope_factor
+    angles = torch.arange(max_seq_len).float()[:, None] * frequencies
     yield angles.cos()
     yield angles.sin()
 

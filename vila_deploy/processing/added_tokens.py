@@ -90,18 +90,29 @@ def _entry(token: Fields, number: int, named: set[str]) -> AddedTokenEntry:
 
 def read_special_tokens(path: Path) -> set[str]:
     """Return the tokens that tokenizer_config.json or special_tokens_map.json name as special."""
+    return {
+        content
+        for fields in _naming_files(path)
+        for key in (*NAMED_TOKENS, *SPECIAL_TOKEN_LISTS)
+        for content in _contents(fields, key)
+    }
+
+
+def read_bos_token(path: Path) -> str | None:
+    """Return the token that the same files name as BOS; None where they name none."""
+    contents = [_contents(fields, "bos_token") for fields in _naming_files(path)]
+    return next((content for content, *_ in filter(None, contents)), None)
+
+
+def _naming_files(path: Path) -> list[Fields]:
+    """Return the files beside `path` that name special tokens."""
     settings = read_settings(path)
     sources = [settings]
     special_map = path.with_name("special_tokens_map.json")
     # transformers reads this file only for releases from before added_tokens_decoder.
     if "added_tokens_decoder" not in settings and special_map.exists():
         sources.append(Fields.from_file(special_map))
-    return {
-        content
-        for fields in sources
-        for key in (*NAMED_TOKENS, *SPECIAL_TOKEN_LISTS)
-        for content in _contents(fields, key)
-    }
+    return sources
 
 
 def _contents(fields: Fields, key: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Merge text and image features into one sequence of embeddings, as VILA1.5 does."""
+"""Merge text and image features into one sequence of embeddings, as VILA's code does."""
 
 from __future__ import annotations
 
@@ -6,20 +6,34 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from vila_deploy.checkpoint.variants import GENERATIONS, Generation
 from vila_deploy.processing.chat_template import IMAGE_MARKER
 from vila_deploy.processing.tokenizer import Tokenizer
 from vila_deploy.utils.arrays import Floats
 
 
-def text_chunks(tokenizer: Tokenizer, prompt: str, image_end: str = "") -> list[list[int]]:
-    """Return the token ids of each text chunk between image markers, with BOS once in front.
+def text_chunks(
+    tokenizer: Tokenizer, prompt: str, recipe: Generation = GENERATIONS["vila1.5"]
+) -> list[list[int]]:
+    """Return the token ids of each text chunk between image markers.
+
+    Source: `tokenizer_image_token` in llava/mm_utils.py of NVlabs/VILA, at the parent of 36f6adc
+    and of main.
 
     Args:
-        image_end: see ModelInfo; its tokens begin each chunk that follows an image.
+        recipe: of the model's generation; the tokens of its `image_end` begin each chunk that
+            follows an image.
     """
-    first, *rest = (tokenizer.encode(text) for text in prompt.split(IMAGE_MARKER))
-    end = tokenizer.encode(image_end) if image_end else []
-    return [tokenizer.bos_ids + first, *(end + chunk for chunk in rest)]
+    first, *rest = prompt.split(IMAGE_MARKER)
+    first_chunk = tokenizer.bos_ids + tokenizer.encode(first)
+    if recipe.marker_is_token:
+        end = tokenizer.bos_ids + tokenizer.encode(recipe.image_end)
+        return [first_chunk, *(end + tokenizer.encode(text, after_special=True) for text in rest)]
+    chunks = [tokenizer.bos_ids + tokenizer.encode(text) for text in rest]
+    # Meant for the BOS of each chunk; where the prompt's own text has begun with BOS and the
+    # tokenizer adds none, the first token of each later chunk goes, in training too.
+    dropped = int(bool(first_chunk) and first_chunk[0] == tokenizer.bos_id)
+    return [first_chunk, *(chunk[dropped:] for chunk in chunks)]
 
 
 def merge_embeddings(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from vila_deploy.processing.added_tokens import (
     AddedTokenEntry,
     read_added_tokens,
+    read_bos_token,
     read_settings,
     read_special_tokens,
 )
@@ -55,13 +56,22 @@ PROBES = (
 
 
 class Tokenizer(Protocol):
-    """A tokenizer; `bos_ids`, [bos] or nothing, goes once before a prompt."""
+    """A tokenizer.
+
+    `bos_ids`: what it puts before every text, [bos] or nothing. `bos_id`: the token that its files
+    call BOS, whether it is put there or not; None: they name none.
+    """
 
     bos_ids: list[int]
+    bos_id: int | None
     vocab_size: int
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of `text` without BOS; special tokens written in it are recognised."""
+    def encode(self, text: str, after_special: bool = False) -> list[int]:
+        """Return the ids of `text` without BOS; special tokens written in it are recognised.
+
+        Args:
+            after_special: as a special token follows another text, not as text begins.
+        """
         ...
 
     def token_id(self, token: str) -> int | None:
@@ -139,9 +149,11 @@ class JsonTokenizer:
         self._library.no_truncation()
         self._library.no_padding()
         self.bos_ids = self._library.encode("", add_special_tokens=True).ids[:1]
+        self.bos_id = _named_bos(path, self.token_id, self.bos_ids)
         self.vocab_size = self._library.get_vocab_size()
         self._added = self._library.get_added_tokens_decoder()
         self._byte_level = is_byte_level(self._library.decoder)
+        self._special = self._special_token()
 
     def _load(self, path: Path) -> Library:
         from tokenizers import Tokenizer as Library
@@ -158,7 +170,17 @@ class JsonTokenizer:
             library.add_special_tokens([content])
         return library
 
-    def encode(self, text: str) -> list[int]:
+    def _special_token(self) -> str:
+        """Return a special token that no text around it changes; empty where there is none."""
+        for number, token in self._added.items():
+            alone = token.special and not (token.lstrip or token.rstrip or token.normalized)
+            if alone and self.encode(token.content) == [number]:
+                return token.content
+        return ""
+
+    def encode(self, text: str, after_special: bool = False) -> list[int]:
+        if after_special and text and self._special:
+            return self._library.encode(self._special + text, add_special_tokens=False).ids[1:]
         return self._library.encode(text, add_special_tokens=False).ids
 
     def token_id(self, token: str) -> int | None:
@@ -240,6 +262,7 @@ class SentencePieceTokenizer:
         plain = {entry.number for entry in entries if not entry.special}
         named = (self.token_id(token) for token in read_special_tokens(path))
         self._skipped = {*special, *named, *(self._texts.keys() - plain)}
+        self.bos_id = _named_bos(path, self.token_id, self.bos_ids)
         self._decoder = decoders.Sequence(
             [
                 decoders.Replace("\u2581", " "),
@@ -249,13 +272,13 @@ class SentencePieceTokenizer:
             ]
         )
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, after_special: bool = False) -> list[int]:
         ids: list[int] = []
         for index, span in enumerate(self._split.split(text.replace("\u2581", " "))):
             if span in self._added:
                 ids.append(self._added[span])
             elif span:
-                ids += self._library.encode(span if index else f" {span}")
+                ids += self._library.encode(span if index or after_special else f" {span}")
         return ids
 
     def token_id(self, token: str) -> int | None:
@@ -283,6 +306,12 @@ class SentencePieceTokenizer:
         if not 0 <= number < self._library.vocab_size() or self._library.is_control(number):
             return None
         return self._library.id_to_piece(number)
+
+
+def _named_bos(path: Path, token_id: Callable[[str], int | None], bos_ids: list[int]) -> int | None:
+    """Return the id of the token that the files beside `path` name as BOS, else of `bos_ids`."""
+    token = read_bos_token(path)
+    return token_id(token) if token is not None else next(iter(bos_ids), None)
 
 
 def _library_token(entry: AddedTokenEntry) -> AddedToken:

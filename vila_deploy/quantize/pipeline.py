@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
-from vila_deploy.checkpoint.config import with_template
+from vila_deploy.checkpoint.config import load_config
 from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, LlmConfig, layer_prefix
 from vila_deploy.checkpoint.lora import Adapter, open_adapter
 from vila_deploy.data.examples import Example, load_examples, load_held_out
@@ -117,8 +117,7 @@ def quantize(
 
 def _open(root: Path, options: QuantizeOptions) -> tuple[Checkpoint, Adapter | None]:
     """Return the checked checkpoint as the user asks for it, and the adapter merged into it."""
-    checkpoint = open_checkpoint(root)
-    checkpoint.config = with_template(checkpoint.config, options.prompt_template)
+    checkpoint = open_checkpoint(root, load_config(root, options.prompt_template))
     check_vocabulary(checkpoint.layout.folder("llm"), checkpoint.config.llm.vocab_size)
     if options.lora is None:
         return checkpoint, None

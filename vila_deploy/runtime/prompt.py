@@ -201,7 +201,7 @@ def assemble_prompt(
     # An answer may spell a marker; in a prompt it would ask for an image.
     rendered = [(earlier.text, without_markers(answer)) for earlier, answer in turns]
     text = render(PROMPT_TEMPLATES[model.prompt], rendered, question.text, system)
-    chunks = text_chunks(tokenizer, text, model.image_end)
+    chunks = text_chunks(tokenizer, text, model.recipe)
     images = [image for asked in (*(q for q, _ in turns), question) for image in asked.images]
     return Prompt(tuple(map(tuple, chunks)), tuple(images))
 

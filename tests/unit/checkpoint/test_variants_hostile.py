@@ -199,7 +199,7 @@ def test_tower_refuses(tower: str, case: str, tmp_path: Path) -> None:
 STATIC = {"s2": True, "s2_scales": "42,84", "s2_max_split_size": 42}
 DYNAMIC_S2 = {
     "image_aspect_ratio": "dynamic_s2", "dynamic_s2": True, "s2_scales": "42,84,126",
-    "s2_max_split_size": 42, "s2_resize_output_to_scale_idx": -1,
+    "s2_max_split_size": 42, "s2_resize_output_to_scale_idx": -1, "prompt_template": "qwen2",
 }  # fmt: skip
 # Root keys, what is wrong, and how often the scales widen the projector.
 TILING: dict[str, tuple[dict[str, object], str]] = {
@@ -236,12 +236,6 @@ TILING: dict[str, tuple[dict[str, object], str]] = {
         {**STATIC, "image_aspect_ratio": "dynamic"}, r"s2: must be false, as image_aspect_ratio",
     ),
     "PS3": ({"ps3": True}, r"ps3: PS3 towers are not supported"),
-    "time tokens": ({"num_time_tokens": 100}, r"num_time_tokens: time tokens are not supported"),
-    "pooled frames": (
-        {"video_encoder": {"_target_": "llava.model.encoders.TSPVideoEncoder"}},
-        r"video_encoder: '.*TSPVideoEncoder' is not supported; use BasicVideoEncoder",
-    ),
-    "template file": ({"chat_template": "qwen2"}, r"chat_template: is not read; use --prompt-temp"),
     "no frames": ({"num_video_frames": 0}, r"num_video_frames: must be an integer"),
     "more least than most": (
         {"image_aspect_ratio": "dynamic", "min_tiles": 5, "max_tiles": 4},

@@ -216,6 +216,11 @@ def test_manifests_of_format_version_1_are_read(tmp_path: Path, name: str, ids: 
     assert again["format_version"] == 2
     assert again["needs"] == [vars(step) for step in manifest.pending_steps]
     assert again.get("activations") == ("int8x2" if name == "tiny-cpu-int4" else None)
+    model, old_model = again.pop("model"), content.pop("model")
+    assert model.pop("generation") == "vila1.5"
+    assert model.pop("video")["num_frames"] == old_model.pop("num_video_frames")
+    assert old_model.pop("image_end") == ""
+    assert model == old_model
     changed = {"format_version", "manifest_sha256", "needs", "activations"}
     assert {k: v for k, v in again.items() if k not in changed} == {
         k: v for k, v in content.items() if k not in changed

@@ -14,7 +14,7 @@ from tests.support.paths import GOLDEN
 from tests.support.prompt_cases import conversations, write_tokenizer
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint.config import load_config
-from vila_deploy.checkpoint.variants import LLM_FAMILIES
+from vila_deploy.checkpoint.variants import GENERATIONS, LLM_FAMILIES
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.processing.chat_template import (
     PROMPT_TEMPLATES,
@@ -56,13 +56,14 @@ def family_of(template: str) -> str:
 def test_prompts_equal_the_original(template: str, tmp_path: Path) -> None:
     """Golden numbers: see "recipe" in the file."""
     tokenizer = opened(tmp_path, template)
-    end = LLM_FAMILIES[family_of(template)].image_end
+    recipe = GENERATIONS[LLM_FAMILIES[family_of(template)].generation]
+    end = recipe.image_end
     rows = []
     for turns in conversations():
         asked = [(with_markers(q, images, end), a) for images, q, a in turns]
         row = PROMPT_TEMPLATES[template]
         text = render(row, asked[:-1], asked[-1][0])
-        first, *rest = text_chunks(tokenizer, text, end)
+        first, *rest = text_chunks(tokenizer, text, recipe)
         ids = [*first, *(i for piece in rest for i in (IMAGE, *piece))]
         whole = digest(render_answered(row, *asked[0])) if len(asked) == 1 else None
         rows.append([digest(text), len(ids), digest(ids), whole])

@@ -151,7 +151,7 @@ def static_tiles(pixels: np.ndarray, tiling: TilingConfig) -> np.ndarray:
 def test_dynamic_scales(size: tuple[int, int], index: int, tmp_path: Path) -> None:
     expected = S2["dynamic_s2"]["{}x{}".format(*size)]
     changes = {**DYNAMIC_S2, "s2_resize_output_to_scale_idx": index}
-    root = write_checkpoint(tmp_path / "c", scales=3, mm_projector_token_order="row", **changes)
+    root = write_checkpoint(tmp_path / "c", qwen2=True, scales=3, **changes)
     session, config = session_of(root), open_checkpoint(root).config
     (pixels,) = preprocess([cases.sized_image(size)], config.image, config.tiling)
     assert list(pixels.grid or ()) == expected["block_size"]
@@ -169,7 +169,7 @@ def test_dynamic_scales(size: tuple[int, int], index: int, tmp_path: Path) -> No
 
 def test_several_images_repeat_one_scale(tmp_path: Path) -> None:
     expected = S2["dynamic_s2_without_blocks"]
-    root = write_checkpoint(tmp_path / "c", scales=3, mm_projector_token_order="row", **DYNAMIC_S2)
+    root = write_checkpoint(tmp_path / "c", qwen2=True, scales=3, **DYNAMIC_S2)
     shape, seed = expected["pixels"]
     found = session_of(root).encode_images(cases.pixels(tuple(shape), seed))
     assert_sample(found, expected["tokens"])

@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
 from vila_deploy.checkpoint.variants import LLM_FAMILIES, PROJECTOR_TYPES, TOWER_FAMILIES
+from vila_deploy.checkpoint.video_config import VideoConfig
 from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig, VisionConfig
 from vila_deploy.kernels.launch_mode import DEFAULT_LAUNCH_MODE, LaunchMode, get_launch_mode
+from vila_deploy.utils.fields import Fields
 from vila_deploy.utils.files import canonical_json, read_json_object
 
 Row = TypeVar("Row")
@@ -52,6 +54,7 @@ def write_model(path: Path, model: ModelFile) -> None:
             "llm": llm,
             "vision": vision,
             "projector": _key(PROJECTOR_TYPES, config.projector),
+            "video": config.video.to_json(),
         },
         "norm_units": model.norm_prescales,
         "in_host_memory": list(model.in_host_memory),
@@ -84,12 +87,22 @@ def read_model(path: Path) -> ModelFile:
     config["image"] = ImageConfig(**image | means)
     config["tiling"] = TilingConfig(**tiling | {"scales": tuple(tiling["scales"])})
     config["projector"] = PROJECTOR_TYPES[config["projector"]]
+    config["video"] = _video(config, path)
+    config.setdefault("generation", config["llm"].family.generation)
     # Engines made before this field run their kernels one after another.
     kernel_launch = content.get("kernel_launch", DEFAULT_LAUNCH_MODE)
     get_launch_mode(kernel_launch, str(path))
     return ModelFile(
         VilaConfig(**config), content["norm_units"], tuple(content["in_host_memory"]), kernel_launch
     )
+
+
+def _video(config: dict[str, Any], path: Path) -> VideoConfig:
+    """Engines made before the key "video" have the number of frames only."""
+    frames = config.pop("num_video_frames", None)
+    if frames is not None:
+        return VideoConfig(frames)
+    return VideoConfig.from_fields(Fields(config["video"], path, "config.video."))
 
 
 def _key(table: Mapping[str, Row], value: Row) -> str:

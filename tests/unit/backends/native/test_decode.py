@@ -73,7 +73,7 @@ def test_an_answer_chosen_on_the_device_is_the_references(pair: Pair, questions:
     features, expected = (s.encode_images(pixels[0].tiles) for s in (session, reference))
     assert deviation(features, expected) < TOLERANCE
     text = render(PROMPT_TEMPLATES[pair.model.prompt], [], placed)
-    pieces = text_chunks(pair.tokenizer, text, pair.model.image_end)
+    pieces = text_chunks(pair.tokenizer, text, pair.model.recipe)
 
     for each in (session, reference):
         each.truncate(0)
