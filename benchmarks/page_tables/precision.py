@@ -14,7 +14,7 @@ from vila_deploy.engine.target import get_target
 # A target and backend for each row of the table.
 BACKENDS = {
     "onnxruntime (`cpu`)": ("cpu", "onnxruntime"),
-    "tensorrt with tensorrt-rtx (`a100`, `rtx4090`)": ("rtx4090", "tensorrt"),
+    "tensorrt with tensorrt-rtx (`rtx4090`, `a100`)": ("rtx4090", "tensorrt"),
     "tensorrt on the device (`orin…`, `h100`, `h200`)": ("orin", "tensorrt"),
     "native": ("h200", "native"),
     "tensorrt-llm": ("a100", "tensorrt-llm"),

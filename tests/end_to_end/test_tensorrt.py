@@ -68,6 +68,15 @@ def test_a_prompt_in_chunks_gives_the_same_tokens(
 
 def test_plain_command_builds_for_a_gpu_that_is_not_here(tiny_awq: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="needs the package tensorrt-rtx")
-    printed = succeed("vila-build-engine", tiny_awq, "--target", "a100", "-o", tmp_path / "engine")
+    printed = succeed(
+        "vila-build-engine",
+        tiny_awq,
+        "--target",
+        "a100",
+        "--backend",
+        "tensorrt",
+        "-o",
+        tmp_path / "engine",
+    )
     assert "int4 engine for a100" in printed
     assert (tmp_path / "engine" / "llm" / "model.plan").stat().st_size > 1 << 20

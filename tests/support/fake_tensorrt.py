@@ -26,7 +26,8 @@ TYPES = {
 }
 
 
-ON_PROFILE_CHANGE = "memory for a profile"
+ON_PROFILE_CHANGE, USER_MANAGED = "memory for a profile", "memory of the caller"
+ACTIVATION_BYTES = 4096
 
 
 class FakeCuda:
@@ -122,10 +123,16 @@ class FakeCuda:
 
 
 class FakeContext:
-    def __init__(self, gpu: FakeCuda, session: onnxruntime.InferenceSession, profiles: int):
-        self.gpu, self.session, self.profile, self.profiles = gpu, session, 0, profiles
+    def __init__(self, engine: FakeEngine):
+        self.engine, self.gpu, self.session = engine, engine.gpu, engine.session
+        self.profile, self.profiles = 0, engine.num_optimization_profiles
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self.lengths: list[int] = []
+        self.memory: tuple[int, int] | None = None
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        self.memory = address, size
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile = profile
@@ -139,6 +146,8 @@ class FakeContext:
         if (self.profile, self.profiles, name) == (0, 2, "positions") and shape[1] != 1:
             return False
         self.shapes[name] = shape
+        if name == "positions":
+            self.lengths.append(shape[1])
         return True
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -147,6 +156,9 @@ class FakeContext:
         return (first, *output.shape[1:])
 
     def execute_async_v3(self, stream: int) -> bool:
+        if isinstance(self.engine, FakeRtxEngine):
+            assert self.memory is not None
+            assert self.memory[0] in self.gpu.memory
         if self.gpu.recorded is not None:
             self.gpu.recorded.append(self._run)
         else:
@@ -178,6 +190,7 @@ class FakeEngine:
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         providers = ["CPUExecutionProvider"]
         self.gpu, self.captures = gpu, list[int | None]()
+        self.contexts: list[FakeContext] = []
         self.session = onnxruntime.InferenceSession(graph, options, providers=providers)
         self.tensors = [v.name for v in (*self.session.get_inputs(), *self.session.get_outputs())]
 
@@ -191,17 +204,24 @@ class FakeEngine:
     def create_execution_context(self, how: Any) -> FakeContext:
         assert (how == ON_PROFILE_CHANGE) == (type(self) is FakeEngine)
         self.captures.append(getattr(how, "cuda_graph_strategy", None))
-        return FakeContext(self.gpu, self.session, self.num_optimization_profiles)
+        self.contexts.append(FakeContext(self))
+        return self.contexts[-1]
 
 
 class FakeRtxEngine(FakeEngine):
     num_optimization_profiles = 1
+    device_memory_size_v2 = ACTIVATION_BYTES
+    strategy = None
+
+    def take(self, strategy: str) -> None:
+        self.strategy = strategy
 
     def create_runtime_config(self) -> Any:
         cache = SimpleNamespace(deserialize=lambda data: True, serialize=lambda: b"kernels")
         return SimpleNamespace(
             create_runtime_cache=lambda: cache,
             set_runtime_cache=lambda cache: None,
+            set_execution_context_allocation_strategy=self.take,
             cuda_graph_strategy=0,
         )
 
@@ -229,7 +249,9 @@ def install(
         ILogger=FakeLogger,
         Runtime=Runtime,
         CudaGraphStrategy=SimpleNamespace(WHOLE_GRAPH_CAPTURE=1),
-        ExecutionContextAllocationStrategy=SimpleNamespace(ON_PROFILE_CHANGE=ON_PROFILE_CHANGE),
+        ExecutionContextAllocationStrategy=SimpleNamespace(
+            ON_PROFILE_CHANGE=ON_PROFILE_CHANGE, USER_MANAGED=USER_MANAGED
+        ),
     )
     monkeypatch.setattr(cuda, "runtime", lambda: gpu)
     monkeypatch.setattr(compilers.Compiler, "load", lambda self: trt)

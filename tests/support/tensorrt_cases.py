@@ -41,6 +41,7 @@ def write_engine(
     dialect: str,
     max_batch_size: int = 1,
     module_precision: ModulePrecision = ALL_FP16,
+    max_matrix_bytes: int | None = None,
 ) -> Manifest:
     """Write an engine folder whose plans are paths of the graphs."""
     folder.mkdir()
@@ -53,8 +54,12 @@ def write_engine(
 
     vision, head = module_precision.vision, module_precision.lm_head
     weights = checkpoint.vision, checkpoint.projector
-    graphs.write_vision(folder, config, *weights, dialect, advance, vision)
-    size = graphs.write_llm(folder, config, checkpoint.llm, MAX_SEQ_LEN, dialect, advance, head)
+    largest = max_matrix_bytes
+    graphs.write_vision(folder, config, *weights, dialect, advance, vision, largest)
+    size = graphs.write_llm(
+        folder, config, checkpoint.llm, MAX_SEQ_LEN, dialect, advance, head,
+        max_matrix_bytes=largest,
+    )  # fmt: skip
     for module in graphs.modules_of(config):
         (folder / module / files.PLAN).write_text(str(folder / module / files.GRAPH))
     return Manifest(

@@ -80,6 +80,10 @@ class Backend(ABC):
     def check_alias(self, alias: str, target: Target) -> None:  # noqa: B027
         """Raise VilaDeployError if `--backend alias` doesn't mean this backend on `target`."""
 
+    def notes(self, request: BuildRequest) -> Sequence[str]:
+        """Return what a user should know of this backend on the target before work starts."""
+        return ()
+
     def title(self, target: Target) -> str:
         """Return what messages call this backend on `target`."""
         return self.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -180,6 +181,8 @@ def check_module_precision(target: Target, backend: Backend, asked: ModulePrecis
 def _resolve(build: ResolvedBuild) -> ResolvedBuild:
     check_module_precision(build.target, build.backend, build.request.module_precision)
     build.backend.check(build.config, build.request)
+    for note in build.backend.notes(build.request):
+        print(f"note: {note}", file=sys.stderr)
     return build
 
 

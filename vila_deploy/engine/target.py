@@ -25,11 +25,14 @@ class TensorRt:
         dialect: of the graphs that it reads there.
         jetpacks: on Jetson, the dialect by JetPack release; the first is what is built unless
             `--jetpack` says otherwise.
+        contiguous_bytes: of memory in one piece that the device's kernel has for compiling; None
+            where pieces of any size are to be had.
     """
 
     package: str
     dialect: str
     jetpacks: dict[str, str] = field(default_factory=dict)
+    contiguous_bytes: int | None = None
 
     def dialect_of(self, jetpack: str | None) -> str:
         return self.dialect if jetpack is None else self.jetpacks[jetpack]

@@ -12,6 +12,7 @@ from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.formats.module_dtypes import is_tower_linear
 from vila_deploy.onnx_export.arrays import float16, float32
 from vila_deploy.onnx_export.graph_writer import GraphWriter, WeightFile
+from vila_deploy.onnx_export.matrix_pieces import column_ranges
 from vila_deploy.onnx_export.rounding import round_int8
 from vila_deploy.utils.progress import Advance
 
@@ -25,6 +26,7 @@ class ModuleEmitter:
     Args:
         half: multiply in float16, as GPUs do; hidden states between layers stay float32.
         int8: store the matrices of a tower's layers in int8, which are multiplied as float16.
+        max_matrix_bytes: larger float16 matrices are cut into pieces of columns.
     """
 
     def __init__(
@@ -34,8 +36,10 @@ class ModuleEmitter:
         file: WeightFile,
         half: bool = False,
         int8: bool = False,
+        max_matrix_bytes: int | None = None,
     ):
         self.graph, self.weights, self.file, self.half = graph, weights, file, half
+        self.max_matrix_bytes = max_matrix_bytes
         assert half or not int8
         self.int8 = int8
 
@@ -73,9 +77,22 @@ class ModuleEmitter:
         scale = self.graph.weight(f"{name}.scale", self.file.append(rounded.scale.numpy()))
         return self.graph.node("DequantizeLinear", q, scale, axis=1)
 
+    def matrices(self, name: str) -> list[str]:
+        """Return the pieces of a linear's weight [in, out], mostly one."""
+        weight = self.weights.tensor(name)
+        ranges = column_ranges(len(weight), 2 * weight.shape[1], self.max_matrix_bytes)
+        if len(ranges) == 1:
+            return [self.matrix(name)]
+        columns = float16(weight, name).T
+        return [
+            self.graph.weight(f"{name}.{first}", self.file.append(columns[:, first:end]))
+            for first, end in ranges
+        ]
+
     def linear(self, x: str, prefix: str, bias: bool = True) -> str:
-        weight = self.matrix(f"{prefix}.weight")
-        y = self.product("MatMul", self.narrowed(x), weight)
+        factor = self.narrowed(x)
+        pieces = [self.product("MatMul", factor, m) for m in self.matrices(f"{prefix}.weight")]
+        y = pieces[0] if len(pieces) == 1 else self.graph.node("Concat", *pieces, axis=-1)
         return self.graph.node("Add", y, self.vector(f"{prefix}.bias")) if bias else y
 
     def norm(self, x: str, prefix: str, epsilon: float) -> str:

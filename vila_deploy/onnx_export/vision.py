@@ -21,11 +21,13 @@ class VisionGraphOptions:
     Args:
         half: multiply in float16.
         int8: store the matrices of the tower's layers in int8.
+        max_matrix_bytes: see ModuleEmitter.
     """
 
     opset: int
     half: bool
     int8: bool = False
+    max_matrix_bytes: int | None = None
 
 
 FLOAT32 = VisionGraphOptions(OPSET, half=False)
@@ -49,11 +51,13 @@ def build_vision_graph(
     graph, vision = GraphWriter(options.opset), config.vision
     size = vision.image_size
     pixels = graph.input("pixels", np.float32, ["tiles", 3, size, size])
-    emitter = ModuleEmitter(graph, tower_weights, file, options.half, options.int8)
+    largest = options.max_matrix_bytes
+    emitter = ModuleEmitter(graph, tower_weights, file, options.half, options.int8, largest)
     x = tower(emitter, pixels, vision, config.vision_layers_used, advance)
     shape: list[int | str] = ["tiles", vision.grid**2, vision.hidden_size]
     if projector is not None:
-        x = _project(ModuleEmitter(graph, projector, file, options.half), x, config)
+        emitter = ModuleEmitter(graph, projector, file, options.half, max_matrix_bytes=largest)
+        x = _project(emitter, x, config)
         shape = ["tiles", config.tokens_per_block, config.llm.hidden_size]
         advance("projector")
     graph.output(graph.node("Identity", x, output="features"), np.float32, shape)
@@ -74,7 +78,9 @@ def build_projector_graph(
     graph = GraphWriter(options.opset)
     shape: list[int | str] = ["blocks", config.feature_side**2, config.feature_channels]
     features = graph.input("features", np.float32, shape)
-    tokens = _project(ModuleEmitter(graph, projector, file, options.half), features, config)
+    largest = options.max_matrix_bytes
+    emitter = ModuleEmitter(graph, projector, file, options.half, max_matrix_bytes=largest)
+    tokens = _project(emitter, features, config)
     shape = ["blocks", config.tokens_per_block, config.llm.hidden_size]
     graph.output(graph.node("Identity", tokens, output="tokens"), np.float32, shape)
     advance("projector")

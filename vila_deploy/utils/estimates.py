@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+MEMINFO = Path("/proc/meminfo")
+
 
 @dataclass(frozen=True)
 class MemoryItem:
@@ -31,15 +33,28 @@ class PlanStep:
     seconds: float | None = None
 
 
+def total_contiguous_bytes() -> int | None:
+    """Return what Linux keeps for memory in one piece (CMA); None where it doesn't say."""
+    return _meminfo_bytes("CmaTotal")
+
+
 def available_memory_bytes() -> int:
     """Return the memory that a new program can use, within the container's limit."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                limits.append(int(line.split()[1]) * 1024)
+    available = _meminfo_bytes("MemAvailable")
+    if available is not None:
+        limits.append(available)
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
         limits.append(max(0, int(limit.read_text()) - int(used.read_text())))
     return min(limits)
+
+
+def _meminfo_bytes(key: str) -> int | None:
+    if not MEMINFO.exists():
+        return None
+    for line in MEMINFO.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == key:
+            return int(value.split()[0]) * 1024
+    return None

@@ -86,7 +86,7 @@ def test_files_of_older_versions_have_fp16(tmp_path: Path) -> None:
 
 
 def plan(
-    module_precision: ModulePrecision, target: str = "a100", model: str = "VILA1.5-3b"
+    module_precision: ModulePrecision, target: str = "rtx4090", model: str = "VILA1.5-3b"
 ) -> EnginePlan:
     row = get_target(target)
     config = preset(model, "int4")

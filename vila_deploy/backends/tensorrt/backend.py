@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -12,7 +13,13 @@ from vila_deploy.backends.base import Backend
 from vila_deploy.backends.tensorrt import files
 from vila_deploy.backends.tensorrt.compile_worker import CompileWorker, compile_module
 from vila_deploy.backends.tensorrt.compilers import COMPILERS, Compiler, host_platform
-from vila_deploy.backends.tensorrt.memory import compiler_memory_bytes, estimate_memory
+from vila_deploy.backends.tensorrt.memory import (
+    CONTIGUOUS_FIX,
+    compiler_memory_bytes,
+    contiguous_block,
+    estimate_memory,
+    max_matrix_bytes,
+)
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
@@ -22,8 +29,8 @@ from vila_deploy.engine.session import Session
 from vila_deploy.engine.target import Target, get_target
 from vila_deploy.formats.module_dtypes import FP16, INT4, INT8, head_group_size
 from vila_deploy.utils.errors import VilaDeployError
-from vila_deploy.utils.estimates import available_memory_bytes
-from vila_deploy.utils.files import canonical_json
+from vila_deploy.utils.estimates import available_memory_bytes, total_contiguous_bytes
+from vila_deploy.utils.files import canonical_json, read_json_object
 from vila_deploy.utils.progress import progress
 
 RTX = "tensorrt-rtx"
@@ -82,6 +89,17 @@ class TensorRtBackend(Backend):
         if compiler.ahead_of_time:
             compiler.check_dialect(dialect_of(request))
 
+    def notes(self, request: BuildRequest) -> Sequence[str]:
+        compiler, capability = compiler_of(request.target), request.target.compute_capability
+        if capability not in compiler.undocumented:
+            return ()
+        others = [name for name in request.target.backends if name != self.name]
+        return (
+            f"{compiler.package} compiles for {request.target.title}, but NVIDIA's support tables "
+            f"do not list compute capability {capability}; supported there: --backend "
+            f"{' or '.join(others)}",
+        )
+
     def supported_dtypes(self, target: Target) -> Mapping[str, Sequence[str]]:
         head = {"lm_head": (INT8, INT4)}
         return {"vision": (INT8,), **head} if self.title(target) == RTX else head
@@ -118,13 +136,13 @@ class TensorRtBackend(Backend):
         versions = {"onnx": version("onnx")}
         steps = graphs.graph_steps(config) + len(modules) * bool(compiler.ahead_of_time)
         with progress(steps, "building") as advance, ExitStack() as stack:
-            vision = dtypes.vision
-            graphs.write_vision(folder, config, tower, projector, dialect, advance, vision)
+            vision, largest = dtypes.vision, max_matrix_bytes(request.target)
+            graphs.write_vision(folder, config, tower, projector, dialect, advance, vision, largest)
             here = _compiled_here(folder, modules[:-1], compiler)
             workers = [stack.enter_context(CompileWorker(folder, module)) for module in here]
             weight_bytes = graphs.write_llm(
                 folder, config, llm, request.limits.max_seq_len, dialect, advance, dtypes.lm_head,
-                decomposable=not compiler.ahead_of_time,
+                decomposable=not compiler.ahead_of_time, max_matrix_bytes=largest,
             )  # fmt: skip
             # Before the LLM's, or the memory of two compilers would add up.
             for module, worker in zip(here, workers, strict=True):
@@ -177,6 +195,8 @@ class TensorRtBackend(Backend):
                 f"this GPU has {found}",
                 fix="run this on the device, or build again with its own --target",
             )
+
+        _check_contiguous_memory(folder, target)
 
     def artifacts(self, step: PendingStep) -> Sequence[str]:
         return (f"{step.id}/{files.PLAN}",)
@@ -243,6 +263,9 @@ def write_description(folder: Path, config: VilaConfig, request: BuildRequest) -
         "limits": asdict(request.limits),
         "profiles": graphs.profiles(config, request.limits, one_for_all=ahead),
     }
+    block = contiguous_block(config, "int4" if config.llm.quantization else FP16, request)
+    if block is not None:
+        content["contiguous_bytes"] = block.memory_bytes
     (folder / files.DESCRIPTION).write_text(canonical_json(content), "utf-8")
 
 
@@ -270,6 +293,18 @@ def _check_memory(folder: Path, manifest: Manifest, compiler: Compiler) -> None:
             where=folder,
             fix="close other programs, or copy the folder to a computer that has it and run the "
             "same command there",
+        )
+
+
+def _check_contiguous_memory(folder: Path, target: Target) -> None:
+    """Say so where the board's kernel keeps less in one piece than compiling asks for."""
+    described = read_json_object(folder / files.DESCRIPTION)
+    needed, given = described.get("contiguous_bytes"), total_contiguous_bytes()
+    if needed is not None and given is not None and needed > given:
+        print(
+            f"warning: compiling asks for {needed / 1e6:.0f} MB of memory in one piece, the kernel "
+            f"of this {target.title} keeps {given / 1e6:.0f} MB: {CONTIGUOUS_FIX}",
+            file=sys.stderr,
         )
 
 

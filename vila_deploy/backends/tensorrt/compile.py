@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vila_deploy.backends.tensorrt.compilers import Compiler, compute_capability_member
+from vila_deploy.backends.tensorrt.compilers import Compiler, compute_capability_member, create
 from vila_deploy.backends.tensorrt.log import ErrorLog
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.progress import Advance
@@ -63,10 +63,10 @@ def compile_graph(compiler: Compiler, job: Job, advance: Advance) -> None:
     """
     trt = compiler.load()
     log = ErrorLog(trt)
-    builder = trt.Builder(log.logger)
+    builder = create(trt, "Builder", log.logger)
     builder.max_threads = len(os.sched_getaffinity(0))
     network = builder.create_network(_strongly_typed(trt))
-    parser = trt.OnnxParser(network, log.logger)
+    parser = create(trt, "OnnxParser", network, log.logger)
     advance(f"{job.graph.parent.name}: reading the graph", steps=0)
     if not parser.parse_from_file(str(job.graph)):
         first = parser.get_error(0).desc() if parser.num_errors else "no reason given"
@@ -85,18 +85,31 @@ def _config(trt: Any, builder: Any, job: Job, advance: Advance) -> Any:
         shapes = builder.create_optimization_profile()
         for name, (smallest, usual, largest) in profile.items():
             shapes.set_shape(name, tuple(smallest), tuple(usual), tuple(largest))
-        config.add_optimization_profile(shapes)
+        if config.add_optimization_profile(shapes) < 0:
+            raise VilaDeployError(
+                f"TensorRT {trt.__version__} does not take its shapes {shapes_text(profile)}",
+                where=job.graph,
+                fix="build with a smaller --max-seq-len or --max-batch-size, or report this line",
+            )
     if job.capability is not None:
         config.num_compute_capabilities = 1
         member = compute_capability_member(trt, job.capability)
-        config.set_compute_capability(member, 0)
+        if not config.set_compute_capability(member, 0):
+            raise VilaDeployError(
+                f"TensorRT {trt.__version__} does not compile for compute capability "
+                f"{job.capability}",
+                where=job.graph,
+                fix="use another --backend",
+            )
     if job.workspace_bytes is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
     if job.timing_cache is not None:
         earlier = job.timing_cache.read_bytes() if job.timing_cache.exists() else b""
         # A cache of another version is refused; an empty one replaces it.
         cache = config.create_timing_cache(earlier) or config.create_timing_cache(b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
+        if not (cache and config.set_timing_cache(cache, ignore_mismatch=False)):
+            # It holds times of another GPU or driver: compile with an empty one.
+            config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     config.progress_monitor = _monitor(trt, job, advance)
     return config
 
@@ -122,10 +135,23 @@ def _write_plan(trt: Any, builder: Any, network: Any, config: Any, job: Job) -> 
 
 
 def _save_timing_cache(config: Any, job: Job) -> None:
-    if job.timing_cache is not None:
-        partial = job.timing_cache.with_name(f"{job.timing_cache.name}.partial")
-        partial.write_bytes(memoryview(config.get_timing_cache().serialize()))
+    """Keep the kernels' times for the next graph; without them it only compiles longer."""
+    cache = None if job.timing_cache is None else config.get_timing_cache()
+    times = None if cache is None else cache.serialize()
+    if job.timing_cache is None or times is None:
+        return
+    partial = job.timing_cache.with_name(f"{job.timing_cache.name}.partial")
+    try:
+        partial.write_bytes(memoryview(times))
         partial.replace(job.timing_cache)
+    except OSError:
+        # The engine itself is complete.
+        partial.unlink(missing_ok=True)
+
+
+def shapes_text(profile: Profile) -> str:
+    """Return a profile's largest shapes in words."""
+    return ", ".join(f"{name} {list(largest)}" for name, (_, _, largest) in profile.items())
 
 
 def _strongly_typed(trt: Any) -> int:

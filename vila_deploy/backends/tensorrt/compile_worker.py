@@ -18,6 +18,10 @@ from vila_deploy.utils.module_command import module_command
 from vila_deploy.utils.progress import Advance
 
 FAILED = 1
+WARNING = "warning: "
+# Engines of tensorrt-rtx have 0.97 to 1.13 times their weights, and the source of their kernels;
+# one with widened 4-bit weights has two to four times.
+GROWTH, KERNEL_BYTES = 1.5, 64 << 20
 
 
 def compile_module(folder: Path, module: str, advance: Advance) -> dict[str, str]:
@@ -38,8 +42,23 @@ def compile_module(folder: Path, module: str, advance: Advance) -> dict[str, str
         timing_cache=None if ahead else folder / files.TIMING_CACHE,
     )
     compile_graph(compiler, job, advance)
+    weights = job.graph.parent / files.WEIGHTS
+    warning = growth_warning(job.plan.stat().st_size, weights.stat().st_size)
+    if warning:
+        print(f"{WARNING}{job.plan}: {warning}", file=sys.stderr)
     advance(f"{module}: compiled")
     return {compiler.package: version, files.CAPABILITY: capability}
+
+
+def growth_warning(engine_bytes: int, weight_bytes: int) -> str:
+    """Return what it means that an engine is larger than its weights; "" if it isn't."""
+    if engine_bytes <= GROWTH * weight_bytes + KERNEL_BYTES:
+        return ""
+    return (
+        f"the engine has {engine_bytes / 1e9:.2f} GB for {weight_bytes / 1e9:.2f} GB of weights: "
+        "TensorRT holds them in more bits, which every step reads; build it from the fp16 "
+        "checkpoint if that fits, or with --backend edge-llm or native (docs/orin.md)"
+    )
 
 
 class CompileWorker:
@@ -82,6 +101,9 @@ class CompileWorker:
                 f"compiling {self._module} ended before its time ({reason})",
                 fix="close other programs if memory was short, and run the same command again",
             )
+        for line in messages.splitlines():
+            if line.startswith(WARNING):
+                print(line, file=sys.stderr)
         return parse_answer(lines[-1])
 
 

@@ -24,6 +24,7 @@ class Compiler:
         import_package: imports it.
         ahead_of_time: CUDA compute capabilities that it compiles for without such a GPU; empty
             if it compiles on the device only.
+        undocumented: those of them that NVIDIA's support tables leave out.
         install: how to install it.
         upgrade: how to get a newer version.
         min_versions: the oldest version that reads graphs of each dialect.
@@ -38,6 +39,7 @@ class Compiler:
     upgrade: str
     min_versions: dict[str, tuple[int, int]]
     group_sizes: tuple[int, ...]
+    undocumented: tuple[str, ...] = ()
 
     @property
     def present(self) -> bool:
@@ -100,6 +102,8 @@ COMPILERS = {
         min_versions={"standard": (1, 7), "primitive": (1, 0)},
         # Compiled here, and the graphs compared with the reference.
         group_sizes=(16, 32, 64, 128),
+        # Its tables of releases 1.0 to 1.5 and of the latest list 7.5, 8.6, 8.9, 12.0 and 12.1.
+        undocumented=("8.0",),
     ),
     "tensorrt": Compiler(
         package="tensorrt",
@@ -113,6 +117,30 @@ COMPILERS = {
         group_sizes=(64, 128),
     ),
 }
+
+
+def create(trt: Any, name: str, *arguments: Any) -> Any:
+    """Return an object of TensorRT's class `name`.
+
+    Raises:
+        VilaDeployError: its library returns none, as one of another release than the driver does.
+    """
+    try:
+        made = getattr(trt, name)(*arguments)
+    except (TypeError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise _not_created(trt, name, reason) from error
+    if made is None:
+        raise _not_created(trt, name, "it returns none")
+    return made
+
+
+def _not_created(trt: Any, name: str, reason: str) -> VilaDeployError:
+    return VilaDeployError(
+        f"TensorRT {trt.__version__} can't make its {name} ({reason})",
+        fix="check that driver, CUDA and TensorRT are of the same release, and start a container "
+        "with --runtime nvidia (Jetson) or --gpus all",
+    )
 
 
 def release(version: str) -> tuple[int, int]:

@@ -15,6 +15,10 @@ from vila_deploy.utils.errors import VilaDeployError
 INSTALL = "pip install cuda-bindings, of the CUDA release that the driver supports"
 # From 12.9 on cuda-bindings include a CUDA runtime, for which the driver must be new enough.
 DRIVER_FIX = "update the driver, or pip install cuda-bindings of its release (JetPack 6: 12.8.0)"
+NO_DRIVER_FIX = (
+    "check the driver with nvidia-smi; start a container with --runtime nvidia (Jetson) or "
+    "--gpus all"
+)
 
 
 def runtime() -> ModuleType:
@@ -27,6 +31,8 @@ def runtime() -> ModuleType:
         from cuda.bindings import runtime as module
     except ImportError as error:
         raise VilaDeployError("the package cuda-bindings is not here", fix=INSTALL) from error
+    except RuntimeError as error:
+        raise _no_driver(error) from error
     return module
 
 
@@ -37,7 +43,10 @@ def call(function: str, *arguments: Any) -> Any:
         VilaDeployError: CUDA reports an error.
     """
     cuda = runtime()
-    error, *results = getattr(cuda, function)(*arguments)
+    try:
+        error, *results = getattr(cuda, function)(*arguments)
+    except RuntimeError as problem:
+        raise _no_driver(problem) from problem
     if error != cuda.cudaError_t.cudaSuccess:
         _, text = cuda.cudaGetErrorString(error)
         reason = text.decode() if isinstance(text, bytes) else str(error)
@@ -47,6 +56,12 @@ def call(function: str, *arguments: Any) -> Any:
             fix=DRIVER_FIX if old_driver else "check the driver with nvidia-smi",
         )
     return results[0] if len(results) == 1 else tuple(results) or None
+
+
+def _no_driver(error: RuntimeError) -> VilaDeployError:
+    """Return the error for a missing libcuda, at which cuda-bindings up to 12.8 raise."""
+    first_line = str(error).partition("\n")[0]
+    return VilaDeployError(f"CUDA's driver can't be loaded ({first_line})", fix=NO_DRIVER_FIX)
 
 
 def compute_capability() -> str:
@@ -103,9 +118,10 @@ class Stream:
     def end_capture(self) -> Any:
         """Return the work since `begin_capture` as a graph that `launch` runs."""
         graph = call("cudaStreamEndCapture", self.handle)
-        executable = call("cudaGraphInstantiate", graph, 0)
-        call("cudaGraphDestroy", graph)
-        return executable
+        try:
+            return call("cudaGraphInstantiate", graph, 0)
+        finally:
+            call("cudaGraphDestroy", graph)
 
     def abandon_capture(self) -> None:
         """End a capture in which something failed: until then the stream takes no other work."""

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vila_deploy.backends.tensorrt.cuda import Stream
+from vila_deploy.backends.tensorrt.compilers import create
+from vila_deploy.backends.tensorrt.cuda import Buffer, Stream
 from vila_deploy.backends.tensorrt.log import ErrorLog
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -24,7 +25,7 @@ class CudaEngine:
     def __init__(self, trt: Any, plan: Path, cache: Path | None = None):
         self._trt, self._cache_file = trt, cache
         self._log = ErrorLog(trt)
-        self._runtime = trt.Runtime(self._log.logger)
+        self._runtime = create(trt, "Runtime", self._log.logger)
         with (
             plan.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
@@ -38,6 +39,8 @@ class CudaEngine:
             )
         self.engine, self._plan = engine, plan
         self._config = self._runtime_config()
+        # Activations of all contexts of an engine of tensorrt-rtx, which never run at once.
+        self._activations: Buffer | None = None
 
     @property
     def names(self) -> list[str]:
@@ -47,6 +50,11 @@ class CudaEngine:
     @property
     def captures_cuda_graphs(self) -> bool:
         """Return whether the package captures CUDA graphs by itself."""
+        return self._config is not None
+
+    @property
+    def compiles_for_each_shape(self) -> bool:
+        """Return whether the package makes kernels for each shape that it meets."""
         return self._config is not None
 
     def context(self, profile: int, stream: Stream, *, captured: bool = False) -> Any:
@@ -72,6 +80,9 @@ class CudaEngine:
             ready = context is not None and context.set_optimization_profile_async(
                 index, int(stream)
             )
+            if ready and self._config is not None:
+                activations = self._shared_activations()
+                context.set_device_memory(activations.address, activations.size_bytes)
         except RuntimeError:
             ready = False
         if not ready:
@@ -99,6 +110,14 @@ class CudaEngine:
         """Free the engine; kernels compiled on this GPU are saved beside it for the next start."""
         self._save_cache()
         self._config = self.engine = self._runtime = None
+        if self._activations is not None:
+            self._activations.close()
+            self._activations = None
+
+    def _shared_activations(self) -> Buffer:
+        if self._activations is None:
+            self._activations = Buffer(max(1, self.engine.device_memory_size_v2))
+        return self._activations
 
     def _runtime_config(self) -> Any:
         if not hasattr(self.engine, "create_runtime_config"):
@@ -111,6 +130,9 @@ class CudaEngine:
             # A cache of another driver or version is refused, and replaced when this engine closes.
             self._cache.deserialize(self._cache_file.read_bytes())
         config.set_runtime_cache(self._cache)
+        # Otherwise each context allocates the activations of the longest chunk for itself.
+        strategies = self._trt.ExecutionContextAllocationStrategy
+        config.set_execution_context_allocation_strategy(strategies.USER_MANAGED)
         self._captures_nothing = config.cuda_graph_strategy
         return config
 

@@ -17,6 +17,9 @@ from vila_deploy.utils.errors import VilaDeployError
 PREFILL_TOKENS = 256
 # Indices of the engine's profiles; engines of tensorrt-rtx have one for both.
 DECODE, PREFILL = 0, -1
+# tensorrt-rtx makes kernels for each length of a chunk that it meets, in the background, and keeps
+# them in a cache: a few lengths are enough, since tokens behind the last one are padding.
+PADDED_LENGTHS = (16, 64, PREFILL_TOKENS)
 # Runs before a CUDA graph is captured, so that all kernels are loaded by then.
 RUNS_BEFORE_CAPTURE = 2
 ALIGNMENT_BYTES = 256
@@ -60,22 +63,23 @@ class Decoder:
         # Uninitialized memory may hold NaN, which a mask does not remove.
         stream.zero(self._cache)
         self._contexts = {profile: self._bound_context(profile) for profile in (DECODE, PREFILL)}
-        self._decoded, self._cuda_graph = 0, None
+        self._decoded, self._cuda_graph, self._capturable = 0, None, True
 
     def append(self, embeds: Floats, position: int) -> Floats:
         """Append [tokens, hidden] at `position` and return the last token's logits [vocab]."""
         count = len(embeds)
         profile = DECODE if count == 1 else PREFILL
         context = self._contexts[profile]
+        length = self._padded_length(count, position)
         host_embeds, host_positions, host_last = (pinned.array for pinned in self._host)
-        host_embeds[:count] = embeds
-        host_positions[:count] = np.arange(position, position + count)
+        host_embeds[:count], host_embeds[count:length] = embeds, 0
+        host_positions[:length] = np.arange(position, position + length)
         host_last[0] = count - 1
         if profile == PREFILL:
-            self._shape(context, count)
+            self._shape(context, length)
         for name, array in (
-            ("inputs_embeds", host_embeds[:count]),
-            ("positions", host_positions[:count]),
+            ("inputs_embeds", host_embeds[:length]),
+            ("positions", host_positions[:length]),
             ("last", host_last),
         ):
             self._stream.upload(self._device[name], array)
@@ -84,7 +88,7 @@ class Decoder:
         else:
             self._engine.run(context, self._stream)
         if not self._in_place:
-            self._store_new_rows(position, count)
+            self._store_new_rows(position, length)
         self._stream.download(self._logits.array, self._device["logits"])
         self._stream.synchronize()
         return self._logits.array.copy()
@@ -117,6 +121,14 @@ class Decoder:
         self._shape(context, 1)
         return context
 
+    def _padded_length(self, count: int, position: int) -> int:
+        """Return the length that a chunk is padded to; the cache must have room for it."""
+        if count == 1 or not self._engine.compiles_for_each_shape:
+            return count
+        room = min(self.chunk, self._max_seq_len - position)
+        lengths = (*PADDED_LENGTHS, self.chunk)
+        return min((n for n in lengths if count <= n <= room), default=count)
+
     def _shape(self, context: Any, count: int) -> None:
         shapes = {"inputs_embeds": (1, count, self._hidden), "positions": (1, count), "last": (1,)}
         self._engine.shape(context, shapes)
@@ -126,18 +138,28 @@ class Decoder:
         if self._cuda_graph is not None:
             self._stream.launch(self._cuda_graph)
             return
-        if self._engine.captures_cuda_graphs or self._decoded < RUNS_BEFORE_CAPTURE:
+        own_graphs = self._capturable and not self._engine.captures_cuda_graphs
+        if own_graphs and self._decoded >= RUNS_BEFORE_CAPTURE:
+            self._capture(context)
+        self._decoded += 1
+        if self._cuda_graph is not None:
+            self._stream.launch(self._cuda_graph)
+        else:
             self._engine.run(context, self._stream)
-            self._decoded += 1
-            return
-        self._stream.begin_capture()
+
+    def _capture(self, context: Any) -> None:
+        """Record a step as a CUDA graph; there are engines that can't be, which run without."""
+        capturing = False
         try:
+            self._stream.begin_capture()
+            capturing = True
             self._engine.run(context, self._stream)
+            capturing = False
+            self._cuda_graph = self._stream.end_capture()
         except VilaDeployError:
-            self._stream.abandon_capture()
-            raise
-        self._cuda_graph = self._stream.end_capture()
-        self._stream.launch(self._cuda_graph)
+            self._capturable = False
+            if capturing:
+                self._stream.abandon_capture()
 
     def _new_bytes(self, count: int) -> int:
         return self._kv_heads * count * self._head_dim * HALF_BYTES

@@ -48,9 +48,15 @@ def write_vision(
     dialect: str,
     advance: Advance,
     dtype: str = FP16,
+    max_matrix_bytes: int | None = None,
 ) -> None:
-    """Write vision/ and, for models with S2 features, projector/ into `folder`."""
-    options = VisionGraphOptions(TENSORRT_DIALECTS[dialect].opset, half=True, int8=dtype != FP16)
+    """Write vision/ and, for models with S2 features, projector/ into `folder`.
+
+    Args:
+        max_matrix_bytes: larger matrices are cut into pieces; None leaves them whole.
+    """
+    opset = TENSORRT_DIALECTS[dialect].opset
+    options = VisionGraphOptions(opset, True, dtype != FP16, max_matrix_bytes)
     (folder / files.VISION).mkdir()
     with WeightFile(folder / files.VISION / files.WEIGHTS) as file:
         included = None if config.tiling.uses_s2 else projector
@@ -73,16 +79,18 @@ def write_llm(
     head: str = FP16,
     *,
     decomposable: bool = False,
+    max_matrix_bytes: int | None = None,
 ) -> int:
     """Write llm/ and the embedding table; return the bytes of weights that a step reads.
 
     Args:
         decomposable: see TensorRt10_15Dialect; for compilation by `tensorrt`, on the device.
+        max_matrix_bytes: larger matrices are cut into pieces; None leaves them whole.
     """
     (folder / files.LLM).mkdir()
-    emitter = TENSORRT_DIALECTS[dialect]()
+    emitter = TENSORRT_DIALECTS[dialect](max_matrix_bytes=max_matrix_bytes)
     if decomposable and isinstance(emitter, TensorRt10_15Dialect):
-        emitter = TensorRt10_15Dialect(decomposable=True)
+        emitter = TensorRt10_15Dialect(decomposable=True, max_matrix_bytes=max_matrix_bytes)
     with WeightFile(folder / files.LLM / files.WEIGHTS) as file:
         stored = store_llm(config.llm, llm, max_seq_len, file, emitter, advance, head)
     graph = build_llm_graph(config.llm, stored, emitter, tokens=None, logits=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from vila_deploy.backends.tensorrt.decoder import PREFILL_TOKENS
 from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.llm_config import QKV
+from vila_deploy.checkpoint.tensor_schema import projector_tensor_specs, tower_tensor_specs
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.memory import (
     Items,
@@ -17,15 +21,23 @@ from vila_deploy.engine.memory import (
     weight_items,
 )
 from vila_deploy.engine.target import Target
+from vila_deploy.formats.module_dtypes import FP16
+from vila_deploy.onnx_export.matrix_pieces import (
+    CONTIGUOUS_FACTOR,
+    MAX_MATRIX_BYTES,
+    largest_piece_bytes,
+)
 from vila_deploy.utils.estimates import MemoryItem, PlanStep, available_memory_bytes
 
 STORAGE = Storage()
 PRIMITIVE = "primitive"
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 # TensorRT's compiler at its peak, in weights of the graph that it compiles: measured with
 # tensorrt-rtx 1.7 (1.14 GB for 0.50 GB, 3.6 for 1.51, 10.0 for 4.76, 14.5 for 7.07). What it maps
 # of the weights' file comes on top, and leaves again where memory is short. On the device, assumed
 # with it.
 COMPILER_FACTOR, COMPILER_BYTES = {"tensorrt-rtx": 2.0, "tensorrt": 3.2}, 400 << 20
+CONTIGUOUS_FIX = "start the kernel with a larger cma= (docs/orin.md)"
 # Weights of the largest graph, the LLM's.
 LLM_GRAPH = (MemoryRow.DECODER_LINEARS, MemoryRow.HEAD, MemoryRow.NORMS)
 
@@ -41,7 +53,65 @@ def estimate_memory(
         MemoryRow.ACTIVATIONS: _activations(config, request),
     }
     compile_step = _compile_step(request.target, items, limit_bytes)
-    return MemoryEstimate(items, build_steps=(compile_step,))
+    block = contiguous_block(config, precision, request)
+    return MemoryEstimate(items, build_steps=(compile_step, *([block] if block else [])))
+
+
+def max_matrix_bytes(target: Target) -> int | None:
+    """Return how large a matrix may be in the graphs for `target`; None means of any size."""
+    limited = target.tensorrt is not None and target.tensorrt.contiguous_bytes is not None
+    return MAX_MATRIX_BYTES if limited else None
+
+
+def contiguous_block(config: VilaConfig, precision: str, request: BuildRequest) -> PlanStep | None:
+    """Return the largest block in one piece that compiling asks for, by the graphs' matrices.
+
+    None where the target has no limit. Source of the factor: onnx_export.matrix_pieces.
+    """
+    tensorrt = request.target.tensorrt
+    if tensorrt is None or tensorrt.contiguous_bytes is None:
+        return None
+    sizes = dict(_matrix_bytes(config, precision, request))
+    matrix = max(sizes, key=lambda name: sizes[name])
+    needed = int(CONTIGUOUS_FACTOR * sizes[matrix])
+    given = tensorrt.contiguous_bytes
+    name = f"of that in one piece, for {matrix}; the board gives {given / 1e9:.2f} GB"
+    if needed > given:
+        smaller = " or take --lm-head int8" if matrix == MemoryRow.HEAD.value else ""
+        name = f"{name}: {CONTIGUOUS_FIX}{smaller}"
+    return PlanStep(name, needed)
+
+
+def _matrix_bytes(
+    config: VilaConfig, precision: str, request: BuildRequest
+) -> Iterator[tuple[str, int]]:
+    """Yield the bytes of the largest piece of each module's matrices, as its graph has them."""
+    llm, largest = config.llm, max_matrix_bytes(request.target)
+    head = largest_piece_bytes(llm.vocab_size, 2 * llm.hidden_size, largest)
+    quantized_head = request.module_precision.lm_head != FP16
+    yield MemoryRow.HEAD.value, head // 4 if quantized_head else head
+    merged: dict[tuple[str, int], int] = {}
+    for name, (outputs, inputs) in llm.linears.items():
+        # q, k and v are one matrix, gate and up another.
+        shared = "gate_up" if name in GATE_UP else "qkv" if name in QKV else name
+        merged[shared, inputs] = merged.get((shared, inputs), 0) + outputs
+    bytes_per_weight = 2 if precision == FP16 else 0.5
+    yield (
+        MemoryRow.DECODER_LINEARS.value,
+        max(
+            largest_piece_bytes(outputs, bytes_per_weight * inputs, largest)
+            for (_, inputs), outputs in merged.items()
+        ),
+    )
+    for row, specs in (
+        (MemoryRow.VISION, tower_tensor_specs(config)),
+        (MemoryRow.PROJECTOR, projector_tensor_specs(config)),
+    ):
+        matrices = [spec.shape for spec in specs if len(spec.shape) == 2]
+        yield (
+            row.value,
+            max(largest_piece_bytes(shape[0], 2 * shape[1], largest) for shape in matrices),
+        )
 
 
 def compiler_memory_bytes(package: str, weight_bytes: int) -> int:

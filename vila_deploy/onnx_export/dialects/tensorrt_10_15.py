@@ -28,11 +28,13 @@ class TensorRt10_15Dialect(TensorRtDialect):
         decomposable: let TensorRT compute an Attention with several kernels
             (`IAttention::setDecomposable`, from 10.14 on): without it, TensorRT fails where no
             single kernel fits the shapes. Only TensorRT reads such a graph.
+        max_matrix_bytes: see TensorRtDialect.
     """
 
     opset: ClassVar[int] = 24
 
-    def __init__(self, decomposable: bool = False) -> None:
+    def __init__(self, decomposable: bool = False, *, max_matrix_bytes: int | None = None) -> None:
+        super().__init__(max_matrix_bytes)
         self._attention_attributes: dict[str, Any] = {"TRT_decomposable": 1} if decomposable else {}
 
     def norm(self, graph: GraphWriter, x: str, weight: str, epsilon: float) -> str:

@@ -66,7 +66,8 @@ def test_parts_that_memory_is_too_small_for_are_left(
 ) -> None:
     root = make_checkpoint(tmp_path / "c", quantized=True, layers=1, vision_layers=2)
     engine = tmp_path / "engine"
-    command = [str(root), "--target", "a100", "-o", str(engine), "--max-seq-len", "64"]
+    command = [str(root), "--target", "a100", "--backend", "tensorrt", "-o", str(engine)]
+    command += ["--max-seq-len", "64"]
     with monkeypatch.context() as small:
         small.setattr(backend_module, "available_memory_bytes", lambda: 1 << 28)
         done = CliRunner().invoke(main, command)
@@ -222,7 +223,7 @@ REFUSALS = {
     ),
     "Orin with RTX": (BuildOptions("orin", backend="tensorrt-rtx"), r"not for 8\.7 .*; use --back"),
     "several GPUs": (BuildOptions("a100", tp=2), r"one GPU, .*; leave them out, or use --backend"),
-    "JetPack of a PC": (BuildOptions("a100", jetpack="6"), r"is for Jetson, .*; leave it out"),
+    "JetPack of a PC": (BuildOptions("rtx4090", jetpack="6"), r"is for Jetson, .*; leave it out"),
     "another card": (
         BuildOptions("rtx3090"),
         r"unknown target 'rtx3090'; choose from a100, .*, rtx4090; for another GPU copy the file",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,10 +25,14 @@ def device_compiler(calls: dict[str, Any], build: Any = lambda network, config: 
         calls.setdefault("known", []).append(known)
         return None if known == b"torn" else cache
 
+    def set_timing_cache(used: Any, ignore_mismatch: bool) -> bool:
+        calls.update(used=used is cache)
+        return calls["known"] != [b"another GPU"]
+
     config = SimpleNamespace(
-        add_optimization_profile=lambda profile: None,
+        add_optimization_profile=lambda profile: 0,
         create_timing_cache=create_timing_cache,
-        set_timing_cache=lambda used, ignore_mismatch: calls.update(used=used is cache),
+        set_timing_cache=set_timing_cache,
         get_timing_cache=lambda: cache,
     )
     builder = SimpleNamespace(
@@ -45,8 +50,9 @@ def device_compiler(calls: dict[str, Any], build: Any = lambda network, config: 
         Builder=lambda logger: builder,
         OnnxParser=lambda network, logger: SimpleNamespace(parse_from_file=lambda path: True),
         NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1),
+        ComputeCapability=SimpleNamespace(SM89=89),
     )
-    return SimpleNamespace(package="tensorrt", load=lambda: trt)
+    return SimpleNamespace(package="tensorrt", load=lambda: trt, config=config, trt=trt)
 
 
 def device_job(folder: Path) -> Job:
@@ -74,6 +80,48 @@ def test_timings_that_cannot_be_read_are_taken_anew(tmp_path: Path) -> None:
     assert calls["known"] == [b"torn", b""]
     assert calls["used"]
     assert (tmp_path / "timing.cache").read_bytes() == b"new times"
+
+
+def test_timings_of_another_gpu_are_taken_anew(tmp_path: Path) -> None:
+    calls: dict[str, Any] = {}
+    (tmp_path / "timing.cache").write_bytes(b"another GPU")
+    compile_graph(device_compiler(calls), device_job(tmp_path), lambda text="", steps=1: None)
+    assert calls["known"] == [b"another GPU", b""]
+    assert (tmp_path / "timing.cache").read_bytes() == b"new times"
+
+
+@pytest.mark.parametrize("cache", [None, SimpleNamespace(serialize=lambda: None)])
+def test_an_engine_without_timings_is_an_engine(tmp_path: Path, cache: Any) -> None:
+    compiler, job = device_compiler({}), device_job(tmp_path)
+    compiler.config.get_timing_cache = lambda: cache
+    compile_graph(compiler, job, lambda text="", steps=1: None)
+    assert job.plan.read_bytes() == b"plan"
+    assert not (tmp_path / "timing.cache").exists()
+
+
+def test_what_the_compiler_does_not_take_is_said_before_it_compiles(tmp_path: Path) -> None:
+    def never(network: Any, config: Any) -> bytes:
+        raise AssertionError("compiled")
+
+    compiler, job = device_compiler({}, never), device_job(tmp_path)
+    compiler.config.set_compute_capability = lambda member, index: False
+    asked = replace(job, capability="8.9")
+    with pytest.raises(VilaDeployError, match=r"does not compile for compute capability 8\.9"):
+        compile_graph(compiler, asked, lambda text="", steps=1: None)
+    compiler.config.add_optimization_profile = lambda profile: -1
+    with pytest.raises(VilaDeployError, match=r"does not take its shapes x \[1, 8\]"):
+        compile_graph(compiler, job, lambda text="", steps=1: None)
+
+
+def test_a_library_that_makes_no_builder_is_one_line(tmp_path: Path) -> None:
+    def null(logger: Any) -> Any:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    compiler, job = device_compiler({}), device_job(tmp_path)
+    for made, reason in ((null, "pybind11"), (lambda logger: None, "returns none")):
+        compiler.trt.Builder = made
+        with pytest.raises(VilaDeployError, match=f"can't make its Builder .*{reason}"):
+            compile_graph(compiler, job, lambda text="", steps=1: None)
 
 
 def test_an_interrupt_is_answered_when_the_compiler_has_ended(tmp_path: Path) -> None:

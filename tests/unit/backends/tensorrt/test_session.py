@@ -15,7 +15,7 @@ from tests.support import fake_tensorrt
 from tests.support.session_contract import check_session
 from tests.support.tensorrt_cases import DIALECTS, write_engine
 from tests.support.tiny import make_checkpoint
-from vila_deploy.backends.tensorrt import cuda, decoder, files, open_session
+from vila_deploy.backends.tensorrt import compilers, cuda, decoder, files, open_session
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.engine.session import OneSlot
 from vila_deploy.engine.target import get_target
@@ -114,8 +114,12 @@ def test_too_little_memory_for_a_profile_is_one_line(
         open_session(tmp_path / "engine", manifest)
 
 
-def test_a_step_that_fails_while_it_is_recorded_leaves_the_stream_free(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "fails",
+    ["execute_async_v3", "cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"],
+)
+def test_a_step_that_cannot_be_recorded_runs_without_a_graph(
+    tmp_path: Path, fails: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c"))
     gpu = install(monkeypatch, "primitive")
@@ -124,13 +128,95 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_the_stream_free(
     session.prefill(session.embed_tokens([1, 2]))
     for _ in range(decoder.RUNS_BEFORE_CAPTURE):
         session.decode(3)
+    expected = session.decode(3)
+    session.truncate(session.position - 1)
+    monkeypatch.setattr(session._decoder, "_cuda_graph", None)
+    with monkeypatch.context() as broken:
+        if fails == "cudaStreamEndCapture":
+            ended = gpu.cudaStreamEndCapture
+            broken.setattr(gpu, fails, lambda stream: (901, *ended(stream)[1:]))
+        elif fails == "execute_async_v3":
+            run = fake_tensorrt.FakeContext.execute_async_v3
+            broken.setattr(
+                fake_tensorrt.FakeContext,
+                fails,
+                lambda context, stream: gpu.recorded is None and run(context, stream),
+            )
+        else:
+            broken.setattr(gpu, fails, lambda *_: (901, None))
+        launches = gpu.launches
+        assert np.array_equal(session.decode(3), expected)
+    assert gpu.recorded is None
+    session.decode(3)
+    assert gpu.launches == launches
     with monkeypatch.context() as broken:
         broken.setattr(fake_tensorrt.FakeContext, "execute_async_v3", lambda *_: False)
         with pytest.raises(VilaDeployError, match="can't run it"):
             session.decode(3)
-    assert gpu.recorded is None
-    session.decode(3)
-    assert (gpu.launches, gpu.graphs) == (1, 1)
+
+
+def test_chunks_of_a_prompt_have_few_lengths_where_kernels_are_made_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And contexts share the memory of their activations."""
+    checkpoint: Any = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=True))
+    gpu = install(monkeypatch, "standard")
+    manifest = write_engine(tmp_path / "engine", checkpoint, "standard")
+    session = open_session(tmp_path / "engine", manifest).sequence
+    engine = session._decoder._engine.engine
+    reference = ReferenceSession(checkpoint)
+    # The last one has no room for padding: 9 of 160 positions are left.
+    for count in (2, 13, 29, 20, 70, 17, 9):
+        embeds = session.embed_tokens(np.random.default_rng(count).integers(0, 60, count))
+        logits, expected = session.prefill(embeds), reference.prefill(embeds)
+        assert deviation(logits, expected) < TOLERANCE
+    assert session.position == 160
+    decode, prefill = engine.contexts
+    assert prefill.lengths == [1, 16, 16, 64, 64, 70, 17, 9]
+    assert engine.strategy == fake_tensorrt.USER_MANAGED
+    assert decode.memory == prefill.memory
+    session.close()
+    assert not gpu.memory
+
+
+def test_lengths_stay_as_they_are_where_kernels_serve_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c"))
+    install(monkeypatch, "primitive")
+    manifest = write_engine(tmp_path / "engine", checkpoint, "primitive")
+    session = open_session(tmp_path / "engine", manifest).sequence
+    session.prefill(session.embed_tokens(range(13)))
+    assert session._decoder._engine.engine.contexts[1].lengths == [1, 13]
+
+
+def test_a_missing_driver_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuda-bindings up to 12.8 raise where later ones return an error."""
+
+    def missing(*arguments: Any) -> Any:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    gpu = install(monkeypatch, "primitive")
+    monkeypatch.setattr(gpu, "cudaDeviceGetAttribute", missing)
+    with pytest.raises(VilaDeployError, match=r"libcuda\.so\.1\).*--runtime nvidia"):
+        cuda.compute_capability()
+
+
+def test_a_library_that_makes_no_runtime_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pybind11 says it of a null pointer."""
+
+    def null(*arguments: Any) -> Any:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c"))
+    install(monkeypatch, "primitive")
+    manifest = write_engine(tmp_path / "engine", checkpoint, "primitive")
+    trt = compilers.COMPILERS["tensorrt"].load()
+    monkeypatch.setattr(trt, "Runtime", null)
+    with pytest.raises(VilaDeployError, match=r"can't make its Runtime \(pybind11.*; check that"):
+        open_session(tmp_path / "engine", manifest)
 
 
 def test_a_driver_that_is_too_old_is_told_from_a_broken_one(

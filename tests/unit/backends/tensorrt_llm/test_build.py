@@ -15,14 +15,18 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from tests.support.paths import REPOSITORY
 from tests.support.tiny import make_checkpoint
+from vila_deploy.backends.registry import get_backend
 from vila_deploy.backends.tensorrt_llm import build as backend
 from vila_deploy.backends.tensorrt_llm import device
 from vila_deploy.backends.tensorrt_llm.releases import DESKTOP, JETSON, build_command, check_version
 from vila_deploy.builder.build import build_engine
+from vila_deploy.builder.memory_plan import plan_engine
 from vila_deploy.builder.plan import plan_build, plan_targets
 from vila_deploy.builder.resolve import BuildOptions, resolve_build
 from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.checkpoint.presets import preset
 from vila_deploy.checkpoint.trtllm_reader import TrtllmCheckpoint
 from vila_deploy.cli.build_engine import main
 from vila_deploy.engine.build_request import BuildRequest
@@ -309,3 +313,14 @@ def test_last_line_says_what_to_run_on_the_board(checkpoint, tmp_path):
     assert result.exit_code == 0
     last = result.output.strip().splitlines()[-1]
     assert "vila-build-engine e --target orin --backend tensorrt-llm -o e" in last
+
+
+def test_every_command_of_the_guide_fits_by_its_own_plan():
+    """Each `--target … --tp N` of docs/tensorrt-llm.md with the model of its sentence."""
+    text = (REPOSITORY / "docs" / "tensorrt-llm.md").read_text("utf-8")
+    found = re.findall(r"(VILA1\.5-40b) in float16[^|#]*?`--target (\w+) --tp (\d)`", text, re.S)
+    assert found
+    for model, target, tp in found:
+        request = BuildRequest(get_target(target), Limits(1, 4096, 4096), tp=int(tp))
+        planned = plan_engine(preset(model, "fp16"), get_backend("tensorrt-llm"), "fp16", request)
+        assert planned.fits, (planned.device_bytes, planned.limit_bytes)
