@@ -28,7 +28,6 @@ import numpy as np
 from vila_deploy.backends.onnxruntime.session import OnnxRuntimeSession
 from vila_deploy.bench.measure import commit, device_name, versions
 from vila_deploy.engine.manifest import load_manifest
-from vila_deploy.engine.session import OneSlot
 from vila_deploy.runtime.open_engine import OpenedEngine, open_engine
 
 PREFILL_TOKENS = 256
@@ -53,24 +52,23 @@ def measure(folder: Path) -> dict[str, float]:
 
 
 def _time(engine: OpenedEngine) -> dict[str, float]:
-    assert isinstance(engine.session, OneSlot)
-    session = engine.session.sequence
+    session = engine.session
     assert isinstance(session, OnnxRuntimeSession)
     embeds = session.embed_tokens(np.arange(PREFILL_TOKENS) % engine.model.vocab_size)
 
     def prefill() -> None:
-        session.truncate(0)
-        session.prefill(embeds)
+        session.keep(0, 0)
+        session.prefill(0, embeds)
 
     figures = {f"prefill_{PREFILL_TOKENS}_s": _seconds(prefill, PREFILLS)}
-    for buffer in session.cache:
+    for buffer in session.rows.buffers:
         # Time does not depend on the values, but memory that was never written is not read.
         buffer[...] = buffer[:, :, :1]
     for context in CONTEXTS:
         if context + DECODE_STEPS <= session.max_seq_len:
-            session.truncate(context)
+            session.rows.lengths[0] = context
             figures[f"decode_{context}_ms"] = (
-                _seconds(lambda: session.decode(7), DECODE_STEPS) * 1e3
+                _seconds(lambda: session.decode([0], [7]), DECODE_STEPS) * 1e3
             )
     return figures
 

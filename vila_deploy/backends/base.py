@@ -198,8 +198,12 @@ class Backend(ABC):
     # Running.
 
     @abstractmethod
-    def open(self, folder: Path, manifest: Manifest) -> Session:
+    def open(self, folder: Path, manifest: Manifest, slots: int = 1) -> Session:
         """Return a session of the engine in `folder`, whose files match `manifest`.
+
+        Args:
+            slots: sequences to hold at once, where that is not decided when an engine is built;
+                the session's `slots` says how many there are.
 
         Raises:
             VilaDeployError: a library, GPU or memory that it needs is not here.

@@ -202,12 +202,8 @@ class _GraphPair:
         """Logits of some rows; a module that is not quantized is the same in both."""
         chosen = states.get(name, states[PLAIN])[rows]
         head = self._heads.get(name, self._heads[PLAIN])
-        size = 1 if self._emitter.batch == 1 else len(chosen)
-        parts = [
-            head.run(["logits"], {"states": chosen[start : start + size]})[0]
-            for start in range(0, len(chosen), size)
-        ]
-        return np.concatenate(parts)
+        logits: Floats = head.run(["logits"], {"states": chosen})[0]
+        return logits
 
     def _states(self, embeds: Floats, name: str) -> Floats:
         """Normed hidden states [tokens, hidden] of a sequence that begins with an empty cache."""
@@ -221,9 +217,11 @@ class _GraphPair:
         }
         trunk = self._trunks.get(name, self._trunks[PLAIN])
         inputs = trunk.get_inputs()
-        kind = np.float32 if self._emitter.batch == 1 else np.float16
-        cache = np.zeros((1, llm.num_kv_heads, self._max_seq_len, llm.head_dim), kind)
-        feeds |= {each.name: cache for each in inputs if each.name.startswith("past_")}
+        for each in inputs:
+            if each.name.startswith("past_"):
+                kind = np.float32 if each.type == "tensor(float)" else np.float16
+                shape = (1, llm.num_kv_heads, self._max_seq_len, llm.head_dim)
+                feeds[each.name] = np.zeros(shape, kind)
         known = {each.name for each in inputs}
         feeds = {name: value for name, value in feeds.items() if name in known}
         states: Floats = trunk.run(["states"], feeds)[0]

@@ -46,7 +46,9 @@ class Session(Protocol):
         """
         ...
 
-    def prefill(self, slot: int, embeds: Floats, all_logits: bool = False) -> Floats:
+    def prefill(
+        self, slot: int, embeds: Floats, all_logits: bool = False, more: bool = False
+    ) -> Floats:
         """Append [tokens, hidden] to `slot` and return the last token's logits [vocab].
 
         The whole prompt or any part of it; a scheduler hands it over in chunks to let other slots
@@ -54,6 +56,8 @@ class Session(Protocol):
 
         Args:
             all_logits: return the logits of every token instead, [tokens, vocab].
+            more: the prompt goes on, so that logits need not be computed; those returned mean
+                nothing then.
 
         Raises:
             VilaDeployError: no tokens, or too many to fit; `slot` has not changed then.
@@ -144,6 +148,19 @@ class DeviceSampling(Protocol):
         ...
 
 
+@runtime_checkable
+class CopiesSlots(Protocol):
+    """What a Session has beside the rest if one slot can take over what another holds."""
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Make `target` hold the first `tokens` of `source`, and nothing else.
+
+        Raises:
+            ValueError: they are no two slots, or `source` holds fewer tokens.
+        """
+        ...
+
+
 class OneSlot:
     """A Session with one slot over a SequenceSession, which stays reachable as `sequence`."""
 
@@ -165,7 +182,9 @@ class OneSlot:
         if tokens < self.sequence.position:
             self.sequence.truncate(tokens)
 
-    def prefill(self, slot: int, embeds: Floats, all_logits: bool = False) -> Floats:
+    def prefill(
+        self, slot: int, embeds: Floats, all_logits: bool = False, more: bool = False
+    ) -> Floats:
         check_room(self.length(slot), len(embeds), self.max_seq_len)
         if not all_logits:
             return self.sequence.prefill(embeds)

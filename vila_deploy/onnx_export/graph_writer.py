@@ -128,6 +128,10 @@ class GraphWriter:
         )
         return outputs
 
+    def has(self, value: str) -> bool:
+        """Return whether a node so far has an output called `value`."""
+        return any(value in node.output for node in self._nodes)
+
     def new_name(self, name: str) -> str:
         """Return a value name that is not in use."""
         return f"{self._scope}{name}_{len(self._nodes)}"

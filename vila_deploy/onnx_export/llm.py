@@ -120,8 +120,7 @@ def build_llm_graph(
     """Return the graph over weights that `store_llm` wrote.
 
     Inputs: inputs_embeds [batch, tokens, hidden] and the inputs of the dialect's cache. Outputs:
-    logits [batch, vocab] of the last token, and the cache with these tokens added. The batch is 1
-    in dialect `onnxruntime`.
+    logits [batch, vocab] of the last token, and the cache with these tokens added.
 
     Args:
         tokens: number of tokens in a pass; None for any number.
@@ -183,10 +182,10 @@ def _declare(
 def build_head_graph(config: LlmConfig, head: StoredLinear, dialect: Dialect) -> GraphWriter:
     """Return the graph of the output head alone.
 
-    states [rows, hidden] → logits [rows, vocab], float32; one row in dialect `onnxruntime`.
+    states [rows, hidden] → logits [rows, vocab], float32.
     """
-    graph, rows = GraphWriter(dialect.opset), 1 if dialect.batch == 1 else "rows"
-    states = graph.input("states", np.float32, [rows, config.hidden_size])
-    graph.output("logits", np.float32, [rows, config.vocab_size])
+    graph = GraphWriter(dialect.opset)
+    states = graph.input("states", np.float32, ["rows", config.hidden_size])
+    graph.output("logits", np.float32, ["rows", config.vocab_size])
     dialect.head(graph, dialect.narrowed(graph, states), head)
     return graph

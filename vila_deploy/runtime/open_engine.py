@@ -9,10 +9,14 @@ from types import TracebackType
 from vila_deploy.backends.registry import BACKENDS, get_backend
 from vila_deploy.engine.manifest import TOKENIZER_FOLDER, Manifest, load_manifest
 from vila_deploy.engine.model_info import ModelInfo
+from vila_deploy.engine.precision import BITS
 from vila_deploy.engine.session import Session
+from vila_deploy.formats.module_dtypes import FP16
 from vila_deploy.processing.tokenizer import Tokenizer, load_tokenizer
 from vila_deploy.runtime.conversation import Conversation
 from vila_deploy.utils.errors import VilaDeployError
+
+MAX_SLOTS = 64
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,14 @@ class OpenedEngine:
     @property
     def max_input_len(self) -> int:
         return self.manifest.limits.max_input_len
+
+    @property
+    def cache_bytes_per_slot(self) -> int:
+        """Return the most bytes of keys and values that one slot of the session takes."""
+        model, dtype = self.model, self.manifest.module_precision.kv_cache
+        bits = get_backend(self.manifest.backend).cache_bits if dtype == FP16 else BITS[dtype]
+        values = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+        return values * self.session.max_seq_len * bits // 8
 
     def chat(self) -> Conversation:
         """Return a new conversation with this engine.
@@ -71,13 +83,20 @@ class OpenedEngine:
         self.close()
 
 
-def open_engine(folder: str | Path) -> OpenedEngine:
+def open_engine(folder: str | Path, slots: int = 1) -> OpenedEngine:
     """Check the engine in `folder` against its manifest and load it.
 
+    Args:
+        slots: sequences to hold at once, 1 to MAX_SLOTS; a backend that holds fewer says so in
+            `session.slots`. Each takes up to `cache_bytes_per_slot` of memory.
+
     Raises:
-        VilaDeployError: no engine, an altered file, unfinished, or a backend that isn't here.
+        VilaDeployError: `slots` out of range, no engine, an altered file, unfinished, or a backend
+            that isn't here.
     """
     folder = Path(folder)
+    if not 1 <= slots <= MAX_SLOTS:
+        raise VilaDeployError(f"slots is {slots}", fix=f"give a number between 1 and {MAX_SLOTS}")
     if not folder.is_dir():
         raise VilaDeployError(
             "no such folder", where=folder, fix="give a folder that vila-build-engine made"
@@ -99,4 +118,4 @@ def open_engine(folder: str | Path) -> OpenedEngine:
         )
     tokenizer_folder = folder / TOKENIZER_FOLDER
     tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder.is_dir() else None
-    return OpenedEngine(folder, backend.open(folder, manifest), tokenizer, manifest)
+    return OpenedEngine(folder, backend.open(folder, manifest, slots), tokenizer, manifest)

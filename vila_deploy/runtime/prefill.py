@@ -53,8 +53,8 @@ def prefill_steps(
     embeds = _embeds(session, prompt, cached, features)
     for start in range(0, len(embeds), chunk):
         part = embeds[start : start + chunk]
-        logits = session.prefill(slot, part)
         last = start + len(part) == len(embeds)
+        logits = session.prefill(slot, part, more=not last)
         yield PrefillStep(len(part), logits if last else None)
 
 

@@ -84,7 +84,7 @@ class NativeBackend(Backend):
             raise self._no_graphs(f", and no other has its {alone}")
         return "standard"
 
-    def open(self, folder: Path, manifest: Manifest) -> Session:
+    def open(self, folder: Path, manifest: Manifest, slots: int = 1) -> Session:
         from vila_deploy.backends.native import open_session
 
         return open_session(folder, manifest)

@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from vila_deploy.engine.session import Session
 
 
-def open_session(folder: Path, manifest: Manifest) -> Session:
+def open_session(folder: Path, manifest: Manifest, slots: int = 1) -> Session:
     """Open the engine in `folder`, whose files have been checked against `manifest`.
+
+    Args:
+        slots: sequences that it holds at once.
 
     Raises:
         VilaDeployError: onnxruntime can't load it.
     """
     from vila_deploy.backends.onnxruntime.session import OnnxRuntimeSession
-    from vila_deploy.engine.session import OneSlot
 
-    return OneSlot(OnnxRuntimeSession(folder, manifest))
+    return OnnxRuntimeSession(folder, manifest, slots)

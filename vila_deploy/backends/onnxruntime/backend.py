@@ -77,10 +77,10 @@ class OnnxRuntimeBackend(Backend):
     def evaluated_dialect(self, request: BuildRequest) -> str:
         return self.name
 
-    def open(self, folder: Path, manifest: Manifest) -> Session:
+    def open(self, folder: Path, manifest: Manifest, slots: int = 1) -> Session:
         from vila_deploy.backends.onnxruntime import open_session
 
-        return open_session(folder, manifest)
+        return open_session(folder, manifest, slots)
 
     def gpu_name(self) -> str | None:
         return None

@@ -1,20 +1,22 @@
-"""Run an engine on the CPU; numpy only, all buffers bound once so that a step copies nothing."""
+"""Run an engine on the CPU; numpy only, all buffers bound once so that a step copies no cache."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from numpy.typing import NDArray
 
 from vila_deploy.backends.onnxruntime import files
+from vila_deploy.backends.onnxruntime.decoder import BoundGraph, CacheRows
 from vila_deploy.backends.onnxruntime.inference import NO_PREPACKING, load_graph, run_each
 from vila_deploy.backends.onnxruntime.memory import PREFILL_TOKENS
 from vila_deploy.engine.manifest import Manifest
-from vila_deploy.formats.module_dtypes import FP16
+from vila_deploy.engine.sampling import SamplingParams
+from vila_deploy.engine.session import check_keep, check_room, check_slots
+from vila_deploy.formats.module_dtypes import FP16, INT8X2
 from vila_deploy.processing.s2 import merge_s2_blocks, s2_features
 from vila_deploy.utils.arrays import Floats
 
@@ -23,14 +25,22 @@ ONE_THREAD_BYTES = 16 << 20
 
 
 class OnnxRuntimeSession:
-    """Run an engine folder; implements `vila_deploy.engine.session.SequenceSession`.
+    """Run an engine folder; implements `vila_deploy.engine.session.Session`.
 
-    `cache` holds key and value of each layer in turn, [1, kv_heads, max_seq_len, head_dim].
+    `rows` holds the caches of all slots. Engines built before a pass could take several rows have
+    one slot, whatever is asked.
+
+    With two int8 terms a pass has 1, 2, 4, 8, … rows, some of them idle, for which kernels add in
+    the same order: what a slot answers does not depend on the others, bit for bit.
+
+    Args:
+        slots: sequences to hold. The system gives each the memory that its tokens take:
+            2 * layers * kv_heads * head_dim * 4 bytes a token.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest):
+    def __init__(self, folder: Path, manifest: Manifest, slots: int = 1):
         model, limits = manifest.model, manifest.limits
-        self.position, self.max_seq_len = 0, limits.max_seq_len
+        self.max_seq_len = limits.max_seq_len
         self._table = np.load(folder / files.EMBEDDING, mmap_mode="r")
         small = manifest.weight_bytes_per_token < ONE_THREAD_BYTES
         threads = 1 if small else threads_to_use()
@@ -40,24 +50,30 @@ class OnnxRuntimeSession:
             projector = folder / files.VISION / files.PROJECTOR_GRAPH
             self._projector = load_graph(projector, threads=threads)
         llm = folder / files.LLM
-        single = not (llm / files.PREFILL_GRAPH).exists()
         # Repacking float32 weights would only slow down decoding; quantized ones need it.
         repack = {manifest.precision, manifest.module_precision.lm_head} != {FP16}
         options = {} if repack else NO_PREPACKING
-        decoder = load_graph(llm / files.GRAPH, threads=threads, options=options)
-        cache_shape = (1, model.num_kv_heads, limits.max_seq_len, model.head_dim)
-        # The system allocates these pages when they are first written.
-        self.cache = [np.zeros(cache_shape, np.float32) for _ in range(2 * model.num_layers)]
-        self._logits = np.empty((1, model.vocab_size), np.float32)
-        self._embed = np.empty((1, 1, model.hidden_size), np.float32)
-        self._decoder = _Bound(decoder, self.cache, self._logits)
-        self._decoder.bind_embeds(self._embed)
-        if single:
-            self._prefill = _Bound(decoder, self.cache, self._logits)
-        else:
-            prefill = load_graph(llm / files.PREFILL_GRAPH, threads=threads)
-            self._prefill = _Bound(prefill, self.cache, None)
-        self._single = single
+        self._decoder = load_graph(llm / files.GRAPH, threads=threads, options=options)
+        # Where there are two graphs, only the one for a single token of each row returns logits.
+        self._prefill = self._decoder
+        if (llm / files.PREFILL_GRAPH).exists():
+            self._prefill = load_graph(llm / files.PREFILL_GRAPH, threads=threads)
+        self.slots = slots if _takes_several_rows(self._decoder) else 1
+        self._pad_rows = manifest.activations == INT8X2
+        rows = self._rows_of_pass(self.slots)
+        shape = (model.num_layers, model.num_kv_heads, limits.max_seq_len, model.head_dim)
+        self.rows = CacheRows(self.slots, rows, shape)
+        self._logits = np.empty((rows, model.vocab_size), np.float32)
+        self._embeds = np.zeros((rows, 1, model.hidden_size), np.float32)
+        self._bound: dict[tuple[bool, int, int], BoundGraph] = {}
+
+    def length(self, slot: int) -> int:
+        check_slots(self, [slot])
+        return self.rows.lengths[slot]
+
+    def keep(self, slot: int, tokens: int) -> None:
+        check_keep(self, slot, tokens)
+        self.rows.lengths[slot] = tokens
 
     def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
         """Return features [images, tokens, hidden] of tiles [tiles, 3, size, size], one by one."""
@@ -70,76 +86,93 @@ class OnnxRuntimeSession:
     def embed_tokens(self, tokens: Sequence[int]) -> Floats:
         return self._table[np.asarray(tokens, np.int64)].astype(np.float32)
 
-    def prefill(self, embeds: Floats) -> Floats:
-        """Append [tokens, hidden] to the cache; return logits of the last token [vocab]."""
-        embeds = np.ascontiguousarray(embeds, np.float32)[None]
-        count = embeds.shape[1]
-        # Where there are two graphs, only the one for a single token returns logits.
-        many = count if self._single else count - 1
+    def prefill(
+        self, slot: int, embeds: Floats, all_logits: bool = False, more: bool = False
+    ) -> Floats:
+        check_room(self.length(slot), len(embeds), self.max_seq_len)
+        if all_logits:
+            return np.stack([self._pass([slot], embed[None])[0] for embed in embeds])
+        row = self.rows.row(slot)
+        two_graphs = self._prefill is not self._decoder
+        many = len(embeds) - (two_graphs and not more)
         for start in range(0, many, PREFILL_TOKENS):
-            chunk = embeds[:, start : min(start + PREFILL_TOKENS, many)]
-            self._prefill.bind_embeds(chunk)
-            self._run(self._prefill, chunk.shape[1])
-        if not self._single:
-            self._embed[:] = embeds[:, -1:]
-            self._run(self._decoder, 1)
-        return self._logits[0].copy()
+            chunk = embeds[None, start : min(start + PREFILL_TOKENS, many)]
+            bound = self._bind(row, 1, prefill=True)
+            bound.bind_embeds(chunk)
+            bound.run([self.rows.lengths[slot] + chunk.shape[1]])
+            self.rows.lengths[slot] += chunk.shape[1]
+        if more:
+            return np.empty(0, np.float32)
+        if two_graphs:
+            return self._pass([slot], embeds[-1:])[0]
+        return self._logits[row].copy()
 
-    def decode(self, token: int) -> Floats:
-        self._embed[0, 0] = self._table[token]
-        self._run(self._decoder, 1)
-        return self._logits[0].copy()
+    def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Floats:
+        check_slots(self, slots)
+        if len(slots) != len(tokens):
+            raise ValueError(f"{len(tokens)} tokens for {len(slots)} slots")
+        for slot in slots:
+            check_room(self.rows.lengths[slot], 1, self.max_seq_len)
+        return self._pass(slots, self.embed_tokens(tokens))
 
-    def _run(self, bound: _Bound, tokens: int) -> None:
-        bound.run(self.position + tokens)
-        self.position += tokens
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        check_slots(self, [source, target])
+        check_keep(self, source, tokens)
+        self.rows.copy(source, target, tokens)
 
-    def truncate(self, tokens: int) -> None:
-        self.position = tokens
+    def stream(
+        self, slot: int, stop_token_ids: Collection[int], sampling: SamplingParams
+    ) -> Iterator[int] | None:
+        check_slots(self, [slot])
+        return None
 
     def close(self) -> None:
         """Free the models and the cache."""
-        for name in ("_vision", "_projector", "_decoder", "_prefill", "_table", "cache"):
+        for name in ("_vision", "_projector", "_decoder", "_prefill", "_table", "_bound", "rows"):
             self.__dict__.pop(name, None)
 
+    def _pass(self, slots: Sequence[int], embeds: Floats) -> Floats:
+        """Append one embedding [slots, hidden] to each slot; return logits [slots, vocab]."""
+        count = self._rows_of_pass(len(slots))
+        start = self.rows.gather(slots, count)
+        places = [self.rows.row(slot) - start for slot in slots]
+        totals = [1] * count
+        for slot, place in zip(slots, places, strict=True):
+            totals[place] = self.rows.lengths[slot] + 1
+        self._embeds[start : start + count] = 0
+        self._embeds[[start + place for place in places], 0] = embeds
+        # An idle row computes a token at its first position, which is put back afterwards.
+        idle = [start + place for place in range(count) if place not in places]
+        idle = [row for row in idle if self.rows.slot(row) is not None]
+        saved = self.rows.first_positions(idle) if idle else []
+        try:
+            self._bind(start, count).run(totals)
+        finally:
+            if idle:
+                self.rows.restore_first_positions(idle, saved)
+        for slot in slots:
+            self.rows.lengths[slot] += 1
+        return self._logits[[start + place for place in places]]
 
-class _Bound:
-    """A decoder graph with its cache bound: each cache buffer is both input and output."""
+    def _rows_of_pass(self, slots: int) -> int:
+        return 1 << (slots - 1).bit_length() if self._pad_rows else slots
 
-    def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        cache: Sequence[NDArray[np.float32]],
-        logits: NDArray[np.float32] | None,
-    ):
-        self._session, self._io = session, session.io_binding()
-        self._run_options = onnxruntime.RunOptions()
-        self._seqlens_k = np.zeros(1, np.int32)
-        self._total = np.zeros((), np.int32)
-        self._bind("seqlens_k", self._seqlens_k)
-        self._bind("total_sequence_length", self._total)
-        if logits is not None:
-            self._bind("logits", logits, output=True)
-        names = [f"{kind}_{layer}" for layer in range(len(cache) // 2) for kind in ("key", "value")]
-        for name, buffer in zip(names, cache, strict=True):
-            self._bind(f"past_{name}", buffer)
-            self._bind(f"present_{name}", buffer, output=True)
-        # onnxruntime keeps bare addresses: these arrays must live as long as the binding.
-        self._bound_arrays = [*cache, logits]
+    def _bind(self, start: int, count: int, prefill: bool = False) -> BoundGraph:
+        """Return a graph over rows of the cache, for a prompt or for one token of each row."""
+        key = (prefill, start, count)
+        if key not in self._bound:
+            graph = self._prefill if prefill else self._decoder
+            logits = None if graph is not self._decoder else self._logits[start : start + count]
+            bound = BoundGraph(graph, self.rows.window(start, count), logits)
+            if not prefill:
+                bound.bind_embeds(self._embeds[start : start + count])
+            self._bound[key] = bound
+        return self._bound[key]
 
-    def bind_embeds(self, embeds: NDArray[np.float32]) -> None:
-        """Bind the input [1, tokens, hidden] of the next runs."""
-        self._embeds = np.ascontiguousarray(embeds)
-        self._bind("inputs_embeds", self._embeds)
 
-    def run(self, total: int) -> None:
-        """Run one pass; afterwards the cache holds `total` tokens."""
-        self._seqlens_k[0], self._total[...] = total - 1, total
-        self._session.run_with_iobinding(self._io, self._run_options)
-
-    def _bind(self, name: str, array: NDArray[np.generic], output: bool = False) -> None:
-        bind = self._io.bind_output if output else self._io.bind_input
-        bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+def _takes_several_rows(decoder: onnxruntime.InferenceSession) -> bool:
+    embeds = next(value for value in decoder.get_inputs() if value.name == "inputs_embeds")
+    return not isinstance(embeds.shape[0], int)
 
 
 def threads_to_use() -> int:

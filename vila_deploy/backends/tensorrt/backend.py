@@ -208,7 +208,7 @@ class TensorRtBackend(Backend):
     def intermediates(self, folder: Path, step: PendingStep) -> Sequence[str]:
         return _graph_files(step.id)
 
-    def open(self, folder: Path, manifest: Manifest) -> Session:
+    def open(self, folder: Path, manifest: Manifest, slots: int = 1) -> Session:
         from vila_deploy.backends.tensorrt import open_session
 
         return open_session(folder, manifest)

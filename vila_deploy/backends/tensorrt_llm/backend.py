@@ -85,7 +85,7 @@ class TensorRtLlmBackend(Backend):
 
         return intermediates(folder, step)
 
-    def open(self, folder: Path, manifest: Manifest) -> Session:
+    def open(self, folder: Path, manifest: Manifest, slots: int = 1) -> Session:
         from vila_deploy.backends.tensorrt_llm import open_session
 
         return open_session(folder, manifest)

@@ -46,7 +46,8 @@ class AttentionShape:
 class Dialect(Protocol):
     """Emit the building blocks of a decoder.
 
-    Hidden states between layers are float32, [tokens, channels] or [batch, tokens, channels].
+    Hidden states between layers are float32, [batch * tokens, channels] or
+    [batch, tokens, channels].
     Results of `norm` and inputs and results of `linear` have the dialect's type of activations.
     """
 
@@ -56,8 +57,8 @@ class Dialect(Protocol):
         ...
 
     @property
-    def batch(self) -> int | str:
-        """Return how many sequences a graph takes at a time; a name for any number."""
+    def batch(self) -> str:
+        """Return the name of the dimension that counts the sequences of a pass."""
         ...
 
     def rows(self, graph: GraphWriter, embeds: str, hidden: int) -> str:
@@ -99,7 +100,7 @@ class Dialect(Protocol):
         ...
 
     def head(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
-        """Return float32 logits [rows, vocab] of [rows, hidden]; one row in dialect onnxruntime."""
+        """Return float32 logits [rows, vocab] of [rows, hidden]."""
         ...
 
     def norm(self, graph: GraphWriter, x: str, weight: str, epsilon: float) -> str:

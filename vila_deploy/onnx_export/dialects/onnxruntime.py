@@ -32,6 +32,8 @@ ACCURACY_FLOAT32, ACCURACY_INT8 = 1, 4
 # token at VILA1.5-3b's shapes) and changes no token.
 INT8_TERMS: Mapping[str | None, int] = {None: 0, FP32: 0, INT8: 1, INT8X2: 2}
 HEAD = "lm_head"
+# Values that a graph computes once for all of its layers.
+QKV_SHAPE, LAST_TOKENS = "qkv_shape", "last_tokens"
 
 
 @dataclass(frozen=True)
@@ -40,21 +42,25 @@ class OnnxRuntimeDialect:
 
     Args:
         int8_terms: 0 multiplies 4-bit weights by float32 activations, 1 by activations rounded to
-            int8, with a scale for each token and group, which is about twice as fast. n > 1, for
-            graphs that take one token, splits the activations into n int8 terms, x ≈ x₁ + … + xₙ,
-            each term the rounding error of the terms before; the kernel reads every weight once for
-            all terms. Two terms have 15 bits of each group, three have 22.
+            int8, with a scale for each token and group, which is about twice as fast. n > 1 splits
+            the activations into n int8 terms, x ≈ x₁ + … + xₙ, each term the rounding error of the
+            terms before; the kernel reads every weight once for all terms. Two terms have 15 bits
+            of each group, three have 22.
+
+    A graph takes the next tokens of several sequences, in rows that follow each other in hidden
+    states [rows * tokens, channels]; each row is at a position of its own.
     """
 
     int8_terms: int = 0
     opset: ClassVar[int] = OPSET
-    batch: ClassVar[int] = 1
+    batch: ClassVar[str] = "rows"
 
     def rows(self, graph: GraphWriter, embeds: str, hidden: int) -> str:
         return graph.node("Reshape", embeds, graph.integers(-1, hidden))
 
     def last(self, graph: GraphWriter, x: str) -> str:
-        return graph.node("Gather", x, graph.integers(-1), axis=0)
+        # With one token a row all of them are last.
+        return graph.node("Gather", x, LAST_TOKENS, axis=0) if graph.has(LAST_TOKENS) else x
 
     def gated(self, graph: GraphWriter, both: str) -> str:
         return gated(graph, both)
@@ -105,13 +111,13 @@ class OnnxRuntimeDialect:
         else:
             y = _matmul_nbits(graph, x, weight, shape, ACCURACY_FLOAT32, bits)
         if self.int8_terms > 1:
-            y = graph.node("MatMul", graph.constant(np.ones((1, self.int8_terms), np.float32)), y)
+            y = graph.node("ReduceSum", y, graph.integers(0), keepdims=0)
         if "bias" in linear.tensors:
             y = graph.node("Add", y, _bias(graph, linear))
         return y
 
     def _int8_terms(self, graph: GraphWriter, x: str, width: int, group: int) -> str:
-        """Return the terms [terms, width] of x [1, width].
+        """Return the terms [terms, rows, width] of x [rows, width].
 
         Their sum is x, except for the rounding of the last term to int8. Multiplying x by the
         identity matrix returns x as the kernel rounds it.
@@ -127,19 +133,19 @@ class OnnxRuntimeDialect:
             rest = graph.node("Sub", rest, rounded)
             terms.append(rest)
         stacked = graph.node("Concat", *terms, axis=0)
-        return graph.node("Reshape", stacked, graph.integers(self.int8_terms, width))
+        return graph.node("Reshape", stacked, graph.integers(self.int8_terms, -1, width))
 
     def head(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
-        shape = graph.integers(1, linear.out_features)
         if linear.group_size is not None:
-            # The head computes one token, however many the rest of the graph takes. One term of
-            # its input would add twice the loss that one term in all layers does (SmolLM2-135M).
+            # The head computes one token of a row, however many the rest of the graph takes. One
+            # term of its input would add twice the loss that one term in all layers does
+            # (SmolLM2-135M).
             terms = replace(self, int8_terms=INT8_TERMS[INT8X2])
-            return graph.node("Reshape", terms.linear(graph, x, linear), shape, output="logits")
+            return graph.node("Identity", terms.linear(graph, x, linear), output="logits")
         # The weight comes first: onnxruntime would repack a second operand, which is slower here.
-        column = graph.node("Reshape", x, graph.integers(linear.in_features, 1))
-        logits = graph.node("MatMul", _widened(graph, linear), column)
-        return graph.node("Reshape", logits, shape, output="logits")
+        columns = graph.node("Transpose", x, perm=[1, 0])
+        logits = graph.node("MatMul", _widened(graph, linear), columns)
+        return graph.node("Transpose", logits, perm=[1, 0], output="logits")
 
     def norm(self, graph: GraphWriter, x: str, weight: str, epsilon: float) -> str:
         return graph.node("SimplifiedLayerNormalization", x, weight, axis=-1, epsilon=epsilon)
@@ -156,8 +162,7 @@ class OnnxRuntimeDialect:
 
     def attention(self, graph: GraphWriter, qkv: str, shape: AttentionShape, layer: int) -> str:
         heads, kv_heads = shape.num_heads, shape.num_kv_heads
-        width = (heads + 2 * kv_heads) * shape.head_dim
-        packed = graph.node("Reshape", qkv, graph.integers(1, -1, width))
+        packed = graph.node("Reshape", qkv, QKV_SHAPE)
         key, value = cache_names(layer)
         attended, _, _ = graph.nodes(
             "GroupQueryAttention", packed, "", "", f"past_{key}", f"past_{value}",
@@ -170,9 +175,19 @@ class OnnxRuntimeDialect:
     def cache(
         self, graph: GraphWriter, shape: AttentionShape, num_layers: int, tokens: int | str
     ) -> None:
-        graph.input("seqlens_k", np.int32, [1])
+        graph.input("seqlens_k", np.int32, [self.batch])
         graph.input("total_sequence_length", np.int32, [])
-        dims: list[int | str] = [1, shape.num_kv_heads, "max_seq_len", shape.head_dim]
+        width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        if tokens == 1:
+            graph.constant(np.array([-1, 1, width]), QKV_SHAPE)
+        else:
+            _declare_rows(graph, width)
+        dims: list[int | str] = [
+            self.batch,
+            shape.num_kv_heads,
+            "max_seq_len",
+            shape.head_dim,
+        ]
         for layer in range(num_layers):
             for name in cache_names(layer):
                 graph.input(f"past_{name}", np.float32, dims)
@@ -180,6 +195,19 @@ class OnnxRuntimeDialect:
 
     def finish(self, graph: GraphWriter, num_layers: int) -> None:
         """Add nothing: each layer has updated its own cache."""
+
+
+def _declare_rows(graph: GraphWriter, width: int) -> None:
+    """Emit what depends on the numbers of rows and tokens of `inputs_embeds`.
+
+    QKV_SHAPE is [rows, tokens, width], LAST_TOKENS where in all rows' tokens each row ends.
+    """
+    dims = graph.node("Shape", "inputs_embeds", end=2)
+    graph.node("Concat", dims, graph.integers(width), axis=0, output=QKV_SHAPE)
+    tokens = graph.node("Gather", dims, graph.constant(np.array(1)))
+    all_tokens = graph.node("ReduceProd", dims, keepdims=0)
+    first = graph.node("Sub", tokens, graph.constant(np.array(1)))
+    graph.node("Range", first, all_tokens, tokens, output=LAST_TOKENS)
 
 
 # Inputs of MatMulNBits in their order; zero points default to the middle of the range.

@@ -124,24 +124,24 @@ def test_logits_and_greedy_tokens_equal_the_reference(tmp_path: Path, variant: s
     reference = ReferenceSession(checkpoint)
     session = opened(tmp_path / "engine", checkpoint)
     embeds = prompt(reference, checkpoint.config.vision.image_size)
-    logits, expected = session.prefill(embeds), reference.prefill(embeds)
+    logits, expected = session.prefill(0, embeds), reference.prefill(embeds)
     tolerance = INT4_TOLERANCE if VARIANTS[variant].get("quantized") else TOLERANCE
     assert deviation(logits, expected) < tolerance
     for _ in range(64):
         token = int(expected.argmax())
         assert int(logits.argmax()) == token
-        logits, expected = session.decode(token), reference.decode(token)
+        logits, expected = session.decode([0], [token])[0], reference.decode(token)
         assert deviation(logits, expected) < tolerance
-    assert session.position == reference.position
+    assert session.length(0) == reference.position
 
 
 def test_float32_activations_equal_the_reference(tmp_path: Path, int4: Checkpoint) -> None:
     reference = ReferenceSession(int4)
     session = opened(tmp_path / "engine", int4, activations="fp32")
     embeds = prompt(reference, int4.config.vision.image_size)
-    assert deviation(session.prefill(embeds), reference.prefill(embeds)) < TOLERANCE
+    assert deviation(session.prefill(0, embeds), reference.prefill(embeds)) < TOLERANCE
     for token in range(5, 25):
-        assert deviation(session.decode(token), reference.decode(token)) < TOLERANCE
+        assert deviation(session.decode([0], [token])[0], reference.decode(token)) < TOLERANCE
 
 
 def test_one_int8_term_rounds_activations(tmp_path: Path, int4: Checkpoint) -> None:
@@ -152,7 +152,10 @@ def test_one_int8_term_rounds_activations(tmp_path: Path, int4: Checkpoint) -> N
     deviations = {}
     for activations in ("int8", "int8x2"):
         session = opened(tmp_path / activations, int4, activations=activations)
-        actual = [session.prefill(embeds), *map(session.decode, range(5, 25))]
+        actual = [
+            session.prefill(0, embeds),
+            *(session.decode([0], [token])[0] for token in range(5, 25)),
+        ]
         deviations[activations] = max(map(deviation, actual, expected))
     assert deviations["int8x2"] < INT4_TOLERANCE < deviations["int8"] < INT8_TOLERANCE
 
@@ -163,14 +166,14 @@ def test_one_graph_takes_any_number_of_tokens(tmp_path: Path, int4: Checkpoint) 
     assert not (folder / "llm" / "prefill.onnx").exists()
     session = OnnxRuntimeSession(folder, manifest)
     tokens = list(range(3, 40))
-    at_once = session.prefill(session.embed_tokens(tokens))
-    session.truncate(0)
-    one_by_one = [session.prefill(session.embed_tokens([token])) for token in tokens]
+    at_once = session.prefill(0, session.embed_tokens(tokens))
+    session.keep(0, 0)
+    one_by_one = [session.prefill(0, session.embed_tokens([token])) for token in tokens]
     # The kernel adds in another order for one row than for several.
     assert deviation(one_by_one[-1], at_once) < INT8_TOLERANCE
-    session.truncate(0)
-    session.prefill(session.embed_tokens(tokens[:1]))
-    decoded = [session.decode(token) for token in tokens[1:]]
+    session.keep(0, 0)
+    session.prefill(0, session.embed_tokens(tokens[:1]))
+    decoded = [session.decode([0], [token])[0] for token in tokens[1:]]
     assert np.array_equal(decoded, one_by_one[1:])
 
 
@@ -181,16 +184,16 @@ def test_prompt_in_parts_equals_prompt_at_once(
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=quantized))
     session = opened(tmp_path / "engine", checkpoint)
     embeds = prompt(session, checkpoint.config.vision.image_size)
-    expected = session.prefill(embeds)
-    session.truncate(0)
+    expected = session.prefill(0, embeds)
+    session.keep(0, 0)
     tolerance = INT4_TOLERANCE if quantized else TOLERANCE
     monkeypatch.setattr(session_module, "PREFILL_TOKENS", 5)
-    assert deviation(session.prefill(embeds), expected) < tolerance
-    session.truncate(0)
+    assert deviation(session.prefill(0, embeds), expected) < tolerance
+    session.keep(0, 0)
     for part in (embeds[:1], embeds[1:20], embeds[20:21], embeds[21:]):
-        logits = session.prefill(part)
+        logits = session.prefill(0, part)
     assert deviation(logits, expected) < tolerance
-    assert session.position == len(embeds)
+    assert session.length(0) == len(embeds)
 
 
 @pytest.mark.parametrize("order", ["row", "column"])
@@ -220,30 +223,31 @@ def int4(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_cache_is_written_in_place(tmp_path: Path, quantized: bool) -> None:
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=quantized))
     session = opened(tmp_path / "engine", checkpoint)
-    session.prefill(session.embed_tokens(range(3, 20)))
-    addresses = {buffer.ctypes.data for buffer in session.cache}
+    session.prefill(0, session.embed_tokens(range(3, 20)))
+    session.decode([0], [5])
+    addresses = {buffer.ctypes.data for buffer in session.rows.buffers}
     assert len(addresses) == 2 * checkpoint.config.llm.num_layers
-    for bound in (session._prefill, session._decoder):
-        outputs = [value.data_ptr() for value in bound._io.get_outputs()]
-        assert addresses <= set(outputs)
-    for buffer in session.cache:
-        assert np.abs(buffer[0, :, :17]).min() > 0
-        assert not buffer[0, :, 17:].any()
-    before = [buffer.copy() for buffer in session.cache]
-    session.decode(7)
-    for buffer, old in zip(session.cache, before, strict=True):
+    assert len(session._bound) == 2
+    for bound in session._bound.values():
+        assert addresses <= bound.output_addresses()
+    for buffer in session.rows.buffers:
+        assert np.abs(buffer[0, :, :18]).min() > 0
+        assert not buffer[0, :, 18:].any()
+    before = [buffer.copy() for buffer in session.rows.buffers]
+    session.decode([0], [7])
+    for buffer, old in zip(session.rows.buffers, before, strict=True):
         changed = np.flatnonzero((buffer != old).any(axis=(0, 1, 3)))
-        assert changed.tolist() == [17]
+        assert changed.tolist() == [18]
 
 
 def test_memory_of_a_step_does_not_grow_with_the_cache(tmp_path: Path, int4: Checkpoint) -> None:
     llm, long = int4.config.llm, 1 << 17
     cache_bytes = 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim * long * 4
     session = opened(tmp_path / "engine", int4, max_seq_len=long)
-    session.prefill(session.embed_tokens(range(3, 20)))
+    session.prefill(0, session.embed_tokens(range(3, 20)))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for token in range(20, 30):
-        session.decode(token)
+        session.decode([0], [token])[0]
     grown_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert grown_bytes < cache_bytes / 16
 
@@ -309,7 +313,7 @@ def test_random_weights_run_with_logits_that_differ(tmp_path: Path, precision: s
     checkpoint = SimpleNamespace(config=config, **sources)
     session, reference = opened(tmp_path / "engine", checkpoint), ReferenceSession(checkpoint)
     embeds = prompt(session, 42)
-    logits = session.prefill(embeds)
+    logits = session.prefill(0, embeds)
     assert 0.1 < logits.std() < 10
     assert deviation(logits, reference.prefill(embeds)) < (
         INT4_TOLERANCE if precision == "int4" else TOLERANCE
