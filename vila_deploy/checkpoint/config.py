@@ -159,6 +159,8 @@ def _max_length(fields: Fields, key: str, default: int) -> int:
 
 def _check_consistency(config: VilaConfig, fields: Fields) -> None:
     vision = config.vision
+    if config.video.pools and config.tiling.mode == "s2":
+        raise fields.error("s2", "must be false with TSPVideoEncoder, which no release has with S2")
     if fields.boolean("mm_use_im_start_end", False):
         raise fields.error("mm_use_im_start_end", "markers around images are not supported")
     _refuse_unsupported(fields)

@@ -83,6 +83,11 @@ class TilingConfig:
     def uses_s2(self) -> bool:
         return self.mode in ("s2", "dynamic_s2")
 
+    @property
+    def cuts_single_images(self) -> bool:
+        """Whether the only image of a prompt is cut into more tiles than each of several."""
+        return self.mode in ("dynamic", "dynamic_s2")
+
     def side(self, scale: int) -> int:
         """Tiles along one side of the image at `scale`."""
         return self.scales[scale] // self.tile

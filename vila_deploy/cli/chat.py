@@ -69,7 +69,7 @@ def main(
 
     from vila_deploy.engine.sampling import SamplingParams
     from vila_deploy.processing.images import read_image
-    from vila_deploy.processing.video import sample_frames
+    from vila_deploy.processing.video import sample_video
     from vila_deploy.runtime.open_engine import open_engine
 
     check_output()
@@ -79,7 +79,11 @@ def main(
     sampling = SamplingParams(max_new_tokens, temperature, top_p, seed)
     with open_engine(engine) as opened:
         conversation = opened.chat()
-        frames_of = partial(sample_frames, count=video_frames or opened.model.num_video_frames)
+        model = opened.model
+        frames_of = partial(
+            sample_video,
+            video=model.video, image=model.image, tiling=model.tiling, count=video_frames,
+        )  # fmt: skip
         media += [frames_of(path) for path in videos]
         if prompt is None:
             converse(conversation, media, sampling, {"/image": read_image, "/video": frames_of})

@@ -59,6 +59,9 @@ class ModelInfo:
 
     def image_tokens(self, pixels: Pixels) -> list[int]:
         """Return how many embeddings stand for each image marker that the pixels fill."""
+        if pixels.pool is not None:
+            frames, rows, columns = pixels.pool
+            return [self.tokens_per_block // (rows * columns)] * (len(pixels.tiles) // frames)
         if pixels.grid is None:
             return [self.tokens_per_block] * len(pixels.tiles)
         if self.tiling.mode == "s2":

@@ -13,8 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vila_deploy.checkpoint.video_config import Pool
 from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig
+from vila_deploy.processing.frame_windows import FrameWindow, Item, window_mean
 from vila_deploy.processing.s2 import resize_bicubic
+from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 
 MAX_IMAGE_PIXELS = 100_000_000
@@ -96,23 +99,46 @@ class Pixels:
         tiles: [tiles, 3, size, size].
         grid: None if every tile is an image of its own in the prompt. (rows, columns) if the tiles
             are one image at all its scales: the arrangement of tiles at the largest scale.
+        pool: the tiles are frames of a video, whose tokens are averaged (see `window_mean`).
     """
 
     tiles: NDArray[np.float32]
     grid: tuple[int, int] | None = None
+    pool: Pool | None = None
+
+
+def place_features(encoded: Sequence[Floats], pixels: Pixels) -> Sequence[Floats]:
+    """Return the features [tokens, hidden] of each place in the prompt that the pixels take.
+
+    Args:
+        encoded: what the vision encoder made of each tile, or of all of them if they have a grid.
+    """
+    if pixels.pool is None:
+        return encoded
+    return list(window_mean(np.stack(encoded), pixels.pool))
 
 
 def preprocess(
-    images: Sequence[Image.Image], config: ImageConfig, tiling: TilingConfig, alone: bool = True
+    images: Sequence[Item], config: ImageConfig, tiling: TilingConfig, alone: bool = True
 ) -> list[Pixels]:
-    """Return the pixels of each RGB image, cut into tiles as the model was trained.
+    """Return the pixels of each RGB image or window of frames, as the model was trained.
 
     Args:
         alone: whether a single image is the only one of its prompt. Models with dynamic tiles cut
             only such an image into tiles; each of several images is one tile.
     """
     cut = alone and len(images) == 1
-    return [_pixels(image.convert("RGB"), config, tiling, cut) for image in images]
+    return [
+        _pixels(item.convert("RGB"), config, tiling, cut)
+        if isinstance(item, Image.Image)
+        else _window_pixels(item, config)
+        for item in images
+    ]
+
+
+def _window_pixels(window: FrameWindow, config: ImageConfig) -> Pixels:
+    frames = [normalized(square(frame.convert("RGB"), config), config) for frame in window.frames]
+    return Pixels(np.stack(frames), pool=window.pool)
 
 
 def _pixels(image: Image.Image, config: ImageConfig, tiling: TilingConfig, cut: bool) -> Pixels:

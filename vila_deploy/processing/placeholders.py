@@ -8,22 +8,24 @@ from collections.abc import Sequence
 from PIL import Image
 
 from vila_deploy.processing.chat_template import IMAGE_MARKER, with_markers
+from vila_deploy.processing.frame_windows import Item
 from vila_deploy.utils.errors import VilaDeployError
 
 # What VILA's scripts (llava/constants.py and llava/entry.py) and their users write.
 IMAGE_PLACEHOLDERS = (IMAGE_MARKER, "<image-placeholder>")
 VIDEO_PLACEHOLDERS = ("<video>", "<vila/video>")
 PLACEHOLDER = re.compile("|".join(map(re.escape, (*IMAGE_PLACEHOLDERS, *VIDEO_PLACEHOLDERS))))
-Media = Image.Image | Sequence[Image.Image]
+Media = Image.Image | Sequence[Item]
 
 
 def bind_placeholders(
     question: str, media: Sequence[Media], image_end: str = ""
-) -> tuple[str, list[Image.Image]]:
+) -> tuple[str, list[Item]]:
     """Return `question` with an image marker for each image, and the images in their order.
 
-    A placeholder takes the next image, or all frames of the next video. Without placeholders the
-    media come first, in the order given; frames may also have an image placeholder each.
+    A placeholder takes the next image, or all frames of the next video (or windows of frames).
+    Without placeholders the media come first, in the order given; frames may also have an image
+    placeholder each.
 
     Args:
         media: images, and videos as sequences of frames.
@@ -44,7 +46,7 @@ def bind_placeholders(
     if (image_count, video_count) != (len(images), len(videos)):
         raise _wrong_count(image_count, video_count, len(images), len(videos))
     next_image, next_video = iter(images), iter(videos)
-    ordered: list[Image.Image] = []
+    ordered: list[Item] = []
     separator = "" if image_end else "\n"
 
     def fill(match: re.Match[str]) -> str:
@@ -70,7 +72,7 @@ def check_no_placeholders(text: str) -> None:
         )
 
 
-def _images(item: Media) -> list[Image.Image]:
+def _images(item: Media) -> list[Item]:
     return [item] if isinstance(item, Image.Image) else list(item)
 
 

@@ -1,8 +1,9 @@
-"""Sample frames of a video at even distances; the model takes them as images.
+"""Sample frames of a video; the model takes them as images, or averages their tokens.
 
 Which frames: as `_load_video` in llava/utils/media.py of NVlabs/VILA takes them, frame
 `round(linspace(0, total - 1, count))`, so the first and the last are among them and a video of
-fewer frames than asked for repeats some. (The `vila1.5` branch takes
+fewer frames than asked for repeats some; with `fps` frame `int(t · rate)` for t = 0, 1/fps, … below
+the video's duration, `count` at most. (The `vila1.5` branch takes
 `int(linspace(0, total - 2, count))`, at most two frames away, but pads short videos with black
 images and fails when `total` equals `count`.)
 
@@ -13,8 +14,9 @@ if the count differs, a second pass takes the frames that the true count asks fo
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -22,7 +24,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from vila_deploy.processing.images import MAX_IMAGE_PIXELS, check_not_url
+from vila_deploy.checkpoint.video_config import MAX_VIDEO_FRAMES, VideoConfig
+from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig
+from vila_deploy.processing.frame_windows import check_frame_count
+from vila_deploy.processing.images import MAX_IMAGE_PIXELS, check_not_url, square
 from vila_deploy.utils.errors import VilaDeployError
 
 if TYPE_CHECKING:
@@ -30,7 +35,7 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-MAX_VIDEO_FRAMES = 4096
+Shrink = Callable[[Image.Image], Image.Image]
 # Limit on the sampled frames of a video in all; RGB takes three bytes a pixel.
 MAX_VIDEO_PIXELS = 500_000_000
 
@@ -43,15 +48,63 @@ _FORMATS = (
 _FIX = "give a video such as MP4, WebM, MKV, AVI or GIF; a still image is for --image"
 
 
-def frame_indices(total: int, count: int) -> list[int]:
-    """Return `count` frame numbers evenly over 0..total-1; some repeat if `count` > `total`."""
+class VideoFrames(list[Image.Image]):
+    """Frames of a video as RGB images; `duration_s` is that of the whole video."""
+
+    duration_s: float = 0.0
+
+
+def sample_video(
+    path: Path,
+    video: VideoConfig,
+    image: ImageConfig,
+    tiling: TilingConfig,
+    count: int | None = None,
+) -> VideoFrames:
+    """Return the frames of a video that a model takes, as small as its vision encoder sees them.
+
+    Args:
+        video, image, tiling: of the model.
+        count: frames, at most; None: the model's own number.
+
+    Raises:
+        VilaDeployError: as `sample_frames`, or frames whose tokens can't be averaged in whole
+            windows.
+    """
+    count = count or video.num_frames
+    if not video.fps:
+        check_frame_count(count, video)
+    # A single frame is cut into tiles as an image is, at its full size.
+    may_be_cut = tiling.cuts_single_images and (count == 1 or video.fps > 0)
+    shrink = None if may_be_cut else partial(square, config=image)
+    frames = sample_frames(path, count, video.fps, shrink)
+    check_frame_count(len(frames), video)
+    return frames
+
+
+def frame_indices(total: int, count: int, fps: float = 0.0, rate: float = 0.0) -> list[int]:
+    """Return `count` frame numbers evenly over 0..total-1; some repeat if `count` > `total`.
+
+    Args:
+        fps: if it is not 0, as many frames for each second of video instead, `count` at most.
+        rate: the video's own frames a second.
+    """
+    if fps > 0 and rate > 0:
+        seconds = np.arange(0, total / rate, 1 / fps)[:count]
+        return [min(int(second * rate), total - 1) for second in seconds]
     return [int(index) for index in np.round(np.linspace(0, total - 1, count))]
 
 
-def sample_frames(path: Path, count: int) -> list[Image.Image]:
-    """Read `count` frames of a video as RGB, in order, upright by its display matrix.
+def sample_frames(
+    path: Path, count: int, fps: float = 0.0, shrink: Shrink | None = None
+) -> VideoFrames:
+    """Read frames of a video as RGB, in order, upright by its display matrix.
 
     A stream that ends early without an error counts as that short; damage is an error.
+
+    Args:
+        count, fps: which; see `frame_indices`.
+        shrink: done to each frame before it is held.
 
     Raises:
         VilaDeployError: `count` not in 1..MAX_VIDEO_FRAMES, no such file, not a video, without a
@@ -64,14 +117,18 @@ def sample_frames(path: Path, count: int) -> list[Image.Image]:
         )
     check_not_url(path)
     try:
+        total, rate = _stated_frames(path)
         # The first frame is taken however many there are: no need to count them for it.
-        total = 1 if count == 1 else _stated_frames(path)
-        indices = frame_indices(total, count)
-        chosen, seen = _take(path, set(indices), to_end=count > 1)
-        if seen != total:
-            indices = frame_indices(seen, count)
-            chosen, _ = _take(path, set(indices), to_end=False)
-        return [chosen[index] for index in indices]
+        first_only = count == 1
+        indices = [0] if first_only else frame_indices(total, count, fps, rate)
+        chosen, seen = _take(path, set(indices), shrink, to_end=not first_only)
+        if seen != total and not first_only:
+            total = seen
+            indices = frame_indices(total, count, fps, rate)
+            chosen, _ = _take(path, set(indices), shrink, to_end=False)
+        frames = VideoFrames(chosen[index] for index in indices)
+        frames.duration_s = total / rate if rate > 0 else 0.0
+        return frames
     except (VilaDeployError, MemoryError):
         raise
     # FFmpeg's parsers and converters raise whatever they stumble on.
@@ -79,21 +136,27 @@ def sample_frames(path: Path, count: int) -> list[Image.Image]:
         raise VilaDeployError(f"video cannot be read ({error})", where=path, fix=_FIX) from error
 
 
-def _stated_frames(path: Path) -> int:
-    """Return the number of frames by the header, else of packets; either may be wrong."""
+def _stated_frames(path: Path) -> tuple[int, float]:
+    """Return the frames by the header, else the packets, which may be wrong, and the frame rate.
+
+    The rate is FFmpeg's av_guess_frame_rate, as OpenCV's; 0 if it finds none.
+    """
     with _opened(path) as (container, stream):
+        rate = float(stream.guessed_rate or 0.0)
         if stream.frames > 0:
-            return stream.frames
+            return stream.frames, rate
         packets = 0
         # Decoding will come upon the same damage and say where.
         with suppress(_import_av().FFmpegError):
             for packet in container.demux(stream):
                 # The last one is empty: it only says that the file ends.
                 packets += packet.size > 0
-        return max(packets, 1)
+        return max(packets, 1), rate
 
 
-def _take(path: Path, indices: set[int], *, to_end: bool) -> tuple[dict[int, Image.Image], int]:
+def _take(
+    path: Path, indices: set[int], shrink: Shrink | None, *, to_end: bool
+) -> tuple[dict[int, Image.Image], int]:
     """Decode in order and return (the frames at `indices` that exist, number of frames decoded).
 
     Args:
@@ -104,7 +167,9 @@ def _take(path: Path, indices: set[int], *, to_end: bool) -> tuple[dict[int, Ima
     with closing(_frames(path)) as frames:
         for frame in frames:
             if seen in indices:
-                pixels += frame.width * frame.height
+                image = _upright(frame)
+                image = image if shrink is None else shrink(image)
+                pixels += image.width * image.height
                 if pixels > MAX_VIDEO_PIXELS:
                     raise VilaDeployError(
                         f"{len(indices)} frames of {frame.width}x{frame.height} are more than "
@@ -112,7 +177,7 @@ def _take(path: Path, indices: set[int], *, to_end: bool) -> tuple[dict[int, Ima
                         where=path,
                         fix="take fewer frames or scale it down first",
                     )
-                chosen[seen] = _upright(frame)
+                chosen[seen] = image
             seen += 1
             if not to_end and len(chosen) == len(indices):
                 break

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -14,9 +15,11 @@ from PIL import Image
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import Session
-from vila_deploy.processing.images import Pixels, read_image
+from vila_deploy.processing.images import Pixels, place_features, read_image
 from vila_deploy.processing.placeholders import Media
+from vila_deploy.processing.time_tokens import with_seconds
 from vila_deploy.processing.tokenizer import Tokenizer
+from vila_deploy.processing.video import VideoFrames
 from vila_deploy.runtime.continuous_batching import ContinuousBatcher
 from vila_deploy.runtime.image_cache import ImageCache
 from vila_deploy.runtime.prompt import (
@@ -72,8 +75,8 @@ class Answer:
 
 def encode_images(session: ImageEncoder, pixels: Sequence[Pixels]) -> list[Floats]:
     """Return features [tokens, hidden] for each place that the images take in the prompt."""
-    encoded = (session.encode_images(image.tiles, image.grid) for image in pixels)
-    return [features for image in encoded for features in image]
+    encoded = ((session.encode_images(image.tiles, image.grid), image) for image in pixels)
+    return [features for tiles, image in encoded for features in place_features(list(tiles), image)]
 
 
 @dataclass
@@ -99,6 +102,7 @@ class Conversation:
     system: str | None = None
     images: ImageCache = field(default_factory=ImageCache)
     _answered: list[tuple[Question, str]] = field(default_factory=list)
+    _video_s: float = 0.0
 
     @property
     def turns(self) -> list[tuple[str, str]]:
@@ -140,12 +144,15 @@ class Conversation:
         check_prompt_length(len(prompt), min(self.max_input_len, self.session.max_seq_len), anew)
         preprocess_ms = (time.perf_counter() - clock) * 1e3
         request = GenerationRequest(prompt, sampling or SamplingParams(), tuple(stop))
-        finished = self._generate(request, on_text or _ignore, cancelled or _never)
+        videos = [item for item in _listed(images) if isinstance(item, VideoFrames)]
+        self._video_s = videos[-1].duration_s if videos else self._video_s
+        show = partial(self._show, on_text or _ignore)
+        finished = self._generate(request, show, cancelled or _never)
         self._answered.append((asked, finished.text))
         timings = finished.timings_ms
         timings["prefill"] += timings.pop("queue")
         return Answer(
-            text=finished.text,
+            text=with_seconds(finished.text, self.model.video, self._video_s),
             tokens=list(finished.tokens),
             prompt_tokens=len(prompt),
             finish_reason=finished.finish_reason,
@@ -155,7 +162,11 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget all turns and images."""
-        self._answered = []
+        self._answered, self._video_s = [], 0.0
+
+    def _show(self, show: Callable[[str], None], piece: str) -> None:
+        # A time token is one token, so that no piece holds half of it.
+        show(with_seconds(piece, self.model.video, self._video_s))
 
     def _generate(
         self, request: GenerationRequest, show: Callable[[str], None], cancelled: Callable[[], bool]
@@ -186,14 +197,16 @@ class Conversation:
 
 def _read_media(media: Sequence[MediaSource] | ImageSource) -> list[Media]:
     """Return RGB images and frames of one source or of several."""
-    if isinstance(media, str | Path | Image.Image):
-        media = [media]
     return [
         read_image(item)
         if isinstance(item, str | Path | Image.Image) or not isinstance(item, Sequence)
         else [read_image(frame) for frame in item]
-        for item in media
+        for item in _listed(media)
     ]
+
+
+def _listed(media: Sequence[MediaSource] | ImageSource) -> Sequence[MediaSource]:
+    return [media] if isinstance(media, str | Path | Image.Image) else media
 
 
 def _ignore(text: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vila_deploy.engine.session import Session
-from vila_deploy.processing.images import Pixels
+from vila_deploy.processing.images import Pixels, place_features
 from vila_deploy.runtime.image_cache import ImageCache
 from vila_deploy.runtime.prompt import Prompt, PromptImage
 from vila_deploy.utils.arrays import Floats
@@ -69,7 +69,8 @@ def encode_steps(session: Session, pixels: Pixels) -> Iterator[Floats | None]:
     encoded: list[Floats] = []
     for index in range(len(pixels.tiles)):
         encoded += list(session.encode_images(pixels.tiles[index : index + 1]))
-        yield np.concatenate(encoded) if index + 1 == len(pixels.tiles) else None
+        last = index + 1 == len(pixels.tiles)
+        yield np.concatenate(place_features(encoded, pixels)) if last else None
 
 
 def _images_behind(prompt: Prompt, cached: int) -> list[PromptImage]:

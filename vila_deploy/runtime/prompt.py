@@ -18,6 +18,7 @@ from vila_deploy.processing.chat_template import (
     render,
     with_tile_markers,
 )
+from vila_deploy.processing.frame_windows import frame_windows
 from vila_deploy.processing.images import Pixels, preprocess
 from vila_deploy.processing.multimodal_prompt import text_chunks
 from vila_deploy.processing.placeholders import (
@@ -60,7 +61,7 @@ class PromptImage:
     @classmethod
     def of(cls, pixels: Pixels, model: ModelInfo) -> PromptImage:
         """Return the image that the vision encoder sees as `pixels`."""
-        digest = hashlib.sha256(f"{pixels.tiles.shape} {pixels.grid}".encode())
+        digest = hashlib.sha256(f"{pixels.tiles.shape} {pixels.grid} {pixels.pool}".encode())
         digest.update(np.ascontiguousarray(pixels.tiles).data)
         return cls(pixels, digest.digest(), tuple(model.image_tokens(pixels)))
 
@@ -177,6 +178,7 @@ def prepare_question(
         first: whether no earlier turn had an image. Models with dynamic tiles cut an image into
             tiles where it is the only one, which is only known of the first turn with images.
     """
+    content = [part if isinstance(part, str) else _in_windows(part, model) for part in content]
     texts = [part for part in content if isinstance(part, str)]
     media = [part for part in content if not isinstance(part, str)]
     for text in texts:
@@ -218,11 +220,18 @@ def place_images(
     Raises:
         VilaDeployError: placeholders and images or videos differ in number.
     """
+    media = [_in_windows(item, model) for item in media]
     question, images = bind_placeholders(question, media, model.image_end)
     pixels = preprocess(images, model.image, model.tiling, alone=first)
-    if model.tiling.mode == "dynamic" and len(images) == 1 and first:
+    alone = first and len(pixels) == 1 and pixels[0].pool is None
+    if model.tiling.mode == "dynamic" and alone:
         question = with_tile_markers(question, len(pixels[0].tiles))
     return question, pixels
+
+
+def _in_windows(media: Media, model: ModelInfo) -> Media:
+    """Return an image as it is, and for a video what takes its places in the prompt."""
+    return media if isinstance(media, Image.Image) else frame_windows(media, model.video)
 
 
 def without_markers(text: str) -> str:
