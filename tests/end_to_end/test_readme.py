@@ -31,6 +31,8 @@ NOT_RUN = {
     "pip install": "needs a network",
     "hf download": "needs a network",
     f"vila-bench --model {MODEL}": "writes and times three billion random weights",
+    "vila-serve": "answers until it is stopped; tests/unit/server asks it",
+    "curl": "needs a running server; tests/unit/server asks one",
     "vila-bench --table": "builds and times models for up to 15 minutes",
 }
 # Commands that begin so and have none of the words get these options too, to take seconds.

@@ -91,8 +91,8 @@ def _change_bytes(root: Path, rng: random.Random) -> str:
 def _change_json(root: Path, rng: random.Random) -> str:
     path = rng.choice(_files(root, ".json"))
     values = json.loads(path.read_text("utf-8"))
-    what = _change_value(values, rng)
-    path.write_text(_dump(values), "utf-8", errors="surrogatepass")
+    what = change_value(values, rng)
+    path.write_text(dump_json(values), "utf-8", errors="surrogatepass")
     return f"{what} in {_name(path, root)}"
 
 
@@ -101,13 +101,13 @@ def _change_header(root: Path, rng: random.Random) -> str:
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     values = json.loads(content[8:end])
-    what = _change_value(values, rng)
-    header = _dump(values).encode("utf-8", "surrogatepass")
+    what = change_value(values, rng)
+    header = dump_json(values).encode("utf-8", "surrogatepass")
     path.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
     return f"{what} in the header of {_name(path, root)}"
 
 
-def _change_value(values: Any, rng: random.Random) -> str:
+def change_value(values: Any, rng: random.Random) -> str:
     """One place in a JSON tree: another value, no value, another key, or a neighbour's value."""
     holder, keys = values, list(values)
     while True:
@@ -131,7 +131,7 @@ def _change_value(values: Any, rng: random.Random) -> str:
     return f"{kind} of {key!r}"
 
 
-def _dump(values: Any) -> str:
+def dump_json(values: Any) -> str:
     return json.dumps(values).replace(f'"{DEEP}"', "[" * 100_000 + "]" * 100_000)
 
 

@@ -62,9 +62,9 @@ class ApiError(VilaDeployError):
         return headers
 
 
-def refused(error: VilaDeployError, param: str) -> ApiError:
+def refused(error: VilaDeployError, param: str, code: str | None = None) -> ApiError:
     """Return a problem that a room below has with a request; `where`, maybe a path, is left out."""
-    return ApiError(error.what, param=param, fix=error.fix)
+    return ApiError(error.what, param=param, code=code, fix=error.fix)
 
 
 def internal(request_id: str) -> ApiError:

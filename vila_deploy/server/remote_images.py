@@ -59,17 +59,16 @@ def parse_url(url: str) -> Location | None:
 
 
 def is_public(address: str) -> bool:
-    """Return whether an IP address is one of the internet, also behind IPv6 forms of IPv4."""
+    """Return whether an IP address is one of the internet; IPv6 forms of IPv4 are not."""
     ip = ipaddress.ip_address(address)
     if isinstance(ip, ipaddress.IPv6Address):
-        embedded = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        if embedded or ip in _NAT64 or ip in _IPV4_COMPATIBLE:
+        embeds_ipv4 = ip.sixtofour is not None or ip.teredo is not None
+        if embeds_ipv4 or ip not in _GLOBAL_UNICAST:
             return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_IPV4_COMPATIBLE = ipaddress.ip_network("::/96")
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # RFC 4291
 
 
 def resolve(host: str, port: int) -> list[str]:

@@ -1,0 +1,213 @@
+"""vila-serve: answer over HTTP, in OpenAI's API and on a page."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vila_deploy.cli.common import command
+from vila_deploy.utils.errors import VilaDeployError
+
+if TYPE_CHECKING:
+    import socket
+
+    from vila_deploy.server.options import ServerOptions
+
+PACKAGES = ("starlette", "uvicorn", "prometheus_client", "llguidance")
+INSTALL = "pip install 'vila-deploy[serve]'"
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
+MIN_KEY_CHARACTERS = 8
+
+
+@command("vila-serve")
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option(
+    "--host", default="127.0.0.1", show_default=True,
+    help="Address to listen on; any but this computer's own needs an API key.",
+)  # fmt: skip
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any free."
+)
+@click.option(
+    "--api-key", "api_keys", multiple=True, envvar="VILA_API_KEY",
+    help="Key that clients must send; repeatable. Also from VILA_API_KEY.",
+)  # fmt: skip
+@click.option(
+    "--api-key-file", type=click.Path(path_type=Path), help="File with a key in each line."
+)
+@click.option(
+    "--model-name", "model_names", multiple=True,
+    help="What clients call the model; repeatable. The folder's name if left out.",
+)  # fmt: skip
+@click.option(
+    "--slots", type=click.IntRange(1, 64), default=8, show_default=True,
+    help="Answers at once, where the engine can; each takes memory for its key/value cache.",
+)  # fmt: skip
+@click.option(
+    "--queue-size", type=click.IntRange(0, 100_000), default=64, show_default=True,
+    help="Requests that may wait; more are told to come back.",
+)  # fmt: skip
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(1, 86_400), default=600.0, show_default=True,
+    help="Seconds for a request, from its arrival to the end of the answer.",
+)  # fmt: skip
+@click.option(
+    "--drain-timeout", "drain_timeout_s", type=click.FloatRange(0, 86_400), default=30.0,
+    show_default=True, help="Seconds for running answers to end after SIGTERM or Ctrl-C.",
+)  # fmt: skip
+@click.option(
+    "--max-tokens", type=click.IntRange(1), help="Most tokens of an answer; as many as fit."
+)
+@click.option(
+    "--max-images", type=click.IntRange(0, 4096), default=16, show_default=True,
+    help="Images and video frames of a request.",
+)  # fmt: skip
+@click.option(
+    "--max-image-megapixels", type=click.FloatRange(0.01, 100), default=50.0, show_default=True,
+    help="Of one image; a request may have twice as many in all.",
+)  # fmt: skip
+@click.option(
+    "--max-body-mb", type=click.FloatRange(0.001, 1024), default=32.0, show_default=True,
+    help="Of one request, images in base64 included.",
+)  # fmt: skip
+@click.option(
+    "--image-cache-mb", type=click.FloatRange(0, 1_000_000), default=256.0, show_default=True,
+    help="Features of images that are kept for further questions.",
+)  # fmt: skip
+@click.option(
+    "--allow-image-urls", is_flag=True,
+    help="Fetch images from public http(s) addresses; only data: URIs are read without it.",
+)  # fmt: skip
+@click.option(
+    "--cors-origin", "cors_origins", multiple=True,
+    help="Origin of web pages that may use this server, e.g. https://chat.example; repeatable.",
+)  # fmt: skip
+@click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain, PEM.")
+@click.option("--tls-key", type=click.Path(path_type=Path), help="Its key, PEM.")
+def main(
+    engine: Path,
+    host: str,
+    port: int,
+    api_keys: tuple[str, ...],
+    api_key_file: Path | None,
+    model_names: tuple[str, ...],
+    slots: int,
+    queue_size: int,
+    timeout_s: float,
+    drain_timeout_s: float,
+    max_tokens: int | None,
+    max_images: int,
+    max_image_megapixels: float,
+    max_body_mb: float,
+    image_cache_mb: float,
+    allow_image_urls: bool,
+    cors_origins: tuple[str, ...],
+    tls_cert: Path | None,
+    tls_key: Path | None,
+) -> None:
+    """Serve ENGINE, a folder made by vila-build-engine, in OpenAI's API and on a page.
+
+    \b
+    vila-serve ENGINE
+    vila-serve ENGINE --host 0.0.0.0 --api-key-file keys.txt --tls-cert c.pem --tls-key k.pem
+    """
+    _check_installed()
+    if (tls_cert is None) != (tls_key is None):
+        raise click.UsageError("--tls-cert and --tls-key go together")
+    from vila_deploy.server.options import MEGABYTE, RequestLimits, ServerOptions
+    from vila_deploy.server.run_server import bind, check_tls, is_private
+
+    tls = (tls_cert, tls_key) if tls_cert is not None and tls_key is not None else None
+    if tls is not None:
+        check_tls(*tls)
+    listener = bind(host, port)
+    keys = (*api_keys, *(_read_keys(api_key_file) if api_key_file else ()))
+    _check_keys(keys, needed=not is_private(listener))
+    options = ServerOptions(
+        model_names=model_names or (engine.resolve().name,),
+        api_keys=keys,
+        hosts=() if keys else tuple({*LOCAL_HOSTS, host.lower()}),
+        cors_origins=tuple(map(_origin, cors_origins)),
+        allow_image_urls=allow_image_urls,
+        drain_timeout_s=drain_timeout_s,
+        limits=RequestLimits(
+            body_bytes=int(max_body_mb * MEGABYTE),
+            image_pixels=int(max_image_megapixels * MEGABYTE),
+            images=max_images,
+            max_tokens=max_tokens,
+            timeout_s=timeout_s,
+        ),
+    )
+    image_cache_bytes = int(image_cache_mb * MEGABYTE)
+    _serve(engine, listener, options, tls, slots, queue_size, image_cache_bytes)
+
+
+def _serve(
+    engine: Path,
+    listener: socket.socket,
+    options: ServerOptions,
+    tls: tuple[Path, Path] | None,
+    slots: int,
+    queue_size: int,
+    image_cache_bytes: int,
+) -> None:
+    from vila_deploy.runtime.open_engine import open_engine
+    from vila_deploy.runtime.scheduler import Scheduler
+    from vila_deploy.server.api import Api
+    from vila_deploy.server.run_server import run_server, url
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    with open_engine(engine, slots) as opened:
+        scheduler = Scheduler(opened, queue_size, image_cache_bytes)
+        address, name = url(listener, tls is not None), options.model_names[0]
+        started = f"{name} answers at {address} (API: {address}/v1)"
+        try:
+            api = Api(opened, scheduler, options)
+            run_server(api, listener, tls, lambda: click.echo(started))
+        finally:
+            scheduler.close()
+
+
+def _check_installed() -> None:
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise VilaDeployError(f"vila-serve needs {', '.join(missing)}", fix=INSTALL)
+
+
+def _read_keys(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except FileNotFoundError:
+        raise VilaDeployError("no such file", where=path, fix="give --api-key-file") from None
+    except UnicodeDecodeError:
+        raise VilaDeployError("is not UTF-8 text", where=path, fix="one key a line") from None
+    keys = tuple(line.strip() for line in lines if line.strip())
+    if not keys:
+        raise VilaDeployError("holds no key", where=path, fix="write one key a line")
+    return keys
+
+
+def _check_keys(keys: tuple[str, ...], needed: bool) -> None:
+    if needed and not keys:
+        raise VilaDeployError(
+            "an address that others reach needs an API key",
+            fix="give --api-key-file, --api-key or VILA_API_KEY, or leave --host out",
+        )
+    if any(len(key) < MIN_KEY_CHARACTERS or not key.isascii() or " " in key for key in keys):
+        raise VilaDeployError(
+            f"an API key has fewer than {MIN_KEY_CHARACTERS} characters, or others than ASCII's",
+            fix="make one with: python -c 'import secrets; print(secrets.token_urlsafe())'",
+        )
+
+
+def _origin(value: str) -> str:
+    scheme, separator, host = value.rstrip("/").lower().partition("://")
+    if scheme not in ("http", "https") or not separator or not host or "/" in host or "*" in host:
+        raise VilaDeployError(
+            f"--cors-origin {value!r} is no origin", fix="give one as https://chat.example"
+        )
+    return f"{scheme}://{host}"

@@ -1,0 +1,126 @@
+"""Turn the messages of a request into a prompt: fetch and decode its images, then render it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from PIL import Image
+
+from vila_deploy.engine.model_info import ModelInfo
+from vila_deploy.processing.tokenizer import Tokenizer
+from vila_deploy.runtime.prompt import Message, Prompt, prepare_prompt, prepare_text
+from vila_deploy.server.errors import ApiError, refused
+from vila_deploy.server.images import data_uri_bytes, decode_image
+from vila_deploy.server.openai_schema import (
+    ChatRequest,
+    CompletionRequest,
+    ImagePart,
+    Part,
+    VideoPart,
+)
+from vila_deploy.server.options import RequestLimits
+from vila_deploy.server.remote_images import Network, fetch_image
+from vila_deploy.utils.errors import VilaDeployError
+
+# Decoded images take memory; more threads would only make each slower.
+DECODER_THREADS = 2
+Result = TypeVar("Result")
+REMOTE = ("http://", "https://")
+
+
+@dataclass
+class PromptMaker:
+    """Makes prompts for one model, in threads of its own.
+
+    Args:
+        network: None where no image is fetched.
+    """
+
+    model: ModelInfo
+    tokenizer: Tokenizer
+    limits: RequestLimits
+    network: Network | None = None
+    _threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(DECODER_THREADS, "images")
+    )
+
+    async def chat(self, request: ChatRequest) -> Prompt:
+        """Return the prompt of a conversation.
+
+        Raises:
+            ApiError: an image that can't be had, too many, or messages that no template has.
+        """
+        images = request.images
+        if len(images) > self.limits.images:
+            raise ApiError(
+                f"has {len(images)} images and frames, at most {self.limits.images} are allowed",
+                param="messages",
+                code="too_many_images",
+            )
+        contents = [await self._content(image) for image in images]
+        return await self.in_thread(self._chat, request, contents)
+
+    async def completion(self, request: CompletionRequest) -> Prompt:
+        """Return the prompt of bare text."""
+        return await self.in_thread(self._completion, request)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def in_thread(self, work: Callable[..., Result], *args: object) -> Result:
+        """Return what `work(*args)` returns, without keeping the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+    async def _content(self, image: ImagePart) -> bytes | None:
+        """Return the bytes of an image that has to be fetched; None for a data: URI."""
+        if not image.url[:8].lower().startswith(REMOTE):
+            return None
+        if self.network is None:
+            raise ApiError(
+                "is an address, and this server fetches no images",
+                param=image.param,
+                fix="send a data: URI, or start the server with --allow-image-urls",
+            )
+        return await fetch_image(image.url, image.param, self.limits.body_bytes, self.network)
+
+    def _chat(self, request: ChatRequest, contents: Sequence[bytes | None]) -> Prompt:
+        images = iter(self._decode(request.images, contents))
+
+        def filled(part: Part) -> str | Image.Image | list[Image.Image]:
+            if isinstance(part, str):
+                return part
+            if isinstance(part, VideoPart):
+                return [next(images) for _ in part.frames]
+            return next(images)
+
+        messages = [
+            Message(message.role, tuple(filled(part) for part in message.parts))
+            for message in request.messages
+        ]
+        try:
+            return prepare_prompt(messages, self.model, self.tokenizer, placeholders="refuse")
+        except VilaDeployError as error:
+            raise refused(error, "messages") from None
+
+    def _decode(
+        self, images: Sequence[ImagePart], contents: Sequence[bytes | None]
+    ) -> list[Image.Image]:
+        decoded, pixels_left = [], 2 * self.limits.image_pixels
+        for image, content in zip(images, contents, strict=True):
+            if content is None:
+                content = data_uri_bytes(image.url, image.param)
+            most = min(self.limits.image_pixels, pixels_left)
+            decoded.append(decode_image(content, image.param, most))
+            pixels_left -= decoded[-1].width * decoded[-1].height
+        return decoded
+
+    def _completion(self, request: CompletionRequest) -> Prompt:
+        try:
+            return prepare_text(request.prompt, self.tokenizer)
+        except VilaDeployError as error:
+            raise refused(error, "prompt") from None
