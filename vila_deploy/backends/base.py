@@ -96,10 +96,11 @@ class Backend(ABC):
         """Return why `module` has no other dtype on `target`; empty if there is no more to say."""
         return ""
 
-    def default_lm_head(self, config: VilaConfig, precision: str) -> DefaultChoice:
-        """Return the dtype of the output head for `--lm-head auto`.
+    def default_dtype(self, module: str, config: VilaConfig, precision: str) -> DefaultChoice:
+        """Return the dtype of a module for which the user gave `auto`; a build may revise it.
 
         Args:
+            module: a field of ModulePrecision.
             precision: of the LLM's linears, "int4" or "fp16".
         """
         return DefaultChoice(FP16)

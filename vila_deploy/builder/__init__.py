@@ -16,7 +16,7 @@ def build_engine(
     *,
     backend: str | None = None,
     precision: str | None = None,
-    vision: str = "fp16",
+    vision: str = "auto",
     lm_head: str = "auto",
     kv_cache: str = "fp16",
     eval: str | Path | None = None,
@@ -41,16 +41,16 @@ def build_engine(
     from vila_deploy.builder.build import build_engine as build
     from vila_deploy.builder.resolve import BuildOptions
     from vila_deploy.engine.local_target import target_name
-    from vila_deploy.engine.precision import AUTO, CHOICES, LLM_PRECISIONS, ModulePrecision
+    from vila_deploy.engine.precision import LLM_PRECISIONS, ModulePrecision, accepted_dtypes
     from vila_deploy.formats.module_dtypes import ACTIVATIONS
     from vila_deploy.kernels.launch_mode import LAUNCH_MODES
     from vila_deploy.utils.errors import check_at_least, check_choice
 
     check_choice("--precision", precision, (None, *LLM_PRECISIONS))
-    check_choice("--vision", vision, CHOICES["vision"])
-    check_choice("--lm-head", lm_head, (AUTO, *CHOICES["lm_head"]))
+    check_choice("--vision", vision, accepted_dtypes("vision"))
+    check_choice("--lm-head", lm_head, accepted_dtypes("lm_head"))
     check_choice("--activations", activations, (None, *ACTIVATIONS))
-    check_choice("--kv-cache", kv_cache, CHOICES["kv_cache"])
+    check_choice("--kv-cache", kv_cache, accepted_dtypes("kv_cache"))
     check_choice("--kernel-launch", kernel_launch, (None, *LAUNCH_MODES))
     check_at_least("--max-batch-size", max_batch_size, 1)
     check_at_least("--max-input-len", max_input_len, 1)

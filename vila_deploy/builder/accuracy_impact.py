@@ -17,7 +17,9 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from vila_deploy.backends.onnxruntime.inference import load_graph, run_each
+from vila_deploy.backends.onnxruntime import files as cpu_files
+from vila_deploy.backends.onnxruntime import vision as cpu_vision
+from vila_deploy.backends.onnxruntime.inference import load_graph, run_each, vision_options
 from vila_deploy.backends.tensorrt import files, graphs
 from vila_deploy.builder.resolve import ResolvedBuild
 from vila_deploy.checkpoint import Checkpoint
@@ -242,17 +244,8 @@ class _GraphPair:
         self, sequences: Sequence[TokenSequence], name: str, dtype: str
     ) -> dict[str, Floats]:
         """Features [tokens, hidden] of each image, by its name, from a tower in `dtype`."""
-        checkpoint, folder = self._checkpoint, self._folder / name
-        folder.mkdir()
-        parts = checkpoint.vision, checkpoint.projector
-        graphs.write_vision(
-            folder, checkpoint.config, *parts, self._dialect, lambda text="", steps=1: None, dtype
-        )
-        tower, projector = (
-            _load(folder / part / files.GRAPH) if (folder / part).exists() else None
-            for part in (files.VISION, files.PROJECTOR)
-        )
-        config, by_name = checkpoint.config, {}
+        config, by_name = self._checkpoint.config, {}
+        tower, projector = self._vision_graphs(self._folder / name, dtype)
         images = {image.name: image for sequence in sequences for image in sequence.images}
         for image in images.values():
             (pixels,) = preprocess([image.load()], config.image, config.tiling, alone=False)
@@ -262,6 +255,26 @@ class _GraphPair:
                 features = merge_s2_blocks(run_each(projector, blocks), config.tiling, pixels.grid)
             by_name[image.name] = features[0]
         return by_name
+
+    def _vision_graphs(
+        self, folder: Path, dtype: str
+    ) -> tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession | None]:
+        """Return the vision graph with a tower in `dtype`, and the projector if it is another."""
+        folder.mkdir()
+        checkpoint, on_cpu = self._checkpoint, isinstance(self._emitter, OnnxRuntimeDialect)
+        parts = checkpoint.config, checkpoint.vision, checkpoint.projector
+        if on_cpu:
+            cpu_vision.write_vision(folder, *parts, dtype, lambda *_: None)
+            names = files.GRAPH, cpu_files.PROJECTOR_GRAPH
+            tower, projector = (folder / cpu_files.VISION / name for name in names)
+        else:
+            graphs.write_vision(folder, *parts, self._dialect, lambda text="", steps=1: None, dtype)
+            tower, projector = (
+                folder / part / files.GRAPH for part in (files.VISION, files.PROJECTOR)
+            )
+        options = vision_options() if on_cpu else EXACT_ACTIVATIONS
+        loaded = load_graph(tower, options=options)
+        return loaded, _load(projector) if projector.exists() else None
 
 
 def _load(path: Path) -> onnxruntime.InferenceSession:

@@ -157,6 +157,14 @@ def _write(
         weight_bytes_per_token=result.weight_bytes_per_token,
         versions={"vila-deploy": __version__, **result.versions},
         pending_steps=result.pending_steps,
+        module_precision=replace(
+            manifest.module_precision,
+            **{module: choice.value for module, choice in result.chosen.items()},
+        ),
+        defaults={
+            **manifest.defaults,
+            **{module: choice.reason for module, choice in result.chosen.items()},
+        },
     )
     write_manifest(folder, manifest)
     return manifest

@@ -36,8 +36,8 @@ class BuildOptions:
     """What the user asks for; None means: take what the target, checkpoint or model suggests.
 
     Args:
-        module_precision: dtype of vision tower, output head and key/value cache; the head may be
-            AUTO.
+        module_precision: dtype of vision tower, output head and key/value cache; AUTO_MODULES may
+            be AUTO.
         eval_data: texts and images, or one of BUILTIN_DATA, on which the change of the logits by
             `module_precision` and `activations` is measured; None: it is not.
         activations: a name in ACTIVATIONS, of the 4-bit linears of backend onnxruntime.
@@ -193,9 +193,9 @@ def _request(
     limits = resolve_limits(config, *lengths)
     modules, activations = options.module_precision, options.activations
     defaults: dict[str, DefaultChoice] = {}
-    if modules.lm_head == AUTO:
-        defaults["lm_head"] = backend.default_lm_head(config, precision)
-        modules = replace(modules, lm_head=defaults["lm_head"].value)
+    for module in (name for name, dtype in modules.to_json().items() if dtype == AUTO):
+        defaults[module] = backend.default_dtype(module, config, precision)
+        modules = replace(modules, **{module: defaults[module].value})
     if activations is None and backend.takes_activations and precision != FP16:
         defaults["activations"] = backend.default_activations()
         activations = defaults["activations"].value

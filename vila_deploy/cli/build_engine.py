@@ -15,7 +15,13 @@ from vila_deploy.cli.common import (
     named_target,
     note_template,
 )
-from vila_deploy.engine.precision import AUTO, CHOICES, LLM_PRECISIONS, ModulePrecision, option_of
+from vila_deploy.engine.precision import (
+    AUTO,
+    LLM_PRECISIONS,
+    ModulePrecision,
+    accepted_dtypes,
+    option_of,
+)
 from vila_deploy.formats.module_dtypes import ACTIVATIONS
 from vila_deploy.kernels.launch_mode import LAUNCH_MODES
 from vila_deploy.utils.errors import VilaDeployError, printable
@@ -42,16 +48,16 @@ if TYPE_CHECKING:
     help="Of the language model's linears; the checkpoint's own if left out.",
 )  # fmt: skip
 @click.option(
-    "--vision", type=click.Choice(CHOICES["vision"]), default="fp16", show_default=True,
-    help="Of the vision tower.",
+    "--vision", type=click.Choice(accepted_dtypes("vision")), default=AUTO, show_default=True,
+    help="Of the vision tower; auto is the backend's choice, fp16 on a GPU.",
 )  # fmt: skip
 @click.option(
-    "--lm-head", type=click.Choice([AUTO, *CHOICES["lm_head"]]), default=AUTO, show_default=True,
+    "--lm-head", type=click.Choice(accepted_dtypes("lm_head")), default=AUTO, show_default=True,
     help="Of the output head; auto is the backend's choice, now fp16. The embedding table stays as "
     "it is.",
 )  # fmt: skip
 @click.option(
-    "--kv-cache", type=click.Choice(CHOICES["kv_cache"]), default="fp16", show_default=True,
+    "--kv-cache", type=click.Choice(accepted_dtypes("kv_cache")), default="fp16", show_default=True,
     help="Of the key/value cache.",
 )  # fmt: skip
 @click.option(

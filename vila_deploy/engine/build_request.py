@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.engine.manifest import Limits, PendingStep
-from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
+from vila_deploy.engine.precision import ALL_FP16, DefaultChoice, ModulePrecision
 from vila_deploy.engine.target import Target
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -55,11 +55,14 @@ class BuildResult:
         weight_bytes_per_token: bytes of weights that one decoding step reads.
         versions: of the tools that made them.
         pending_steps: steps left for the device; empty when the engine is complete.
+        chosen: dtypes that only building could decide, by field of ModulePrecision; each was one
+            of the request's `defaults`.
     """
 
     weight_bytes_per_token: int
     versions: Mapping[str, str]
     pending_steps: tuple[PendingStep, ...] = ()
+    chosen: Mapping[str, DefaultChoice] = field(default_factory=dict)
 
 
 def resolve_limits(

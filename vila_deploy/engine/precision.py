@@ -56,9 +56,16 @@ def option_of(module: str) -> str:
 
 
 ALL_FP16 = ModulePrecision()
-# A build's own choice of `lm_head`, which `resolve_build` replaces.
+# A build's own choice, which `resolve_build` replaces.
 AUTO = "auto"
-DEFAULT_MODULES = ModulePrecision(lm_head=AUTO)
+# Modules for which it may be given.
+AUTO_MODULES = ("vision", "lm_head")
+DEFAULT_MODULES = ModulePrecision(**dict.fromkeys(AUTO_MODULES, AUTO))
+
+
+def accepted_dtypes(module: str) -> tuple[str, ...]:
+    """Return what the command takes for a field of ModulePrecision."""
+    return ((AUTO,) if module in AUTO_MODULES else ()) + CHOICES[module]
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,24 @@ class ModuleEmitter:
         root = graph.node("Sqrt", raised)
         return graph.node("Mul", graph.node("Div", x, root), self.vector(f"{prefix}.weight"))
 
+    def attention(self, query: str, key: str, value: str, config: VisionConfig) -> str:
+        """Return full attention over [tiles, tokens, channels], head by head."""
+        graph = self.graph
+        heads, head_dim = config.num_heads, config.hidden_size // config.num_heads
+        split = graph.integers(0, 0, heads, head_dim)
+
+        def by_head(rows: str, order: list[int]) -> str:
+            halves = graph.node("Reshape", self.narrowed(rows), split)
+            return graph.node("Transpose", halves, perm=order)
+
+        # Scaled first, so that float16 products stay in range.
+        scaled = graph.node("Mul", query, graph.constant(np.array(head_dim**-0.5, np.float32)))
+        scores = self.product("MatMul", by_head(scaled, [0, 2, 1, 3]), by_head(key, [0, 2, 3, 1]))
+        weights = self.narrowed(graph.node("Softmax", scores, axis=-1))
+        mixed = self.product("MatMul", weights, by_head(value, [0, 2, 1, 3]))
+        rows = graph.node("Transpose", mixed, perm=[0, 2, 1, 3])
+        return graph.node("Reshape", rows, graph.integers(0, 0, heads * head_dim))
+
 
 def tower(
     emitter: ModuleEmitter, pixels: str, config: VisionConfig, layers: int, advance: Advance
@@ -158,9 +176,8 @@ def _layer(emitter: ModuleEmitter, x: str, config: VisionConfig, prefix: str) ->
     graph = emitter.graph
     normed = emitter.norm(x, f"{prefix}.layer_norm1", config.layer_norm_eps)
     query, key, value = (emitter.linear(normed, f"{prefix}.self_attn.{n}_proj") for n in "qkv")
-    mixed = emitter.linear(
-        _attention(emitter, query, key, value, config), f"{prefix}.self_attn.out_proj"
-    )
+    attended = emitter.attention(query, key, value, config)
+    mixed = emitter.linear(attended, f"{prefix}.self_attn.out_proj")
     x = graph.node("Add", x, mixed)
     normed = emitter.norm(x, f"{prefix}.layer_norm2", config.layer_norm_eps)
     return graph.node("Add", x, _mlp(emitter, normed, config, f"{prefix}.mlp"))
@@ -176,32 +193,11 @@ def _internvit_layer(emitter: ModuleEmitter, x: str, config: VisionConfig, prefi
     if config.qk_norm:
         query = emitter.rms_norm(query, f"{prefix}.attn.q_norm", epsilon)
         key = emitter.rms_norm(key, f"{prefix}.attn.k_norm", epsilon)
-    mixed = emitter.linear(_attention(emitter, query, key, value, config), f"{prefix}.attn.proj")
+    mixed = emitter.linear(emitter.attention(query, key, value, config), f"{prefix}.attn.proj")
     x = graph.node("Add", x, graph.node("Mul", mixed, emitter.vector(f"{prefix}.ls1")))
     normed = emitter.rms_norm(x, f"{prefix}.norm2", epsilon)
     inner = _mlp(emitter, normed, config, f"{prefix}.mlp")
     return graph.node("Add", x, graph.node("Mul", inner, emitter.vector(f"{prefix}.ls2")))
-
-
-def _attention(
-    emitter: ModuleEmitter, query: str, key: str, value: str, config: VisionConfig
-) -> str:
-    """Return full attention over [tiles, tokens, channels], head by head."""
-    graph = emitter.graph
-    heads, head_dim = config.num_heads, config.hidden_size // config.num_heads
-    split = graph.integers(0, 0, heads, head_dim)
-
-    def by_head(rows: str, order: list[int]) -> str:
-        halves = graph.node("Reshape", emitter.narrowed(rows), split)
-        return graph.node("Transpose", halves, perm=order)
-
-    # Scaled first, so that float16 products stay in range.
-    scaled = graph.node("Mul", query, graph.constant(np.array(head_dim**-0.5, np.float32)))
-    scores = emitter.product("MatMul", by_head(scaled, [0, 2, 1, 3]), by_head(key, [0, 2, 3, 1]))
-    weights = emitter.narrowed(graph.node("Softmax", scores, axis=-1))
-    mixed = emitter.product("MatMul", weights, by_head(value, [0, 2, 1, 3]))
-    rows = graph.node("Transpose", mixed, perm=[0, 2, 1, 3])
-    return graph.node("Reshape", rows, graph.integers(0, 0, heads * head_dim))
 
 
 def _mlp(emitter: ModuleEmitter, x: str, config: VisionConfig, prefix: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.variants import PROJECTOR_NORM_EPSILON
 from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.onnx_export.cpu_modules import CpuModuleEmitter
 from vila_deploy.onnx_export.graph_writer import OPSET, GraphWriter, WeightFile
 from vila_deploy.onnx_export.towers import ModuleEmitter, tower
 from vila_deploy.utils.progress import Advance
@@ -16,18 +17,28 @@ from vila_deploy.utils.progress import Advance
 
 @dataclass(frozen=True)
 class VisionGraphOptions:
-    """Opset of a vision graph and its types.
+    """Opset of a vision graph, its types and its operators.
 
     Args:
         half: multiply in float16.
         int8: store the matrices of the tower's layers in int8.
         max_matrix_bytes: see ModuleEmitter.
+        cpu: use onnxruntime's own operators for the CPU, in which int8 matrices are multiplied by
+            int8 activations.
+        extents: see CpuModuleEmitter.
     """
 
     opset: int
     half: bool
     int8: bool = False
     max_matrix_bytes: int | None = None
+    cpu: bool = False
+    extents: frozenset[str] = frozenset()
+
+    def emitter(self, graph: GraphWriter, weights: WeightSource, file: WeightFile) -> ModuleEmitter:
+        if self.cpu:
+            return CpuModuleEmitter(graph, weights, file, self.int8, self.extents)
+        return ModuleEmitter(graph, weights, file, self.half, self.int8, self.max_matrix_bytes)
 
 
 FLOAT32 = VisionGraphOptions(OPSET, half=False)
@@ -51,13 +62,11 @@ def build_vision_graph(
     graph, vision = GraphWriter(options.opset), config.vision
     size = vision.image_size
     pixels = graph.input("pixels", np.float32, ["tiles", 3, size, size])
-    largest = options.max_matrix_bytes
-    emitter = ModuleEmitter(graph, tower_weights, file, options.half, options.int8, largest)
+    emitter = options.emitter(graph, tower_weights, file)
     x = tower(emitter, pixels, vision, config.vision_layers_used, advance)
     shape: list[int | str] = ["tiles", vision.grid**2, vision.hidden_size]
     if projector is not None:
-        emitter = ModuleEmitter(graph, projector, file, options.half, max_matrix_bytes=largest)
-        x = _project(emitter, x, config)
+        x = _project(options.emitter(graph, projector, file), x, config)
         shape = ["tiles", config.tokens_per_block, config.llm.hidden_size]
         advance("projector")
     graph.output(graph.node("Identity", x, output="features"), np.float32, shape)
@@ -78,9 +87,7 @@ def build_projector_graph(
     graph = GraphWriter(options.opset)
     shape: list[int | str] = ["blocks", config.feature_side**2, config.feature_channels]
     features = graph.input("features", np.float32, shape)
-    largest = options.max_matrix_bytes
-    emitter = ModuleEmitter(graph, projector, file, options.half, max_matrix_bytes=largest)
-    tokens = _project(emitter, features, config)
+    tokens = _project(options.emitter(graph, projector, file), features, config)
     shape = ["blocks", config.tokens_per_block, config.llm.hidden_size]
     graph.output(graph.node("Identity", tokens, output="tokens"), np.float32, shape)
     advance("projector")

@@ -115,6 +115,14 @@ def test_command_writes_it_into_the_manifest(tmp_path: Path, texts: Path) -> Non
     assert not list(out.glob(".accuracy*"))
 
 
+def test_int8_tower_of_a_cpu_is_measured(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=True))
+    asked = ModulePrecision(vision="int8")
+    impact = measure_accuracy_impact(checkpoint, asked, "onnxruntime", None, tmp_path)
+    assert impact.images > 0
+    assert 0 < impact.kl_mean < 1e-2
+
+
 def test_one_int8_term_is_measured_too(tmp_path: Path, texts: Path) -> None:
     """The whole of activations and head, and not less than the head alone; two terms are exact."""
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=True))

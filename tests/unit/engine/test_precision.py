@@ -34,7 +34,7 @@ LIMITS = Limits(1, 4096, 4096)
 
 # Target and backend, its name in messages, and its dtypes beside fp16.
 SUPPORTED = [
-    ("cpu", "onnxruntime", "onnxruntime", {"lm_head": ("int8", "int4")}),
+    ("cpu", "onnxruntime", "onnxruntime", {"vision": ("int8",), "lm_head": ("int8", "int4")}),
     (
         "h100", "native", "native",
         {"vision": ("int8",), "lm_head": ("int8", "int4"), "kv_cache": ("int8",)},
@@ -183,7 +183,12 @@ def test_head_and_activations_are_chosen_by_the_backend_unless_given(
 
 def test_a_backend_says_why_it_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choice = DefaultChoice("int8", "a quarter of the memory")
-    monkeypatch.setattr(OnnxRuntimeBackend, "default_lm_head", lambda *_: choice)
+    plain = DefaultChoice("fp16")
+    monkeypatch.setattr(
+        OnnxRuntimeBackend,
+        "default_dtype",
+        lambda self, module, *_: choice if module == "lm_head" else plain,
+    )
     root, out = make_checkpoint(tmp_path / "c", quantized=True), tmp_path / "engine"
     code, output = build(root, "--target", "cpu", "-o", out)
     assert code == 0, output

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from vila_deploy.backends.onnxruntime import files
+from vila_deploy.backends.onnxruntime.vision import FEATURE_ERROR_BOUND, write_vision
 from vila_deploy.checkpoint import llm_config
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
-from vila_deploy.formats.module_dtypes import INT8X2
+from vila_deploy.engine.precision import DefaultChoice
+from vila_deploy.formats.module_dtypes import FP16, INT8X2
 from vila_deploy.onnx_export.arrays import float16
 from vila_deploy.onnx_export.dialects.onnxruntime import INT8_TERMS, OnnxRuntimeDialect
 from vila_deploy.onnx_export.graph_writer import WeightFile
 from vila_deploy.onnx_export.llm import StoredLlm, build_llm_graph, store_llm
-from vila_deploy.onnx_export.vision import build_projector_graph, build_vision_graph
 from vila_deploy.utils.progress import Advance, progress
 
 
@@ -36,7 +38,7 @@ def build(
     """
     steps = config.vision_layers_used + 1 + config.llm.num_layers + 2
     with progress(steps, "building") as advance:
-        _save_vision(folder / files.VISION, config, tower, projector, advance)
+        chosen = _write_vision(folder, config, tower, projector, request, advance)
 
         (folder / files.LLM).mkdir()
         with WeightFile(folder / files.LLM / files.WEIGHTS) as file:
@@ -55,27 +57,34 @@ def build(
         table = float16(llm.tensor(llm_config.EMBEDDING), llm_config.EMBEDDING)
         np.save(folder / files.EMBEDDING, table)
         advance("embedding table")
-    return BuildResult(
-        stored.bytes_per_step, {name: version(name) for name in ("onnx", "onnxruntime")}
-    )
+    versions = {name: version(name) for name in ("onnx", "onnxruntime")}
+    return BuildResult(stored.bytes_per_step, versions, chosen=chosen)
 
 
-def _save_vision(
+def _write_vision(
     folder: Path,
     config: VilaConfig,
     tower: WeightSource,
     projector: WeightSource,
+    request: BuildRequest,
     advance: Advance,
-) -> None:
-    """One graph from pixels to embeddings; two where features of several scales are joined."""
-    folder.mkdir()
-    with WeightFile(folder / files.WEIGHTS) as file:
-        whole = None if config.tiling.uses_s2 else projector
-        build_vision_graph(config, tower, whole, file, advance).save(folder / files.GRAPH)
-    if config.tiling.uses_s2:
-        with WeightFile(folder / files.PROJECTOR_WEIGHTS) as file:
-            graph = build_projector_graph(config, projector, file, advance)
-        graph.save(folder / files.PROJECTOR_GRAPH)
+) -> dict[str, DefaultChoice]:
+    """Write vision/ and return its dtype with the reason, where the choice was left open."""
+    dtype = request.module_precision.vision
+    error = write_vision(folder, config, tower, projector, dtype, advance)
+    if "vision" not in request.defaults or dtype == FP16:
+        return {}
+    if error is not None and error <= FEATURE_ERROR_BOUND:
+        reason = f"changes features by {error:.1%}, and up to {FEATURE_ERROR_BOUND:.0%} is taken"
+        return {"vision": DefaultChoice(dtype, reason)}
+    shutil.rmtree(folder / files.VISION)
+    write_vision(folder, config, tower, projector, FP16, lambda *_: None)
+    reason = (
+        "int8 could not be checked: too little memory to run the tower in float32"
+        if error is None
+        else f"int8 would change features by {error:.1%}, more than {FEATURE_ERROR_BOUND:.0%}"
+    )
+    return {"vision": DefaultChoice(FP16, reason)}
 
 
 def _save_llm(folder: Path, config: LlmConfig, stored: StoredLlm, activations: str | None) -> None:

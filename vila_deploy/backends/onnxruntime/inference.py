@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from vila_deploy.utils.errors import VilaDeployError
 
 ERRORS_ONLY = 3
 NO_PREPACKING = {"session.disable_prepacking": "1"}
+# A slower kernel for int8 products, whose sums of two do not overflow 16 bits.
+NO_OVERFLOW = {"session.x64quantprecision": "1"}
+CPU_INFO = Path("/proc/cpuinfo")
+VNNI = ("avx512_vnni", "avx_vnni")
 
 
 def load_graph(
@@ -41,6 +46,14 @@ def load_graph(
             where=path,
             fix="build the engine again with this version",
         ) from error
+
+
+def vision_options() -> Mapping[str, str]:
+    """Return onnxruntime's options for a vision graph: x86 without VNNI has to avoid overflow."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return {}
+    flags = CPU_INFO.read_text("ascii", "replace").split() if CPU_INFO.exists() else []
+    return {} if any(name in flags for name in VNNI) else NO_OVERFLOW
 
 
 def run_each(session: onnxruntime.InferenceSession, batch: Floats) -> Floats:

@@ -1,10 +1,11 @@
-"""Memory of an onnxruntime engine, whose CPU kernels compute in float32."""
+"""Memory of an onnxruntime engine, whose CPU kernels compute in float32 or int8."""
 
 from __future__ import annotations
 
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.memory import (
+    DEFAULT_GROUP_SIZE,
     MemoryEstimate,
     MemoryRow,
     Storage,
@@ -14,6 +15,8 @@ from vila_deploy.engine.memory import (
     tower_activations,
     weight_items,
 )
+from vila_deploy.formats.module_dtypes import FP16, INT8, INT8X2
+from vila_deploy.utils.estimates import MemoryItem
 
 # Tokens that go through the LLM at a time: enough to keep the cores busy, little scratch memory.
 PREFILL_TOKENS = 256
@@ -21,6 +24,10 @@ PREFILL_TOKENS = 256
 STORAGE = Storage(dense_bits=32, scale_bits=32, cache_bits=32)
 # Python with onnxruntime.
 PROGRAM_BYTES = 200 << 20
+# Of a group of 4-bit weights: its scale in the file, mapped into memory, and its zero point.
+MAPPED_GROUP_BITS = 32 + 4
+# What the kernels for int8 activations pack beside the weights: the scale again, and a sum.
+PACKED_GROUP_BITS = 32 + 32
 
 
 def estimate_memory(config: VilaConfig, request: BuildRequest, precision: str) -> MemoryEstimate:
@@ -33,4 +40,19 @@ def estimate_memory(config: VilaConfig, request: BuildRequest, precision: str) -
         MemoryRow.KV_CACHE: cache_item(llm, limits, STORAGE, modules.kv_cache),
         MemoryRow.ACTIVATIONS: activation_item(widest + llm.vocab_size, STORAGE),
     }
+    if precision != FP16:
+        group = llm.quantization.group_size if llm.quantization else DEFAULT_GROUP_SIZE
+        linears = items[MemoryRow.DECODER_LINEARS]
+        bits = linear_bits(group, request.activations)
+        items[MemoryRow.DECODER_LINEARS] = MemoryItem.of(linears.name, linears.parameters, bits)
     return MemoryEstimate(items, PROGRAM_BYTES)
+
+
+def linear_bits(group_size: int, activations: str | None) -> float:
+    """Return the bits in memory of a 4-bit weight, with its share of what a group has.
+
+    A graph packs the weights for its kernel; with int8x2 there are two graphs.
+    """
+    packed_int8, packed_float = 4 + PACKED_GROUP_BITS / group_size, 4
+    packed = {INT8: packed_int8, INT8X2: packed_int8 + packed_float}
+    return packed.get(activations or "", packed_float) + MAPPED_GROUP_BITS / group_size

@@ -11,7 +11,12 @@ import onnxruntime
 
 from vila_deploy.backends.onnxruntime import files
 from vila_deploy.backends.onnxruntime.decoder import BoundGraph, CacheRows
-from vila_deploy.backends.onnxruntime.inference import NO_PREPACKING, load_graph, run_each
+from vila_deploy.backends.onnxruntime.inference import (
+    NO_PREPACKING,
+    load_graph,
+    run_each,
+    vision_options,
+)
 from vila_deploy.backends.onnxruntime.memory import PREFILL_TOKENS
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.sampling import SamplingParams
@@ -45,7 +50,8 @@ class OnnxRuntimeSession:
         small = manifest.weight_bytes_per_token < ONE_THREAD_BYTES
         threads = 1 if small else threads_to_use()
         self._tiling = model.tiling
-        self._vision = load_graph(folder / files.VISION / files.GRAPH, threads=threads)
+        graph = folder / files.VISION / files.GRAPH
+        self._vision = load_graph(graph, threads=threads, options=vision_options())
         if self._tiling.uses_s2:
             projector = folder / files.VISION / files.PROJECTOR_GRAPH
             self._projector = load_graph(projector, threads=threads)
