@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from vila_deploy.cli.chat_interactive import check_input, check_output, converse, show
 from vila_deploy.cli.common import command, echo_json, no_nan
 
 if TYPE_CHECKING:
-    from vila_deploy.processing.placeholders import Media
     from vila_deploy.runtime.conversation import Answer
 
 
 @command("vila-chat")
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option(
-    "--image", "images", type=click.Path(path_type=Path), multiple=True, help="Image; repeatable."
-)
+    "--image", "images", type=click.Path(), multiple=True,
+    help="Image; repeatable. - reads one from stdin.",
+)  # fmt: skip
 @click.option(
     "--video", "videos", type=click.Path(path_type=Path), multiple=True,
     help="Video, sampled as images at even distances; repeatable. Videos come after all images.",
@@ -29,7 +27,11 @@ if TYPE_CHECKING:
     "--video-frames", type=click.IntRange(1),
     help="Images from each video; the model's own number if left out, mostly 8.",
 )  # fmt: skip
-@click.option("-p", "--prompt", help="Question; <image> and <video> in it mark where each goes.")
+@click.option(
+    "-p", "--prompt",
+    help="Question; <image> and <video> in it mark where each goes. - reads it from stdin.",
+)  # fmt: skip
+@click.option("--system", help="System message; the model's own if left out.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=512, show_default=True)
 @click.option(
     "--temperature", type=click.FloatRange(0, 100), default=0.0, show_default=True,
@@ -41,58 +43,125 @@ if TYPE_CHECKING:
     callback=no_nan,
     help="Draw only from the most likely tokens that hold this share of probability.",
 )  # fmt: skip
+@click.option(
+    "--top-k", type=click.IntRange(0), default=0, show_default=True,
+    help="Draw only from so many of the most likely tokens; 0: from all.",
+)  # fmt: skip
+@click.option(
+    "--repetition-penalty", type=click.FloatRange(0, 100, min_open=True), default=1.0,
+    show_default=True, callback=no_nan,
+    help="Above 1, tokens of the prompt and of the answer so far become less likely.",
+)  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), help="Makes draws repeatable.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object; needs -p.")
+@click.option(
+    "--stop", multiple=True, metavar="TEXT",
+    help="Ends the answer where this text would come; repeatable.",
+)  # fmt: skip
+@click.option(
+    "--batch", type=click.Path(path_type=Path), metavar="FILE_OR_DIR",
+    help="Answer each row of a .jsonl file (text, image, video), or ask -p, a description if left "
+    "out, about each image in a folder.",
+)  # fmt: skip
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), metavar="FILE",
+    help="With --batch: .jsonl file to write, a line for each row.",
+)  # fmt: skip
+@click.option(
+    "--resume", is_flag=True,
+    help="With --batch: go on from the rows that an earlier run has left in OUT.partial; those "
+    "that failed are asked again.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One JSON object; needs -p or --batch.")
 def main(
     engine: Path,
-    images: tuple[Path, ...],
+    images: tuple[str, ...],
     videos: tuple[Path, ...],
     video_frames: int | None,
     prompt: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int | None,
+    system: str | None,
+    stop: tuple[str, ...],
+    batch: Path | None,
+    out: Path | None,
+    resume: bool,
     as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Ask ENGINE, a folder made by vila-build-engine, about images and videos.
 
-    Without -p it asks for questions until you end it.
+    Without -p and --batch it asks for questions until you end it.
 
     \b
     vila-chat ENGINE --image cat.jpg -p "What is this?"
     vila-chat ENGINE --image a.jpg --image b.jpg -p "<image> <image> Which one is darker?"
     vila-chat ENGINE --video cat.mp4 -p "What happens?"
+    vila-chat ENGINE --batch photos -p "Describe this image." -o captions.jsonl
     """
-    if as_json and prompt is None:
-        raise click.UsageError("--json needs -p")
+    _check_options(images, videos, prompt, stop, batch, out, resume, as_json)
 
+    from vila_deploy.cli.chat_input import (
+        check_output,
+        read_media_image,
+        read_question,
+        video_reader,
+    )
+    from vila_deploy.cli.chat_interactive import Chat, converse, show
     from vila_deploy.engine.sampling import SamplingParams
-    from vila_deploy.processing.images import read_image
-    from vila_deploy.processing.video import sample_video
     from vila_deploy.runtime.open_engine import open_engine
 
     check_output()
-    if prompt is None:
-        check_input()
-    media: list[Media] = [read_image(path) for path in images]
-    sampling = SamplingParams(max_new_tokens, temperature, top_p, seed)
+    if prompt == "-":
+        prompt = read_question()
+    params = SamplingParams(**sampling)
+    if batch is not None and out is not None:
+        from vila_deploy.cli.chat_batch import Batch, run
+
+        run(Batch(engine, batch, out, prompt, video_frames, system, params, stop), resume, as_json)
+        return
+    media: list[Any] = [read_media_image(path) for path in images]
     with open_engine(engine) as opened:
-        conversation = opened.chat()
-        model = opened.model
-        frames_of = partial(
-            sample_video,
-            video=model.video, image=model.image, tiling=model.tiling, count=video_frames,
-        )  # fmt: skip
+        conversation = opened.chat(system)
+        frames_of = video_reader(opened.model, video_frames)
         media += [frames_of(path) for path in videos]
         if prompt is None:
-            converse(conversation, media, sampling, {"/image": read_image, "/video": frames_of})
+            loaders = {"/image": read_media_image, "/video": frames_of}
+            converse(Chat(conversation, media, params, loaders, stop))
             return
-        answer = conversation.ask(prompt, media, sampling, on_text=None if as_json else show)
+        on_text = None if as_json else show
+        answer = conversation.ask(prompt, media, params, on_text, stop)
     if as_json:
         echo_json(_for_programs(answer))
     else:
         click.echo()
+
+
+def _check_options(
+    images: tuple[str, ...],
+    videos: tuple[Path, ...],
+    prompt: str | None,
+    stop: tuple[str, ...],
+    batch: Path | None,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Raise UsageError for options that don't go together."""
+    if batch is None:
+        if as_json and prompt is None:
+            raise click.UsageError("--json needs -p or --batch")
+        if out is not None or resume:
+            raise click.UsageError("-o and --resume need --batch")
+    else:
+        if out is None:
+            raise click.UsageError("--batch needs -o, the file to write")
+        if images or videos:
+            raise click.UsageError("--batch takes its images and videos from its rows")
+    from_stdin = images.count("-") + (prompt == "-")
+    if from_stdin > 1:
+        raise click.UsageError("stdin is one image or one question")
+    if "-" in images and prompt is None:
+        raise click.UsageError("--image - needs -p: stdin holds the image, not questions")
+    if "" in stop:
+        raise click.UsageError("--stop needs some text")
 
 
 def _for_programs(answer: Answer) -> dict[str, Any]:
@@ -100,6 +169,7 @@ def _for_programs(answer: Answer) -> dict[str, Any]:
         "text": answer.text,
         "tokens": answer.tokens,
         "prompt_tokens": answer.prompt_tokens,
+        "cached_tokens": answer.cached_tokens,
         "finish_reason": answer.finish_reason,
         "timings_ms": answer.timings_ms,
         "decode_tokens_per_s": answer.decode_tokens_per_s,

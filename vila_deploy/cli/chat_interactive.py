@@ -1,15 +1,24 @@
-"""Questions typed at a terminal, or piped in one a line, for vila-chat."""
+"""A conversation at a terminal, or with questions piped in one a line, for vila-chat."""
 
 from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from vila_deploy.cli.chat_commands import (
+    COMMANDS,
+    FILE_COMMANDS,
+    HELP,
+    QUIT,
+    named_files,
+    split_command,
+)
+from vila_deploy.cli.chat_lines import CtrlC, LineReader, on_ctrl_c
 from vila_deploy.utils.errors import VilaDeployError
 
 if TYPE_CHECKING:
@@ -17,8 +26,9 @@ if TYPE_CHECKING:
     from vila_deploy.processing.placeholders import Media
     from vila_deploy.runtime.conversation import Answer, Conversation
 
-HELP = "/image FILE and /video FILE add images to the next question, /reset begins anew, /quit ends"
 CONTEXT_FULL = "the context is full: this answer was cut short, /reset begins anew"
+AT_PROMPT = "/exit or Ctrl-D ends the chat"
+STOPPED = "(stopped)"
 Loader = Callable[[Path], "Media"]
 
 
@@ -27,92 +37,72 @@ def is_terminal() -> bool:
     return sys.stdin.isatty()
 
 
-def check_input() -> None:
-    """Raise VilaDeployError if there is nowhere to read questions from."""
-    if sys.stdin is None:
-        raise VilaDeployError("no question: stdin is closed", fix="give one with -p QUESTION")
-
-
-def check_output() -> None:
-    """Raise VilaDeployError if there is nowhere to write answers to."""
-    if sys.stdout is None:
-        raise VilaDeployError("stdout is closed", fix="send the answer to a file or /dev/null")
-
-
 def show(text: str) -> None:
     """Print a piece of an answer; control characters, which could steer a terminal, as escapes."""
     click.echo("".join(map(_harmless, text)), nl=False)
     sys.stdout.flush()
 
 
-def converse(
-    conversation: Conversation,
-    media: list[Media],
-    sampling: SamplingParams,
-    loaders: dict[str, Loader],
-) -> None:
-    """Answer the lines of stdin until they end.
+class Chat:
+    """A conversation between two lines of it.
 
     Args:
-        media: images and videos for the first question.
-        loaders: what reads the file of each command that adds an image or a video.
-
-    Raises:
-        VilaDeployError: in a pipe, any line that can't be done: what follows may depend on it.
+        media: images and videos for the next question.
+        loaders: what reads the files of each command that adds an image or a video.
+        stop: strings that end an answer.
     """
-    terminal = is_terminal()
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        # As file names are decoded; a question that is no UTF-8 gets its line later.
-        sys.stdin.reconfigure(errors="surrogateescape")
-    chat = _Chat(conversation, media, sampling, loaders)
-    click.echo(HELP, err=True)
-    while True:
-        try:
-            line = input("> " if terminal else "")
-        except EOFError:
-            break
-        try:
-            if line.strip() == "/quit":
-                return
-            chat.do(line)
-        except VilaDeployError as error:
-            # A wrong path or a full context must not end what a person types.
-            if not terminal:
-                raise
-            click.echo(f"error: {error}", err=True)
-    if not terminal and not chat.asked:
-        raise VilaDeployError(
-            "no question came through stdin", fix="give one with -p QUESTION, or one a line"
-        )
-
-
-class _Chat:
-    """The state of a conversation between two lines."""
 
     def __init__(
         self,
         conversation: Conversation,
-        media: list[Media],
+        media: Sequence[Media],
         sampling: SamplingParams,
         loaders: dict[str, Loader],
+        stop: Sequence[str] = (),
     ):
-        self.conversation, self.media, self.sampling = conversation, media, sampling
-        self.loaders, self.asked = loaders, 0
+        self.conversation, self.sampling, self.stop = conversation, sampling, stop
+        self.media, self.loaders = list(media), loaders
+        self.answered, self.ended = 0, False
+        self._answering = self._cancelled = False
 
-    def do(self, line: str) -> None:
-        """Do a command, or answer a question; a space before it makes any line a question."""
-        verb, _, argument = line.strip().partition(" ")
-        argument = argument.strip()
-        if not line.startswith("/"):
-            if verb:
-                self._ask(line.strip())
+    def do(self, text: str) -> None:
+        """Do a command, or answer a question; behind a command's line a question may stand.
+
+        Raises:
+            VilaDeployError: a command or a question that can't be done; the chat may go on.
+        """
+        verb, argument, question = split_command(text)
+        if verb in QUIT:
+            self.ended = True
+            return
+        if verb:
+            self._command(verb, argument)
+        if verb and question:
+            self.do(question)
+        elif question:
+            self._ask(question)
+
+    def interrupt(self) -> None:
+        """End the answer that is being written with its next token; a handler of signals.
+
+        Raises:
+            CtrlC: there is none, or it was to end already: a step of a large model takes its time.
+        """
+        if self._cancelled or not self._answering:
+            raise CtrlC
+        self._cancelled = True
+
+    def _command(self, verb: str, argument: str) -> None:
+        if verb in FILE_COMMANDS:
+            # All of them or none.
+            self.media += [self.loaders[verb](path) for path in named_files(verb, argument)]
+            if is_terminal():
+                click.echo(f"for the next question: {_counted(self.media)}", err=True)
         elif verb == "/reset":
             self.conversation.reset()
             self.media = []
-        elif verb in self.loaders:
-            if not argument:
-                raise VilaDeployError(f"{verb} names no file", fix=f"type {verb} FILE")
-            self.media.append(self.loaders[verb](Path(argument)))
+        elif verb == "/help":
+            click.echo(HELP, err=True)
         else:
             raise VilaDeployError(
                 f"{verb} is no command",
@@ -120,11 +110,82 @@ class _Chat:
             )
 
     def _ask(self, question: str) -> None:
-        answer: Answer = self.conversation.ask(question, self.media, self.sampling, on_text=show)
+        self._answering, self._cancelled = True, False
+        try:
+            answer: Answer = self.conversation.ask(
+                question,
+                self.media,
+                self.sampling,
+                on_text=show,
+                stop=self.stop,
+                cancelled=lambda: self._cancelled,
+            )
+        finally:
+            self._answering = False
         click.echo()
-        self.media, self.asked = [], self.asked + 1
+        self.media, self.answered = [], self.answered + 1
         if answer.finish_reason == "context":
             click.echo(CONTEXT_FULL, err=True)
+        elif answer.finish_reason == "cancelled":
+            click.echo(STOPPED, err=True)
+
+
+def converse(chat: Chat) -> None:
+    """Answer the lines of stdin until they end.
+
+    Raises:
+        VilaDeployError: stdin is closed; in a pipe, any line that can't be done: what follows may
+            depend on it.
+    """
+    if sys.stdin is None:
+        raise VilaDeployError("no question: stdin is closed", fix="give one with -p QUESTION")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # As file names are decoded; a question that is no UTF-8 gets its line later.
+        sys.stdin.reconfigure(errors="surrogateescape")
+    (_converse_at_terminal if is_terminal() else _answer_lines)(chat)
+
+
+def _converse_at_terminal(chat: Chat) -> None:
+    click.echo(HELP, err=True)
+    reader = LineReader(COMMANDS)
+    while not chat.ended:
+        try:
+            with on_ctrl_c(_raise_ctrl_c):
+                line = reader.read("> ")
+        except CtrlC:
+            click.echo(f"\n{AT_PROMPT}", err=True)
+            continue
+        except EOFError:
+            return
+        try:
+            with on_ctrl_c(chat.interrupt):
+                chat.do(line)
+        except CtrlC:
+            click.echo(f"\n{STOPPED}", err=True)
+        except VilaDeployError as error:
+            # A wrong path or a full context must not end what a person types.
+            click.echo(f"error: {error}", err=True)
+
+
+def _raise_ctrl_c() -> None:
+    raise CtrlC
+
+
+def _answer_lines(chat: Chat) -> None:
+    for line in sys.stdin:
+        chat.do(line)
+        if chat.ended:
+            return
+    if not chat.answered:
+        raise VilaDeployError(
+            "no question came through stdin", fix="give one with -p QUESTION, or one a line"
+        )
+
+
+def _counted(media: Sequence[Media]) -> str:
+    videos = sum(isinstance(item, list) for item in media)
+    kinds = ((len(media) - videos, "image"), (videos, "video"))
+    return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for count, kind in kinds if count)
 
 
 def _harmless(character: str) -> str:

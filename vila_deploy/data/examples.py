@@ -14,13 +14,10 @@ from PIL import Image
 from vila_deploy.data import drawn_scenes_eval
 from vila_deploy.data.drawn_scenes import SCENES, Scene
 from vila_deploy.data.rows import Row, rows_of_lines, rows_of_list
-from vila_deploy.processing.images import read_image
+from vila_deploy.processing.images import IMAGE_SUFFIXES, read_image
 from vila_deploy.utils.errors import VilaDeployError, short
 
 MAX_FILE_BYTES = 64 << 20
-IMAGE_SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
-)  # fmt: skip
 EMPTY_LINES = re.compile(r"\r?\n[^\S\n]*\n")
 ROW_READERS = {".jsonl": rows_of_lines, ".json": rows_of_list}
 TEXT_SUFFIXES = (".txt", *ROW_READERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,9 @@ from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 
 MAX_IMAGE_PIXELS = 100_000_000
+IMAGE_SUFFIXES = (
+    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif",
+)  # fmt: skip
 URL = re.compile(r"(?i)([a-z][a-z0-9+.-]+:/|data:)")  # two letters: C:/ is a drive
 
 
@@ -42,6 +46,16 @@ def read_image(source: str | Path | Image.Image) -> Image.Image:
         )
     check_not_url(source)
     with _one_line_errors(source), Image.open(source) as image:
+        return _upright_rgb(image)
+
+
+def read_image_bytes(content: bytes, where: str) -> Image.Image:
+    """Return the image that a file's bytes are, as `read_image` does; `where` names it in errors.
+
+    Raises:
+        VilaDeployError: as `read_image`.
+    """
+    with _one_line_errors(where), Image.open(io.BytesIO(content)) as image:
         return _upright_rgb(image)
 
 
