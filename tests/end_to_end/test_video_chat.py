@@ -89,7 +89,7 @@ def test_video_in_a_conversation(
 
     def talk(*lines: str) -> tuple[str, str]:
         left = [*lines, "/quit"]
-        monkeypatch.setattr("builtins.input", lambda shown: left.pop(0))
+        monkeypatch.setattr("builtins.input", lambda: left.pop(0))
         monkeypatch.setattr("vila_deploy.cli.chat_interactive.is_terminal", lambda: True)
         done = invoke("vila-chat", engine, "--video-frames", 2, "--max-new-tokens", 16)
         assert done.returncode == 0

@@ -104,7 +104,7 @@ def main(
         read_question,
         video_reader,
     )
-    from vila_deploy.cli.chat_interactive import Chat, converse, show
+    from vila_deploy.cli.chat_interactive import Chat, Loader, converse, show
     from vila_deploy.engine.sampling import SamplingParams
     from vila_deploy.runtime.open_engine import open_engine
 
@@ -123,7 +123,7 @@ def main(
         frames_of = video_reader(opened.model, video_frames)
         media += [frames_of(path) for path in videos]
         if prompt is None:
-            loaders = {"/image": read_media_image, "/video": frames_of}
+            loaders: dict[str, Loader] = {"/image": read_media_image, "/video": frames_of}
             converse(Chat(conversation, media, params, loaders, stop))
             return
         on_text = None if as_json else show

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ import click
 
 from vila_deploy.cli.chat_batch_log import BatchLog
 from vila_deploy.cli.chat_batch_rows import ERROR, OUTPUT, BatchRow, numbered, read_rows
+from vila_deploy.cli.chat_input import video_reader
 from vila_deploy.cli.common import EXIT_INTERRUPTED, echo_json
 from vila_deploy.engine.manifest import MANIFEST, read_manifest
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.processing.images import read_image
 from vila_deploy.processing.placeholders import Media
-from vila_deploy.processing.video import sample_frames
+from vila_deploy.processing.video import VideoFrames
 from vila_deploy.runtime.conversation import Answer, Conversation
 from vila_deploy.runtime.open_engine import open_engine
 from vila_deploy.utils.errors import VilaDeployError
@@ -103,11 +104,11 @@ def _answer(batch: Batch, left: Sequence[tuple[str, BatchRow]], log: BatchLog, t
     with open_engine(batch.engine) as engine, progress(total, "answering") as advance:
         # One conversation, begun anew for each row: it keeps images that several rows ask about.
         conversation = engine.chat(batch.system)
-        frames = batch.video_frames or engine.model.num_video_frames
+        frames_of = video_reader(engine.model, batch.video_frames)
         advance(steps=total - len(left))
         for name, row in left:
             conversation.reset()
-            log.add(name, _result(batch, row, conversation, frames))
+            log.add(name, _result(batch, row, conversation, frames_of))
             advance(_shown(row))
 
 
@@ -115,7 +116,7 @@ def _result(batch: Batch, row: BatchRow, conversation: Conversation, frames: int
     """Return a row with its answer, or with the error that its files or its question make."""
     try:
         media: list[Media] = [read_image(path) for path in row.images]
-        media += [sample_frames(path, frames) for path in row.videos]
+        media += [frames_of(path) for path in row.videos]
         answer: Answer = conversation.ask(row.question, media, batch.sampling, stop=batch.stop)
     except VilaDeployError as error:
         return {**row.keys, ERROR: str(error)}

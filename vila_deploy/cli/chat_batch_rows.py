@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vila_deploy.processing.images import IMAGE_SUFFIXES
+from vila_deploy.processing.images import IMAGE_SUFFIXES, URL
 from vila_deploy.utils.errors import VilaDeployError, short
 
 TEXT, IMAGE, VIDEO = "text", "image", "video"
@@ -121,4 +121,5 @@ def _paths(keys: dict[str, Any], key: str, folder: Path, where: str) -> tuple[Pa
     for name in names:
         if not isinstance(name, str):
             raise VilaDeployError(f"{key} is no path: {short(name)}", where=where, fix=_FIX)
-    return tuple(folder / name for name in names)
+    # A URL stays one, for the error that says so.
+    return tuple(Path(name) if URL.match(name) else folder / name for name in names)

@@ -16,7 +16,7 @@ from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import Session
 from vila_deploy.processing.images import Pixels, place_features, read_image
-from vila_deploy.processing.placeholders import Media
+from vila_deploy.processing.placeholders import Media, check_no_placeholders
 from vila_deploy.processing.time_tokens import with_seconds
 from vila_deploy.processing.tokenizer import Tokenizer
 from vila_deploy.processing.video import VideoFrames
@@ -26,6 +26,7 @@ from vila_deploy.runtime.prompt import (
     Question,
     assemble_prompt,
     check_prompt_length,
+    check_utf8,
     prepare_question,
     without_markers,
 )
@@ -103,6 +104,11 @@ class Conversation:
     images: ImageCache = field(default_factory=ImageCache)
     _answered: list[tuple[Question, str]] = field(default_factory=list)
     _video_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.system is not None:
+            check_utf8(self.system)
+            check_no_placeholders(self.system)
 
     @property
     def turns(self) -> list[tuple[str, str]]:

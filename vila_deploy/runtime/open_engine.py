@@ -44,14 +44,18 @@ class OpenedEngine:
         values = 2 * model.num_layers * model.num_kv_heads * model.head_dim
         return values * self.session.max_seq_len * bits // 8
 
-    def chat(self) -> Conversation:
+    def chat(self, system: str | None = None) -> Conversation:
         """Return a new conversation with this engine.
 
+        Args:
+            system: replaces the model's own system message.
+
         Raises:
-            VilaDeployError: the engine has random weights and no tokenizer.
+            VilaDeployError: the engine has random weights and no tokenizer, or `system` holds a
+                placeholder or is no UTF-8.
         """
         tokenizer = self.require_tokenizer()
-        return Conversation(self.session, tokenizer, self.model, self.max_input_len)
+        return Conversation(self.session, tokenizer, self.model, self.max_input_len, system)
 
     def require_tokenizer(self) -> Tokenizer:
         """Return the tokenizer.

@@ -112,6 +112,20 @@ def test_ctrl_c_and_ctrl_d_at_the_prompt(start: Start, home: Path, readline: boo
     assert history(home) == []
 
 
+def test_errors_do_not_end_the_chat(short: Terminal) -> None:
+    for line in ("/image nowhere.png", "/what", "/image", "<image> What?"):
+        short.enter(line)
+        short.wait_for("error: ")
+    for _ in range(20):
+        short.enter("word " * 40)
+        if "/reset" in short.wait_for(PROMPT):
+            break
+    short.enter("/reset")
+    short.wait_for(PROMPT)
+    short.enter("What?")
+    short.wait_for("abc")
+
+
 def test_sigterm_ends_the_chat(start: Start) -> None:
     with start("--max-new-tokens", "60000") as chat:
         chat.wait_for(PROMPT)
