@@ -17,9 +17,8 @@ from vila_deploy.cli.common import EXIT_INTERRUPTED, echo_json
 from vila_deploy.engine.manifest import MANIFEST, read_manifest
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.processing.images import read_image
-from vila_deploy.processing.placeholders import Media
 from vila_deploy.processing.video import VideoFrames
-from vila_deploy.runtime.conversation import Answer, Conversation
+from vila_deploy.runtime.conversation import Answer, Conversation, MediaSource
 from vila_deploy.runtime.open_engine import open_engine
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import sha256_file
@@ -112,10 +111,15 @@ def _answer(batch: Batch, left: Sequence[tuple[str, BatchRow]], log: BatchLog, t
             advance(_shown(row))
 
 
-def _result(batch: Batch, row: BatchRow, conversation: Conversation, frames: int) -> dict[str, Any]:
+def _result(
+    batch: Batch,
+    row: BatchRow,
+    conversation: Conversation,
+    frames_of: Callable[[Path], VideoFrames],
+) -> dict[str, Any]:
     """Return a row with its answer, or with the error that its files or its question make."""
     try:
-        media: list[Media] = [read_image(path) for path in row.images]
+        media: list[MediaSource] = [read_image(path) for path in row.images]
         media += [frames_of(path) for path in row.videos]
         answer: Answer = conversation.ask(row.question, media, batch.sampling, stop=batch.stop)
     except VilaDeployError as error:

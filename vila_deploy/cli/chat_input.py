@@ -46,8 +46,9 @@ def read_media_image(path: str | Path) -> Image.Image:
 
 def video_reader(model: ModelInfo, frames: int | None) -> Callable[[Path], VideoFrames]:
     """Return what reads a video as `model` takes it; `frames`: None for the model's own number."""
-    config = {"video": model.video, "image": model.image, "tiling": model.tiling}
-    return partial(sample_video, **config, count=frames)
+    return partial(
+        sample_video, video=model.video, image=model.image, tiling=model.tiling, count=frames
+    )
 
 
 def _stdin(what: str, instead: str) -> bytes:

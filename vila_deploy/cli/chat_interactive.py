@@ -23,13 +23,12 @@ from vila_deploy.utils.errors import VilaDeployError
 
 if TYPE_CHECKING:
     from vila_deploy.engine.sampling import SamplingParams
-    from vila_deploy.processing.placeholders import Media
-    from vila_deploy.runtime.conversation import Answer, Conversation
+    from vila_deploy.runtime.conversation import Answer, Conversation, MediaSource
 
 CONTEXT_FULL = "the context is full: this answer was cut short, /reset begins anew"
 AT_PROMPT = "/exit or Ctrl-D ends the chat"
 STOPPED = "(stopped)"
-Loader = Callable[[Path], "Media"]
+Loader = Callable[[Path], "MediaSource"]
 
 
 def is_terminal() -> bool:
@@ -55,7 +54,7 @@ class Chat:
     def __init__(
         self,
         conversation: Conversation,
-        media: Sequence[Media],
+        media: Sequence[MediaSource],
         sampling: SamplingParams,
         loaders: dict[str, Loader],
         stop: Sequence[str] = (),
@@ -182,7 +181,7 @@ def _answer_lines(chat: Chat) -> None:
         )
 
 
-def _counted(media: Sequence[Media]) -> str:
+def _counted(media: Sequence[MediaSource]) -> str:
     videos = sum(isinstance(item, list) for item in media)
     kinds = ((len(media) - videos, "image"), (videos, "video"))
     return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for count, kind in kinds if count)
