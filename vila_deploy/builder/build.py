@@ -23,12 +23,13 @@ from vila_deploy.builder.resolve import (
     resolve_build,
     resolve_random_build,
 )
+from vila_deploy.checkpoint.hub import fetch_checkpoint, original_source
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.manifest import TOKENIZER_FOLDER, Manifest, write_manifest
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.precision import DEFAULT_MODULES, ModulePrecision
 from vila_deploy.processing.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
-from vila_deploy.utils.files import new_folder
+from vila_deploy.utils.files import check_new, new_folder
 from vila_deploy.utils.version import __version__
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ RANDOM_MAX_SEQ_LEN = 1024
 def build_engine(root: Path, out: Path, options: BuildOptions) -> Manifest:
     """Build the checkpoint in `root` into the new folder `out`, which appears whole or not at all.
 
+    `root` may be a repository's name on the hub.
+
     Where `out` is an engine with steps left for the device, do those; `root` isn't needed then.
 
     Raises:
@@ -49,6 +52,9 @@ def build_engine(root: Path, out: Path, options: BuildOptions) -> Manifest:
     """
     if is_unfinished(out):
         return finish_engine(out, options.target, options.backend)
+    root = fetch_checkpoint(
+        root, lambda folder: _check(folder, out, options), options.prompt_template
+    )
     build = resolve_build(root, options)
     build.backend.check_tools(build.request)
     check_fits(build)
@@ -56,6 +62,14 @@ def build_engine(root: Path, out: Path, options: BuildOptions) -> Manifest:
     if manifest.pending_steps and can_finish_here(out, manifest):
         return finish_engine(out, manifest.target, manifest.backend)
     return manifest
+
+
+def _check(root: Path, out: Path, options: BuildOptions) -> None:
+    """Raise VilaDeployError for what needs no weights to be known as wrong."""
+    check_new(out)
+    build = resolve_build(root, options)
+    build.backend.check_tools(build.request)
+    check_fits(build)
 
 
 def build_random_engine(
@@ -100,6 +114,8 @@ def _build(build: ResolvedBuild, out: Path) -> Manifest:
     with new_folder(out) as folder:
         _copy_tokenizer(checkpoint, folder / TOKENIZER_FOLDER)
         manifest = _manifest(build, tokenizer, checkpoint.fingerprint())
+        source = original_source(checkpoint.root)
+        manifest = replace(manifest, source=source.to_json() if source else None)
         if measure is not None:
             manifest = replace(manifest, accuracy_impact=measure(folder).to_json())
         parts = (checkpoint.llm, checkpoint.vision, checkpoint.projector)

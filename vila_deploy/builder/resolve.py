@@ -12,6 +12,7 @@ from vila_deploy.backends.registry import ALIASES, get_backend
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import VilaConfig, config_of
 from vila_deploy.checkpoint.folder_layout import find_layout
+from vila_deploy.checkpoint.hub import checkpoint_name
 from vila_deploy.engine.build_request import BuildRequest, resolve_limits
 from vila_deploy.engine.precision import (
     AUTO,
@@ -115,7 +116,7 @@ def resolve_build(root: Path, options: BuildOptions, *, planning: bool = False) 
     precision = options.precision or found
     return _resolve(
         ResolvedBuild(
-            name=root.resolve().name,
+            name=checkpoint_name(root),
             config=config,
             backend=backend,
             precision=precision,

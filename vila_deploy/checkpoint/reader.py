@@ -39,13 +39,13 @@ def find_tensors(folder: Path) -> dict[str, TensorInfo]:
             fix="remove the one that doesn't belong to this checkpoint",
         )
     if index.exists():
-        return _sharded_tensors(folder, _weight_map(index), index)
+        return _sharded_tensors(folder, weight_map(index), index)
     if single.exists():
         return read_header(single)
     raise _missing(single, folder, f"is missing, and there is no {INDEX_FILE}")
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def weight_map(index: Path) -> dict[str, str]:
     """Return tensor name → file name; a file name that leaves the folder is refused."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -11,9 +11,11 @@ import click
 from vila_deploy.cli.common import (
     EXIT_INTERRUPTED,
     command,
+    download_json,
     echo_json,
     named_target,
     note_template,
+    show_download,
 )
 from vila_deploy.engine.precision import (
     AUTO,
@@ -123,6 +125,8 @@ def main(
 ) -> None:
     """Build an engine for a device from CHECKPOINT, quantized by vila-quantize or not.
 
+    CHECKPOINT is a folder, or OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face Hub.
+
     \b
     vila-build-engine VILA1.5-3b-awq --target cpu -o VILA1.5-3b-cpu
     vila-build-engine VILA1.5-3b --target orin-nano --precision int4 --plan
@@ -132,8 +136,7 @@ def main(
     if out is None and not plan_only:
         out = _unfinished_engine(checkpoint)
 
-    from vila_deploy.builder.plan import plan_build, plan_targets
-    from vila_deploy.builder.resolve import BuildOptions, resolve_build
+    from vila_deploy.builder.resolve import BuildOptions
 
     modules = ModulePrecision(vision, lm_head, kv_cache)
     options = BuildOptions(
@@ -141,15 +144,26 @@ def main(
         pp, jetpack, modules, eval_data, kernel_launch, activations,
     )  # fmt: skip
     if plan_only or out is None:
-        note_template(checkpoint, prompt_template)
-        build = resolve_build(checkpoint, options, planning=True)
+        _plan(checkpoint, options, as_json)
+    else:
+        _show_engine(out, _build(checkpoint, out, options), as_json)
+
+
+def _plan(checkpoint: Path, options: BuildOptions, as_json: bool) -> None:
+    from vila_deploy.builder.plan import plan_build, plan_targets
+    from vila_deploy.builder.resolve import resolve_build
+    from vila_deploy.checkpoint.hub import planned_checkpoint
+
+    with planned_checkpoint(checkpoint, options.prompt_template) as (folder, download):
+        note_template(folder, options.prompt_template)
+        build = resolve_build(folder, options, planning=True)
         planned, fits = plan_build(build), plan_targets(build)
-        if as_json:
-            echo_json({**planned.to_json(), "targets": [fit.to_json() for fit in fits]})
-        else:
-            _show_plan(planned, fits)
-        return
-    _show_engine(out, _build(checkpoint, out, options), as_json)
+    if as_json:
+        targets = {"targets": [fit.to_json() for fit in fits]}
+        echo_json({**planned.to_json(), **targets, **download_json(download)})
+    else:
+        show_download(download)
+        _show_plan(planned, fits)
 
 
 def _unfinished_engine(folder: Path) -> Path:
@@ -170,9 +184,11 @@ def _unfinished_engine(folder: Path) -> Path:
 def _build(checkpoint: Path, out: Path, options: BuildOptions) -> Manifest:
     from vila_deploy.builder.build import build_engine
     from vila_deploy.builder.finish import is_unfinished
+    from vila_deploy.checkpoint.hub import planned_checkpoint
 
     if not is_unfinished(out):
-        note_template(checkpoint, options.prompt_template)
+        with planned_checkpoint(checkpoint, options.prompt_template) as (folder, _):
+            note_template(folder, options.prompt_template)
     try:
         return build_engine(checkpoint, out, options)
     except KeyboardInterrupt:

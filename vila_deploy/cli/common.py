@@ -21,6 +21,7 @@ from vila_deploy.utils.version import __version__
 
 if TYPE_CHECKING:
     from vila_deploy.builder.fit import Fit
+    from vila_deploy.checkpoint.hub import Download
     from vila_deploy.utils.estimates import MemoryItem, PlanStep
 
 P = ParamSpec("P")
@@ -55,8 +56,8 @@ def command_errors(command: Callable[P, None]) -> Callable[P, None]:
             # The reader of our output has gone.
             _discard_stdout()
             sys.exit(EXIT_FAILED)
-        except KeyboardInterrupt:
-            click.echo("interrupted: nothing was left behind", err=True)
+        except KeyboardInterrupt as interrupt:
+            click.echo(f"interrupted: {interrupt or 'nothing was left behind'}", err=True)
             sys.exit(EXIT_INTERRUPTED)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
@@ -113,6 +114,17 @@ def note_template(root: Path, prompt_template: str | None) -> None:
     note = template_note(layout.folder("llm"), config)
     if note:
         click.echo(note, err=True)
+
+
+def show_download(download: Download | None) -> None:
+    """Print what is to be fetched of a checkpoint on the hub; None is one on this computer."""
+    if download is not None:
+        click.echo(download.summary())
+
+
+def download_json(download: Download | None) -> dict[str, Any]:
+    """Return a plan's key about the hub; none for a checkpoint on this computer."""
+    return {} if download is None else {"download": download.to_json()}
 
 
 def fail(message: str) -> NoReturn:

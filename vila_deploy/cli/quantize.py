@@ -12,10 +12,12 @@ import click
 from vila_deploy.cli.common import (
     EXIT_INTERRUPTED,
     command,
+    download_json,
     echo_json,
     fail,
     no_nan,
     note_template,
+    show_download,
 )
 from vila_deploy.cli.formats import FormatNames
 from vila_deploy.formats.registry import FORMATS
@@ -24,6 +26,7 @@ from vila_deploy.utils.errors import VilaDeployError
 
 if TYPE_CHECKING:
     from vila_deploy.builder.fit import Fit
+    from vila_deploy.checkpoint.hub import Download
     from vila_deploy.quantize.estimate.plan import QuantizePlan
     from vila_deploy.quantize.options import QuantizeOptions
 
@@ -112,6 +115,8 @@ def main(
 ) -> None:
     """Quantize the language model of CHECKPOINT, a VILA folder, to 4 bits.
 
+    CHECKPOINT may also be OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face Hub.
+
     \b
     vila-quantize VILA1.5-3b -o VILA1.5-3b-awq
     vila-quantize VILA1.5-3b -o out --calib my-questions.jsonl --calib-images photos
@@ -139,7 +144,6 @@ def main(
         )
     except VilaDeployError as error:
         raise click.UsageError(str(error)) from error
-    note_template(checkpoint, prompt_template)
     if plan_only or out is None:
         _plan(checkpoint, options, as_json)
     else:
@@ -149,6 +153,16 @@ def main(
 
 
 def _plan(checkpoint: Path, options: QuantizeOptions, as_json: bool) -> None:
+    from vila_deploy.checkpoint.hub import planned_checkpoint
+
+    with planned_checkpoint(checkpoint, options.prompt_template) as (folder, download):
+        note_template(folder, options.prompt_template)
+        _show_plan_of(folder, options, as_json, download)
+
+
+def _show_plan_of(
+    folder: Path, options: QuantizeOptions, as_json: bool, download: Download | None
+) -> None:
     from vila_deploy.builder.fit import fit_everywhere
     from vila_deploy.checkpoint.config import config_of
     from vila_deploy.checkpoint.folder_layout import find_layout
@@ -157,7 +171,7 @@ def _plan(checkpoint: Path, options: QuantizeOptions, as_json: bool) -> None:
     from vila_deploy.processing.vocabulary import check_vocabulary
     from vila_deploy.quantize.estimate.plan import check_not_quantized, measured_plan
 
-    layout = find_layout(checkpoint)
+    layout = find_layout(folder)
     config = config_of(layout, options.prompt_template)
     check_vocabulary(layout.folder("llm"), config.llm.vocab_size)
     if options.lora is not None:
@@ -166,8 +180,10 @@ def _plan(checkpoint: Path, options: QuantizeOptions, as_json: bool) -> None:
     planned = measured_plan(config, options)
     fits = fit_everywhere(config, "int4", resolve_limits(config))
     if as_json:
-        echo_json({**planned.to_json(), "targets": [fit.to_json() for fit in fits]})
+        targets = {"targets": [fit.to_json() for fit in fits]}
+        echo_json({**planned.to_json(), **targets, **download_json(download)})
     else:
+        show_download(download)
         _show_plan(planned, fits)
 
 
@@ -175,8 +191,11 @@ def _quantize(
     checkpoint: Path, out: Path, options: QuantizeOptions, resume: bool, as_json: bool
 ) -> dict[str, Any]:
     from vila_deploy.checkpoint.config import load_config
+    from vila_deploy.checkpoint.hub import fetch_checkpoint, planned_checkpoint
     from vila_deploy.quantize.estimate.plan import work_path
 
+    with planned_checkpoint(checkpoint, options.prompt_template) as (folder, _):
+        note_template(folder, options.prompt_template)
     try:
         # Inside, since this takes seconds, in which Ctrl-C finds an earlier run's layers.
         from vila_deploy.quantize.pipeline import quantize
@@ -195,9 +214,8 @@ def _quantize(
         click.echo(f"{out}: {before:,.1f} MB → {after:,.1f} MB of weights; see {out / 'report.md'}")
         for line in _quality(report):
             click.echo(line)
-    for warning in _unknown_texts(
-        report, load_config(checkpoint, options.prompt_template).llm.vocab_size
-    ):
+    config = load_config(fetch_checkpoint(checkpoint), options.prompt_template)
+    for warning in _unknown_texts(report, config.llm.vocab_size):
         click.echo(f"warning: {warning}", err=True)
     return report
 

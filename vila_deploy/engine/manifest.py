@@ -78,6 +78,7 @@ class Manifest:
             AccuracyImpact.to_json). Key `effect`.
         activations: a name in ACTIVATIONS, of the 4-bit linears of backend onnxruntime.
         defaults: why choices that the user left to the backend are what they are, by option.
+        source: repository and commit on the Hugging Face Hub that the checkpoint came from.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Manifest:
     accuracy_impact: Mapping[str, Any] | None = None
     activations: str | None = None
     defaults: Mapping[str, str] = field(default_factory=dict)
+    source: Mapping[str, str] | None = None
 
 
 # Keys in manifest.json of the fields whose names have changed since.
@@ -104,7 +106,7 @@ KEYS = {
     "accuracy_impact": "effect",
 }
 # Written only where they say something.
-OPTIONAL_KEYS = ("activations", "defaults")
+OPTIONAL_KEYS = ("activations", "defaults", "source")
 
 
 def write_manifest(folder: Path, manifest: Manifest, without: Collection[str] = ()) -> None:
@@ -207,6 +209,7 @@ def _from_fields(values: Fields) -> Manifest:
         accuracy_impact=values.child("effect").values if "effect" in values else None,
         activations=_activations(values),
         defaults=values.child("defaults").values if "defaults" in values else {},
+        source=values.child("source").values if "source" in values else None,
     )
 
 

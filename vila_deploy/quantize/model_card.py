@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from vila_deploy.checkpoint import Checkpoint
+from vila_deploy.checkpoint.hub import hub_source
 from vila_deploy.quantize.report_markdown import evaluation_note, quality_table
 
 CARD, MAX_CARD_BYTES = "README.md", 1 << 20
 # Keys that are copied from the original's card, if it has one.
 LICENSE_KEYS = ("license", "license_name", "license_link")
 PLAIN_VALUE = re.compile(r"[\w./:+-]+( [\w./:+-]+)*", re.ASCII)
-# Folder of OWNER/NAME in the Hugging Face Hub's cache.
-HUB_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)", re.ASCII)
 
 
 def model_card(checkpoint: Checkpoint, report: dict[str, Any]) -> str:
@@ -39,7 +38,8 @@ def model_card(checkpoint: Checkpoint, report: dict[str, Any]) -> str:
         f"{report['output_bytes'] / 1e9:.2f} GB now |",
         f"| bits per weight | {report['bits_per_weight']:.3f} in quantized linears, "
         f"{report['bits_per_llm_weight']:.2f} over the whole language model |",
-        f"| made from | checkpoint with fingerprint {report['checkpoint_fingerprint'][:16]} |",
+        f"| made from | {_origin(checkpoint.root)}checkpoint with fingerprint "
+        f"{report['checkpoint_fingerprint'][:16]} |",
         *_adapter_row(report.get("lora")),
         f"| calibration | {_calibration(report['calibration'])} |",
         "",
@@ -72,7 +72,8 @@ def _adapter_row(lora: dict[str, Any] | None) -> list[str]:
 
 def _front_matter(checkpoint: Checkpoint, report: dict[str, Any]) -> list[str]:
     licence = _original_licence(checkpoint.root / CARD)
-    base = _hub_name(checkpoint.root)
+    source = hub_source(checkpoint.root)
+    base = source and source.repository
     return [
         "---",
         *([f"base_model: {base}", "base_model_relation: quantized"] if base else []),
@@ -85,13 +86,9 @@ def _front_matter(checkpoint: Checkpoint, report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _hub_name(root: Path) -> str | None:
-    """Return OWNER/NAME if `root` lies in the Hub's cache, otherwise None."""
-    for folder in (root, *root.absolute().parents):
-        match = HUB_FOLDER.fullmatch(folder.name)
-        if match:
-            return f"{match[1]}/{match[2]}"
-    return None
+def _origin(root: Path) -> str:
+    source = hub_source(root)
+    return f"{source}, " if source else ""
 
 
 def _original_licence(card: Path) -> dict[str, str]:

@@ -14,6 +14,7 @@ import torch
 
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import load_config
+from vila_deploy.checkpoint.hub import fetch_checkpoint
 from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, LlmConfig, layer_prefix
 from vila_deploy.checkpoint.lora import Adapter, open_adapter
 from vila_deploy.data.examples import Example, load_examples, load_held_out
@@ -47,7 +48,7 @@ from vila_deploy.quantize.resume import (
 )
 from vila_deploy.utils.device import choose_device
 from vila_deploy.utils.errors import VilaDeployError
-from vila_deploy.utils.files import canonical_json, new_folder
+from vila_deploy.utils.files import canonical_json, check_new, new_folder
 from vila_deploy.utils.host_memory import PeakMemory, give_back, resident_bytes
 from vila_deploy.utils.progress import progress
 from vila_deploy.writers.folder import CheckpointWriter
@@ -59,6 +60,7 @@ def quantize(
     """Write the 4-bit checkpoint `out`, which appears complete or not at all.
 
     Args:
+        root: of a checkpoint on this computer, or a repository's name on the hub.
         resume: go on from the finished layers that a run which ended early has left in the work
             folder beside `out`. On one computer the bytes are those of a run without interruption,
             except for time and memory in report.json and report.md. RTN, which takes minutes,
@@ -70,12 +72,12 @@ def quantize(
     Raises:
         VilaDeployError: the checkpoint, the options, the disk or the work folder is unfit.
     """
-    start = time.monotonic()
+    root, start = _fetch(root, out, options), time.monotonic()
     checkpoint, adapter = _open(root, options)
     planned = plan(checkpoint.config, options)
     device = choose_device(options.device, planned.device_bytes)
     examples = _calibration_examples(options)
-    held_out = load_held_out(options.eval, options.calib_images) if options.evaluates else []
+    held_out = _held_out_examples(options)
     warnings = data_warnings(options, examples, held_out)
     with ExitStack() as stack:
         memory = stack.enter_context(PeakMemory())
@@ -89,7 +91,6 @@ def quantize(
         disk = _DiskSpace(out, checkpoint, planned, work, len(options.formats))
         disk.check()
         outputs = CheckpointWriter(checkpoint, folder, options.formats, options.scheme)
-        checkpoint.digests((EMBEDDING,))
         _write_unquantized(checkpoint, outputs)
         calibration = calibrate(checkpoint, examples, options.seed, device) if examples else None
         if calibration:
@@ -127,10 +128,25 @@ def _open(root: Path, options: QuantizeOptions) -> tuple[Checkpoint, Adapter | N
     return checkpoint, adapter
 
 
+def _fetch(root: Path, out: Path, options: QuantizeOptions) -> Path:
+    """Return the checkpoint's folder, fetched unless something is wrong that needs no weights."""
+
+    def check(folder: Path) -> None:
+        check_new(out)
+        plan(_open(folder, options)[0].config, options)
+        data_warnings(options, _calibration_examples(options), _held_out_examples(options))
+
+    return fetch_checkpoint(root, check, options.prompt_template)
+
+
 def _calibration_examples(options: QuantizeOptions) -> list[Example]:
     if not options.calibrates:
         return []
     return load_examples(options.calib, options.calib_images, text_only=options.text_only)
+
+
+def _held_out_examples(options: QuantizeOptions) -> list[Example]:
+    return load_held_out(options.eval, options.calib_images) if options.evaluates else []
 
 
 def _layer_quantizer(
@@ -211,6 +227,7 @@ class _DiskSpace:
 
 
 def _write_unquantized(checkpoint: Checkpoint, outputs: CheckpointWriter) -> None:
+    checkpoint.digests((EMBEDDING,))
     names = [EMBEDDING, FINAL_NORM]
     if not checkpoint.config.llm.tie_word_embeddings:
         names.append(HEAD)

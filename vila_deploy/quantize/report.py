@@ -12,6 +12,7 @@ from typing import Any
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.checksums import WEIGHT_SUFFIXES
+from vila_deploy.checkpoint.hub import hub_source
 from vila_deploy.checkpoint.lora import Adapter
 from vila_deploy.engine.memory import MemoryRow
 from vila_deploy.eval.fidelity import IMAGE, TEXT, Evaluation
@@ -72,6 +73,7 @@ def build_report(
     files = [file for file in out.rglob("*") if file.suffix in WEIGHT_SUFFIXES]
     output_bytes = sum(file.stat().st_size for file in files)
     items = output_items(checkpoint.config, options.scheme)
+    source = hub_source(checkpoint.root)
     llm_items = [item for row, item in items.items() if row in LLM_ROWS]
     return {
         "algorithm": options.algorithm,
@@ -83,6 +85,7 @@ def build_report(
         "bits_per_llm_weight": _mean_bits(llm_items),
         "seed": options.seed,
         "checkpoint_fingerprint": checkpoint.fingerprint(),
+        "source": source.to_json() if source else None,
         "lora": None if adapter is None else adapter.to_json(),
         "input_bytes": input_bytes,
         "output_bytes": output_bytes,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+from vila_deploy.checkpoint.hub import HubSource
 from vila_deploy.formats.registry import FORMATS
 from vila_deploy.quantize.report import PREDICTED
 from vila_deploy.utils.progress import clock
@@ -25,7 +26,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"- bits per weight: {report['bits_per_weight']:.3f} in quantized linears, "
         f"{report['bits_per_llm_weight']:.2f} over the whole language model",
         _cost_line(report),
-        f"- seed {report['seed']}; parent checkpoint {report['checkpoint_fingerprint'][:16]}",
+        f"- seed {report['seed']}; parent checkpoint {report['checkpoint_fingerprint'][:16]}"
+        + (f", {source}" if (source := HubSource.from_json(report.get("source"))) else ""),
         *_adapter_lines(report.get("lora")),
         "- versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()),
         *_calibration_lines(report["calibration"]),

@@ -9,12 +9,14 @@ from pathlib import Path
 from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
+from vila_deploy.checkpoint.config import VilaConfig, load_config
+from vila_deploy.checkpoint.hub import fetch_checkpoint
 from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, NORMS, layer_prefix
-from vila_deploy.formats.base import QuantizedLinear, to_float16
+from vila_deploy.formats.base import QuantizationConfig, QuantizedLinear, to_float16
 from vila_deploy.formats.registry import FORMATS
 from vila_deploy.processing.vocabulary import check_vocabulary
 from vila_deploy.utils.errors import VilaDeployError
-from vila_deploy.utils.files import new_folder
+from vila_deploy.utils.files import check_new, new_folder
 from vila_deploy.utils.progress import progress
 from vila_deploy.writers.folder import CheckpointWriter, check_formats
 
@@ -23,18 +25,16 @@ def convert(root: Path, out: Path, formats: Sequence[str]) -> None:
     """Write the quantized checkpoint `root` as `out`, which appears whole or not at all.
 
     Args:
+        root: of a checkpoint on this computer, or a repository's name on the hub.
         formats: keys of FORMATS; several come into folders of `out` that have their names.
 
     Raises:
         VilaDeployError: not quantized, sizes that a format can't hold, anything wrong with
             `root` or the disk.
     """
+    root = fetch_checkpoint(root, lambda folder: _check(folder, out))
     checkpoint = open_checkpoint(root)
-    quantization = checkpoint.config.llm.quantization
-    if quantization is None:
-        raise VilaDeployError(
-            "is not quantized", where=root, fix="run vila-quantize first and convert its output"
-        )
+    quantization = _quantization(checkpoint.config, root)
     check_vocabulary(checkpoint.layout.folder("llm"), checkpoint.config.llm.vocab_size)
     scheme = quantization.scheme
     check_formats(formats, checkpoint.config, scheme)
@@ -46,6 +46,20 @@ def convert(root: Path, out: Path, formats: Sequence[str]) -> None:
         for name, value in _contents(checkpoint):
             writer.add(name, value)
         writer.finish()
+
+
+def _check(root: Path, out: Path) -> None:
+    """Raise VilaDeployError for what needs no weights to be known as wrong."""
+    check_new(out)
+    _quantization(load_config(root), root)
+
+
+def _quantization(config: VilaConfig, root: Path) -> QuantizationConfig:
+    if config.llm.quantization is None:
+        raise VilaDeployError(
+            "is not quantized", where=root, fix="run vila-quantize first and convert its output"
+        )
+    return config.llm.quantization
 
 
 def _contents(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:

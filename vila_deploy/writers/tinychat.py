@@ -10,6 +10,7 @@ from torch import Tensor
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.checksums import write_checksums
 from vila_deploy.checkpoint.folder_layout import llm_config_values
+from vila_deploy.checkpoint.hub import checkpoint_name
 from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD
 from vila_deploy.formats.base import QuantizedLinear, QuantScheme
 from vila_deploy.formats.registry import Format
@@ -34,7 +35,7 @@ class TinychatWriter(Writer):
     def __init__(self, checkpoint: Checkpoint, folder: Path, row: Format, scheme: QuantScheme):
         super().__init__(checkpoint, folder, row, scheme)
         copy_parts(checkpoint, folder)
-        name = file_name(checkpoint.root.resolve().name, scheme.group_size)
+        name = file_name(checkpoint_name(checkpoint.root), scheme.group_size)
         self._file = TorchFile(folder / "llm" / name)
 
     def add(self, name: str, value: Tensor | QuantizedLinear) -> None:

@@ -77,7 +77,7 @@ def test_hostile_cards_give_no_licence(root, report, tmp_path, readme):
 
 
 def test_names_the_base_where_the_hub_keeps_it(root, report, tmp_path):
-    folder = tmp_path / "models--Some-Lab--VILA1.5-3b" / "snapshots" / "0123abc"
+    folder = tmp_path / "models--Some-Lab--VILA1.5-3b" / "snapshots" / ("0123abcd" * 5)
     shutil.copytree(root, folder)
     lines = front_matter(card(folder, report))
     assert lines[:2] == ["base_model: Some-Lab/VILA1.5-3b", "base_model_relation: quantized"]

@@ -1,0 +1,135 @@
+"""A repository's name through the commands, from a stand-in of the hub on the loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import BIN, assert_one_line, invoke, succeed
+from tests.support.hub import Hub, serve_hub, use_hub
+from tests.support.paths import TINY_VILA
+from tests.support.tiny import make_checkpoint
+from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.checkpoint.hub import fetch_checkpoint, header_copy
+
+NAME = "Efficient-Large-Model/tiny-vila"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.chdir(tmp_path)
+    with serve_hub() as hub, use_hub(hub, tmp_path / "hf" / "hub"):
+        hub.repositories[NAME] = TINY_VILA
+        yield hub
+
+
+def start(hub: Hub, *args: object) -> subprocess.Popen[str]:
+    """Start a command, or Python itself, in a process that knows the hub as users' processes do."""
+    return subprocess.Popen(
+        [*map(str, args)], text=True, stderr=subprocess.PIPE,
+        env={**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": "hf"},
+    )  # fmt: skip
+
+
+def wait_for_weights(hub: Hub, size_bytes: int) -> None:
+    deadline = time.monotonic() + 240
+    while hub.sent_weights() < size_bytes and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def test_a_name_goes_through_plan_quantize_build_and_chat(hub: Hub, tmp_path: Path) -> None:
+    plan = json.loads(succeed("vila-quantize", NAME, "--plan", "--json"))
+    weights = sum(file.stat().st_size for file in TINY_VILA.rglob("*.safetensors"))
+    assert plan["download"]["size_bytes"] == plan["download"]["missing_bytes"] == weights
+    assert plan["download"]["fits"]
+    assert hub.sent_weights() <= 3 << 16
+    report = ["-o", "awq", "--algorithm", "rtn", "--json"]
+    made = json.loads(succeed("vila-quantize", NAME, *report))
+    source = {"repository": NAME, "commit": hub.commit(NAME)}
+    assert made["source"] == source
+    card = (tmp_path / "awq" / "README.md").read_text("utf-8")
+    assert f"base_model: {NAME}\n" in card
+    assert f"{NAME} at commit {source['commit'][:12]}" in card
+    local = ["-o", "local", "--algorithm", "rtn"]
+    succeed("vila-quantize", TINY_VILA, *local)
+    name = "llm/model.safetensors"
+    assert (tmp_path / "local" / name).read_bytes() == (tmp_path / "awq" / name).read_bytes()
+
+    hub.forget()
+    succeed("vila-build-engine", NAME, "--target", "cpu", "-o", "fp16")
+    assert not hub.sent, "a second run fetches nothing"
+    manifest = json.loads((tmp_path / "fp16" / "manifest.json").read_text("utf-8"))
+    assert (manifest["name"], manifest["source"]) == ("tiny-vila", source)
+    succeed("vila-build-engine", "awq", "--target", "cpu", "-o", "int4")
+    manifest = json.loads((tmp_path / "int4" / "manifest.json").read_text("utf-8"))
+    assert manifest["source"] == source
+    answer = ["-p", "What is this?", "--max-new-tokens", "4", "--json"]
+    assert json.loads(succeed("vila-chat", "int4", *answer))["tokens"]
+
+
+def test_a_killed_download_goes_on(hub: Hub, tmp_path: Path) -> None:
+    """SIGKILL in the middle of a file: the next run asks for what is missing of it, and no more."""
+    served = make_checkpoint(tmp_path / "served", vocab=8192, hidden=512)
+    hub.repositories["Lab/Large"] = served
+    size = sum(file.stat().st_size for file in served.rglob("*.safetensors"))
+    hub.pause = 0.01
+    fetch = "from vila_deploy.checkpoint.hub import *; fetch_checkpoint('Lab/Large')"
+    process = start(hub, sys.executable, "-c", fetch)
+    wait_for_weights(hub, size // 3)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    kept = sum(file.stat().st_size for file in Path("hf").rglob("*.incomplete"))
+    assert kept > size // 5
+    hub.forget()
+    hub.pause = 0.0
+    root = fetch_checkpoint("Lab/Large")
+    assert hub.sent_weights() <= size - kept + 3 * header_copy.FIRST_BYTES
+    assert not list(Path("hf").rglob("*.incomplete"))
+    assert open_checkpoint(root).fingerprint() == open_checkpoint(served).fingerprint()
+
+
+def test_ctrl_c_says_that_what_was_fetched_is_kept(hub: Hub) -> None:
+    hub.pause = 0.2
+    process = start(hub, BIN / "vila-build-engine", NAME, "--target", "cpu", "-o", "out")
+    wait_for_weights(hub, 1 << 19)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=240)
+    assert process.returncode == 130
+    assert stderr.splitlines()[-1] == (
+        "interrupted: what was fetched is kept; the same command goes on where this one ended"
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("vila-quantize", ["-o", "out"]),
+        ("vila-quantize", ["--plan"]),
+        ("vila-build-engine", ["--target", "cpu", "-o", "out"]),
+        ("vila-convert", ["--to", "awq", "-o", "out"]),
+    ],
+)
+def test_a_missing_repository_is_one_line(hub: Hub, command: str, options: list[str]) -> None:
+    line = assert_one_line(invoke(command, "Lab/Missing", *options))
+    assert "Lab/Missing: is neither a folder here nor a repository" in line
+
+
+def test_what_is_wrong_is_said_before_weights_are_fetched(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    for command, options in (
+        ("vila-quantize", ["-o", "out"]),
+        ("vila-quantize", ["-o", "new", "--group-size", "7"]),
+        ("vila-build-engine", ["--target", "cpu", "-o", "out"]),
+        ("vila-build-engine", ["--target", "cpu", "--precision", "int4", "-o", "new"]),
+        ("vila-convert", ["--to", "awq", "-o", "new"]),
+    ):
+        assert invoke(command, NAME, *options).returncode in (1, 2)
+    assert hub.sent_weights() <= 5 * 3 << 16
