@@ -63,7 +63,7 @@ def options(**changes: object) -> QuantizeOptions:
     defaults = {
         "algorithm": "awq", "group_size": 128, "symmetric": False, "calib": None,
         "calib_images": None, "text_only": False, "eval": None, "no_eval": False,
-        "formats": ("awq",), "device": "auto", "prompt_template": None, "seed": 0,
+        "formats": ("awq",), "device": "auto", "prompt_template": None, "seed": 0, "lora": None,
     }  # fmt: skip
     return quantize_options(**{**defaults, **changes})  # type: ignore[arg-type]
 
