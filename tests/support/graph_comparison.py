@@ -23,7 +23,8 @@ from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
 from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
 from vila_deploy.processing.tokenizer import load_tokenizer
-from vila_deploy.runtime.conversation import encode_images, place_images
+from vila_deploy.runtime.conversation import encode_images
+from vila_deploy.runtime.prompt import place_images
 from vila_deploy.utils.arrays import Floats
 
 MAX_SEQ_LEN = 256

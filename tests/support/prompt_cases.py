@@ -49,15 +49,16 @@ def write_tokenizer(folder: Path, template: str) -> None:
     """The kind of tokenizer files that the model of `template` comes with, with a small vocabulary.
 
     vicuna_v1: Llama-2's tokenizer.model. hermes-2: Yi's, where <|im_start|> is a piece and
-    <|im_end|> an added token, without BOS. llama_3: byte-level tokenizer.json with BOS. qwen2:
-    vocab.json and merges.txt.
+    <|im_end|> an added token, without BOS. llama_3: byte-level tokenizer.json with BOS, and with
+    ", no BOS" without it, as Meta's was until "Update post-processor to add bos" (2024-04-23).
+    qwen2: vocab.json and merges.txt.
     """
     if template in ("vicuna_v1", "hermes-2"):
         _write_sentencepiece(folder, yi=template == "hermes-2")
     elif template == "qwen2":
         _write_qwen2(folder)
     else:
-        _write_llama_3(folder)
+        _write_llama_3(folder, adds_bos=not template.endswith("no BOS"))
 
 
 def _write_sentencepiece(folder: Path, yi: bool) -> None:
@@ -120,7 +121,7 @@ def _byte_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {piece: index for index, piece in enumerate(pieces)}, merges
 
 
-def _write_llama_3(folder: Path) -> None:
+def _write_llama_3(folder: Path, adds_bos: bool) -> None:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     vocab, merges = _byte_vocabulary()
@@ -129,9 +130,10 @@ def _write_llama_3(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in LLAMA_3])
     bos = LLAMA_3[0]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-    )
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos}
     _write_json(folder / "tokenizer_config.json", {**settings, "eos_token": LLAMA_3[1]})

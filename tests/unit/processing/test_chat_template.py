@@ -52,11 +52,22 @@ def family_of(template: str) -> str:
     return "Qwen2ForCausalLM" if template == "qwen2" else "LlamaForCausalLM"
 
 
-@pytest.mark.parametrize("template", PROMPT_TEMPLATES)
-def test_prompts_equal_the_original(template: str, tmp_path: Path) -> None:
+# Row of the golden file → (template, tokenizer, generation).
+PROMPTS = {
+    **{name: (name, name, LLM_FAMILIES[family_of(name)].generation) for name in PROMPT_TEMPLATES},
+    "llama_3, no BOS": ("llama_3", "llama_3, no BOS", "vila1.5"),
+    "llama_3_original, no BOS": ("llama_3_original", "llama_3, no BOS", "vila1.5"),
+    "nvila: vicuna_v1": ("vicuna_v1", "vicuna_v1", "nvila"),
+    "nvila: llama_3": ("llama_3", "llama_3", "nvila"),
+    "nvila: llama_3, no BOS": ("llama_3", "llama_3, no BOS", "nvila"),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_prompts_equal_the_original(name: str, tmp_path: Path) -> None:
     """Golden numbers: see "recipe" in the file."""
-    tokenizer = opened(tmp_path, template)
-    recipe = GENERATIONS[LLM_FAMILIES[family_of(template)].generation]
+    template, kind, generation = PROMPTS[name]
+    tokenizer, recipe = opened(tmp_path, kind), GENERATIONS[generation]
     end = recipe.image_end
     rows = []
     for turns in conversations():
@@ -68,7 +79,29 @@ def test_prompts_equal_the_original(template: str, tmp_path: Path) -> None:
         whole = digest(render_answered(row, *asked[0])) if len(asked) == 1 else None
         rows.append([digest(text), len(ids), digest(ids), whole])
     assert len(rows) == 30
-    assert rows == GOLDEN[template]
+    assert rows == GOLDEN[name]
+
+
+def test_each_golden_row_is_compared() -> None:
+    assert set(GOLDEN) == set(PROMPTS)
+
+
+@pytest.mark.parametrize("kind", ["llama_3", "llama_3, no BOS"])
+def test_text_behind_an_image_loses_its_first_token_where_only_the_template_writes_bos(
+    kind: str, tmp_path: Path
+) -> None:
+    """As in training: Llama-3-VILA1.5-8B's tokenizer most likely puts no BOS before a text."""
+    tokenizer = opened(tmp_path, kind)
+    text = "<|begin_of_text|>the<image>\nthe<image>in the"
+    bos = tokenizer.token_id("<|begin_of_text|>")
+    first, *rest = text_chunks(tokenizer, text)
+    whole = [tokenizer.encode(chunk) for chunk in ("\nthe", "in the")]
+    assert first[0] == tokenizer.bos_id == bos
+    assert (first.count(bos) == 2) == (kind == "llama_3")
+    assert rest == (whole if kind == "llama_3" else [ids[1:] for ids in whole])
+    # Without BOS in the text, and none put there, nothing is dropped.
+    other = text.removeprefix("<|begin_of_text|>")
+    assert text_chunks(tokenizer, other)[1:] == whole
 
 
 @pytest.mark.parametrize("template", PROMPT_TEMPLATES)

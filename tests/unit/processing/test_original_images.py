@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
 
 from tests.support import vision_cases as cases
+from tests.support.original_checkpoint import session_of, write_checkpoint
 from tests.support.paths import GOLDEN
 from tests.support.vision_cases import assert_sample
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.variants import TOWER_FAMILIES
 from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig
-from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.images import closest_grid, preprocess
 from vila_deploy.processing.multimodal_prompt import merge_embeddings
 from vila_deploy.processing.s2 import merge_s2_blocks, s2_features
@@ -33,40 +32,6 @@ DYNAMIC_S2: dict[str, Any] = {
     "image_aspect_ratio": "dynamic_s2", "dynamic_s2": True, "s2_scales": "30,60,90",
     "s2_max_split_size": 30, "s2_resize_output_to_scale_idx": -1,
 }  # fmt: skip
-
-
-def write_checkpoint(root: Path, qwen2: bool = False, scales: int = 1, **changes: Any) -> Path:
-    """The model of vision_cases.py as a checkpoint in float32; `changes` are root keys."""
-    llm = dict(cases.QWEN2 if qwen2 else cases.LLAMA)
-    size = changes.pop("processor_size", 30)
-    parts: dict[str, tuple[dict[str, np.ndarray], dict[str, Any]]] = {
-        "llm": (
-            cases.qwen2_weights() if qwen2 else cases.llama_weights(),
-            {**llm, "architectures": ["Qwen2ForCausalLM" if qwen2 else "LlamaForCausalLM"]},
-        ),
-        "vision_tower": (
-            cases.siglip_weights(),
-            {**cases.SIGLIP, "model_type": "siglip_vision_model"},
-        ),
-        "mm_projector": (
-            cases.projector_weights(cases.HIDDEN * scales),
-            {"mm_projector_type": "mlp_downsample"},
-        ),
-    }
-    for part, (weights, config) in parts.items():
-        (root / part).mkdir(parents=True)
-        save_file(weights, root / part / "model.safetensors")
-        (root / part / "config.json").write_text(json.dumps(config))
-    processor = {
-        "size": {"height": size, "width": size}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-    }  # fmt: skip
-    (root / "vision_tower" / "preprocessor_config.json").write_text(json.dumps(processor))
-    (root / "config.json").write_text(json.dumps({"image_aspect_ratio": "resize", **changes}))
-    return root
-
-
-def session_of(root: Path) -> ReferenceSession:
-    return ReferenceSession(open_checkpoint(root))
 
 
 @pytest.mark.parametrize("name", PREPROCESS["siglip"]["resize"])

@@ -19,7 +19,8 @@ from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
 from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
 from vila_deploy.processing.tokenizer import Tokenizer, load_tokenizer
-from vila_deploy.runtime.conversation import Conversation, place_images
+from vila_deploy.runtime.conversation import Conversation
+from vila_deploy.runtime.prompt import place_images
 
 MOST_TOKENS = 32
 # Descriptions are the longest answers: 9 and 15 tokens.
