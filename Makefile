@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 demo: $(VENV)/.installed  ## quantize, build, ask and time the small trained model in examples/tiny-vila
 	$(BIN)/python examples/tiny-vila/demo.py
 
-test: $(VENV)/.installed-dev  ## lint, types and all tests that need no GPU
+test: $(VENV)/.installed-dev $(VENV)/boards/.made  ## lint, types and all tests that need no GPU
 	$(MAKE) lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 
@@ -33,6 +33,11 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vila-deploy needs Python 3.11 or newer; if it is there: make PYTHON=python3.12 …")'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e .
+	touch $@
+
+$(VENV)/boards/.made: $(VENV)/.installed-dev tests/support/board/environments.py docs/orin.md
+	mkdir -p $(VENV)/boards
+	$(BIN)/python -m tests.support.board.environments $(VENV)/boards
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from vila_deploy.utils.errors import VilaDeployError, short
 from vila_deploy.utils.files import read_json_object
+
+if TYPE_CHECKING:
+    from typing import Self  # Boards with JetPack 6 have Python 3.10.
 
 _MISSING = object()
 _FLOAT_LIMIT = 1e12

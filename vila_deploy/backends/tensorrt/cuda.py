@@ -14,11 +14,12 @@ from vila_deploy.utils.errors import VilaDeployError
 
 INSTALL = "pip install cuda-bindings, of the CUDA release that the driver supports"
 # From 12.9 on cuda-bindings include a CUDA runtime, for which the driver must be new enough.
-DRIVER_FIX = "update the driver, or pip install cuda-bindings of its release (JetPack 6: 12.8.0)"
-NO_DRIVER_FIX = (
-    "check the driver with nvidia-smi; start a container with --runtime nvidia (Jetson) or "
-    "--gpus all"
+IN_CONTAINER = "start a container with --runtime nvidia (Jetson) or --gpus all"
+DRIVER_FIX = (
+    "update the driver, or pip install cuda-bindings of its release (JetPack 6: 12.8.0); "
+    f"{IN_CONTAINER}"
 )
+NO_DRIVER_FIX = f"check the driver with nvidia-smi; {IN_CONTAINER}"
 
 
 def runtime() -> ModuleType:
