@@ -62,5 +62,20 @@ def change(edit: Callable[[Tensors], Any], path: str = PT) -> Callable[[Path], N
     return damage
 
 
+def as_bfloat16(state: Tensors) -> None:
+    """The file as llm-awq's `--dtype bfloat16` writes it: every float in bfloat16."""
+    for name, tensor in state.items():
+        if name.endswith(".scaled_zeros"):
+            scale = state[f"{name.removesuffix('.scaled_zeros')}.scales"].bfloat16()
+            zero = (-tensor.float() / scale.float().clamp(min=1e-9)).round()
+            state[name] = -(scale.float() * zero).bfloat16()
+        elif name.endswith(".scales"):
+            continue
+        elif tensor.is_floating_point():
+            state[name] = tensor.bfloat16()
+    for name in [name for name in state if name.endswith(".scales")]:
+        state[name] = state[name].bfloat16()
+
+
 def save(value: Any) -> Callable[[Path], None]:
     return lambda root: torch.save(value, root / PT)

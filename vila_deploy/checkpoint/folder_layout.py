@@ -234,5 +234,6 @@ def part_configs(layout: Layout) -> dict[str, dict[str, Any]]:
 
 
 def llm_config_values(layout: Layout) -> dict[str, Any]:
-    """Return llm/config.json without its quantization."""
-    return {key: value for key, value in layout.llm.values.items() if key != "quantization_config"}
+    """Return llm/config.json without what it says of the weights that are read."""
+    own = ("quantization_config", "weights_file")
+    return {key: value for key, value in layout.llm.values.items() if key not in own}

@@ -14,9 +14,12 @@ def load_quantization(fields: Fields) -> QuantizationConfig | None:
         VilaDeployError: names the key whose value is none that this version reads.
     """
     if "quantization_config" not in fields:
-        folder = fields.source.parent
-        recognised = (row.recognise(folder) for row in FORMATS.values())
+        recognised = (row.recognise(fields) for row in FORMATS.values())
         return next((quantization for quantization in recognised if quantization), None)
+    if "weights_file" in fields:
+        raise fields.error(
+            "weights_file", "stands beside a quantization_config of other weights", "remove one"
+        )
     child = fields.child("quantization_config")
     # Of several rows with one method, the first, as in `format_of`.
     packings = [row.packing for row in FORMATS.values() if row.packing.quant_method]

@@ -18,18 +18,24 @@ from vila_deploy.checkpoint.safetensors_header import TensorInfo
 from vila_deploy.checkpoint.torch_load import PickledFile
 from vila_deploy.formats.base import BITS, QuantizationConfig
 from vila_deploy.formats.tinychat import GROUP_SIZES, SUFFIX, TINYCHAT_V2, group_size_of
-from vila_deploy.utils.errors import VilaDeployError, short
+from vila_deploy.utils.errors import VilaDeployError, printable, short
+from vila_deploy.utils.fields import Fields
 
+# Key of llm/config.json, ours.
+WEIGHTS_FILE = "weights_file"
 GROUP_IN_NAME = re.compile(r"-g(\d{1,6})(?=[-.])")
 
 
-def recognise(folder: Path) -> QuantizationConfig | None:
-    """Return the quantization of the one `*-v2.pt` in `folder`; None where there is none.
+def recognise(fields: Fields) -> QuantizationConfig | None:
+    """Return the quantization of the `*-v2.pt` that holds the weights; None where none does.
+
+    Args:
+        fields: llm/config.json.
 
     Raises:
         VilaDeployError: several such files, or one whose group size can't be told.
     """
-    file = tinychat_file(folder)
+    file = tinychat_file(fields)
     if file is None:
         return None
     return QuantizationConfig("awq", BITS, group_size(file), True, TINYCHAT_V2.version)
@@ -39,26 +45,28 @@ def open_llm(layout: Layout, config: LlmConfig) -> TensorReader:
     """Open the linears of llm/, checked against `config`."""
     folder, quantization = layout.folder("llm"), config.quantization
     assert quantization is not None
-    file = tinychat_file(folder)
+    file = tinychat_file(layout.llm)
     tensors = read_tinychat(file, quantization.group_size) if file else find_tensors(folder)
     return llm_reader(tensors, config, folder)
 
 
-def tinychat_file(folder: Path) -> Path | None:
-    """Return the *-v2.pt that holds the weights of `folder`; None where there is none.
+def tinychat_file(fields: Fields) -> Path | None:
+    """Return the *-v2.pt that holds the weights of llm/; None where none does.
 
-    Safetensors win: where there is any, even an incomplete set, the .pt is not looked at.
+    The one that WEIGHTS_FILE names; else the only one there is, where there is no safetensors file,
+    not even one of an incomplete set.
+
+    Args:
+        fields: llm/config.json.
 
     Raises:
-        VilaDeployError: several such files.
+        VilaDeployError: several such files, or none of that name.
     """
-    try:
-        names = sorted(os.listdir(folder))  # noqa: PTH208  names only: links may lead nowhere
-    except OSError as error:
-        raise VilaDeployError(
-            f"cannot be read ({error.strerror})", where=folder, fix="check its permissions"
-        ) from error
+    folder = fields.source.parent
+    names = _names(folder)
     files = [name for name in names if name.endswith(SUFFIX)]
+    if WEIGHTS_FILE in fields:
+        return folder / fields.choice(WEIGHTS_FILE, files, what=f"*{SUFFIX} in {folder}")
     if not files or any(name.endswith(".safetensors") for name in names):
         return None
     if len(files) > 1:
@@ -69,6 +77,33 @@ def tinychat_file(folder: Path) -> Path | None:
             fix="remove all but the one to use",
         )
     return folder / files[0]
+
+
+def unread_note(layout: Layout) -> str | None:
+    """Return a line where a *-v2.pt lies beside the weights that are read; None for none.
+
+    As NVILA-AWQ's, which people put beside NVILA-8B's shards.
+    """
+    if WEIGHTS_FILE in layout.llm or tinychat_file(layout.llm) is not None:
+        return None
+    for folder in (layout.folder("llm"), layout.root):
+        for name in _names(folder):
+            if name.endswith(SUFFIX):
+                where = "" if folder == layout.folder("llm") else "move it into llm/, and "
+                return (
+                    f"note: {short(name)} is not read, the safetensors files of llm/ are; to use "
+                    f'it, {where}write "{WEIGHTS_FILE}": "{printable(name)}" into llm/config.json'
+                )
+    return None
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))  # noqa: PTH208  names only: links may lead nowhere
+    except OSError as error:
+        raise VilaDeployError(
+            f"cannot be read ({error.strerror})", where=folder, fix="check its permissions"
+        ) from error
 
 
 def group_size(file: Path) -> int:

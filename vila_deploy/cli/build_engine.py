@@ -14,7 +14,7 @@ from vila_deploy.cli.common import (
     download_json,
     echo_json,
     named_target,
-    note_template,
+    note_unused,
     show_download,
 )
 from vila_deploy.engine.precision import (
@@ -155,7 +155,7 @@ def _plan(checkpoint: Path, options: BuildOptions, as_json: bool) -> None:
     from vila_deploy.checkpoint.hub import planned_checkpoint
 
     with planned_checkpoint(checkpoint, options.prompt_template) as (folder, download):
-        note_template(folder, options.prompt_template)
+        note_unused(folder, options.prompt_template)
         build = resolve_build(folder, options, planning=True)
         planned, fits = plan_build(build), plan_targets(build)
     if as_json:
@@ -188,7 +188,7 @@ def _build(checkpoint: Path, out: Path, options: BuildOptions) -> Manifest:
 
     if not is_unfinished(out):
         with planned_checkpoint(checkpoint, options.prompt_template) as (folder, _):
-            note_template(folder, options.prompt_template)
+            note_unused(folder, options.prompt_template)
     try:
         return build_engine(checkpoint, out, options)
     except KeyboardInterrupt:

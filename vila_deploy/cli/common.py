@@ -103,17 +103,18 @@ def named_target(context: click.Context, option: click.Parameter, value: str) ->
     return name
 
 
-def note_template(root: Path, prompt_template: str | None) -> None:
-    """Say so where a checkpoint's tokenizer has a chat template that isn't the one used."""
+def note_unused(root: Path, prompt_template: str | None) -> None:
+    """Say so where a checkpoint has a chat template, or weights, other than those that are used."""
     from vila_deploy.checkpoint.config import config_of
     from vila_deploy.checkpoint.folder_layout import find_layout
+    from vila_deploy.checkpoint.tinychat_file import unread_note
     from vila_deploy.processing.own_template import template_note
 
     layout = find_layout(root)
     config = config_of(layout, prompt_template)
-    note = template_note(layout.folder("llm"), config)
-    if note:
-        click.echo(note, err=True)
+    for note in (template_note(layout.folder("llm"), config), unread_note(layout)):
+        if note:
+            click.echo(note, err=True)
 
 
 def show_download(download: Download | None) -> None:

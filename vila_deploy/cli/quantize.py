@@ -16,7 +16,7 @@ from vila_deploy.cli.common import (
     echo_json,
     fail,
     no_nan,
-    note_template,
+    note_unused,
     show_download,
 )
 from vila_deploy.cli.formats import FormatNames
@@ -156,7 +156,7 @@ def _plan(checkpoint: Path, options: QuantizeOptions, as_json: bool) -> None:
     from vila_deploy.checkpoint.hub import planned_checkpoint
 
     with planned_checkpoint(checkpoint, options.prompt_template) as (folder, download):
-        note_template(folder, options.prompt_template)
+        note_unused(folder, options.prompt_template)
         _show_plan_of(folder, options, as_json, download)
 
 
@@ -195,7 +195,7 @@ def _quantize(
     from vila_deploy.quantize.estimate.plan import work_path
 
     with planned_checkpoint(checkpoint, options.prompt_template) as (folder, _):
-        note_template(folder, options.prompt_template)
+        note_unused(folder, options.prompt_template)
     try:
         # Inside, since this takes seconds, in which Ctrl-C finds an earlier run's layers.
         from vila_deploy.quantize.pipeline import quantize

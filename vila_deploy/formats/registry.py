@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from vila_deploy.formats.base import Packing, QuantizationConfig
+from vila_deploy.utils.fields import Fields
 
 SHARDED_WRITER = "vila_deploy.writers.folder:ShardedWriter"
 
@@ -26,7 +26,7 @@ class Format:
         packing_path: the Packing of its linears.
         writer_path: the Writer of such a checkpoint.
         reader_path: `(layout, llm_config) → reader` of llm/; empty for tensors in safetensors.
-        recogniser_path: `(folder of llm/) → QuantizationConfig | None`, of a checkpoint whose
+        recogniser_path: `(llm/config.json) → QuantizationConfig | None`, of a checkpoint whose
             config says nothing of a quantization; empty where it does.
     """
 
@@ -50,11 +50,11 @@ class Format:
     def reader(self) -> Callable[..., Any] | None:
         return _load(self.reader_path) if self.reader_path else None
 
-    def recognise(self, folder: Path) -> QuantizationConfig | None:
-        """Return the quantization of a `folder` whose config is silent, if it is of this format."""
+    def recognise(self, fields: Fields) -> QuantizationConfig | None:
+        """Return the quantization of an llm/ whose config is silent, if it is of this format."""
         if not self.recogniser_path:
             return None
-        quantization: QuantizationConfig | None = _load(self.recogniser_path)(folder)
+        quantization: QuantizationConfig | None = _load(self.recogniser_path)(fields)
         return quantization
 
 

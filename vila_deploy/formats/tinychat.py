@@ -7,8 +7,9 @@ groups of G:
 - qweight int16 [N/4, K]: a word holds four values of one output channel. Nibble t (bits 4t..4t+3)
   of word [a, 64b + 16r + 8h + w] is the value [4a + r, 64b + 32h + 8t + w], with r 0..3, h 0..1,
   w 0..7: tiles of 4 rows and 64 columns.
-- scales, scaled_zeros float16 [R, N], where rows K/G..R are 0 (`scale_rows` gives R).
-  scaled_zeros = −(scale · zero), rounded to float16, so that w = q · scale + scaled_zeros.
+- scales, scaled_zeros float16, or bfloat16 of a model quantized with `--dtype bfloat16`, [R, N],
+  where rows K/G..R are 0 (`scale_rows` gives R). scaled_zeros = −(scale · zero), rounded to that
+  dtype, so that w = q · scale + scaled_zeros.
 
 Its checkpoints have no quantization_config: the file's name tells them.
 """
@@ -41,12 +42,14 @@ SUFFIX = "-v2.pt"  # of the file of weights
 # Group size → what the number of blocks of 8 groups is a multiple of.
 GROUP_SIZES = {128: 1, 64: 2, 32: 4}
 KERNEL_GROUP_SIZE = 128
+FLOATS = ("F16", "BF16")
 GROUPS_PER_BLOCK = 8
 ROW_MULTIPLE, ROWS_PER_TILE, COLUMNS_PER_TILE = 8, 4, 64
 NIBBLES = 4
-# A zero point that float16 rounded lies within 15 · 2⁻¹⁰ of an integer, even if the scale that it
-# was multiplied with was rounded apart from it.
-ZERO_TOLERANCE = 1 / 32
+# How far from an integer a zero point may lie that the dtype of the file has rounded: 15 · 2⁻¹⁰ in
+# float16, even if the scale that it was multiplied with was rounded apart from it, and 15 · 2⁻⁸ in
+# bfloat16.
+ZERO_TOLERANCES = {"torch.float16": 1 / 32, "torch.bfloat16": 1 / 8}
 FIX = "this is not a TinyChat v2 checkpoint of that group size; download it again"
 
 
@@ -79,8 +82,8 @@ class TinychatV2(Packing):
     ) -> Iterator[TensorSpec]:
         table = (scale_rows(columns, group_size), rows)
         yield TensorSpec("qweight", (rows * bits // 16, columns), ("I16",))
-        yield TensorSpec("scales", table, ("F16",))
-        yield TensorSpec("scaled_zeros", table, ("F16",))
+        yield TensorSpec("scales", table, FLOATS)
+        yield TensorSpec("scaled_zeros", table, FLOATS)
 
     def pack(self, linear: QuantizedLinear, zero_point: bool = True) -> dict[str, Tensor]:
         """Return the tensors of one linear.
@@ -115,7 +118,8 @@ class TinychatV2(Packing):
 
         The zero point is round(−scaled_zeros / scale). TinyChat's kernels add scaled_zeros as
         stored, so their w = q · scale + scaled_zeros differs from (q − zero) · scale by what
-        float16 rounded off the product: at most scale · zero · 2⁻¹¹.
+        was rounded off the product: at most scale · zero · 2⁻¹¹ in float16, · 2⁻⁸ in bfloat16.
+        A bfloat16 scale is a float16 too, unless it is below float16's smallest normal number.
 
         Raises:
             VilaDeployError: names the tensor that is missing, of another dtype or shape, or whose
@@ -127,17 +131,20 @@ class TinychatV2(Packing):
         out_features, in_features = NIBBLES * qweight.shape[0], qweight.shape[1]
         _check_sizes(out_features, in_features, group_size)
         specs = self.tensor_specs(out_features, in_features, group_size)
-        check_stored(tensors, (*specs, TensorSpec("bias", (out_features,), ("F16",))), FIX)
+        check_stored(tensors, (*specs, TensorSpec("bias", (out_features,), FLOATS)), FIX)
+        if tensors["scales"].dtype != tensors["scaled_zeros"].dtype:
+            raise _unfit("scaled_zeros", f"must be {tensors['scales'].dtype} like the scales")
         groups = in_features // group_size
         for name in ("scales", "scaled_zeros"):
             if bool(tensors[name][groups:].any()):
                 raise _unfit(name, f"must be 0 in the rows after the {groups} groups")
         scale = tensors["scales"][:groups].T.contiguous()
+        zero, bias = _zero_points(scale, tensors["scaled_zeros"][:groups].T), tensors.get("bias")
         return QuantizedLinear(
             q=_unpack_tiles(qweight),
-            scale=scale,
-            zero=_zero_points(scale, tensors["scaled_zeros"][:groups].T),
-            bias=tensors.get("bias"),
+            scale=_as_float16(scale),
+            zero=zero,
+            bias=None if bias is None else bias.half(),
         )
 
     def quantization_config(self, scheme: QuantScheme) -> dict[str, Any]:
@@ -166,14 +173,22 @@ class TinychatV2(Packing):
 TINYCHAT_V2 = TinychatV2()
 
 
+def _as_float16(scale: Tensor) -> Tensor:
+    halved = scale.half()
+    if not bool((halved.isfinite() & (halved > 0)).all()):
+        raise _unfit("scales", "must lie within float16")
+    return halved
+
+
 def _zero_points(scale: Tensor, scaled_zeros: Tensor) -> Tensor:
-    """Both float16 [out, in/group] → uint8 of the same shape."""
+    """Both float16 or bfloat16 [out, in/group] → uint8 of the same shape."""
     if not bool((scale > 0).all()):
         raise _unfit("scales", "must be positive for every group")
     ratio = -scaled_zeros.float() / scale.float()
     zero = ratio.round()
     # Negated, so that NaN is refused too.
-    wrong = ~((ratio - zero).abs() <= ZERO_TOLERANCE) | (zero < 0) | (zero > MAX_VALUE)
+    tolerance = ZERO_TOLERANCES[str(scale.dtype)]
+    wrong = ~((ratio - zero).abs() <= tolerance) | (zero < 0) | (zero > MAX_VALUE)
     if bool(wrong.any()):
         row, group = wrong.nonzero()[0].tolist()
         raise _unfit(

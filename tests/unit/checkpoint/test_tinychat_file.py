@@ -15,9 +15,17 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from tests.support.damage import Q_PROJ, refused
+from tests.support.commands import invoke, succeed
+from tests.support.damage import INDEX, Q_PROJ, edit_json, refused
 from tests.support.tiny import make_checkpoint
-from tests.support.tinychat_release import NAME, PT, SEARCH_RESULT, change, release
+from tests.support.tinychat_release import (
+    NAME,
+    PT,
+    SEARCH_RESULT,
+    as_bfloat16,
+    change,
+    release,
+)
 from vila_deploy.builder.plan import plan_build
 from vila_deploy.builder.resolve import BuildOptions, resolve_build
 from vila_deploy.checkpoint import open_checkpoint
@@ -115,6 +123,50 @@ def test_safetensors_win(tmp_path: Path) -> None:
     assert re.search(r"00002-of-.* is missing, .*-v2\.pt is read only where.*; down", refused(root))
     shutil.copyfile(root / PT, awq / PT)
     assert open_checkpoint(awq).llm.files() == [awq / "llm/model.safetensors"]
+
+
+def test_bfloat16_files_are_read(tmp_path: Path) -> None:
+    """As llm-awq writes them with --dtype bfloat16: the same integers, scales rounded to 8 bits."""
+    root, awq = release(tmp_path)
+    change(as_bfloat16)(root)
+    found, expected = open_checkpoint(root).llm, open_checkpoint(awq).llm
+    one, other = found.linear(Q_PROJ), expected.linear(Q_PROJ)
+    assert isinstance(one, QuantizedLinear)
+    assert isinstance(other, QuantizedLinear)
+    assert torch.equal(one.q, other.q)
+    assert torch.equal(one.zero, other.zero)
+    assert torch.equal(one.scale, other.scale.bfloat16().half())
+    norm = "model.norm.weight"
+    assert torch.equal(found.tensor(norm).float(), expected.tensor(norm).bfloat16().float())
+
+
+@pytest.mark.parametrize("where", ["llm", "."])
+def test_a_file_beside_the_shards_is_said_and_can_be_chosen(where: str, tmp_path: Path) -> None:
+    """NVILA-AWQ's repository holds only the file; people put it beside NVILA-8B's shards."""
+    root, _ = release(tmp_path)
+    shutil.move(root / PT, root / where / NAME)
+    (root / INDEX).unlink()
+    shards = make_checkpoint(tmp_path / "shards")
+    shutil.copyfile(shards / "llm/model.safetensors", root / "llm/model.safetensors")
+    done = invoke("vila-build-engine", root, "--target", "cpu", "--plan")
+    assert done.returncode == 0
+    (line,) = (line for line in done.stderr.splitlines() if NAME in line)
+    assert f'write "weights_file": "{NAME}" into llm/config.json' in line
+    assert ("move it into llm/" in line) == (where == ".")
+    assert open_checkpoint(root).config.llm.quantization is None
+    shutil.move(root / where / NAME, root / PT)
+    edit_json("llm/config.json", lambda values: values.update(weights_file=NAME))(root)
+    assert open_checkpoint(root).llm.files() == [root / PT]
+    assert NAME not in invoke("vila-build-engine", root, "--target", "cpu", "--plan").stderr
+    succeed("vila-convert", root, "--to", "awq", "-o", tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").llm.files() != [root / PT]
+
+
+@pytest.mark.parametrize("name", ["../llm/" + NAME, "none-v2.pt", "model.safetensors", 3, ""])
+def test_a_chosen_file_must_be_there(name: Any, tmp_path: Path) -> None:
+    root, _ = release(tmp_path)
+    edit_json("llm/config.json", lambda values: values.update(weights_file=name))(root)
+    assert re.search(r"llm/config\.json: weights_file: ", refused(root))
 
 
 def test_fingerprint_and_checksums_cover_it(tmp_path: Path) -> None:

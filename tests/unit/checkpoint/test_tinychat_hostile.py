@@ -165,8 +165,8 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
         rf"tensor {UP}\.qweight is I32, must be I16; convert",
     ),
     "bf16 scales": (
-        change(lambda s: s.update({f"{UP}.scales": s[f"{UP}.scales"].bfloat16()})),
-        rf"tensor {UP}\.scales is BF16, must be F16; convert",
+        change(lambda s: s.update({f"{UP}.scales": s[f"{UP}.scales"].float()})),
+        rf"tensor {UP}\.scales is F32, must be F16 or BF16; convert",
     ),
     "wrong shape": (
         change(lambda s: s.update({f"{UP}.scales": s[f"{UP}.scales"][:8].clone()})),
