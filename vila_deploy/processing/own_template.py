@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.processing.added_tokens import read_settings
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, choose_template, render
+from vila_deploy.processing.template_worker import render_within_limits
 from vila_deploy.processing.tokenizer import load_tokenizer
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -74,28 +75,12 @@ def recognize(source: str, folder: Path) -> list[str]:
 
 
 def _rendered(source: str, tokens: dict[str, str]) -> str | None:
-    """Return what a template writes, as transformers renders it; None if it fails."""
-    try:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        return None
+    """Return what a template writes; None if it fails or is too large."""
     if len(source) > MAX_TEMPLATE_CHARACTERS:
         return None
     roles = [("user", TURN[0]), ("assistant", TURN[1]), ("user", QUESTION)]
     messages = [{"role": role, "content": content} for role, content in roles]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _raise
-    try:
-        return environment.from_string(source).render(
-            messages=messages, add_generation_prompt=True, **tokens
-        )
-    # A template may divide by zero, call what isn't there, or recurse.
-    except Exception:
-        return None
-
-
-def _raise(message: object) -> NoReturn:
-    raise ValueError(str(message))
+    return render_within_limits(source, messages, tokens)
 
 
 def _named_tokens(folder: Path) -> dict[str, str]:

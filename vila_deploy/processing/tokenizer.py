@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from vila_deploy.processing.added_tokens import (
     AddedTokenEntry,
+    named_bos,
     read_added_tokens,
-    read_bos_token,
     read_settings,
     read_special_tokens,
+    unknown_class,
+    wrong_id,
 )
+from vila_deploy.processing.sentencepiece_model import SentencePieceTokenizer
 from vila_deploy.processing.token_bytes import (
     byte_fallback_bytes,
     byte_level_bytes,
     is_byte_level,
 )
-from vila_deploy.utils.errors import VilaDeployError, short
+from vila_deploy.utils.errors import VilaDeployError
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -41,8 +43,6 @@ QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Appended to a sentencepiece model this sets its normalizer_spec.add_dummy_prefix to false.
-NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 REPLACEMENT = "\ufffd"
 # Where readings of one vocabulary are known to differ: at the start, behind special tokens and line
 # ends, in runs of spaces, in letters that a normalizer changes, in bytes.
@@ -149,7 +149,7 @@ class JsonTokenizer:
         self._library.no_truncation()
         self._library.no_padding()
         self.bos_ids = self._library.encode("", add_special_tokens=True).ids[:1]
-        self.bos_id = _named_bos(path, self.token_id, self.bos_ids)
+        self.bos_id = named_bos(path, self.token_id, self.bos_ids)
         self.vocab_size = self._library.get_vocab_size()
         self._added = self._library.get_added_tokens_decoder()
         self._byte_level = is_byte_level(self._library.decoder)
@@ -159,15 +159,7 @@ class JsonTokenizer:
         from tokenizers import Tokenizer as Library
 
         library = Library.from_file(str(path))
-        for entry in read_added_tokens(path):
-            # An id that the vocabulary doesn't leave would be another token's for the model.
-            number = library.token_to_id(entry.content)
-            if entry.number == (library.get_vocab_size() if number is None else number):
-                library.add_tokens([_library_token(entry)])
-        added = {token.content for token in library.get_added_tokens_decoder().values()}
-        named = read_special_tokens(path) - added
-        for content in sorted(token for token in named if library.token_to_id(token) is not None):
-            library.add_special_tokens([content])
+        _add_tokens(library, path)
         return library
 
     def _special_token(self) -> str:
@@ -208,11 +200,7 @@ class Qwen2Tokenizer(JsonTokenizer):
 
         kind = read_settings(path).text("tokenizer_class", "")
         if kind not in QWEN2_CLASSES:
-            raise VilaDeployError(
-                f"unknown tokenizer class {short(kind)} for it",
-                where=path,
-                fix=f"this version supports {', '.join(QWEN2_CLASSES)}, or give a tokenizer.json",
-            )
+            raise unknown_class(kind, QWEN2_CLASSES, path)
         library = Library(models.BPE.from_file(str(path), str(path.with_name("merges.txt"))))
         library.normalizer = normalizers.NFC()
         library.pre_tokenizer = pre_tokenizers.Sequence(
@@ -222,96 +210,23 @@ class Qwen2Tokenizer(JsonTokenizer):
             ]
         )
         library.decoder = decoders.ByteLevel()
-        for entry in read_added_tokens(path):
-            library.add_tokens([_library_token(entry)])
-            number = library.token_to_id(entry.content)
-            if number != entry.number:
-                raise VilaDeployError(
-                    f"token {short(entry.content)} has id {entry.number}, "
-                    f"vocab.json leaves it {number}",
-                    where=path.with_name("added_tokens.json"),
-                    fix="download the tokenizer files again",
-                )
+        _add_tokens(library, path)
         return library
 
 
-class SentencePieceTokenizer:
-    """A Llama `tokenizer.model`; a space is added before the text, but not after special tokens.
+def _add_tokens(library: Library, path: Path) -> None:
+    """Add what lies beside `path`, as transformers does, which gives new tokens the next ids.
 
-    VILA loads every tokenizer of this kind so, with transformers' `legacy=False`.
+    Raises:
+        VilaDeployError: the files give a token another id.
     """
-
-    def __init__(self, path: Path):
-        from sentencepiece import SentencePieceProcessor
-        from tokenizers import decoders
-
-        self._library = SentencePieceProcessor()
-        self._library.LoadFromSerializedProto(path.read_bytes() + NO_DUMMY_PREFIX)
-        adds_bos = (
-            read_settings(path).boolean("add_bos_token", True) and self._library.bos_id() >= 0
-        )
-        self.bos_ids = [self._library.bos_id()] if adds_bos else []
-        special = (self._library.bos_id(), self._library.eos_id(), self._library.unk_id())
-        self._added = {self._library.id_to_piece(i): i for i in special if i >= 0}
-        entries = read_added_tokens(path)
-        self._added |= {entry.content: entry.number for entry in entries}
-        self.vocab_size = max(self._library.vocab_size(), *(i + 1 for i in self._added.values()))
-        longest_first = sorted(self._added, key=len, reverse=True)
-        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        self._texts = {number: content for content, number in self._added.items()}
-        plain = {entry.number for entry in entries if not entry.special}
-        named = (self.token_id(token) for token in read_special_tokens(path))
-        self._skipped = {*special, *named, *(self._texts.keys() - plain)}
-        self.bos_id = _named_bos(path, self.token_id, self.bos_ids)
-        self._decoder = decoders.Sequence(
-            [
-                decoders.Replace("\u2581", " "),
-                decoders.ByteFallback(),
-                decoders.Fuse(),
-                decoders.Strip(content=" ", left=1, right=0),
-            ]
-        )
-
-    def encode(self, text: str, after_special: bool = False) -> list[int]:
-        ids: list[int] = []
-        for index, span in enumerate(self._split.split(text.replace("\u2581", " "))):
-            if span in self._added:
-                ids.append(self._added[span])
-            elif span:
-                ids += self._library.encode(span if index or after_special else f" {span}")
-        return ids
-
-    def token_id(self, token: str) -> int | None:
-        if token in self._added:
-            return self._added[token]
-        number = self._library.piece_to_id(token)
-        return None if number == self._library.unk_id() else number
-
-    def decode(self, ids: Sequence[int]) -> str:
-        pieces = (self._piece(number) for number in ids if number not in self._skipped)
-        return self._decoder.decode([piece for piece in pieces if piece is not None])
-
-    def token_bytes(self, number: int) -> bytes | None:
-        if number in self._skipped:
-            return None
-        piece = self._piece(number)
-        if piece is None or number in self._texts:
-            return None if piece is None else piece.encode()
-        return byte_fallback_bytes(piece)
-
-    def _piece(self, number: int) -> str | None:
-        """Return the text of an id; None for control pieces and ids beyond the vocabulary."""
-        if number in self._texts:
-            return self._texts[number]
-        if not 0 <= number < self._library.vocab_size() or self._library.is_control(number):
-            return None
-        return self._library.id_to_piece(number)
-
-
-def _named_bos(path: Path, token_id: Callable[[str], int | None], bos_ids: list[int]) -> int | None:
-    """Return the id of the token that the files beside `path` name as BOS, else of `bos_ids`."""
-    token = read_bos_token(path)
-    return token_id(token) if token is not None else next(iter(bos_ids), None)
+    for entry in read_added_tokens(path):
+        library.add_tokens([_library_token(entry)])
+        number = library.token_to_id(entry.content)
+        if number != entry.number:
+            raise wrong_id(entry, number, path)
+    added = {token.content for token in library.get_added_tokens_decoder().values()}
+    library.add_special_tokens([t for t in read_special_tokens(path) if t not in added])
 
 
 def _library_token(entry: AddedTokenEntry) -> AddedToken:
