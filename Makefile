@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-web bench lint format clean
+.PHONY: demo test test-web test-serve bench lint format clean
 
 demo: $(VENV)/.installed  ## quantize, build, ask and time the small trained model in examples/tiny-vila
 	$(BIN)/python examples/tiny-vila/demo.py
@@ -16,6 +16,10 @@ test: $(VENV)/.installed-dev $(VENV)/boards/.made  ## lint, types and all tests 
 test-web: $(VENV)/.installed-web  ## vila-serve's page in Chromium
 	tests/web/install_chromium.sh
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/web
+
+test-serve: $(VENV)/.installed-dev  ## vila-serve: 1000 damaged requests, 200 clients for two minutes
+	OMP_NUM_THREADS=1 MUTATED_REQUESTS=1000 CLIENTS=200 SECONDS=120 $(BIN)/pytest \
+	  tests/unit/server/test_mutated_requests.py tests/unit/server/test_many_clients.py
 
 bench: $(VENV)/.installed  ## the authors' tokens-per-second table for this computer, within 15 minutes
 	$(BIN)/vila-bench --table

@@ -18,7 +18,14 @@ import vila_deploy
 from tests.support.paths import REPOSITORY
 from tests.support.tiny import make_checkpoint
 
-COMMANDS = ("vila-quantize", "vila-convert", "vila-build-engine", "vila-chat", "vila-bench")
+COMMANDS = (
+    "vila-quantize",
+    "vila-convert",
+    "vila-build-engine",
+    "vila-chat",
+    "vila-bench",
+    "vila-serve",
+)
 BUILD_SDIST = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vila_deploy.cli.common import command
+from vila_deploy.cli.common import command, no_nan
 from vila_deploy.utils.errors import VilaDeployError
 
 if TYPE_CHECKING:
@@ -53,11 +53,12 @@ MIN_KEY_CHARACTERS = 8
 )  # fmt: skip
 @click.option(
     "--timeout", "timeout_s", type=click.FloatRange(1, 86_400), default=600.0, show_default=True,
-    help="Seconds for a request, from its arrival to the end of the answer.",
+    callback=no_nan, help="Seconds for a request, from its arrival to the end of the answer.",
 )  # fmt: skip
 @click.option(
     "--drain-timeout", "drain_timeout_s", type=click.FloatRange(0, 86_400), default=30.0,
-    show_default=True, help="Seconds for running answers to end after SIGTERM or Ctrl-C.",
+    show_default=True, callback=no_nan,
+    help="Seconds for running answers to end after SIGTERM or Ctrl-C.",
 )  # fmt: skip
 @click.option(
     "--max-tokens", type=click.IntRange(1), help="Most tokens of an answer; as many as fit."
@@ -68,15 +69,15 @@ MIN_KEY_CHARACTERS = 8
 )  # fmt: skip
 @click.option(
     "--max-image-megapixels", type=click.FloatRange(0.01, 100), default=50.0, show_default=True,
-    help="Of one image; a request may have twice as many in all.",
+    callback=no_nan, help="Of one image; a request may have twice as many in all.",
 )  # fmt: skip
 @click.option(
     "--max-body-mb", type=click.FloatRange(0.001, 1024), default=32.0, show_default=True,
-    help="Of one request, images in base64 included.",
+    callback=no_nan, help="Of one request, images in base64 included.",
 )  # fmt: skip
 @click.option(
     "--image-cache-mb", type=click.FloatRange(0, 1_000_000), default=256.0, show_default=True,
-    help="Features of images that are kept for further questions.",
+    callback=no_nan, help="Features of images that are kept for further questions.",
 )  # fmt: skip
 @click.option(
     "--allow-image-urls", is_flag=True,
@@ -127,6 +128,8 @@ def main(
     listener = bind(host, port)
     keys = (*api_keys, *(_read_keys(api_key_file) if api_key_file else ()))
     _check_keys(keys, needed=not is_private(listener))
+    if tls is None and not is_private(listener):
+        click.echo("note: nothing is encrypted without --tls-cert or a proxy in front", err=True)
     options = ServerOptions(
         model_names=model_names or (engine.resolve().name,),
         api_keys=keys,

@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from vila_deploy.processing.chat_template import PROMPT_TEMPLATES
 from vila_deploy.runtime.open_engine import OpenedEngine
 from vila_deploy.runtime.scheduler import Scheduler
 from vila_deploy.server.body import BodyBudget
@@ -38,6 +39,10 @@ class Api:
         self.engine, self.scheduler, self.options = engine, scheduler, options
         self.draining, self.started = False, int(time.time())
         self.tokenizer, model = engine.require_tokenizer(), engine.model
+        stops = PROMPT_TEMPLATES[model.prompt].stops
+        self.special_tokens = {
+            number: name for name in stops if (number := self.tokenizer.token_id(name)) is not None
+        }
         self.metrics = ServerMetrics(options.model_names[0], scheduler.stats)
         network = (network or Network()) if options.allow_image_urls else None
         self.prompts = PromptMaker(model, self.tokenizer, options.limits, network)

@@ -56,4 +56,9 @@ def _refuse(request: Request, error: Exception) -> Response | Awaitable[Response
     """Give Starlette's own refusals the form of all others."""
     assert isinstance(error, HTTPException)
     what = _STATUS.get(error.status_code, "refused")
-    raise ApiError(what, status=error.status_code, fix="see /v1/chat/completions and /v1/models")
+    raise ApiError(
+        what,
+        status=error.status_code,
+        fix="see /v1/chat/completions and /v1/models",
+        allow=(error.headers or {}).get("Allow"),
+    )

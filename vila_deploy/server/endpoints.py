@@ -128,6 +128,7 @@ class GenerationEndpoint(ABC):
             f"{self.id_prefix}-{request_id}",
             api.model_name(options.model),
             api.tokenizer,
+            api.special_tokens,
             with_logprobs=options.logprobs is not None,
             with_usage=options.include_usage,
         )

@@ -32,6 +32,7 @@ class ApiError(VilaDeployError):
         param: the field that it concerns, as messages[0].content.
         code: a word for programs.
         retry_after_s: when to try again, in seconds.
+        allow: methods that the path has, for status 405.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class ApiError(VilaDeployError):
         code: str | None = None,
         fix: str | None = None,
         retry_after_s: int | None = None,
+        allow: str | None = None,
     ):
         super().__init__(what, where=param, fix=fix)
         self.status, self.param, self.code = status, param, code
-        self.retry_after_s = retry_after_s
+        self.retry_after_s, self.allow = retry_after_s, allow
 
     def body(self) -> dict[str, Any]:
         """Return the JSON object that OpenAI's clients expect."""
@@ -57,6 +59,8 @@ class ApiError(VilaDeployError):
     @property
     def headers(self) -> dict[str, str]:
         headers = {"www-authenticate": "Bearer"} if self.status == 401 else {}
+        if self.allow is not None:
+            headers["allow"] = self.allow
         if self.retry_after_s is not None:
             headers["retry-after"] = str(self.retry_after_s)
         return headers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,7 @@ class AnswerWriter:
     """Bodies of one answer; a subclass for each endpoint.
 
     Args:
+        special_tokens: names of tokens that stand for no text, for logprobs.
         with_logprobs: whether they were asked for.
         with_usage: whether a stream ends with its usage.
     """
@@ -45,6 +46,7 @@ class AnswerWriter:
     request_id: str
     model: str
     tokenizer: Tokenizer
+    special_tokens: Mapping[int, str]
     with_logprobs: bool = False
     with_usage: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
@@ -94,7 +96,7 @@ class AnswerWriter:
         """Return the text of a token, and its bytes; a special one has a name of its own."""
         spelt = self.tokenizer.token_bytes(number)
         if spelt is None:
-            name = f"token_id:{number}"
+            name = self.special_tokens.get(number, f"token_id:{number}")
             return name, name.encode()
         return spelt.decode("utf-8", "replace"), spelt
 

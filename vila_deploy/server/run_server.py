@@ -18,6 +18,7 @@ import uvicorn
 
 from vila_deploy.server.api import Api
 from vila_deploy.server.app import create_app
+from vila_deploy.server.protocol import LimitedProtocol
 from vila_deploy.server.security import is_loopback
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -106,7 +107,7 @@ def _config(api: Api, tls: tuple[Path, Path] | None) -> uvicorn.Config:
     certificate, key = tls or (None, None)
     return uvicorn.Config(
         create_app(api),
-        http="h11",
+        http=LimitedProtocol,
         ws="none",
         lifespan="off",
         log_level="critical",

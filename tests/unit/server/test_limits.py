@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -25,6 +27,7 @@ from tests.support.serving import (
     serving,
     wait_until,
 )
+from vila_deploy.server import protocol
 from vila_deploy.server.options import RequestLimits, ServerOptions
 from vila_deploy.server.security import CONTENT_SECURITY_POLICY
 
@@ -208,7 +211,9 @@ def test_paths_and_methods(server: Running) -> None:
     http = server.http()
     assert http.get("/v1/embeddings").status_code == 404
     assert http.get(CHAT).status_code == 405
-    assert http.post("/health").status_code == 405
+    refused = http.post("/health")
+    assert refused.status_code == 405
+    assert set(refused.headers["allow"].split(", ")) == {"GET", "HEAD"}
     assert http.get("/../../etc/passwd").status_code == 404
     assert http.get("/page/index.html").status_code == 404
     for path in ("/v1/embeddings", "/%2e%2e/%2e%2e/etc/passwd", "/v1/models/%2e%2e"):
@@ -271,3 +276,52 @@ def test_an_image_beside_text_has_its_place_in_errors(tight: Running) -> None:
     part["image_url"]["url"] += "!"
     response = post(tight, {"messages": [{"role": "user", "content": [part]}]})
     assert error(response)["param"] == "messages[0].content[0].image_url"
+
+
+def connect(server: Running) -> socket.socket:
+    address = urlsplit(server.url)
+    return socket.create_connection((address.hostname, address.port), timeout=10)
+
+
+def test_a_head_that_never_ends(tight: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.4)
+    for sent in (b"", b"GET /health HTTP/1.1\r\nX: "):
+        with connect(tight) as connection:
+            connection.sendall(sent)
+            assert ends(connection, b"y" if sent else b"")
+    with connect(tight) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n")
+        assert b" 200 " in connection.recv(4096)
+        connection.sendall(b"GET /health")
+        assert ends(connection, b"/")
+
+
+def ends(connection: socket.socket, more: bytes) -> bool:
+    """Return whether the server closes a connection on which it gets a byte now and then."""
+    connection.settimeout(0.1)
+    for _ in range(50):
+        try:
+            connection.sendall(more)
+            if connection.recv(100) == b"":
+                return True
+        except TimeoutError:
+            continue
+        except OSError:
+            return True
+    return False
+
+
+def test_a_slow_answer_is_not_a_slow_head(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.2)
+    body = {**HI, "response_format": ENDLESS, "max_tokens": 12}
+    assert post(slow, body).status_code == 200
+
+
+def test_connections_are_limited(tight: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "MAX_CONNECTIONS", 5)
+    held = [connect(tight) for _ in range(20)]
+    wait_until(lambda: len(tight.server.server_state.connections) <= 5)
+    for connection in held:
+        connection.close()
+    wait_until(lambda: not tight.server.server_state.connections)
+    assert tight.http().get("/health").status_code == 200
