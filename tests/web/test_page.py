@@ -126,6 +126,25 @@ def test_regenerate_asks_the_same_again(page: Visit, server: FakeServer) -> None
     assert server.requests[1] == server.requests[2]
 
 
+def test_the_end_stays_in_view_unless_the_reader_has_scrolled_up(
+    page: Visit, images: list[Path]
+) -> None:
+    behind = "() => { const s = document.getElementById('scroller');" + (
+        " return s.scrollHeight - s.scrollTop - s.clientHeight; }"
+    )
+    page.ask("line\n" * 60)
+    assert page.page.evaluate(behind) < 2
+    page.choose(*images)
+    page.page.wait_for_timeout(100)
+    assert page.page.evaluate(behind) < 2
+    page.page.mouse.move(500, 200)
+    page.page.mouse.wheel(0, -600)
+    page.page.wait_for_timeout(200)
+    page.page.fill("#question", "more\n" * 5)
+    page.page.wait_for_timeout(100)
+    assert page.page.evaluate(behind) > 300
+
+
 def test_figures_and_copy(page: Visit) -> None:
     page.ask("a b c d e f g")
     figures = page.page.inner_text(".figures")

@@ -16,6 +16,7 @@ const ICONS = {
 let turns = []; // {asked, images, answer, failed, root, under, …}
 let images = []; // of the next question: {name, url, width, height}
 let running = null; // AbortController of the answer that is being written
+let model; // the server's name for it
 let limits = {}; // of the server: max_body_bytes, max_image_pixels
 
 // ---- Elements
@@ -172,9 +173,9 @@ async function loadModel() {
   try {
     const response = await fetch("v1/models", { headers: headers() });
     if (response.status === 401) return say(wrongKey(), true);
-    const [model] = (await response.json()).data;
-    byId("model").textContent = document.title = model.id;
-    limits = model.limits ?? {};
+    const [first] = (await response.json()).data;
+    model = byId("model").textContent = document.title = first.id;
+    limits = first.limits ?? {};
     say("");
   } catch {
     say("The server cannot be reached.", true);
@@ -255,7 +256,7 @@ function begin(turn) {
   turn.waiting.hidden = false;
   turn.output.setAttribute("aria-busy", "true");
   showRunning();
-  scroller.scrollTop = scroller.scrollHeight;
+  showEnd();
 }
 
 function finish(turn, { stopped, error, usage, reason }, clock) {
@@ -270,7 +271,6 @@ function finish(turn, { stopped, error, usage, reason }, clock) {
   if (error?.status === 401) turn.under.append(button("key", "Enter the key", () => openSettings("key")));
   turn.under.append(element("span", { className: "figures" }, figures(stopped, usage, reason, clock)));
   showRunning();
-  follow(() => {}, true);
 }
 
 function figures(stopped, usage, reason, { start, first, last }) {
@@ -296,12 +296,6 @@ function showRunning() {
   if (focused === byId("stop") || focused === byId("send") || !document.contains(focused) || focused === document.body) {
     if (!matchMedia("(pointer: coarse)").matches) question.focus();
   }
-}
-
-// Keep the end in view, unless the reader has scrolled up.
-function follow(change, near = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80) {
-  change();
-  if (near) scroller.scrollTop = scroller.scrollHeight;
 }
 
 async function copy(text, source) {
@@ -344,16 +338,15 @@ async function stream(turn, signal, clock) {
     clock.last = performance.now();
     clock.first ||= clock.last;
     turn.answer += text;
-    follow(() => {
-      turn.waiting.hidden = true;
-      turn.text.appendData(text);
-    });
+    turn.waiting.hidden = true;
+    turn.text.appendData(text);
   }
   throw new Error("The connection ended before the answer did.");
 }
 
 async function body(turn) {
-  const make = () => JSON.stringify({ model: byId("model").textContent, messages: messages(turn), stream: true, stream_options: { include_usage: true }, ...sampling() });
+  const options = { model, stream: true, stream_options: { include_usage: true }, ...sampling() };
+  const make = () => JSON.stringify({ messages: messages(turn), ...options });
   let text = make();
   const sent = turns.slice(0, turns.indexOf(turn) + 1).flatMap((one) => one.images);
   for (let round = 0; limits.max_body_bytes && text.length > limits.max_body_bytes && sent.length && round < 5; round++) {
@@ -383,7 +376,11 @@ function reason({ status, headers }, message) {
   return message ? sentence(message) : `The server answered with status ${status}.`;
 }
 
-const sentence = (text) => (/[.!?]$/.test(text) ? text : `${text}.`).replace(/^./u, (letter) => letter.toUpperCase());
+// The server's errors begin with the field that they are about, if any: that stays as it is.
+function sentence(text) {
+  const ended = /[.!?]$/.test(text) ? text : `${text}.`;
+  return /^[\w.[\]]+:/.test(ended) ? ended : ended.replace(/^./u, (letter) => letter.toUpperCase());
+}
 
 // Server-sent events: yield what stands behind "data:" in each.
 async function* events(stream) {
@@ -402,7 +399,7 @@ async function* events(stream) {
   }
 }
 
-// ---- Keyboard, files, buttons
+// ---- Keyboard, files, buttons, scrolling
 
 function fit() {
   question.style.height = "auto";
@@ -422,9 +419,23 @@ function newChat() {
   question.focus();
 }
 
+// The end stays in view while answers and question grow, unless the reader has scrolled up.
+let atEnd = true;
+const growth = new ResizeObserver(() => atEnd && showEnd());
+
+function showEnd() {
+  atEnd = true;
+  scroller.scrollTop = scroller.scrollHeight;
+}
+
 const isImage = (file) => file.type.startsWith("image/");
 const hasFiles = (event) => event.dataTransfer.types.includes("Files");
 
+growth.observe(scroller);
+growth.observe(byId("turns"));
+scroller.addEventListener("scroll", () => {
+  atEnd = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 40;
+});
 question.addEventListener("input", fit);
 question.addEventListener("keydown", (event) => {
   // On a phone Enter breaks the line, and the button sends.
