@@ -42,6 +42,7 @@ def measure(folder: Path) -> dict[str, Any]:
             measure_first_token(engine, image, max_runs=1)
         first_token = measure_first_token(engine, image)
         decode_s = time_decoding(engine.session, first_token.logits, DECODE_TOKENS)[WARM_UP_TOKENS:]
+        prompt_tokens = engine.session.length(0) - DECODE_TOKENS
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     manifest = engine.manifest
     weight_bytes = manifest.weight_bytes_per_token
@@ -62,7 +63,7 @@ def measure(folder: Path) -> dict[str, Any]:
         "decode_tokens_per_s": tokens_per_s,
         "decode_ms_median": statistics.median(decode_s) * 1e3,
         "ttft_ms": first_token.medians_ms,
-        "prompt_tokens": engine.session.length(0) - DECODE_TOKENS,
+        "prompt_tokens": prompt_tokens,
         "peak_memory_bytes": peak_bytes,
         "weight_bytes_per_token": weight_bytes,
         "read_bandwidth_bytes_per_s": bandwidth,
