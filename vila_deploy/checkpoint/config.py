@@ -79,6 +79,12 @@ class VilaConfig:
         return self.tokens_per_block * self.tiling.max_blocks_per_image
 
     @property
+    def tokens_per_video(self) -> int:
+        """Embeddings that a video of the model's own frames takes, with a line end behind each."""
+        places = self.video.marker_tokens(self.video.num_frames, self.tokens_per_block)
+        return sum(places) + len(places)
+
+    @property
     def recipe(self) -> Generation:
         """How images enter the prompt."""
         return GENERATIONS[self.generation]

@@ -137,6 +137,8 @@ def checkpoint_config(
         "decoder": DECODERS[family],
         "rank": rank,
     }
+    if config.rope_factor != 1.0:
+        values["rotary_scaling"] = {"type": "linear", "factor": config.rope_factor}
     if family == "qwen2":
         values["qwen_type"] = "qwen2"
     return values

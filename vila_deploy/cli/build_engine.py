@@ -152,18 +152,21 @@ def main(
 def _plan(checkpoint: Path, options: BuildOptions, as_json: bool) -> None:
     from vila_deploy.builder.plan import plan_build, plan_targets
     from vila_deploy.builder.resolve import resolve_build
+    from vila_deploy.builder.video_plan import video_json, video_line
     from vila_deploy.checkpoint.hub import planned_checkpoint
 
     with planned_checkpoint(checkpoint, options.prompt_template) as (folder, download):
         note_unused(folder, options.prompt_template)
         build = resolve_build(folder, options, planning=True)
         planned, fits = plan_build(build), plan_targets(build)
+    video = build.config, build.request.limits
     if as_json:
-        targets = {"targets": [fit.to_json() for fit in fits]}
+        targets = {"targets": [fit.to_json() for fit in fits], "video": video_json(*video)}
         echo_json({**planned.to_json(), **targets, **download_json(download)})
     else:
         show_download(download)
         _show_plan(planned, fits)
+        click.echo(video_line(*video))
 
 
 def _unfinished_engine(folder: Path) -> Path:

@@ -164,6 +164,7 @@ def _show_plan_of(
     folder: Path, options: QuantizeOptions, as_json: bool, download: Download | None
 ) -> None:
     from vila_deploy.builder.fit import fit_everywhere
+    from vila_deploy.builder.video_plan import video_json, video_line
     from vila_deploy.checkpoint.config import config_of
     from vila_deploy.checkpoint.folder_layout import find_layout
     from vila_deploy.checkpoint.lora import open_adapter
@@ -178,13 +179,15 @@ def _show_plan_of(
         check_not_quantized(config)
         open_adapter(options.lora, config)
     planned = measured_plan(config, options)
-    fits = fit_everywhere(config, "int4", resolve_limits(config))
+    limits = resolve_limits(config)
+    fits = fit_everywhere(config, "int4", limits)
     if as_json:
-        targets = {"targets": [fit.to_json() for fit in fits]}
+        targets = {"targets": [fit.to_json() for fit in fits], "video": video_json(config, limits)}
         echo_json({**planned.to_json(), **targets, **download_json(download)})
     else:
         show_download(download)
         _show_plan(planned, fits)
+        click.echo(video_line(config, limits))
 
 
 def _quantize(

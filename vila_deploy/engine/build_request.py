@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +13,9 @@ from vila_deploy.engine.target import Target
 from vila_deploy.utils.errors import VilaDeployError
 
 DEFAULT_MAX_SEQ_LEN = 4096
+# Models of videos take one of their own length by default, with its question and answer, unless
+# that is longer than this.
+DEFAULT_MAX_VIDEO_LEN, QUESTION_TOKENS, ROUNDED_TO = 16384, 512, 256
 
 
 @dataclass(frozen=True)
@@ -65,20 +69,31 @@ class BuildResult:
     chosen: Mapping[str, DefaultChoice] = field(default_factory=dict)
 
 
+def default_max_seq_len(config: VilaConfig) -> int:
+    """Return 4096 tokens, or what a video of the model's own frames needs, within reason."""
+    needed = video_seq_len(config)
+    return max(DEFAULT_MAX_SEQ_LEN, needed if needed <= DEFAULT_MAX_VIDEO_LEN else 0)
+
+
+def video_seq_len(config: VilaConfig) -> int:
+    """Return the sequence that a video of the model's own frames needs, question and answer too."""
+    return math.ceil((config.tokens_per_video + QUESTION_TOKENS) / ROUNDED_TO) * ROUNDED_TO
+
+
 def resolve_limits(
     config: VilaConfig,
     max_batch_size: int = 1,
     max_input_len: int | None = None,
     max_seq_len: int | None = None,
 ) -> Limits:
-    """Return an engine's limits; None means the length it was tuned on, at most 4096 tokens.
+    """Return an engine's limits; None means the length it was tuned on, at most the default.
 
     Raises:
         VilaDeployError: longer than the model's positions, or a prompt longer than the sequence.
     """
     longest = config.llm.max_position_embeddings
     tuned = min(config.model_max_length, longest)
-    max_seq_len = max_seq_len or min(tuned, DEFAULT_MAX_SEQ_LEN)
+    max_seq_len = max_seq_len or min(tuned, default_max_seq_len(config))
     if max_seq_len > longest:
         raise VilaDeployError(
             f"--max-seq-len {max_seq_len} is more than the model's {longest}",

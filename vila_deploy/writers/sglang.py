@@ -59,6 +59,8 @@ def architecture(config: VilaConfig) -> str:
     types = {kind for row in ONE_FOLDERS.values() for kind in row.projectors}
     if not types.intersection(names):
         raise _unfit(f"projector {' or '.join(names)}", f"{', '.join(sorted(types))} only")
+    if config.video.pools:
+        raise _unfit("TSPVideoEncoder, whose frames share tokens", "frames as images only")
     if config.token_order != "row":
         raise _unfit("image tokens column by column", "row by row only")
     for name, row in ONE_FOLDERS.items():
