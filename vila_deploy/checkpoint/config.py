@@ -25,6 +25,7 @@ from vila_deploy.checkpoint.vision_config import (
     load_tiling_config,
     load_vision_config,
 )
+from vila_deploy.utils.errors import short
 from vila_deploy.utils.fields import Fields
 
 # Lengths from here on mean that there is no limit.
@@ -110,6 +111,7 @@ def load_config(root: Path, template: str | None = None) -> VilaConfig:
 def config_of(layout: Layout, template: str | None = None) -> VilaConfig:
     """Do what `load_config` does, for a checkpoint whose config files have been read."""
     fields, llm_fields, projector_fields = layout.fields, layout.llm, layout.projector
+    _refuse_unsupported(fields)
     llm = load_llm_config(llm_fields, layout.generation)
     vision = load_vision_config(layout.vision)
     projector = PROJECTOR_TYPES[
@@ -169,7 +171,6 @@ def _check_consistency(config: VilaConfig, fields: Fields) -> None:
         raise fields.error("s2", "must be false with TSPVideoEncoder, which no release has with S2")
     if fields.boolean("mm_use_im_start_end", False):
         raise fields.error("mm_use_im_start_end", "markers around images are not supported")
-    _refuse_unsupported(fields)
     keeps_all, class_token = config.select_feature == "cls_patch", vision.family.has_class_token
     if keeps_all == class_token:
         right = "patch" if class_token else "cls_patch"
@@ -200,6 +201,13 @@ def _check_consistency(config: VilaConfig, fields: Fields) -> None:
 
 
 def _refuse_unsupported(fields: Fields) -> None:
-    """Keys of later VILA code that change what it computes, at values that no release has."""
-    if fields.boolean("ps3", False):
-        raise fields.error("ps3", "PS3 towers are not supported")
+    """Raise for models of VILA's family whose vision encoders choose what they look at."""
+    kind = fields.values.get("model_type")
+    if fields.boolean("ps3", False) or (isinstance(kind, str) and "topdown" in kind):
+        key = "ps3" if "ps3" in fields else "model_type"
+        raise fields.error(key, "PS3 towers (VILA-HD) are not supported", "use another model")
+    gaze = next((key for key in fields.values if "autogaze" in key or "gazing" in key), None)
+    if gaze is not None:
+        raise fields.error(
+            short(gaze), "AutoGaze (NVILA-8B-HD-Video) is not supported", "use NVILA-8B-Video"
+        )
