@@ -71,6 +71,11 @@ if TYPE_CHECKING:
     help="With --batch: go on from the rows that an earlier run has left in OUT.partial; those "
     "that failed are asked again.",
 )  # fmt: skip
+@click.option(
+    "--slots", type=click.IntRange(1, 64), default=4, show_default=True,
+    help="With --batch: rows answered at once, where the engine can; each takes memory for its "
+    "key/value cache.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object; needs -p or --batch.")
 def main(
     engine: Path,
@@ -83,6 +88,7 @@ def main(
     batch: Path | None,
     out: Path | None,
     resume: bool,
+    slots: int,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -115,7 +121,8 @@ def main(
     if batch is not None and out is not None:
         from vila_deploy.cli.chat_batch import Batch, run
 
-        run(Batch(engine, batch, out, prompt, video_frames, system, params, stop), resume, as_json)
+        asked = Batch(engine, batch, out, prompt, video_frames, slots, system, params, stop)
+        run(asked, resume, as_json)
         return
     media: list[Any] = [read_media_image(path) for path in images]
     with open_engine(engine) as opened:

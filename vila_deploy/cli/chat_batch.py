@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import click
@@ -15,11 +18,15 @@ from vila_deploy.cli.chat_batch_rows import ERROR, OUTPUT, BatchRow, numbered, r
 from vila_deploy.cli.chat_input import video_reader
 from vila_deploy.cli.common import EXIT_INTERRUPTED, echo_json
 from vila_deploy.engine.manifest import MANIFEST, read_manifest
+from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.processing.images import read_image
-from vila_deploy.processing.video import VideoFrames
-from vila_deploy.runtime.conversation import Answer, Conversation, MediaSource
-from vila_deploy.runtime.open_engine import open_engine
+from vila_deploy.processing.placeholders import Media
+from vila_deploy.processing.time_tokens import with_seconds
+from vila_deploy.runtime.open_engine import OpenedEngine, open_engine
+from vila_deploy.runtime.prompt import Message, Prompt, prepare_prompt
+from vila_deploy.runtime.request import Event, Failed, Finished, GenerationRequest
+from vila_deploy.runtime.scheduler import Scheduler
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import sha256_file
 from vila_deploy.utils.progress import progress
@@ -33,6 +40,7 @@ class Batch:
         source: a .jsonl file or a folder of images.
         question: asked where a row has none.
         video_frames: images from each video; None: the model's own number.
+        slots: rows answered at once, where the engine can.
         system: None: the model's own message.
     """
 
@@ -41,6 +49,7 @@ class Batch:
     out: Path
     question: str | None
     video_frames: int | None
+    slots: int
     system: str | None
     sampling: SamplingParams
     stop: tuple[str, ...]
@@ -100,37 +109,74 @@ def run(batch: Batch, resume: bool, as_json: bool) -> None:
 
 
 def _answer(batch: Batch, left: Sequence[tuple[str, BatchRow]], log: BatchLog, total: int) -> None:
-    with open_engine(batch.engine) as engine, progress(total, "answering") as advance:
-        # One conversation, begun anew for each row: it keeps images that several rows ask about.
-        conversation = engine.chat(batch.system)
-        frames_of = video_reader(engine.model, batch.video_frames)
+    with (
+        open_engine(batch.engine, min(batch.slots, len(left))) as engine,
+        closing(Scheduler(engine)) as scheduler,
+        progress(total, "answering") as advance,
+    ):
         advance(steps=total - len(left))
-        for name, row in left:
-            conversation.reset()
-            log.add(name, _result(batch, row, conversation, frames_of))
+        for name, row, result in _results(batch, left, engine, scheduler):
+            log.add(name, result)
             advance(_shown(row))
 
 
-def _result(
-    batch: Batch,
+def _results(
+    batch: Batch, left: Sequence[tuple[str, BatchRow]], engine: OpenedEngine, scheduler: Scheduler
+) -> Iterator[tuple[str, BatchRow, dict[str, Any]]]:
+    """Yield each row's result, as soon as there is one.
+
+    So many rows are read ahead that no slot is ever idle, and no more: each holds its images.
+    """
+    done: SimpleQueue[tuple[str, BatchRow, dict[str, Any]]] = SimpleQueue()
+    in_flight = 0
+    for name, row in left:
+        if in_flight == 2 * engine.session.slots:
+            yield done.get()
+            in_flight -= 1
+        try:
+            prompt, duration_s = _prompt(batch, row, engine)
+            request = GenerationRequest(prompt, batch.sampling, batch.stop)
+            end = partial(_finish, done.put, name, row, engine.model, duration_s)
+            scheduler.submit(request, end)
+            in_flight += 1
+        except VilaDeployError as error:
+            yield name, row, {**row.keys, ERROR: str(error)}
+    for _ in range(in_flight):
+        yield done.get()
+
+
+def _prompt(batch: Batch, row: BatchRow, engine: OpenedEngine) -> tuple[Prompt, float]:
+    """Return the prompt of a row, and the seconds of its last video."""
+    media: list[Media] = [read_image(path) for path in row.images]
+    frames_of = video_reader(engine.model, batch.video_frames)
+    videos = [frames_of(path) for path in row.videos]
+    messages = [Message("user", (*media, *videos, row.question))]
+    if batch.system is not None:
+        messages.insert(0, Message("system", (batch.system,)))
+    prompt = prepare_prompt(messages, engine.model, engine.require_tokenizer())
+    return prompt, videos[-1].duration_s if videos else 0.0
+
+
+def _finish(
+    put: Callable[[tuple[str, BatchRow, dict[str, Any]]], None],
+    name: str,
     row: BatchRow,
-    conversation: Conversation,
-    frames_of: Callable[[Path], VideoFrames],
-) -> dict[str, Any]:
-    """Return a row with its answer, or with the error that its files or its question make."""
-    try:
-        media: list[MediaSource] = [read_image(path) for path in row.images]
-        media += [frames_of(path) for path in row.videos]
-        answer: Answer = conversation.ask(row.question, media, batch.sampling, stop=batch.stop)
-    except VilaDeployError as error:
-        return {**row.keys, ERROR: str(error)}
-    return {
-        **row.keys,
-        OUTPUT: answer.text,
-        "finish_reason": answer.finish_reason,
-        "prompt_tokens": answer.prompt_tokens,
-        "output_tokens": len(answer.tokens),
-    }
+    model: ModelInfo,
+    duration_s: float,
+    event: Event,
+) -> None:
+    """Put the result of a row where `_results` waits for it; the engine's thread calls this."""
+    if isinstance(event, Failed):
+        put((name, row, {**row.keys, ERROR: str(event.error)}))
+    elif isinstance(event, Finished):
+        result = {
+            **row.keys,
+            OUTPUT: with_seconds(event.text, model.video, duration_s),
+            "finish_reason": event.finish_reason,
+            "prompt_tokens": event.prompt_tokens,
+            "output_tokens": event.completion_tokens,
+        }
+        put((name, row, result))
 
 
 def _shown(row: BatchRow) -> str:
