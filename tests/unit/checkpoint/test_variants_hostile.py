@@ -235,7 +235,7 @@ TILING: dict[str, tuple[dict[str, object], str]] = {
     "static scales of dynamic tiles": (
         {**STATIC, "image_aspect_ratio": "dynamic"}, r"s2: must be false, as image_aspect_ratio",
     ),
-    "PS3": ({"ps3": True}, r"ps3: PS3 towers are not supported"),
+    "PS3": ({"ps3": True}, r"ps3: PS3 towers \(VILA-HD\) are not supported"),
     "no frames": ({"num_video_frames": 0}, r"num_video_frames: must be an integer"),
     "more least than most": (
         {"image_aspect_ratio": "dynamic", "min_tiles": 5, "max_tiles": 4},
