@@ -42,7 +42,7 @@ def good_requests() -> list[tuple[str, dict[str, Any]]]:
         (CHAT, {**few, "messages": turns, "logprobs": True, "top_logprobs": 2, "stream": True}),
         (CHAT, {**few, "messages": [asks("Hi")], "response_format": wanted}),
         (CHAT, {**few, "messages": [{"role": "user", "content": [video]}]}),
-        (CHAT, {**open_webui.chat(image, **open_webui.PARAMETERS), "max_tokens": 3}),
+        (CHAT, {**open_webui.chat(image, **open_webui.PARAMETERS), "max_tokens": 3, "tools": []}),
         (COMPLETIONS, {**few, "prompt": "USER: What", "logprobs": 1, "top_p": 0.9}),
     ]
 

@@ -1,6 +1,7 @@
-"""Requests as Open WebUI sends them; read in its routers/openai.py, utils/payload.py and task.py.
+"""Requests as Open WebUI 0.12.4 sends them: its routers/openai.py, tasks.py, utils/payload.py.
 
-Its answers to a person are streamed with usage; titles, tags and follow-up questions are not.
+Answers to a person are streamed with usage; titles, tags and follow-up questions are not. Where no
+setting says otherwise, built-in tools are offered with each question.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def chat(image: Image.Image, **parameters: Any) -> dict[str, Any]:
         "model": NAME,
         "messages": [{"role": "system", "content": "Be brief."}, last],
         "stream_options": {"include_usage": True},
+        "tools": TOOLS,
         **parameters,
     }
 
@@ -64,6 +66,16 @@ def title(answer: str) -> dict[str, Any]:
     }
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_current_timestamp",
+            "description": "Get the current time.",
+            "parameters": {"type": "object", "properties": {}, "required": []},
+        },
+    }
+]
 # Where no key is set, an empty one, one, and where users are forwarded.
 HEADERS: tuple[dict[str, str], ...] = (
     {"Content-Type": "application/json"},

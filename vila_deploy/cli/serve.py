@@ -84,6 +84,10 @@ MIN_KEY_CHARACTERS = 8
     help="Fetch images from public http(s) addresses; only data: URIs are read without it.",
 )  # fmt: skip
 @click.option(
+    "--ignore-tools", is_flag=True,
+    help="Answer requests that offer tools, as Open WebUI's do, in words; refused without it.",
+)  # fmt: skip
+@click.option(
     "--cors-origin", "cors_origins", multiple=True,
     help="Origin of web pages that may use this server, e.g. https://chat.example; repeatable.",
 )  # fmt: skip
@@ -106,6 +110,7 @@ def main(
     max_body_mb: float,
     image_cache_mb: float,
     allow_image_urls: bool,
+    ignore_tools: bool,
     cors_origins: tuple[str, ...],
     tls_cert: Path | None,
     tls_key: Path | None,
@@ -136,6 +141,7 @@ def main(
         hosts=() if keys else tuple({*LOCAL_HOSTS, host.lower()}),
         cors_origins=tuple(map(_origin, cors_origins)),
         allow_image_urls=allow_image_urls,
+        ignore_tools=ignore_tools,
         drain_timeout_s=drain_timeout_s,
         limits=RequestLimits(
             body_bytes=int(max_body_mb * MEGABYTE),

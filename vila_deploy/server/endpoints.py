@@ -110,6 +110,7 @@ class GenerationEndpoint(ABC):
             stop=options.stop,
             logprobs=options.logprobs,
             constraint=constraint,
+            ignore_stop_tokens=options.ignore_eos,
             deadline_s=max(0.0, limits.timeout_s - (time.monotonic() - arrived)),
         )
         return _Prepared(options, request)
@@ -150,7 +151,7 @@ class ChatEndpoint(GenerationEndpoint):
     param, id_prefix, writer = "messages", "chatcmpl", ChatWriter
 
     def parse(self, body: bytes) -> ChatRequest:
-        return parse_chat(parse_json(body))
+        return parse_chat(parse_json(body), self.api.options.ignore_tools)
 
     def prompt(self, request: ChatRequest) -> Coroutine[Any, Any, Prompt]:
         return self.api.prompts.chat(request)

@@ -24,6 +24,7 @@ GENERATION_FIELDS = frozenset(
         "stop",
         "logprobs",
         "response_format",
+        "ignore_eos",
     }
 )
 CHAT_FIELDS = GENERATION_FIELDS | {"messages", "max_completion_tokens", "top_logprobs"}
@@ -50,6 +51,8 @@ IGNORED = frozenset(
         "request_id",
     }
 )
+# What offers the model tools, without asking for one: it may always answer in words.
+TOOL_OFFERS = frozenset({"tools", "functions"})
 # Fields that would change the answer, and the values at which they don't.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -75,7 +78,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "stop_token_ids": ([],),
     "bad_words": ([],),
-    "ignore_eos": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "include_stop_str_in_output": (False,),
@@ -98,18 +100,23 @@ class RequestFields(Fields):
             fix = "add it"
         return ApiError(what, param=f"{self.prefix}{key}", fix=fix)
 
-    def check_known(self, known: Collection[str]) -> None:
-        """Raise ApiError for a field with a value that would change the answer, and can't here."""
+    def check_known(self, known: Collection[str], ignore_tools: bool = False) -> None:
+        """Raise ApiError for a field with a value that would change the answer, and can't here.
+
+        Args:
+            ignore_tools: accept an offer of tools, which the model then doesn't hear of.
+        """
+        ignored = IGNORED | TOOL_OFFERS if ignore_tools else IGNORED
         for key, value in self.values.items():
-            if value is None or key in known or key in IGNORED:
+            if value is None or key in known or key in ignored:
                 continue
             if key not in NEUTRAL:
                 raise self.error(short(key).strip("'"), "is no field of this API", "remove it")
             if not any(_same(value, neutral) for neutral in NEUTRAL[key]):
-                neutral = " or ".join(short(item) for item in NEUTRAL[key])
-                raise self.error(
-                    key, f"{short(value)} is not supported", f"remove it or give {neutral}"
-                )
+                fix = f"remove it or give {' or '.join(short(item) for item in NEUTRAL[key])}"
+                if key in TOOL_OFFERS:
+                    fix = "remove it, or start the server with --ignore-tools"
+                raise self.error(key, f"{short(value)} is not supported", fix)
 
 
 def _same(value: Any, neutral: Any) -> bool:

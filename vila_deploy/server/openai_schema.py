@@ -63,6 +63,7 @@ class GenerationOptions:
         seed: None draws anew each time.
         logprobs: None: none; else how many likely tokens to name beside each token.
         response_format: None for free text.
+        ignore_eos: go on to max_tokens whatever the model says, for load tests.
     """
 
     model: str | None = None
@@ -77,6 +78,7 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     response_format: ResponseFormat | None = None
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,13 @@ def _no_constant(name: str) -> Any:
     raise ValueError(name)
 
 
-def parse_chat(fields: RequestFields) -> ChatRequest:
-    """Return a request of /v1/chat/completions."""
-    fields.check_known(CHAT_FIELDS)
+def parse_chat(fields: RequestFields, ignore_tools: bool = False) -> ChatRequest:
+    """Return a request of /v1/chat/completions.
+
+    Args:
+        ignore_tools: see `RequestFields.check_known`.
+    """
+    fields.check_known(CHAT_FIELDS, ignore_tools)
     wants = fields.boolean("logprobs", False)
     top = fields.integer("top_logprobs", 0, low=0, high=MAX_TOP_LOGPROBS)
     if top and not wants:
@@ -180,6 +186,7 @@ def _options(
         stop=_stops(fields),
         logprobs=logprobs,
         response_format=_response_format(fields),
+        ignore_eos=fields.boolean("ignore_eos", False),
     )
 
 

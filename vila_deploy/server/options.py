@@ -39,6 +39,7 @@ class ServerOptions:
             web can point a name of its own at 127.0.0.1; its Host tells.
         cors_origins: origins of web pages that browsers may let use this server.
         allow_image_urls: fetch images from http(s) addresses on the internet.
+        ignore_tools: answer requests that offer tools in words, instead of refusing them.
         drain_timeout_s: for running answers to end after SIGTERM.
         body_bytes_in_flight: of all bodies that are being read at once.
     """
@@ -48,6 +49,7 @@ class ServerOptions:
     hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     allow_image_urls: bool = False
+    ignore_tools: bool = False
     drain_timeout_s: float = 30.0
     body_bytes_in_flight: int = 256 * MEGABYTE
     limits: RequestLimits = RequestLimits()

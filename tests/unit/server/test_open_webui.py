@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,9 +12,17 @@ import pytest
 from PIL import Image
 
 from tests.support import open_webui
-from tests.support.serving import NAME, Running
+from tests.support.serving import NAME, Running, serving
+from vila_deploy.server.options import ServerOptions
 
 CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def server(engine_folder: Path) -> Iterator[Running]:
+    """A server as docs/serving.md starts it for Open WebUI."""
+    with serving(engine_folder, options=ServerOptions((NAME,), ignore_tools=True)) as running:
+        yield running
 
 
 def read_stream(response: httpx.Response) -> tuple[str, dict[str, Any]]:

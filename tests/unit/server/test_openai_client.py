@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 from PIL import Image
 
@@ -167,6 +168,31 @@ def test_seeds_make_draws_repeatable(server: Running) -> None:
 
     assert draw(5) == draw(5)
     assert len({draw(seed) for seed in (-1, 0, 1, 2, 3)}) > 1
+
+
+def test_a_load_test_gets_as_many_tokens_as_it_asks_for(server: Running) -> None:
+    answer = create(server, [asks("Hi")], max_tokens=60, extra_body={"ignore_eos": True})
+    assert answer.usage.completion_tokens == 60
+    assert answer.choices[0].finish_reason == "length"
+
+
+class Shape(pydantic.BaseModel):
+    """What OpenAI's client turns into a schema, and an answer back into."""
+
+    kind: Literal["circle", "square", "triangle"]
+    sides: int = pydantic.Field(ge=0, le=9)
+    inside: list[Dot] = pydantic.Field(max_length=2)
+
+
+class Dot(pydantic.BaseModel):
+    color: Literal["red", "blue"] | None
+
+
+def test_a_pydantic_model_as_response_format(server: Running) -> None:
+    answer = server.openai().chat.completions.parse(
+        model=NAME, messages=[asks("Hi")], response_format=Shape, max_tokens=120
+    )
+    assert isinstance(answer.choices[0].message.parsed, Shape)
 
 
 def test_completions(server: Running) -> None:

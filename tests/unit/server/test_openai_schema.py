@@ -74,6 +74,19 @@ def test_neutral_values_are_accepted_and_others_refused_by_name(name: str) -> No
     assert "is not supported" in str(error)
 
 
+def test_offers_of_tools_may_be_passed_over() -> None:
+    tool = {"type": "function", "function": {"name": "now", "parameters": {}}}
+    error = problem(tools=[tool])
+    assert error.param == "tools"
+    assert "--ignore-tools" in str(error)
+    fields = {"messages": [{"role": "user", "content": "Hi"}], "tools": [tool]}
+    for choice in (None, "auto", "none"):
+        parse_chat(RequestFields({**fields, "tool_choice": choice}), ignore_tools=True)
+    for wanted in ("required", {"type": "function", "function": {"name": "now"}}):
+        with pytest.raises(ApiError, match="tool_choice"):
+            parse_chat(RequestFields({**fields, "tool_choice": wanted}), ignore_tools=True)
+
+
 def test_false_is_not_zero() -> None:
     assert problem(presence_penalty=False).param == "presence_penalty"
 
