@@ -34,6 +34,11 @@ class Session(Protocol):
         """Tokens that fit into each slot."""
         ...
 
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens that one pass of a prefill takes; more are several passes."""
+        ...
+
     def length(self, slot: int) -> int:
         """Return how many tokens `slot` holds."""
         ...
@@ -173,6 +178,11 @@ class OneSlot:
     def max_seq_len(self) -> int:
         return self.sequence.max_seq_len
 
+    @property
+    def prefill_chunk(self) -> int:
+        # Sequence sessions cut prompts themselves.
+        return self.sequence.max_seq_len
+
     def length(self, slot: int) -> int:
         check_slots(self, [slot])
         return self.sequence.position
@@ -212,6 +222,18 @@ class OneSlot:
 
     def close(self) -> None:
         self.sequence.close()
+
+
+def chunk_size(tokens: int, most: int) -> int:
+    """Return how many of `tokens` to prefill in the next chunk, without leaving a lone one.
+
+    Kernels for one token add in another order than those for several: in which chunks a prompt is
+    prefilled should change nothing.
+    """
+    count = min(tokens, max(most, 2))
+    if tokens - count == 1:
+        return count - 1 if count > 2 else tokens
+    return count
 
 
 def check_room(length: int, tokens: int, max_seq_len: int) -> None:

@@ -30,7 +30,9 @@ from vila_deploy.runtime.token_sampler import TokenLogprob, TokenSampler, token_
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 
-PREFILL_CHUNK = 256
+# A 3B on two cores prefills 64 tokens in about the time of 8 decode steps; chunks of 256 would take
+# a tenth less time for each token.
+PREFILL_CHUNK = 64
 
 
 @dataclass(eq=False)
@@ -134,7 +136,7 @@ class ContinuousBatcher:
 
     Args:
         stop_token_ids: end an answer.
-        prefill_chunk: most tokens of a prompt in one step.
+        prefill_chunk: most tokens of a prompt in a step while others decode.
         reuse_prefixes: False prefills every prompt from its first token.
     """
 
@@ -209,21 +211,32 @@ class ContinuousBatcher:
                 self._end_waiting(waiting, reason)
 
     def _admit(self) -> None:
-        while self._waiting and self.prefixes.free_slots:
-            waiting = self._waiting.popleft()
-            request = waiting.request
-            claimed = self.prefixes.claim(request.prompt.keys, self._reuse)
-            assert claimed is not None
-            slot, cached = claimed
-            steps = prefill_steps(
-                self.session, slot, request.prompt, cached, self.images, self._chunk
-            )
-            sampler = TokenSampler(request.sampling, request.prompt.token_ids, request.constraint)
-            text = AnswerText(self._tokenizer, request.stop, request.prompt.strip)
-            self._running.append(_Running(waiting, slot, cached, steps, sampler, text))
+        """Give the request that came first a slot, once the prompts before it are in the cache.
+
+        So it may begin with what they have in common.
+        """
+        prefilling = any(sequence.prefill is not None for sequence in self._running)
+        if prefilling or not self._waiting or not self.prefixes.free_slots:
+            return
+        waiting = self._waiting.popleft()
+        request = waiting.request
+        claimed = self.prefixes.claim(request.prompt.keys, self._reuse)
+        assert claimed is not None
+        slot, cached = claimed
+        steps = prefill_steps(
+            self.session, slot, request.prompt, cached, self.images, self._tokens_of_chunk
+        )
+        sampler = TokenSampler(request.sampling, request.prompt.token_ids, request.constraint)
+        text = AnswerText(self._tokenizer, request.stop, request.prompt.strip)
+        self._running.append(_Running(waiting, slot, cached, steps, sampler, text))
+
+    def _tokens_of_chunk(self) -> int:
+        """Return the most tokens of the next chunk: fewer while others wait for their next one."""
+        decoding = any(sequence.tokens for sequence in self._running)
+        return self._chunk if decoding else max(self._chunk, self.session.prefill_chunk)
 
     def _prefill(self) -> None:
-        """Do one step of the prompt that came first."""
+        """Do one step of the prompt that is not in the cache yet."""
         sequence = next((s for s in self._running if s.prefill is not None), None)
         if sequence is None or sequence.prefill is None:
             return

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from vila_deploy.engine.session import Session
+from vila_deploy.engine.session import Session, chunk_size
 from vila_deploy.processing.images import Pixels, place_features
 from vila_deploy.runtime.image_cache import ImageCache
 from vila_deploy.runtime.prompt import Prompt, PromptImage
@@ -28,14 +28,19 @@ class PrefillStep:
 
 
 def prefill_steps(
-    session: Session, slot: int, prompt: Prompt, cached: int, images: ImageCache, chunk: int
+    session: Session,
+    slot: int,
+    prompt: Prompt,
+    cached: int,
+    images: ImageCache,
+    chunk: Callable[[], int],
 ) -> Iterator[PrefillStep]:
     """Append the prompt to `slot`, which holds its first `cached` tokens; yield after each step.
 
     Images of the cached part are not encoded; features of the others are kept in `images`.
 
     Args:
-        chunk: most tokens of a step.
+        chunk: returns the most tokens of the next step.
     """
     needed = _images_behind(prompt, cached)
     features: dict[bytes, Floats] = {}
@@ -51,11 +56,13 @@ def prefill_steps(
             images.put(image.digest, held)
         features[image.digest] = held
     embeds = _embeds(session, prompt, cached, features)
-    for start in range(0, len(embeds), chunk):
-        part = embeds[start : start + chunk]
-        last = start + len(part) == len(embeds)
-        logits = session.prefill(slot, part, more=not last)
-        yield PrefillStep(len(part), logits if last else None)
+    start = 0
+    while start < len(embeds):
+        count = chunk_size(len(embeds) - start, chunk())
+        last = start + count == len(embeds)
+        logits = session.prefill(slot, embeds[start : start + count], more=not last)
+        start += count
+        yield PrefillStep(count, logits if last else None)
 
 
 def encode_steps(session: Session, pixels: Pixels) -> Iterator[Floats | None]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary, proxy
+from weakref import WeakKeyDictionary, ref
 
-from vila_deploy.engine.session import Session
+from vila_deploy.engine.session import CopiesSlots, Session
 from vila_deploy.runtime.prompt import PositionKey
+
+# CPU kernels add in another order for a lone token, so that a prompt keeps two for its last chunk:
+# then a cached prefix changes no bit of what follows.
+LEFT_TO_PREFILL = 2
 
 
 @dataclass
@@ -30,10 +34,16 @@ class PrefixCache:
 
     def __init__(self, session: Session):
         # A weak reference, so that this cache lives as long as its session and no longer.
-        self._session: Session = proxy(session)
+        self._weak_session = ref(session)
         self._slots = [_SlotRecord() for _ in range(session.slots)]
         self._clock = 0
         self.queries = self.hits = 0
+
+    @property
+    def _session(self) -> Session:
+        session = self._weak_session()
+        assert session is not None
+        return session
 
     @property
     def free_slots(self) -> int:
@@ -48,8 +58,9 @@ class PrefixCache:
     def claim(self, keys: Sequence[PositionKey], reuse: bool = True) -> tuple[int, int] | None:
         """Take a free slot for a prompt; return (slot, its tokens that the slot holds already).
 
-        The slot with the longest common prefix, else the one used longest ago. At least one token
-        of the prompt is left to prefill. None if no slot is free.
+        The slot with the longest common prefix, else the one used longest ago. Where the session
+        copies slots, a prefix is copied out of a slot that others use, or that holds much more.
+        The last tokens of the prompt are left to prefill. None if no slot is free.
 
         Args:
             reuse: False takes a slot and keeps nothing of it.
@@ -57,15 +68,36 @@ class PrefixCache:
         free = [slot for slot, record in enumerate(self._slots) if not record.claimed]
         if not free:
             return None
-        cached = {slot: self._cached(slot, keys) if reuse else 0 for slot in free}
-        slot = max(free, key=lambda slot: (cached[slot], -self._slots[slot].last_used))
-        record = self._slots[slot]
-        self._session.keep(slot, cached[slot])
-        record.keys = list(keys[: cached[slot]])
+        most = max(len(keys) - LEFT_TO_PREFILL, 0) if reuse else 0
+        common = [min(self._common(slot, keys), most) for slot in range(len(self._slots))]
+        slot, source = self._choose(free, common)
+        cached, record = common[source], self._slots[slot]
+        if source == slot:
+            self._session.keep(slot, cached)
+        else:
+            assert isinstance(self._session, CopiesSlots)
+            record.keys = []
+            self._session.copy(source, slot, cached)
+        record.keys = list(keys[:cached])
         record.claimed = True
         self.queries += len(keys)
-        self.hits += cached[slot]
-        return slot, cached[slot]
+        self.hits += cached
+        return slot, cached
+
+    def _choose(self, free: Sequence[int], common: Sequence[int]) -> tuple[int, int]:
+        """Return the slot to take, and the slot whose prefix it begins with, mostly the same."""
+
+        def longest(slot: int) -> tuple[int, int]:
+            return common[slot], -self._slots[slot].last_used
+
+        own = max(free, key=longest)
+        if not isinstance(self._session, CopiesSlots):
+            return own, own
+        source = max(range(len(common)), key=lambda slot: (common[slot], slot == own))
+        if source == own and 2 * common[own] >= len(self._slots[own].keys):
+            return own, own
+        oldest = min(free, key=lambda slot: self._slots[slot].last_used)
+        return oldest, source if common[source] > common[oldest] else oldest
 
     def extend(self, slot: int, keys: Sequence[PositionKey]) -> None:
         """Record that `slot` holds `keys` behind the others."""
@@ -92,11 +124,11 @@ class PrefixCache:
         self._slots[slot].keys = []
         self._session.keep(slot, 0)
 
-    def _cached(self, slot: int, keys: Sequence[PositionKey]) -> int:
+    def _common(self, slot: int, keys: Sequence[PositionKey]) -> int:
         record = self._slots[slot]
         if self._session.length(slot) != len(record.keys):
             return 0
-        return min(common_prefix(record.keys, keys), len(keys) - 1)
+        return common_prefix(record.keys, keys)
 
 
 _CACHES: WeakKeyDictionary[Session, PrefixCache] = WeakKeyDictionary()

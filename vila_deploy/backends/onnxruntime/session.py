@@ -20,7 +20,7 @@ from vila_deploy.backends.onnxruntime.inference import (
 from vila_deploy.backends.onnxruntime.memory import PREFILL_TOKENS
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.sampling import SamplingParams
-from vila_deploy.engine.session import check_keep, check_room, check_slots
+from vila_deploy.engine.session import check_keep, check_room, check_slots, chunk_size
 from vila_deploy.formats.module_dtypes import FP16, INT8X2
 from vila_deploy.processing.s2 import merge_s2_blocks, s2_features
 from vila_deploy.utils.arrays import Floats
@@ -42,6 +42,8 @@ class OnnxRuntimeSession:
         slots: sequences to hold. The system gives each the memory that its tokens take:
             2 * layers * kv_heads * head_dim * 4 bytes a token.
     """
+
+    prefill_chunk = PREFILL_TOKENS
 
     def __init__(self, folder: Path, manifest: Manifest, slots: int = 1):
         model, limits = manifest.model, manifest.limits
@@ -98,20 +100,30 @@ class OnnxRuntimeSession:
         check_room(self.length(slot), len(embeds), self.max_seq_len)
         if all_logits:
             return np.stack([self._pass([slot], embed[None])[0] for embed in embeds])
-        row = self.rows.row(slot)
         two_graphs = self._prefill is not self._decoder
+        # Where there are two graphs, the last token goes through the one that returns logits.
         many = len(embeds) - (two_graphs and not more)
-        for start in range(0, many, PREFILL_TOKENS):
-            chunk = embeds[None, start : min(start + PREFILL_TOKENS, many)]
-            bound = self._bind(row, 1, prefill=True)
-            bound.bind_embeds(chunk)
-            bound.run([self.rows.lengths[slot] + chunk.shape[1]])
-            self.rows.lengths[slot] += chunk.shape[1]
+        start = 0
+        while start < many:
+            count = chunk_size(many - start, PREFILL_TOKENS)
+            self._append(slot, embeds[start : start + count])
+            start += count
         if more:
             return np.empty(0, np.float32)
         if two_graphs:
             return self._pass([slot], embeds[-1:])[0]
-        return self._logits[row].copy()
+        return self._logits[self.rows.row(slot)].copy()
+
+    def _append(self, slot: int, embeds: Floats) -> None:
+        """Append a chunk [tokens, hidden] to `slot`; its last logits, if any, stand in its row."""
+        held, count = self.rows.lengths[slot], len(embeds)
+        if self._prefill is not self._decoder and count == 1 and held + 2 <= self.max_seq_len:
+            # A second token that is overwritten later: kernels add in another order for a lone one.
+            embeds = np.concatenate([embeds, embeds])
+        bound = self._bind(self.rows.row(slot), 1, prefill=True)
+        bound.bind_embeds(embeds[None])
+        bound.run([held + len(embeds)])
+        self.rows.lengths[slot] = held + count
 
     def decode(self, slots: Sequence[int], tokens: Sequence[int]) -> Floats:
         check_slots(self, slots)
