@@ -23,6 +23,7 @@ from vila_deploy.processing.images import Pixels, preprocess
 from vila_deploy.processing.multimodal_prompt import text_chunks
 from vila_deploy.processing.placeholders import (
     PLACEHOLDER,
+    VIDEO_PLACEHOLDERS,
     Media,
     bind_placeholders,
     check_no_placeholders,
@@ -178,7 +179,6 @@ def prepare_question(
         first: whether no earlier turn had an image. Models with dynamic tiles cut an image into
             tiles where it is the only one, which is only known of the first turn with images.
     """
-    content = [part if isinstance(part, str) else _in_windows(part, model) for part in content]
     texts = [part for part in content if isinstance(part, str)]
     media = [part for part in content if not isinstance(part, str)]
     for text in texts:
@@ -187,7 +187,7 @@ def prepare_question(
     if placeholders == "refuse":
         check_no_placeholders(joined)
     if _is_interleaved(content) and not PLACEHOLDER.search(joined):
-        joined, media = _interleave(content, model.image_end)
+        joined = _interleave(content, model.image_end)
     text, pixels = place_images(joined, media, model, first)
     return Question(text, tuple(PromptImage.of(image, model) for image in pixels))
 
@@ -312,16 +312,14 @@ def _is_interleaved(content: Sequence[Part]) -> bool:
     return bool(text_places) and text_places[-1] - text_places[0] + 1 > len(text_places)
 
 
-def _interleave(content: Sequence[Part], image_end: str) -> tuple[str, list[Media]]:
-    """Return the text with a marker for each image where it stands, and the images."""
+def _interleave(content: Sequence[Part], image_end: str) -> str:
+    """Return the text with a placeholder for each image and video where it stands."""
     text, previous_is_text = "", False
-    images: list[Media] = []
     for part in content:
         if isinstance(part, str):
             text += f"\n{part}" if previous_is_text else part
         else:
-            frames = [part] if isinstance(part, Image.Image) else list(part)
-            text += (IMAGE_MARKER if image_end else f"{IMAGE_MARKER}\n") * len(frames)
-            images += frames
+            name = IMAGE_MARKER if isinstance(part, Image.Image) else VIDEO_PLACEHOLDERS[0]
+            text += name if image_end else f"{name}\n"
         previous_is_text = isinstance(part, str)
-    return text, images
+    return text
