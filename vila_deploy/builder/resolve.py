@@ -107,7 +107,7 @@ def resolve_build(root: Path, options: BuildOptions, *, planning: bool = False) 
     """
     layout = find_layout(root)
     config = config_of(layout, options.prompt_template)
-    check_vocabulary(layout.folder("llm"), config.llm.vocab_size)
+    check_vocabulary(layout.folder("llm"), config)
     target = get_target(options.target)
     backend = resolve_backend(target, options.backend)
     found = "int4" if config.llm.quantization else FP16

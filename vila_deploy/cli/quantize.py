@@ -174,7 +174,7 @@ def _show_plan_of(
 
     layout = find_layout(folder)
     config = config_of(layout, options.prompt_template)
-    check_vocabulary(layout.folder("llm"), config.llm.vocab_size)
+    check_vocabulary(layout.folder("llm"), config)
     if options.lora is not None:
         check_not_quantized(config)
         open_adapter(options.lora, config)

@@ -29,6 +29,7 @@ from vila_deploy.processing.chat_template import (
 from vila_deploy.processing.images import preprocess
 from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
 from vila_deploy.processing.tokenizer import Tokenizer, load_tokenizer
+from vila_deploy.processing.vocabulary import check_ids
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.limits import MAX_TOKENS
@@ -70,7 +71,9 @@ class SampleTokenizer:
         tokens: list[int] = []
         for example in examples:
             text = example.text if example.is_plain else self._rendered(example)
-            tokens += self.tokenizer.bos_ids + self.tokenizer.encode(text[:MAX_TEXT_CHARACTERS])
+            ids = self.tokenizer.encode(text[:MAX_TEXT_CHARACTERS])
+            check_ids(self.tokenizer, [ids], self.config.llm.vocab_size)
+            tokens += self.tokenizer.bos_ids + ids
             if len(tokens) >= max_samples * limit:
                 break
         starts = range(0, len(tokens), limit)
@@ -90,7 +93,9 @@ class SampleTokenizer:
         return TokenSequence(chunks, example.images, len(last_chunk) - prompt_tokens)
 
     def _chunks(self, text: str) -> list[list[int]]:
-        return text_chunks(self.tokenizer, text, self.config.recipe)
+        chunks = text_chunks(self.tokenizer, text, self.config.recipe)
+        check_ids(self.tokenizer, chunks, self.config.llm.vocab_size)
+        return chunks
 
     def _marked(self, example: Example) -> tuple[list[tuple[str, str]], str]:
         """Return earlier turns and question, with a marker for each image."""

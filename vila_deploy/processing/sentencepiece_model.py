@@ -117,6 +117,14 @@ class SentencePieceTokenizer:
                 ids += self._library.encode(span if index or after_special else f" {span}")
         return ids
 
+    def tokens_beyond(self, rows: int) -> dict[int, str]:
+        pieces = range(rows, self._library.vocab_size())
+        added = sorted((n, content) for n, content in self._texts.items() if n >= rows)
+        return {**{n: self._library.id_to_piece(n) for n in pieces}, **dict(added)}
+
+    def added_ids(self) -> set[int]:
+        return set(self._texts)
+
     def token_id(self, token: str) -> int | None:
         if token in self._added:
             return self._added[token]

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from vila_deploy.processing.added_tokens import (
+    FIX,
+    MAX_TOKENS,
     AddedTokenEntry,
     named_bos,
     read_added_tokens,
@@ -72,6 +74,14 @@ class Tokenizer(Protocol):
         Args:
             after_special: as a special token follows another text, not as text begins.
         """
+        ...
+
+    def tokens_beyond(self, rows: int) -> dict[int, str]:
+        """Return the tokens whose ids are `rows` or more, by id."""
+        ...
+
+    def added_ids(self) -> set[int]:
+        """Return the ids of tokens that were added to the vocabulary."""
         ...
 
     def token_id(self, token: str) -> int | None:
@@ -150,7 +160,9 @@ class JsonTokenizer:
         self._library.no_padding()
         self.bos_ids = self._library.encode("", add_special_tokens=True).ids[:1]
         self.bos_id = named_bos(path, self.token_id, self.bos_ids)
-        self.vocab_size = self._library.get_vocab_size()
+        self.vocab_size = 1 + max(self._library.get_vocab().values(), default=-1)
+        if self.vocab_size > MAX_TOKENS:
+            raise VilaDeployError(f"has ids up to {self.vocab_size - 1}", where=path, fix=FIX)
         self._added = self._library.get_added_tokens_decoder()
         self._byte_level = is_byte_level(self._library.decoder)
         self._special = self._special_token()
@@ -174,6 +186,15 @@ class JsonTokenizer:
         if after_special and text and self._special:
             return self._library.encode(self._special + text, add_special_tokens=False).ids[1:]
         return self._library.encode(text, add_special_tokens=False).ids
+
+    def tokens_beyond(self, rows: int) -> dict[int, str]:
+        if rows >= self.vocab_size:
+            return {}
+        found = ((number, token) for token, number in self._library.get_vocab().items())
+        return {number: token for number, token in sorted(found) if number >= rows}
+
+    def added_ids(self) -> set[int]:
+        return set(self._added)
 
     def token_id(self, token: str) -> int | None:
         return self._library.token_to_id(token)

@@ -119,7 +119,7 @@ def quantize(
 def _open(root: Path, options: QuantizeOptions) -> tuple[Checkpoint, Adapter | None]:
     """Return the checked checkpoint as the user asks for it, and the adapter merged into it."""
     checkpoint = open_checkpoint(root, load_config(root, options.prompt_template))
-    check_vocabulary(checkpoint.layout.folder("llm"), checkpoint.config.llm.vocab_size)
+    check_vocabulary(checkpoint.layout.folder("llm"), checkpoint.config)
     if options.lora is None:
         return checkpoint, None
     check_not_quantized(checkpoint.config)

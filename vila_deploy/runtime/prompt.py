@@ -29,6 +29,7 @@ from vila_deploy.processing.placeholders import (
     check_no_placeholders,
 )
 from vila_deploy.processing.tokenizer import Tokenizer
+from vila_deploy.processing.vocabulary import check_ids
 from vila_deploy.utils.errors import VilaDeployError
 
 Role = Literal["system", "user", "assistant"]
@@ -204,6 +205,7 @@ def assemble_prompt(
     rendered = [(earlier.text, without_markers(answer)) for earlier, answer in turns]
     text = render(PROMPT_TEMPLATES[model.prompt], rendered, question.text, system)
     chunks = text_chunks(tokenizer, text, model.recipe)
+    check_ids(tokenizer, chunks, model.vocab_size)
     images = [image for asked in (*(q for q, _ in turns), question) for image in asked.images]
     return Prompt(tuple(map(tuple, chunks)), tuple(images))
 

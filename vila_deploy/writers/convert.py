@@ -35,7 +35,7 @@ def convert(root: Path, out: Path, formats: Sequence[str]) -> None:
     root = fetch_checkpoint(root, lambda folder: _check(folder, out))
     checkpoint = open_checkpoint(root)
     quantization = _quantization(checkpoint.config, root)
-    check_vocabulary(checkpoint.layout.folder("llm"), checkpoint.config.llm.vocab_size)
+    check_vocabulary(checkpoint.layout.folder("llm"), checkpoint.config)
     scheme = quantization.scheme
     check_formats(formats, checkpoint.config, scheme)
     for name in formats:

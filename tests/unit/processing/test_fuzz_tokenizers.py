@@ -44,7 +44,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def ours(root: Path) -> dict[str, Any]:
     config = load_config(root)
-    check_vocabulary(root / "llm", config.llm.vocab_size)
+    check_vocabulary(root / "llm", config)
     tokenizer = load_tokenizer(root / "llm")
     template_note(root / "llm", config)
     ids = [tokenizer.encode(probe) for probe in PROBES]
