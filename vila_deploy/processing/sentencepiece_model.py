@@ -105,8 +105,15 @@ class SentencePieceTokenizer:
                 piece = library.id_to_piece(entry.number)
                 what = f"token {short(entry.content)} has id {entry.number}, that is {short(piece)}"
                 raise VilaDeployError(what, where=path, fix=FIX)
-        if number not in (None, entry.number):
+        # Sorted by id, so what was added before has all ids up to the next one.
+        following = max(library.vocab_size(), *(n + 1 for n in self._added.values()))
+        number = min(entry.number, following) if number is None else number
+        if number != entry.number:
             raise wrong_id(entry, number, path)
+        if entry.lstrip or entry.rstrip or entry.single_word:
+            what = f"token {short(entry.content)} has lstrip, rstrip or single_word"
+            fix = "set them to false in tokenizer_config.json; others are not followed here"
+            raise VilaDeployError(what, where=path, fix=fix)
 
     def encode(self, text: str, after_special: bool = False) -> list[int]:
         ids: list[int] = []

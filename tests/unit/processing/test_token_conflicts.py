@@ -28,6 +28,14 @@ CONFLICTS = {
     "a piece with another id": (
         "vicuna_v1", "added_tokens.json", {"</s>": 368}, "'</s>' has id 368 in .*, here 2"
     ),
+    "a gap": (
+        "vicuna_v1", "added_tokens.json", {"[PAD]": 400}, r"'\[PAD\]' has id 400 in .*, here 368"
+    ),
+    "flags of a token": (
+        "vicuna_v1", "tokenizer_config.json",
+        {"added_tokens_decoder": {"368": {"content": "[PAD]", "lstrip": True}}},
+        r"'\[PAD\]' has lstrip, rstrip or single_word",
+    ),
     "an id that tokenizer.json doesn't leave": (
         "llama_3", "added_tokens.json", {"[PAD]": 9000}, r"'\[PAD\]' has id 9000 in .*, here 273"
     ),
