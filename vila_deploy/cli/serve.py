@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vila_deploy.cli.common import command, no_nan
-from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.errors import VilaDeployError, printable, short
 
 if TYPE_CHECKING:
     import socket
@@ -136,7 +136,7 @@ def main(
     if tls is None and not is_private(listener):
         click.echo("note: nothing is encrypted without --tls-cert or a proxy in front", err=True)
     options = ServerOptions(
-        model_names=model_names or (engine.resolve().name,),
+        model_names=_names(model_names, engine),
         api_keys=keys,
         hosts=() if keys else tuple({*LOCAL_HOSTS, host.lower()}),
         cors_origins=tuple(map(_origin, cors_origins)),
@@ -213,10 +213,20 @@ def _check_keys(keys: tuple[str, ...], needed: bool) -> None:
         )
 
 
+def _names(given: tuple[str, ...], engine: Path) -> tuple[str, ...]:
+    """Return what the model is called: as given, or as its folder."""
+    for name in given:
+        if not name.strip() or printable(name) != name:
+            raise VilaDeployError(
+                f"--model-name {short(name)} is no name", fix="give one of printable characters"
+            )
+    return given or (printable(engine.resolve().name) or "vila",)
+
+
 def _origin(value: str) -> str:
     scheme, separator, host = value.rstrip("/").lower().partition("://")
     if scheme not in ("http", "https") or not separator or not host or "/" in host or "*" in host:
         raise VilaDeployError(
-            f"--cors-origin {value!r} is no origin", fix="give one as https://chat.example"
+            f"--cors-origin {short(value)} is no origin", fix="give one as https://chat.example"
         )
     return f"{scheme}://{host}"

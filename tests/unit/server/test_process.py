@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import ssl
@@ -123,12 +124,21 @@ def test_wrong_options_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["--cors-origin", "*"], "is no origin"),
         (["--cors-origin", "chat.example"], "is no origin"),
         (["--cors-origin", "https://a.org/path"], "is no origin"),
+        (["--model-name", " "], "is no name"),
+        (["--model-name", "a\nb"], "is no name"),
         (["--tls-cert", tmp_path / "none", "--tls-key", tmp_path / "none"], "no such file"),
         (["--tls-cert", tmp_path / "empty", "--tls-key", tmp_path / "empty"], "is no certificate"),
     ]
     for options, message in cases:
         assert message in fails(*options, folder=tmp_path)
     assert "no such folder" in fails(folder=tmp_path / "nowhere")
+
+
+def test_a_folder_whose_name_is_no_utf8(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xe9"))
+    assert serve._names((), folder) == ("\\xdce9",)
+    assert serve._names((), Path("/")) == ("vila",)
+    assert serve._names(("a", "b"), folder) == ("a", "b")
 
 
 def test_a_port_that_is_taken(tmp_path: Path) -> None:
