@@ -24,4 +24,4 @@ def with_seconds(text: str, video: VideoConfig, duration_s: float) -> str:
     def seconds(match: re.Match[str]) -> str:
         return f"<{round(min(int(match[1]), last) * duration_s / last, 2)}>"
 
-    return re.sub(rf"{before}(\d{{1,9}}){after}", seconds, text)
+    return re.sub(rf"{before}(0|[1-9]\d{{0,8}}){after}", seconds, text)

@@ -157,6 +157,15 @@ def test_symmetric_is_remembered(tmp_path: Path) -> None:
         ({"projector": "mlp2x_gelu"}, "only, found projector mlp2x_gelu"),
         ({"projector": "mlp_downsample", "root_config": {}}, "found single tiles of 64 channels"),
         ({"root_config": {"mm_projector_token_order": "column"}}, "row by row only"),
+        (
+            {
+                "root_config": {
+                    **LITE["root_config"],
+                    "video_encoder": {"_target_": "x.TSPVideoEncoder", "pool_sizes": [[8, 1, 1]]},
+                }
+            },
+            "frames as images only, found TSPVideoEncoder",
+        ),
     ],
 )
 def test_refuses_what_no_class_computes(

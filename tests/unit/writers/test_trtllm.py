@@ -157,6 +157,16 @@ def test_vocabulary_is_padded_for_awq_only(tmp_path):
                 assert not table[1003 - rows * (tp - 1) :].any()
 
 
+def test_linear_rope_is_written(tmp_path):
+    """Under the key that TensorRT-LLM's attention reads, only where it is not 1."""
+    config = llm_config(rope_factor=4.0)
+    folder = write(tmp_path / "c", config, Weights(config), 1)
+    values = json.loads((folder / "config.json").read_text())
+    assert values["rotary_scaling"] == {"type": "linear", "factor": 4.0}
+    plain = write(tmp_path / "p", llm_config(), Weights(llm_config()), 1)
+    assert "rotary_scaling" not in json.loads((plain / "config.json").read_text())
+
+
 def test_tied_head_is_written(tmp_path):
     config = llm_config("Qwen2ForCausalLM", tie_word_embeddings=True)
     weights = Weights(config)
