@@ -44,8 +44,8 @@ MIN_KEY_CHARACTERS = 8
     help="What clients call the model; repeatable. The folder's name if left out.",
 )  # fmt: skip
 @click.option(
-    "--slots", type=click.IntRange(1, 64), default=8, show_default=True,
-    help="Answers at once, where the engine can; each takes memory for its key/value cache.",
+    "--slots", type=click.IntRange(1, 64),
+    help="Answers at once, where the engine can; 8 if left out, or as many as fit into memory.",
 )  # fmt: skip
 @click.option(
     "--queue-size", type=click.IntRange(0, 100_000), default=64, show_default=True,
@@ -100,7 +100,7 @@ def main(
     api_keys: tuple[str, ...],
     api_key_file: Path | None,
     model_names: tuple[str, ...],
-    slots: int,
+    slots: int | None,
     queue_size: int,
     timeout_s: float,
     drain_timeout_s: float,
@@ -160,20 +160,22 @@ def _serve(
     listener: socket.socket,
     options: ServerOptions,
     tls: tuple[Path, Path] | None,
-    slots: int,
+    slots: int | None,
     queue_size: int,
     image_cache_bytes: int,
 ) -> None:
-    from vila_deploy.runtime.open_engine import open_engine
+    from vila_deploy.runtime.open_engine import open_engine, slots_that_fit
     from vila_deploy.runtime.scheduler import Scheduler
     from vila_deploy.server.api import Api
     from vila_deploy.server.run_server import run_server, url
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    if slots is None:
+        slots = slots_that_fit(engine) if engine.is_dir() else 1
     with open_engine(engine, slots) as opened:
         scheduler = Scheduler(opened, queue_size, image_cache_bytes)
         address, name = url(listener, tls is not None), options.model_names[0]
-        started = f"{name} answers at {address} (API: {address}/v1)"
+        started = f"{name} answers at {address} (API: {address}/v1), {opened.session.slots} at once"
         try:
             api = Api(opened, scheduler, options)
             run_server(api, listener, tls, lambda: click.echo(started))

@@ -7,7 +7,12 @@ from pathlib import Path
 from types import TracebackType
 
 from vila_deploy.backends.registry import BACKENDS, get_backend
-from vila_deploy.engine.manifest import TOKENIZER_FOLDER, Manifest, load_manifest
+from vila_deploy.engine.manifest import (
+    TOKENIZER_FOLDER,
+    Manifest,
+    load_manifest,
+    read_manifest,
+)
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.precision import BITS
 from vila_deploy.engine.session import Session
@@ -15,8 +20,11 @@ from vila_deploy.formats.module_dtypes import FP16
 from vila_deploy.processing.tokenizer import Tokenizer, load_tokenizer
 from vila_deploy.runtime.conversation import Conversation
 from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.estimates import available_memory_bytes
 
-MAX_SLOTS = 64
+MAX_SLOTS, DEFAULT_SLOTS = 64, 8
+# Of the free memory; prompts, images and other programs need some too.
+SLOTS_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -39,10 +47,7 @@ class OpenedEngine:
     @property
     def cache_bytes_per_slot(self) -> int:
         """Return the most bytes of keys and values that one slot of the session takes."""
-        model, dtype = self.model, self.manifest.module_precision.kv_cache
-        bits = get_backend(self.manifest.backend).cache_bits if dtype == FP16 else BITS[dtype]
-        values = 2 * model.num_layers * model.num_kv_heads * model.head_dim
-        return values * self.session.max_seq_len * bits // 8
+        return _cache_bytes(self.manifest, self.session.max_seq_len)
 
     def chat(self, system: str | None = None) -> Conversation:
         """Return a new conversation with this engine.
@@ -85,6 +90,25 @@ class OpenedEngine:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _cache_bytes(manifest: Manifest, max_seq_len: int) -> int:
+    model, dtype = manifest.model, manifest.module_precision.kv_cache
+    bits = get_backend(manifest.backend).cache_bits if dtype == FP16 else BITS[dtype]
+    return 2 * model.num_layers * model.num_kv_heads * model.head_dim * max_seq_len * bits // 8
+
+
+def slots_that_fit(folder: Path, most: int = DEFAULT_SLOTS) -> int:
+    """Return how many full slots the free memory holds beside the engine's files, 1 to `most`.
+
+    Raises:
+        VilaDeployError: no engine.
+    """
+    manifest = read_manifest(folder)
+    files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    room = SLOTS_SHARE * available_memory_bytes() - files
+    each = _cache_bytes(manifest, manifest.limits.max_seq_len)
+    return max(1, min(most, int(room / each)))
 
 
 def open_engine(folder: str | Path, slots: int = 1) -> OpenedEngine:
