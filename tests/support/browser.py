@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,17 +59,17 @@ class Visit:
 
     def drop(self, *files: Path) -> None:
         """Drop files in the middle of the page as the desktop would."""
+        self._added(len(files), lambda: self.drag("dragEnter", "dragOver", "drop", files=files))
+
+    def drag(self, *kinds: str, files: Sequence[Path]) -> None:
+        """Send events of the desktop's drag and drop, in the middle of the page."""
         size = self.page.viewport_size
         assert size
         data = {"items": [], "files": list(map(str, files)), "dragOperationsMask": 1}
         client = self.page.context.new_cdp_session(self.page)
-
-        def drag() -> None:
-            for kind in ("dragEnter", "dragOver", "drop"):
-                event = {"type": kind, "x": size["width"] // 2, "y": size["height"] // 2}
-                client.send("Input.dispatchDragEvent", {**event, "data": data})
-
-        self._added(len(files), drag)
+        for kind in kinds:
+            event = {"type": kind, "x": size["width"] // 2, "y": size["height"] // 2}
+            client.send("Input.dispatchDragEvent", {**event, "data": data})
 
     def paste(self, image: Path) -> None:
         """Put a PNG file into the clipboard, as copying an image does, and press Ctrl+V."""

@@ -71,6 +71,22 @@ def test_later_questions_bring_earlier_turns(
     assert page.ask("Three?") == "0 images, 1 messages: Three?"
 
 
+def test_a_drag_that_is_given_up(page: Visit, images: list[Path]) -> None:
+    page.drag("dragEnter", "dragOver", files=images)
+    expect(page.page.locator("#drop")).to_be_visible()
+    page.drag("dragCancel", files=images)
+    expect(page.page.locator("#drop")).to_be_hidden()
+    assert page.thumbnails() == 0
+
+
+def test_a_new_chat_while_an_answer_is_written(page: Visit, server: FakeServer) -> None:
+    page.send("slow")
+    page.page.wait_for_selector(".answer:has-text('word')")
+    page.page.click("#new")
+    assert page.ask("One?") == "0 images, 1 messages: One?"
+    assert page.page.locator(".turn").count() == 1
+
+
 def test_a_file_that_is_no_image_is_named(page: Visit, tmp_path: Path) -> None:
     (tmp_path / "<b>notes.png").write_text("no image")
     page.drop(tmp_path / "<b>notes.png")

@@ -70,7 +70,8 @@ async function addFiles(files) {
 async function readImage(file) {
   const url = await dataUrl(file);
   const decoded = await decode(url);
-  const image = { name: file.name || "image", url, width: decoded.naturalWidth, height: decoded.naturalHeight };
+  const [width, height] = [decoded.naturalWidth, decoded.naturalHeight];
+  const image = { name: file.name || "image", url, width, height };
   if (!SENT_AS_THEY_ARE.has(file.type)) {
     image.url = redrawn(decoded, 1, "image/png");
     say(`${image.name} is sent as PNG.`);
@@ -78,7 +79,8 @@ async function readImage(file) {
   const pixels = image.width * image.height;
   if (limits.max_image_pixels && pixels > limits.max_image_pixels) {
     await scaleDown(image, Math.sqrt(limits.max_image_pixels / pixels));
-    say(`${image.name} was scaled down to ${image.width} × ${image.height}, the most that this server takes.`);
+    const size = `${image.width} × ${image.height}`;
+    say(`${image.name} was scaled down to ${size}, the most that this server takes.`);
   }
   return image;
 }
@@ -126,9 +128,11 @@ function showImages() {
   };
   byId("images").replaceChildren(
     ...images.map((image, index) => {
-      const take = element("button", { type: "button", title: "Remove", onclick: () => remove(index) }, icon("remove"));
-      take.setAttribute("aria-label", `Remove ${image.name}`);
-      return element("li", {}, element("img", { src: image.url, alt: image.name, title: image.name }), take);
+      const shown = element("img", { src: image.url, alt: image.name, title: image.name });
+      const button = element("button", { type: "button", title: "Remove" }, icon("remove"));
+      button.setAttribute("aria-label", `Remove ${image.name}`);
+      button.onclick = () => remove(index);
+      return element("li", {}, shown, button);
     }),
   );
   fit();
@@ -138,7 +142,8 @@ function showImages() {
 
 function number(id, name) {
   const input = byId(id);
-  if (!input.validity.valid) throw new Error(`${name} must be ${input.step === "1" ? "a whole number" : "a number"} ${range(input)}.`);
+  const kind = input.step === "1" ? "a whole number" : "a number";
+  if (!input.validity.valid) throw new Error(`${name} must be ${kind} ${range(input)}.`);
   return input.value === "" ? undefined : Number(input.value);
 }
 
@@ -183,7 +188,9 @@ async function loadModel() {
 }
 
 const wrongKey = () =>
-  byId("key").value ? "The server does not know this API key. Correct it in Settings." : "This server asks for an API key. Enter it in Settings.";
+  byId("key").value
+    ? "The server does not know this API key. Correct it in Settings."
+    : "This server asks for an API key. Enter it in Settings.";
 
 // ---- Turns
 
@@ -202,16 +209,23 @@ function messages(last) {
 }
 
 function addTurn(asked) {
-  const shown = images.map(({ url, name }) => element("li", {}, element("img", { src: url, alt: name })));
+  const shown = images.map(({ url, name }) =>
+    element("li", {}, element("img", { src: url, alt: name })),
+  );
   const turn = { asked, images, answer: "" };
   turn.text = document.createTextNode("");
-  turn.output = element("div", { className: "answer", "aria-live": "polite", "aria-label": "Answer", role: "group" }, turn.text);
-  turn.waiting = element("div", { className: "waiting", hidden: true }, element("i"), element("i"), element("i"));
+  turn.output = element("div", { className: "answer", role: "group" }, turn.text);
+  turn.output.setAttribute("aria-label", "Answer");
+  // Read aloud when it is complete: until then it is busy.
+  turn.output.setAttribute("aria-live", "polite");
+  const dots = [1, 2, 3].map(() => element("i"));
+  turn.waiting = element("div", { className: "waiting", hidden: true }, ...dots);
   turn.error = element("p", { className: "error", role: "alert" });
   turn.under = element("div", { className: "under" });
-  turn.root = element("li", { className: "turn" },
-    element("div", { className: "asked" }, shown.length ? element("ul", { "aria-label": "Images" }, ...shown) : "", element("p", {}, asked)),
-    turn.output, turn.waiting, turn.error, turn.under);
+  const list = shown.length ? [element("ul", { "aria-label": "Images" }, ...shown)] : [];
+  const said = element("div", { className: "asked" }, ...list, element("p", {}, asked));
+  const parts = [said, turn.output, turn.waiting, turn.error, turn.under];
+  turn.root = element("li", { className: "turn" }, ...parts);
   images = [];
   turns.push(turn);
   byId("turns").append(turn.root);
@@ -264,11 +278,18 @@ function finish(turn, { stopped, error, usage, reason }, clock) {
   turn.output.setAttribute("aria-busy", "false");
   turn.root.classList.toggle("failed", !turn.answer);
   turn.error.textContent = error ? error.message : "";
-  const again = button("again", turn.answer ? "Regenerate" : "Try again", () => running || answer(turn));
-  again.classList.add("again");
-  turn.under.replaceChildren(...(turn.answer ? [button("copy", "Copy", (event) => copy(turn.answer, event.currentTarget))] : []));
-  if (turn === turns.at(-1)) turn.under.append(again);
-  if (error?.status === 401) turn.under.append(button("key", "Enter the key", () => openSettings("key")));
+  turn.under.replaceChildren();
+  if (turn.answer) {
+    turn.under.append(button("copy", "Copy", ({ currentTarget }) => copy(turn.answer, currentTarget)));
+  }
+  if (turn === turns.at(-1)) {
+    const label = turn.answer ? "Regenerate" : "Try again";
+    turn.under.append(button("again", label, () => running || answer(turn)));
+    turn.under.lastChild.classList.add("again");
+  }
+  if (error?.status === 401) {
+    turn.under.append(button("key", "Enter the key", () => openSettings("key")));
+  }
   turn.under.append(element("span", { className: "figures" }, figures(stopped, usage, reason, clock)));
   showRunning();
 }
@@ -279,23 +300,25 @@ function figures(stopped, usage, reason, { start, first, last }) {
   if (reason === "length") parts.push("cut short at the limit of tokens");
   const tokens = usage?.completion_tokens ?? 0;
   if (tokens) parts.push(`${tokens} ${tokens === 1 ? "token" : "tokens"}`);
-  if (tokens > 1 && last > first) parts.push(`${significant(((tokens - 1) / (last - first)) * 1000)} tokens/s`);
+  if (tokens > 1 && last > first) {
+    parts.push(`${significant(((tokens - 1) / (last - first)) * 1000)} tokens/s`);
+  }
   if (first) parts.push(`first token after ${duration(first - start)}`);
   return parts.join(" · ");
 }
 
 const duration = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${significant(ms / 1000)} s`);
-const significant = (value) => value.toLocaleString("en", { maximumSignificantDigits: 3, useGrouping: false });
+const significant = (value) =>
+  value.toLocaleString("en", { maximumSignificantDigits: 3, useGrouping: false });
 
 function showRunning() {
   const focused = document.activeElement;
   byId("stop").hidden = !running;
   byId("send").hidden = Boolean(running);
   byId("send").disabled = !question.value.trim();
-  // A button that has gone must not take the focus with it.
-  if (focused === byId("stop") || focused === byId("send") || !document.contains(focused) || focused === document.body) {
-    if (!matchMedia("(pointer: coarse)").matches) question.focus();
-  }
+  // A button that has gone must not take the focus with it; a phone's keyboard stays away.
+  const lost = !focused || focused === document.body || focused.hidden || !focused.isConnected;
+  if (lost && !matchMedia("(pointer: coarse)").matches) question.focus();
 }
 
 async function copy(text, source) {
@@ -349,8 +372,10 @@ async function body(turn) {
   const make = () => JSON.stringify({ messages: messages(turn), ...options });
   let text = make();
   const sent = turns.slice(0, turns.indexOf(turn) + 1).flatMap((one) => one.images);
-  for (let round = 0; limits.max_body_bytes && text.length > limits.max_body_bytes && sent.length && round < 5; round++) {
-    for (const image of sent) await scaleDown(image, Math.min(0.9, Math.sqrt(limits.max_body_bytes / text.length)));
+  const tooLong = () => limits.max_body_bytes && text.length > limits.max_body_bytes;
+  for (let round = 0; tooLong() && sent.length && round < 5; round++) {
+    const scale = Math.min(0.9, Math.sqrt(limits.max_body_bytes / text.length));
+    for (const image of sent) await scaleDown(image, scale);
     say("Images were scaled down: together they were larger than this server takes.");
     text = make();
   }
@@ -366,13 +391,16 @@ async function post(body, signal) {
   }
   if (response.ok) return response;
   const problem = await response.json().catch(() => ({}));
-  throw Object.assign(new Error(reason(response, problem.error?.message)), { status: response.status });
+  const error = new Error(reason(response, problem.error?.message));
+  throw Object.assign(error, { status: response.status });
 }
 
 function reason({ status, headers }, message) {
   if (status === 401) return wrongKey();
   const wait = headers.get("Retry-After");
-  if (status === 429 || status === 503) return `The server is busy: try again${wait ? ` in ${wait} s` : " later"}.`;
+  if (status === 429 || status === 503) {
+    return `The server is busy: try again ${wait ? `in ${wait} s` : "later"}.`;
+  }
   return message ? sentence(message) : `The server answered with status ${status}.`;
 }
 
@@ -428,6 +456,13 @@ function showEnd() {
   scroller.scrollTop = scroller.scrollHeight;
 }
 
+let dragging; // a timer
+
+function endDrag() {
+  clearTimeout(dragging);
+  byId("drop").hidden = true;
+}
+
 const isImage = (file) => file.type.startsWith("image/");
 const hasFiles = (event) => event.dataTransfer.types.includes("Files");
 
@@ -458,12 +493,13 @@ document.addEventListener("dragover", (event) => {
   if (!hasFiles(event) && event.target === question) return;
   event.preventDefault();
   byId("drop").hidden = !hasFiles(event);
+  // It comes some times a second; a drag that is given up says nothing.
+  clearTimeout(dragging);
+  dragging = setTimeout(endDrag, 1000);
 });
-document.addEventListener("dragleave", (event) => {
-  if (!event.relatedTarget) byId("drop").hidden = true;
-});
+document.addEventListener("dragleave", (event) => event.relatedTarget || endDrag());
 document.addEventListener("drop", (event) => {
-  byId("drop").hidden = true;
+  endDrag();
   if (!hasFiles(event) && event.target === question) return;
   event.preventDefault();
   if (hasFiles(event)) addFiles([...event.dataTransfer.files]);
