@@ -48,6 +48,9 @@ STATE_FILE, LOCK_FILE = "state.json", "lock"
 LAYER_FILE = re.compile(r"layer-(\d{5,})-([0-9a-f]{64})\.safetensors")
 TEMPORARY_SUFFIX = ".tmp"
 CHECKPOINT, CALIBRATION = "the checkpoint", "the calibration data"
+# Sums come out differently when they are split among another number of threads.
+THREADS = "OMP_NUM_THREADS"
+MAX_THREADS = 1024
 ADAPTER = "the adapter of --lora"
 BEGIN_AGAIN = "remove this folder to begin again, or choose another -o"
 
@@ -156,7 +159,7 @@ def work_folder(
     """
     if not out.name:
         check_new(out)
-    path, state = work_path(out), _state_of(checkpoint, options, device, adapter)
+    path = work_path(out)
     exists = os.path.lexists(path)
     if exists and os.path.lexists(out) and not is_empty_folder(out):
         raise VilaDeployError(
@@ -167,13 +170,13 @@ def work_folder(
     check_new(out)
     if not exists:
         with new_folder(path) as folder:
-            _write_state(folder, state)
+            _write_state(folder, _state_of(checkpoint, options, device, adapter))
     # A folder that is no work folder stays as it is.
     _read_state(path)
-    with _locked(path):
+    with _locked(path), _threads_as_before(path):
         if not resume:
             refuse_finished_layers(out)
-        work = _open(path, state, checkpoint)
+        work = _open(path, _state_of(checkpoint, options, device, adapter), checkpoint)
         if resume:
             print(f"{path}: {len(work.finished) or 'no'} finished layers found", file=sys.stderr)
         try:
@@ -187,6 +190,26 @@ def work_folder(
         finally:
             if not work.finished:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def _threads_as_before(path: Path) -> Iterator[None]:
+    """Use as many threads as the finished layers in `path`, on however many cores."""
+    usual, before = torch.get_num_threads(), _read_state(path).get(THREADS)
+    other = type(before) is int and 1 <= before <= MAX_THREADS and before != usual
+    if not other or not _layer_files(path):
+        yield
+        return
+    print(
+        f"{path}: was begun with {before} threads and goes on with as many, "
+        f"not with this computer's {usual}, for the same bytes",
+        file=sys.stderr,
+    )
+    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 def _with_hint(error: Exception) -> VilaDeployError:
@@ -237,8 +260,7 @@ def _state_of(
         "--prompt-template": options.prompt_template,
         ADAPTER: None if adapter is None else adapter.sha256,
         "--device": device.type,
-        # Sums come out differently when they are split among another number of threads.
-        "OMP_NUM_THREADS": torch.get_num_threads(),
+        THREADS: torch.get_num_threads(),
         **versions(),
     }
 

@@ -73,6 +73,13 @@ def check_new(destination: Path, kind: str = "folder") -> None:
 
     An empty folder is as good as none, unless it is a link or another disk is mounted there.
     """
+    inside = f"give a new folder in it, such as {destination / 'NAME'}, or choose another -o"
+    if destination.is_symlink():
+        what = f"output {kind} exists: it is a link"
+        raise VilaDeployError(what, where=destination, fix="remove it or choose another -o")
+    if kind == "folder" and _is_mount(destination):
+        what = "a disk is mounted there, and a mount point can't be replaced"
+        raise VilaDeployError(what, where=destination, fix=inside)
     if os.path.lexists(destination) and not (kind == "folder" and is_empty_folder(destination)):
         raise VilaDeployError(
             f"output {kind} exists", where=destination, fix="remove it or choose another -o"
@@ -81,6 +88,13 @@ def check_new(destination: Path, kind: str = "folder") -> None:
         raise VilaDeployError(
             "folder does not exist", where=destination.parent, fix="create it or choose another -o"
         )
+
+
+def _is_mount(path: Path) -> bool:
+    try:
+        return bool(path.name) and path.is_mount()
+    except OSError:
+        return False
 
 
 def is_empty_folder(path: Path) -> bool:

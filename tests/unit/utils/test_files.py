@@ -80,8 +80,17 @@ def test_an_empty_folder_stays_after_an_error(tmp_path: Path) -> None:
 )
 def test_existing_destination_is_refused_first(make: Callable, tmp_path: Path) -> None:
     make(tmp_path / "out")
-    with pytest.raises(VilaDeployError, match="out: output folder exists; remove it"):
+    with pytest.raises(VilaDeployError, match=r"out: output folder exists.*; remove it"):
         fill(tmp_path / "out", throw(AssertionError("the work began")))
+
+
+def test_a_mount_point_names_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    with pytest.raises(VilaDeployError, match=r"mounted there.*a new folder in it, such as .*NAME"):
+        fill(tmp_path / "out", throw(AssertionError("the work began")))
+    fill(tmp_path / "out" / "NAME", lambda partial: None)
+    assert [path.name for path in (tmp_path / "out" / "NAME").iterdir()] == ["ours"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link", "dangling link"])
