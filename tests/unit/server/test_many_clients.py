@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.support.load import Totals, run_clients
-from tests.support.serve_process import process
+from tests.support.served_process import process
 from tests.support.serving import wait_until
 
 CLIENTS, SECONDS = int(os.environ.get("CLIENTS", "40")), float(os.environ.get("SECONDS", "4"))

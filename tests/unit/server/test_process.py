@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.support.commands import assert_one_line, invoke
-from tests.support.serve_process import Streams, process
+from tests.support.served_process import Streams, process
 from tests.support.serving import ENDLESS, KEY, asks, wait_until
 from vila_deploy.cli import serve
 
