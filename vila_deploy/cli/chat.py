@@ -72,9 +72,9 @@ if TYPE_CHECKING:
     "that failed are asked again.",
 )  # fmt: skip
 @click.option(
-    "--slots", type=click.IntRange(1, 64), default=4, show_default=True,
-    help="With --batch: rows answered at once, where the engine can; each takes memory for its "
-    "key/value cache.",
+    "--slots", type=click.IntRange(1, 64),
+    help="With --batch: rows answered at once, where the engine can; 8 if left out, or as many as "
+    "fit into memory.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object; needs -p or --batch.")
 def main(
@@ -88,7 +88,7 @@ def main(
     batch: Path | None,
     out: Path | None,
     resume: bool,
-    slots: int,
+    slots: int | None,
     as_json: bool,
     **sampling: Any,
 ) -> None:

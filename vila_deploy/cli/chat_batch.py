@@ -23,7 +23,7 @@ from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.processing.images import read_image
 from vila_deploy.processing.placeholders import Media
 from vila_deploy.processing.time_tokens import with_seconds
-from vila_deploy.runtime.open_engine import OpenedEngine, open_engine
+from vila_deploy.runtime.open_engine import OpenedEngine, open_engine, slots_that_fit
 from vila_deploy.runtime.prompt import Message, Prompt, prepare_prompt
 from vila_deploy.runtime.request import Event, Failed, Finished, GenerationRequest
 from vila_deploy.runtime.scheduler import Scheduler
@@ -40,7 +40,7 @@ class Batch:
         source: a .jsonl file or a folder of images.
         question: asked where a row has none.
         video_frames: images from each video; None: the model's own number.
-        slots: rows answered at once, where the engine can.
+        slots: rows answered at once, where the engine can; None: as many as fit into memory.
         system: None: the model's own message.
     """
 
@@ -49,7 +49,7 @@ class Batch:
     out: Path
     question: str | None
     video_frames: int | None
-    slots: int
+    slots: int | None
     system: str | None
     sampling: SamplingParams
     stop: tuple[str, ...]
@@ -109,8 +109,9 @@ def run(batch: Batch, resume: bool, as_json: bool) -> None:
 
 
 def _answer(batch: Batch, left: Sequence[tuple[str, BatchRow]], log: BatchLog, total: int) -> None:
+    slots = slots_that_fit(batch.engine) if batch.slots is None else batch.slots
     with (
-        open_engine(batch.engine, min(batch.slots, len(left))) as engine,
+        open_engine(batch.engine, min(slots, len(left))) as engine,
         closing(Scheduler(engine)) as scheduler,
         progress(total, "answering") as advance,
     ):
