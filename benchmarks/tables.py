@@ -34,6 +34,7 @@ PAGES = ("README.md", "benchmarks/README.md", "examples/*/README.md", "docs/*.md
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- /table -->)", re.S)
 TABLES: dict[str, Callable[[], str]] = {
     "models": models.models,
+    "video-models": models.video_models,
     "memory": models.memory,
     "targets": models.targets,
     "speed": speed.speed,

@@ -8,7 +8,7 @@ from benchmarks.page_tables.sources import PRECISIONS, markdown
 from vila_deploy.backends.registry import get_backend
 from vila_deploy.builder.fit import Fit, fit_everywhere
 from vila_deploy.builder.memory_plan import plan_engine
-from vila_deploy.checkpoint.presets import PRESETS, base_models, preset
+from vila_deploy.checkpoint.presets import PRESETS, VIDEO_PRESETS, base_models, preset
 from vila_deploy.engine.build_request import BuildRequest, resolve_limits
 from vila_deploy.engine.memory import MemoryRow
 from vila_deploy.engine.target import Target, get_target, load_targets
@@ -33,6 +33,22 @@ def models() -> str:
         rows.append([name, llm, tower, cut, tokens, *sizes])
     titles = ["model", "LLM", "vision tower", "image", "tokens per image, at most"]
     return markdown([*titles, "int4 GB", "fp16 GB"], rows)
+
+
+def video_models() -> str:
+    """Return the released models of videos: frames, tokens of a video, GB of weights and cache."""
+
+    rows = []
+    for name in VIDEO_PRESETS:
+        config = preset(name, "fp16")
+        llm, tower = base_models(name)
+        sizes = [f"{_weight_bytes(name, precision) / 1e9:.1f}" for precision in PRECISIONS]
+        per_token = 4 * config.llm.num_layers * config.llm.num_kv_heads * config.llm.head_dim
+        cache = f"{per_token * config.tokens_per_video / 1e9:.1f}"
+        video = [str(config.video.num_frames), f"{config.tokens_per_video:,}"]
+        rows.append([name, llm, tower, *video, *sizes, cache])
+    titles = ["model", "LLM", "vision tower", "frames of a video", "its tokens"]
+    return markdown([*titles, "int4 GB", "fp16 GB", "its cache in float16, GB"], rows)
 
 
 def memory() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
@@ -12,6 +12,7 @@ from vila_deploy.checkpoint.variants import (
     PROJECTOR_TYPES,
     TOWER_FAMILIES,
 )
+from vila_deploy.checkpoint.video_config import VideoConfig
 from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig, VisionConfig
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -25,6 +26,8 @@ _LLMS = {
     "Yi-34B": (7168, 60, 56, 8, 20480, "Yi"),
     "Qwen2.5-7B": (3584, 28, 28, 4, 18944, "Qwen2.5"),
     "Qwen2.5-14B": (5120, 48, 40, 8, 13824, "Qwen2.5"),
+    "Qwen2-1.5B, 65,536 tokens": (1536, 28, 12, 2, 8960, "LongVILA, 65k"),
+    "Qwen2-7B, 1M tokens": (3584, 28, 28, 4, 18944, "LongVILA, 1M"),
 }
 # architecture, rope theta, norm epsilon; vocabulary, positions, model_max_length, bos, eos
 _LLM_FAMILIES: dict[str, tuple[str, float, float, tuple[int, int, int, int, int]]] = {
@@ -32,6 +35,8 @@ _LLM_FAMILIES: dict[str, tuple[str, float, float, tuple[int, int, int, int, int]
     "Llama-3": ("LlamaForCausalLM", 5e5, 1e-5, (128256, 8192, 4096, 128000, 128001)),
     "Yi": ("LlamaForCausalLM", 5e6, 1e-5, (64000, 4096, 4096, 1, 7)),
     "Qwen2.5": ("Qwen2ForCausalLM", 1e6, 1e-6, (151648, 32768, 8192, 151643, 151645)),
+    "LongVILA, 65k": ("Qwen2ForCausalLM", 1.53e7, 1e-6, (151936, 65536, 65536, 151643, 151645)),
+    "LongVILA, 1M": ("Qwen2ForCausalLM", 1e6, 1e-6, (152064, 1 << 20, 1 << 20, 151643, 151645)),
 }
 # family, hidden, layers, heads, intermediate, patch, pixels
 _TOWERS = {
@@ -53,6 +58,9 @@ class _Model:
     image_mode: str = "resize"
     tiling: tuple[str, tuple[int, ...], int, int, int] | None = None
     model_max_length: int | None = None  # None: the LLM's
+    video: VideoConfig = field(default_factory=VideoConfig)
+    rope_factor: float = 1.0
+    tied: bool = False
 
 
 _DYNAMIC_S2 = ("dynamic_s2", (448, 896, 1344), 2, 9, 12)
@@ -74,12 +82,35 @@ _MODELS = {
     "VILA-7b": _Model("Vicuna-7B", "CLIP-L-336", "mlp2x_gelu", image_mode="pad"),
     "VILA-13b": _Model("Vicuna-13B", "CLIP-L-336", "mlp2x_gelu", image_mode="pad"),
 }
-PRESETS = tuple(_MODELS)
+_TSP = VideoConfig(num_frames=256, pools=((8, 1, 1),))
+_LONG = VideoConfig(num_frames=256)
+# Models of videos; `vila-bench --table` leaves them out.
+_VIDEO_MODELS = {
+    "NVILA-8B-Video": _Model(
+        "Qwen2.5-7B", "SigLIP-448", "mlp_downsample_2x2_fix", model_max_length=16384, video=_TSP
+    ),
+    "NVILA-Lite-15B-Video": _Model(
+        "Qwen2.5-14B",
+        "SigLIP-448",
+        "mlp_downsample_3x3_fix",
+        tiling=("dynamic", (448,), 0, 1, 12),
+        model_max_length=16384,
+        video=_TSP,
+    ),
+    "qwen2-1.5b-longvila-256f": _Model(
+        "Qwen2-1.5B, 65,536 tokens", "SigLIP-384", video=_LONG, tied=True
+    ),
+    "qwen2-7b-longvila-1M": _Model(
+        "Qwen2-7B, 1M tokens", "SigLIP-384", video=_LONG, rope_factor=4.0
+    ),
+}
+PRESETS, VIDEO_PRESETS = tuple(_MODELS), tuple(_VIDEO_MODELS)
+_ALL = _MODELS | _VIDEO_MODELS
 
 
 def base_models(name: str) -> tuple[str, str]:
     """Return the names of the LLM and the vision tower that a released model is made of."""
-    model = _MODELS[name]
+    model = _ALL[name]
     return model.llm, model.tower
 
 
@@ -89,19 +120,19 @@ def preset(name: str, precision: str) -> VilaConfig:
     Raises:
         VilaDeployError: no such model; the message lists those there are.
     """
-    if name not in _MODELS:
-        near = [known for known in PRESETS if name.casefold() in known.casefold()]
+    if name not in _ALL:
+        near = [known for known in _ALL if name.casefold() in known.casefold()]
         meant = f"did you mean {near[0]}? " if len(near) == 1 else ""
-        fix = f"{meant}choose from {', '.join(PRESETS)}"
+        fix = f"{meant}choose from {', '.join(_ALL)}"
         raise VilaDeployError(f"unknown model {name!r}", fix=fix)
-    model = _MODELS[name]
+    model = _ALL[name]
     vision, (llm, model_max_length) = _vision(model.tower), _llm(model.llm, precision)
     size, family = vision.image_size, vision.family
     mode, scales, output, least, most = model.tiling or ("single", (size,), 0, 1, 1)
     pixels = scales[-1] if mode == "s2" else size
     projector = PROJECTOR_TYPES[model.projector]
     return VilaConfig(
-        llm=llm,
+        llm=replace(llm, rope_factor=model.rope_factor, tie_word_embeddings=model.tied),
         vision=vision,
         projector=projector,
         image=ImageConfig(model.image_mode, pixels, 3, 1 / 255, family.mean, family.std),
@@ -110,6 +141,7 @@ def preset(name: str, precision: str) -> VilaConfig:
         select_feature="patch" if family.has_class_token else "cls_patch",
         token_order=projector.token_order or GENERATIONS[llm.family.generation].token_order,
         generation=llm.family.generation,
+        video=model.video,
         model_max_length=model.model_max_length or model_max_length,
     )
 

@@ -76,7 +76,8 @@ FILE = click.Path(path_type=Path)
 )  # fmt: skip
 @click.option(
     "--prompt-template", metavar="NAME",
-    help="vicuna_v1, llama_3, hermes-2, qwen2 …; chosen by LLM and tokenizer if left out.",
+    help="vicuna_v1, llama_3, llama_3_original, hermes-2 or qwen2; what the configs name, or LLM "
+    "and tokenizer tell, if left out.",
 )  # fmt: skip
 @click.option(
     "--lora", type=FILE, metavar="ADAPTER",

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from vila_deploy.checkpoint.llm_config import QuantizationConfig
-from vila_deploy.checkpoint.presets import PRESETS, preset
+from vila_deploy.checkpoint.presets import PRESETS, VIDEO_PRESETS, preset
 from vila_deploy.checkpoint.tensor_schema import (
     TensorSpec,
     llm_tensor_specs,
@@ -119,6 +119,8 @@ def test_tower(name: str, file_bytes: float, unused: int) -> None:
         ("NVILA-15B", 194e6),
         ("NVILA-Lite-8B", 122e6),
         ("VILA-13b", 63e6),
+        ("NVILA-8B-Video", 58.8e6),
+        ("qwen2-1.5b-longvila-256f", 18.9e6),
     ],
 )
 def test_projector(name: str, file_bytes: float) -> None:
@@ -142,7 +144,22 @@ def test_tokens_per_image(name: str, tokens: int) -> None:
     assert preset(name, "fp16").max_tokens_per_image == tokens
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    ("name", "frames", "tokens"),
+    [
+        ("NVILA-8B", 8, 8 * 257),
+        ("NVILA-8B-Video", 256, 32 * 257),
+        ("NVILA-Lite-15B-Video", 256, 32 * 122),
+        ("qwen2-1.5b-longvila-256f", 256, 256 * 197),
+        ("qwen2-7b-longvila-1M", 256, 256 * 197),
+    ],
+)
+def test_tokens_of_a_video(name: str, frames: int, tokens: int) -> None:
+    config = preset(name, "fp16")
+    assert (config.video.num_frames, config.tokens_per_video) == (frames, tokens)
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *VIDEO_PRESETS])
 def test_every_part_on_the_meta_device(name: str) -> None:
     """What the tables expect is what the modules hold: LLM by transformers, tower and projector."""
     config = preset(name, "fp16")
