@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.lora_cases import PART_PREFIXES, make_adapter, tensors
+from tests.support.paths import TINY_VILA
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.lora import open_adapter
@@ -99,6 +100,25 @@ def test_equals_the_merge_of_peft(base, tmp_path, name):
     assert 0 < changed <= report["merged"] + report["replaced"]
     # Nothing is written into the mapped file of the base.
     assert all(torch.equal(v, before[n]) for n, v in tensors(open_checkpoint(base)).items())
+
+
+def test_tiny_vila(tmp_path):
+    checkpoint = open_checkpoint(TINY_VILA)
+    before = {name: tensor.float() for name, tensor in tensors(checkpoint).items()}
+    config = {
+        "target_modules": ["q_proj", "v_proj", "down_proj", "fc1"],
+        "modules_to_save": ["lm_head"],
+        "rank_pattern": {"down_proj": 4},
+        "alpha_pattern": {"v_proj": 32},
+    }
+    if checkpoint.config.llm.tie_word_embeddings:
+        del config["modules_to_save"]
+    expected = make_adapter(checkpoint, tmp_path, trained_in_full="mm_projector", **config)
+    open_adapter(tmp_path, checkpoint.config).merge_into(checkpoint)
+    merged = tensors(checkpoint)
+    for name, value in used(checkpoint.config, expected).items():
+        step = 2**-10 * torch.maximum(before[name].abs(), value.float().abs())
+        assert ((merged[name].float() - value.float()).abs() <= step + 2**-17).all(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
