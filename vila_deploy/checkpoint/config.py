@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vila_deploy.checkpoint.decoding_config import check_decoding
 from vila_deploy.checkpoint.folder_layout import Layout, find_layout
 from vila_deploy.checkpoint.generation import generation_of, prompt_template
 from vila_deploy.checkpoint.llm_config import LlmConfig, check_quantized_sizes, load_llm_config
@@ -148,6 +149,8 @@ def config_of(layout: Layout, template: str | None = None) -> VilaConfig:
         ),
         prompt_template=prompt_template(fields, llm_fields, llm.family, template),
     )
+    if generation != "nvila":
+        check_decoding(layout.generation)
     check_quantized_sizes(llm, llm_fields)
     _check_consistency(config, fields)
     return config
@@ -211,3 +214,5 @@ def _refuse_unsupported(fields: Fields) -> None:
         raise fields.error(
             short(gaze), "AutoGaze (NVILA-8B-HD-Video) is not supported", "use NVILA-8B-Video"
         )
+    if fields.integer("video_max_tiles", 1) != 1:
+        raise fields.error("video_max_tiles", "frames of a video are not cut into tiles", "use 1")

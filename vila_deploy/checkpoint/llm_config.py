@@ -85,6 +85,13 @@ def load_llm_config(fields: Fields, generation: Fields) -> LlmConfig:
             f"this version supports {', '.join(sorted(LLM_FAMILIES))}",
         )
     family = LLM_FAMILIES[name]
+    # transformers' AutoModel goes by the latter.
+    if fields.text("model_type", family.name) != family.name:
+        raise fields.error(
+            "model_type",
+            f"{short(fields.values['model_type'])} contradicts architectures {name}",
+            f"use '{family.name}', or correct architectures",
+        )
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads", high=4096)
     kv_heads = fields.integer("num_key_value_heads", heads, high=4096)

@@ -96,12 +96,13 @@ TRAINED_FROM = {
 class TowerFamily:
     """A vision tower, keyed by `model_type` of vision_tower/config.json.
 
-    `prefix` begins the names of its tensors. `activation`, `norm_epsilon` and the image's mean
+    `prefix` begins the names of its tensors. `architecture` is in its class's name, lower case. `activation`, `norm_epsilon` and the image's mean
     and std stand in for keys that a config leaves out. `crops`: its own image processor scales the
     shorter side and cuts the middle out, instead of stretching the image to a square.
     """
 
     name: str
+    architecture: str
     prefix: str
     has_class_token: bool
     activation: str
@@ -114,6 +115,7 @@ class TowerFamily:
 TOWER_FAMILIES = {
     "siglip_vision_model": TowerFamily(
         name="siglip",
+        architecture="siglip",
         prefix="vision_model.",
         has_class_token=False,
         activation="gelu_pytorch_tanh",
@@ -123,6 +125,7 @@ TOWER_FAMILIES = {
     ),
     "clip_vision_model": TowerFamily(
         name="clip",
+        architecture="clip",
         prefix="vision_model.",
         has_class_token=True,
         activation="quick_gelu",
@@ -133,6 +136,7 @@ TOWER_FAMILIES = {
     ),
     "intern_vit_6b": TowerFamily(
         name="internvit",
+        architecture="intern",
         prefix="",
         has_class_token=True,
         activation="gelu",

@@ -129,6 +129,7 @@ class TilingConfig:
 def load_vision_config(fields: Fields) -> VisionConfig:
     """Read vision_tower/config.json."""
     family = TOWER_FAMILIES[fields.choice("model_type", TOWER_FAMILIES, what="vision tower")]
+    _check_architecture(fields, family)
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads", high=4096)
     if hidden % heads:
@@ -155,6 +156,17 @@ def load_vision_config(fields: Fields) -> VisionConfig:
         qkv_bias=fields.boolean("qkv_bias", False) if internvit else True,
         qk_norm=fields.boolean("qk_normalization", True) if internvit else False,
     )
+
+
+def _check_architecture(fields: Fields, family: TowerFamily) -> None:
+    """Raise where `architectures`, by which VILA chooses the tower's class, is another family's."""
+    names = fields.values.get("architectures")
+    if names and family.architecture not in str(names).lower():
+        raise fields.error(
+            "architectures",
+            f"{short(names)} contradicts model_type {fields.text('model_type')}",
+            "correct one of them",
+        )
 
 
 def load_image_config(root: Fields, preprocessor: Fields, vision: VisionConfig) -> ImageConfig:
