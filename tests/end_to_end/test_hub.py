@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.support.commands import BIN, assert_one_line, invoke, succeed
 from tests.support.hub import Hub, serve_hub, use_hub
 from tests.support.paths import TINY_VILA
+from tests.support.released_configs import RELEASED, write_configs
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.checkpoint.config import load_config
 from vila_deploy.checkpoint.hub import fetch_checkpoint, header_copy
+from vila_deploy.checkpoint.tensor_schema import (
+    llm_tensor_specs,
+    projector_tensor_specs,
+    tower_tensor_specs,
+)
+from vila_deploy.formats.base import TensorSpec
 
 NAME = "Efficient-Large-Model/tiny-vila"
 
@@ -73,6 +83,48 @@ def test_a_name_goes_through_plan_quantize_build_and_chat(hub: Hub, tmp_path: Pa
     assert manifest["source"] == source
     answer = ["-p", "What is this?", "--max-new-tokens", "4", "--json"]
     assert json.loads(succeed("vila-chat", "int4", *answer))["tokens"]
+
+
+def write_holes(file: Path, specs: Iterable[TensorSpec]) -> None:
+    """Write a safetensors file with the header of these tensors in float16, and holes for bytes."""
+    header: dict[str, Any] = {}
+    end = 0
+    for spec in specs:
+        begin, end = end, end + 2 * math.prod(spec.shape)
+        entry = {"dtype": "F16", "shape": list(spec.shape), "data_offsets": [begin, end]}
+        header[spec.name] = entry
+    text = json.dumps(header).encode()
+    with file.open("wb") as output:
+        output.write(len(text).to_bytes(8, "little") + text)
+        output.truncate(8 + len(text) + end)
+
+
+def test_a_3b_is_planned_with_at_most_5_mb(hub: Hub, tmp_path: Path) -> None:
+    """VILA1.5-3b's configs, every tensor at its size, and a tokenizer as large as Llama-2's."""
+    root = write_configs(tmp_path / "3b", RELEASED["VILA1.5-3b"])
+    config = load_config(root)
+    llm = list(llm_tensor_specs(config.llm))
+    halves = {"model-00001-of-00002": llm[: len(llm) // 2],
+              "model-00002-of-00002": llm[len(llm) // 2 :]}  # fmt: skip
+    weight_map = {}
+    for name, specs in halves.items():
+        write_holes(root / "llm" / f"{name}.safetensors", specs)
+        weight_map |= {spec.name: f"{name}.safetensors" for spec in specs}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (root / "llm" / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    write_holes(root / "vision_tower" / "model.safetensors", tower_tensor_specs(config))
+    write_holes(root / "mm_projector" / "model.safetensors", projector_tensor_specs(config))
+    (root / "llm" / "extra.model").write_bytes(bytes(500_000))
+    hub.repositories["Lab/VILA1.5-3b"] = root
+    hub.lfs = False  # no digests of gigabytes of zeros
+    options = ["--plan", "--json", "--text-only"]
+    plan = json.loads(succeed("vila-quantize", "Lab/VILA1.5-3b", *options))
+    assert plan["download"]["size_bytes"] == pytest.approx(6.2e9, rel=0.05)
+    assert plan["output_bytes"] == pytest.approx(2.48e9, rel=0.05)
+    assert plan["seconds"] > 60
+    assert sum(hub.sent.values()) < 5e6
+    succeed("vila-build-engine", "Lab/VILA1.5-3b", "--target", "orin-nano", "--plan")
+    assert sum(hub.sent.values()) < 5e6
 
 
 def test_a_killed_download_goes_on(hub: Hub, tmp_path: Path) -> None:

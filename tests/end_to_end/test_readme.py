@@ -58,6 +58,8 @@ def here(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with every file that the pages name and no page makes."""
     monkeypatch.chdir(tmp_path)
     Path(MODEL).symlink_to(TINY_VILA)
+    Path("Efficient-Large-Model").mkdir()
+    Path("Efficient-Large-Model", MODEL).symlink_to(TINY_VILA)
     Path("examples").symlink_to(REPOSITORY / "examples")
     Path(".demo").mkdir()
     shutil.copytree(engine, ".demo/int4")

@@ -68,9 +68,10 @@ class _Rows:
     base: str = "siglip"
 
 
-_TRAINING = {"mm_projector_lr": 1e-4, "vision_tower_lr": 1e-4, "tune_language_model": False,
-             "tune_mm_projector": False, "tune_vision_tower": False, "soft_ce_std": 2.0,
-             "drop_path_rate": 0.5}  # fmt: skip
+_TRAINING = {"mm_projector_lr": 1e-4, "tune_language_model": False, "tune_mm_projector": False,
+             "tune_vision_tower": False, "drop_path_rate": 0.5}  # fmt: skip
+# Keys of NVILA's code alone: with any of them a checkpoint counts as NVILA's.
+_NVILA_TRAINING = {"vision_tower_lr": 1e-4, "soft_ce_std": 2.0, "time_token_ids": []}
 _PS3 = {"look_close_mode": "after_prompt", "num_look_close": 2, "num_token_look_close": 9,
         "top_down_prompt_head_type": "mlp", "high_res_pos_embed": True, "mm_scale_num": 3,
         "ps3_dynamic_aspect_ratio": True, "mm_low_res_token_num": 9}  # fmt: skip
@@ -151,8 +152,10 @@ _ROWS = (
           "mm_vision_select_feature": "patch"}),
     _Rows(ROOT, REFUSED, VILA_CONFIG, {"s2_max_split_size": 7}, "s2"),
     _Rows(ROOT, NO_EFFECT, VILA_CONFIG, {"llm_cfg": {"hidden_size": 7}, "vision_tower_cfg": {},
-          "mm_projector_cfg": {}, "resume_path": "x", "architectures": ["X"]}),
-    _Rows(ROOT, NO_EFFECT, VILA_ARCH, {"model_dtype": "torch.bfloat16", "time_token_ids": []}),
+          "mm_projector_cfg": {}, "resume_path": "x", "architectures": ["X"],
+          "version": "3.0"}),
+    _Rows(ROOT, NO_EFFECT, VILA_ARCH, {"model_dtype": "torch.bfloat16"}),
+    _Rows(ROOT, NO_EFFECT, VILA_CONFIG, _NVILA_TRAINING, "qwen2"),
     _Rows(ROOT, NO_EFFECT, VILA_CONFIG, {"mm_use_im_patch_token": True}),
     _Rows(ROOT, NO_EFFECT, VILA_TRAIN, {"vision_resolution": 99, "interpolate_mode": "x"}),
     _Rows(ROOT, NO_EFFECT, VILA_CONFIG, _TRAINING),
@@ -217,9 +220,10 @@ _ROWS = (
     # llm/tokenizer_config.json
     _Rows(TOKENIZER, HONOURED, TOKENS, {"added_tokens_decoder":
           {"383": {"content": "<new>", "special": True}}, "chat_template": "{{ messages }}",
-          "bos_token": "!", "eos_token": "!", "unk_token": "!", "sep_token": "!",
-          "pad_token": "!", "cls_token": "!", "mask_token": "!",
-          "additional_special_tokens": ["!"], "extra_special_tokens": ["!"]}),
+          "sep_token": "!", "pad_token": "!", "cls_token": "!",
+          "mask_token": "!", "additional_special_tokens": ["!"], "extra_special_tokens": ["!"]}),
+    _Rows(TOKENIZER, HONOURED, TOKENS, {"bos_token": "!", "eos_token": "!", "unk_token": "!"},
+          "no map"),
     _Rows(TOKENIZER, HONOURED, LLAMA_TOKENS, {"add_bos_token": False}, "sentencepiece"),
     _Rows(TOKENIZER, HONOURED, TOKENS, {"tokenizer_class": "LlamaTokenizerFast"}, "two"),
     _Rows(TOKENIZER, REFUSED, LLAMA_TOKENS, {"add_eos_token": True, "add_prefix_space": False,
@@ -234,8 +238,8 @@ _ROWS = (
           "tokenizer_file": "x", "processor_class": "X", "auto_map": {}, "use_fast": False,
           "from_slow": True, "device_map": "x", "backend": "tokenizers", "verbose": True,
           "response_schema": {}, "response_template": "x", "chat_control_tokens": {},
-          "model_specific_special_tokens": {}, "is_local": True, "files_loaded": [],
-          "pad_token_type_id": 3, "stride": 3, "init_inputs": []}),
+          "model_specific_special_tokens": {}, "is_local": True, "trust_remote_code": True,
+          "files_loaded": [], "pad_token_type_id": 3, "stride": 3, "init_inputs": []}),
     # llm/special_tokens_map.json
     _Rows(SPECIAL_TOKENS, HONOURED, TOKENS, {"bos_token": "!", "eos_token": "!", "unk_token": "!",
           "sep_token": "!", "pad_token": "!", "cls_token": "!", "mask_token": "!",

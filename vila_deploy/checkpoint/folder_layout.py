@@ -103,8 +103,8 @@ def _refuse_other_folders(root: Path) -> None:
         fix = "give the checkpoint's folder"
         if _is_file(root):
             raise VilaDeployError("is a file", where=root, fix=fix)
-        if len(root.parts) == 2 and not _is_folder(root.parent):
-            fix += f"; for a hub's name: hf download {root} --local-dir {root.name}"
+        if len(root.parts) == 1 and root.name:
+            fix += f", or a repository of the hub, such as Efficient-Large-Model/{root}"
         raise VilaDeployError("no such folder", where=root, fix=fix)
     _refuse_adapter(root)
     config = root / "config.json"

@@ -96,9 +96,10 @@ TRAINED_FROM = {
 class TowerFamily:
     """A vision tower, keyed by `model_type` of vision_tower/config.json.
 
-    `prefix` begins the names of its tensors. `architecture` is in its class's name, lower case. `activation`, `norm_epsilon` and the image's mean
-    and std stand in for keys that a config leaves out. `crops`: its own image processor scales the
-    shorter side and cuts the middle out, instead of stretching the image to a square.
+    `architecture` is in its class's name, in lower case. `prefix` begins the names of its tensors.
+    `activation`, `norm_epsilon` and the image's mean and std stand in for keys that a config leaves
+    out. `crops`: its own image processor scales the shorter side and cuts the middle out, instead
+    of stretching the image to a square.
     """
 
     name: str

@@ -205,7 +205,9 @@ def _processor_size(fields: Fields, vision: VisionConfig) -> int:
     if vision.family.crops and not fields.boolean("do_center_crop", True):
         raise fields.error("do_center_crop", "the middle of the image is always taken")
     if key == "crop_size" and "size" in fields and _side(fields, "size") != _side(fields, key):
-        raise fields.error("size", "the shorter side must be scaled to what is then cut out")
+        raise fields.error(
+            "size", "the shorter side must be scaled to crop_size, which is then cut out"
+        )
     return _side(fields, key)
 
 

@@ -108,6 +108,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise VilaDeployError(
             f"holds none of {', '.join(_KINDS)}", where=folder, fix="download the whole checkpoint"
         )
+    _refuse_settings(path)
     tokenizer, sentencepiece = _open(path), folder / "tokenizer.model"
     # VILA passes use_fast=False (llava/model/language_model/builder.py): a slow class reads
     # tokenizer.model, a fast one has no other file than tokenizer.json.
@@ -116,6 +117,20 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         original = _open(sentencepiece)
         return tokenizer if _agree(tokenizer, original) else original
     return tokenizer
+
+
+def _refuse_settings(path: Path) -> None:
+    """Raise VilaDeployError where tokenizer_config.json asks for other ids than are made here."""
+    settings = read_settings(path)
+    for key in ("add_eos_token", "split_special_tokens"):
+        if settings.boolean(key, False):
+            raise settings.error(key, "must be false, as every release of VILA has it")
+    if settings.values.get("sp_model_kwargs"):
+        raise settings.error("sp_model_kwargs", "options of SentencePiece are not supported")
+    # Other classes leave the space to tokenizer.json.
+    llama = settings.text("tokenizer_class", "").startswith("Llama")
+    if llama and not settings.boolean("add_prefix_space", True):
+        raise settings.error("add_prefix_space", "must be true, as every release of VILA has it")
 
 
 def _open(path: Path) -> Tokenizer:
