@@ -161,6 +161,13 @@ def test_the_end_stays_in_view_unless_the_reader_has_scrolled_up(
     assert page.page.evaluate(behind) > 300
 
 
+def test_questions_and_answers_are_text_alone(page: Visit) -> None:
+    markup = "<img src=x onerror=alert(1)> <b>bold</b> &amp;"
+    assert page.ask(markup).endswith(markup)
+    assert page.page.inner_text(".asked p") == markup
+    assert page.page.locator(".turn img, .turn b").count() == 0
+
+
 def test_figures_and_copy(page: Visit) -> None:
     page.ask("a b c d e f g")
     figures = page.page.inner_text(".figures")
