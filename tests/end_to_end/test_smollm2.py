@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 from tests.support.commands import succeed
 from tests.support.comparison import NEW_TOKENS, greedy_tokens_of_both, noise
+from tests.support.serving import chat_answers, served_answers, serving
 from tests.support.smollm2 import make_smollm2_vila
 
 QUESTIONS = (
@@ -66,6 +67,18 @@ def test_fp16_engine_equals_reference(smollm2: Path, prompts: list) -> None:
     succeed("vila-build-engine", smollm2, "--target", "cpu", "-o", engine, "--max-seq-len", 1024)
     pairs = greedy_tokens_of_both(smollm2, engine, prompts)
     assert [reference for reference, _ in pairs] == [engine for _, engine in pairs]
+
+
+def test_served_answers_are_those_of_chat(int4_engine: Path, prompts: list) -> None:
+    """Alone and with eight at once: decode passes of any number of rows give the same bits."""
+    cases = [(text, images) for images, text in prompts[:8]]
+    expected = chat_answers(int4_engine, cases, max_tokens=12)
+    with serving(int4_engine) as server:
+        assert server.engine.session.slots == 8
+        assert served_answers(server, cases, max_tokens=12, at_once=1) == expected
+        assert served_answers(server, cases[::-1], max_tokens=12, at_once=8) == expected[::-1]
+        stats = server.api.scheduler.stats()
+    assert stats.decoded_rows > 1.5 * stats.decode_steps, "several rows in a pass"
 
 
 def unpack_words(words: np.ndarray) -> np.ndarray:

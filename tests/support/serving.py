@@ -6,7 +6,8 @@ import base64
 import io
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import httpx
 from openai import OpenAI
 from PIL import Image
 
+from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.runtime.open_engine import OpenedEngine, open_engine
 from vila_deploy.runtime.scheduler import Scheduler
 from vila_deploy.server.api import Api
@@ -24,6 +26,7 @@ from vila_deploy.server.remote_images import Network
 from vila_deploy.server.run_server import Server, bind, url
 
 NAME = "tiny-vila"
+Case = tuple[str, list[Image.Image]]  # a question and its images
 KEY = "correct horse battery".replace(" ", "-")
 
 
@@ -133,3 +136,28 @@ def asks(text: str, *images: Image.Image) -> dict[str, Any]:
     """Return a user's message: images, then text."""
     parts = [*map(image_part, images), {"type": "text", "text": text}]
     return {"role": "user", "content": parts if images else text}
+
+
+def chat_answers(folder: Path, cases: Sequence[Case], max_tokens: int) -> list[tuple[str, int]]:
+    """Return text and number of tokens that an engine's own conversation gives, as vila-chat's."""
+    sampling = SamplingParams(max_new_tokens=max_tokens)
+    with open_engine(folder) as engine:
+        answers = [engine.chat().ask(text, images, sampling) for text, images in cases]
+    return [(answer.text, len(answer.tokens)) for answer in answers]
+
+
+def served_answers(
+    server: Running, cases: Sequence[Case], max_tokens: int, at_once: int
+) -> list[tuple[str, int]]:
+    """Return the same of a server, which is asked `at_once` questions at a time."""
+    client = server.openai()
+
+    def ask(case: Case) -> tuple[str, int]:
+        text, images = case
+        answer = client.chat.completions.create(
+            model=NAME, messages=[asks(text, *images)], max_tokens=max_tokens
+        )
+        return answer.choices[0].message.content, answer.usage.completion_tokens
+
+    with ThreadPoolExecutor(at_once) as threads:
+        return list(threads.map(ask, cases))

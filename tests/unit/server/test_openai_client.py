@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import openai
@@ -11,8 +10,17 @@ import pydantic
 import pytest
 from PIL import Image
 
-from tests.support.serving import NAME, Running, asks, data_uri, wait_until
+from tests.support.serving import (
+    NAME,
+    Running,
+    asks,
+    chat_answers,
+    data_uri,
+    served_answers,
+    wait_until,
+)
 from vila_deploy.engine.sampling import SamplingParams
+from vila_deploy.runtime.open_engine import open_engine
 
 Images = list[Image.Image]
 COLORS = {
@@ -32,10 +40,8 @@ def create(server: Running, messages: list[Any], **fields: Any) -> Any:
     )
 
 
-def chat_answers(server: Running, turns: list[tuple[str, Images]]) -> list[str]:
-    """Return what vila-chat answers, in an engine's own conversation."""
-    from vila_deploy.runtime.open_engine import open_engine
-
+def chat_turns(server: Running, turns: list[tuple[str, Images]]) -> list[str]:
+    """Return what vila-chat answers, one turn after the other."""
     with open_engine(server.engine.folder) as engine:
         conversation = engine.chat()
         sampling = SamplingParams(max_new_tokens=40)
@@ -55,7 +61,7 @@ def test_answer_and_usage(server: Running, images: Images) -> None:
     (choice,) = answer.choices
     assert choice.finish_reason == "stop"
     assert choice.message.role == "assistant"
-    assert [choice.message.content] == chat_answers(server, [("Describe the image.", images[:1])])
+    assert [choice.message.content] == chat_turns(server, [("Describe the image.", images[:1])])
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
     assert answer.id.startswith("chatcmpl-")
     assert answer._request_id in answer.id
@@ -63,7 +69,7 @@ def test_answer_and_usage(server: Running, images: Images) -> None:
 
 def test_two_images_over_three_turns(server: Running, images: Images) -> None:
     turns = [("What is at the left?", images[:1]), ("And here?", images[1:2]), ("How many?", [])]
-    expected = chat_answers(server, turns)
+    expected = chat_turns(server, turns)
     messages: list[Any] = []
     for (text, shown), answer in zip(turns, expected, strict=True):
         messages.append(asks(text, *shown))
@@ -208,12 +214,10 @@ def test_completions(server: Running) -> None:
 
 def test_eight_at_once_answer_as_alone(server: Running, images: Images) -> None:
     questions = ["What is at the left?", "Describe the image.", "How many shapes are there?"]
-    cases = [(text, image) for text in questions for image in images][:8]
-    alone = [create(server, [asks(*case)]).choices[0].message.content for case in cases]
-    assert alone == [chat_answers(server, [(text, [image])])[0] for text, image in cases]
-    with ThreadPoolExecutor(8) as threads:
-        together = list(threads.map(lambda case: create(server, [asks(*case)]), cases))
-    assert [answer.choices[0].message.content for answer in together] == alone
+    cases = [(text, [image]) for text in questions for image in images][:8]
+    expected = chat_answers(server.engine.folder, cases, max_tokens=40)
+    assert served_answers(server, cases, max_tokens=40, at_once=1) == expected
+    assert served_answers(server, cases, max_tokens=40, at_once=8) == expected
 
 
 def test_system_message_changes_the_prompt(server: Running) -> None:
