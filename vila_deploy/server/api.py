@@ -45,7 +45,9 @@ class Api:
         }
         self.metrics = ServerMetrics(options.model_names[0], scheduler.stats)
         network = (network or Network()) if options.allow_image_urls else None
-        self.prompts = PromptMaker(model, self.tokenizer, options.limits, network)
+        self.prompts = PromptMaker(
+            model, self.tokenizer, options.limits, scheduler.prompt_limit, network
+        )
         self.budget = BodyBudget(options.body_bytes_in_flight)
         self.structured_output = StructuredOutput(
             self.tokenizer, model.vocab_size, model.stop_token_ids

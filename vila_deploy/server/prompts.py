@@ -28,6 +28,7 @@ from vila_deploy.utils.errors import VilaDeployError
 
 # Decoded images take memory; more threads would only make each slower.
 DECODER_THREADS = 2
+LONGEST_SPECIAL_TOKEN = 64  # in bytes; those are spelt in texts too
 Result = TypeVar("Result")
 REMOTE = ("http://", "https://")
 
@@ -37,16 +38,23 @@ class PromptMaker:
     """Makes prompts for one model, in threads of its own.
 
     Args:
+        max_tokens: the longest prompt that the engine takes.
         network: None where no image is fetched.
     """
 
     model: ModelInfo
     tokenizer: Tokenizer
     limits: RequestLimits
+    max_tokens: int
     network: Network | None = None
     _threads: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(DECODER_THREADS, "images")
     )
+
+    def __post_init__(self) -> None:
+        spelt = (self.tokenizer.token_bytes(n) for n in range(self.tokenizer.vocab_size))
+        longest = max(len(token) for token in spelt if token is not None)
+        self._max_text_bytes = self.max_tokens * max(longest, LONGEST_SPECIAL_TOKEN)
 
     async def chat(self, request: ChatRequest) -> Prompt:
         """Return the prompt of a conversation.
@@ -89,6 +97,10 @@ class PromptMaker:
         return await fetch_image(image.url, image.param, self.limits.body_bytes, self.network)
 
     def _chat(self, request: ChatRequest, contents: Sequence[bytes | None]) -> Prompt:
+        texts = [
+            part for message in request.messages for part in message.parts if isinstance(part, str)
+        ]
+        self._check_size(texts, "messages")
         images = iter(self._decode(request.images, contents))
 
         def filled(part: Part) -> str | Image.Image | list[Image.Image]:
@@ -119,7 +131,20 @@ class PromptMaker:
             pixels_left -= decoded[-1].width * decoded[-1].height
         return decoded
 
+    def _check_size(self, texts: Sequence[str], param: str) -> None:
+        """Refuse texts that can't fit, which would take long to tokenize."""
+        size = sum(len(text.encode()) for text in texts)
+        if size > self._max_text_bytes:
+            raise ApiError(
+                f"the text has {size} bytes, {self.max_tokens} tokens hold at most "
+                f"{self._max_text_bytes}",
+                param=param,
+                code="context_length_exceeded",
+                fix="send less text",
+            )
+
     def _completion(self, request: CompletionRequest) -> Prompt:
+        self._check_size([request.prompt], "prompt")
         try:
             return prepare_text(request.prompt, self.tokenizer)
         except VilaDeployError as error:
