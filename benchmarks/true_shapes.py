@@ -81,6 +81,10 @@ def config_files(config: VilaConfig) -> dict[str, dict[str, Any]]:
         root["s2_scales"] = ",".join(map(str, tiling.scales))
         root["s2_max_split_size"] = tiling.tile
         root["s2_resize_output_to_scale_idx"] = tiling.output_scale
+    root["num_video_frames"] = config.video.num_frames
+    if config.video.pools:
+        pools = [list(pool) for pool in config.video.pools]
+        root["video_encoder"] = {"_target_": "TSPVideoEncoder", "pool_sizes": pools}
     return {
         "config.json": root,
         "llm/config.json": {
@@ -92,6 +96,7 @@ def config_files(config: VilaConfig) -> dict[str, dict[str, Any]]:
             "intermediate_size": llm.intermediate_size,
             "vocab_size": llm.vocab_size,
             "rope_theta": llm.rope_theta,
+            "rope_scaling": _rope_scaling(llm.rope_factor),
             "rms_norm_eps": llm.rms_norm_eps,
             "max_position_embeddings": llm.max_position_embeddings,
             "model_max_length": config.model_max_length,
@@ -113,6 +118,10 @@ def config_files(config: VilaConfig) -> dict[str, dict[str, Any]]:
         },
         "mm_projector/config.json": {"mm_projector_type": _key(PROJECTOR_TYPES, config.projector)},
     }
+
+
+def _rope_scaling(factor: float) -> dict[str, Any] | None:
+    return None if factor == 1.0 else {"type": "linear", "factor": factor}
 
 
 def _key(table: dict[str, Any], row: Any) -> str:

@@ -87,7 +87,18 @@ LLM_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "Qwen2": ({**QWEN2, "kv_heads": 2}, "qwen2"),
     "Qwen2, as many key heads": (QWEN2, "qwen2"),
-    "Qwen2, tied": ({**QWEN2, "kv_heads": 2, "tied": True}, "qwen2"),
+    "Qwen2, tied, linear rope": (
+        {
+            **QWEN2,
+            "kv_heads": 2,
+            "tied": True,
+            "llm_config": {
+                **QWEN2["llm_config"],
+                "rope_scaling": {"type": "linear", "factor": 4.0},
+            },
+        },
+        "qwen2",
+    ),
     "Qwen2, bfloat16": ({**QWEN2, "kv_heads": 2, "dtype": torch.bfloat16}, "qwen2"),
 }
 # An odd grid (5 × 5) wherever the projector pads.

@@ -61,7 +61,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp16, grouped queries, tied": {"kv_heads": 2, "tied": True},
     "int4, grouped queries": {"quantized": True, "kv_heads": 1},
     "int4, symmetric": {"quantized": True},
-    "Qwen2's biases, int4": {"quantized": True, "qwen2": True},
+    "Qwen2's biases, linear rope, int4": {
+        "quantized": True,
+        "qwen2": True,
+        "llm_config": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    },
 }
 
 
