@@ -40,7 +40,7 @@ from vila_deploy.utils.errors import VilaDeployError
 
 
 def test_decode_prefill_in_parts_and_reset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen2 with biases, grouped queries, linear rope and an odd width, float16, fed by the host."""
+    """Qwen2 with biases, grouped queries, linear rope, float16, an odd width, fed by the host."""
     root = make_checkpoint(
         tmp_path / "c", qwen2=True, kv_heads=2, layers=1, intermediate=200, tied=True,
         llm_config={"rope_scaling": {"type": "linear", "factor": 4.0}},
