@@ -57,7 +57,7 @@ def command_errors(command: Callable[P, None]) -> Callable[P, None]:
             _discard_stdout()
             sys.exit(EXIT_FAILED)
         except KeyboardInterrupt as interrupt:
-            click.echo(f"interrupted: {interrupt or 'nothing was left behind'}", err=True)
+            click.echo(f"interrupted: {str(interrupt) or 'nothing was left behind'}", err=True)
             sys.exit(EXIT_INTERRUPTED)
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
