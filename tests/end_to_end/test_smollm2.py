@@ -72,11 +72,11 @@ def test_fp16_engine_equals_reference(smollm2: Path, prompts: list) -> None:
 def test_served_answers_are_those_of_chat(int4_engine: Path, prompts: list) -> None:
     """Alone and with eight at once: decode passes of any number of rows give the same bits."""
     cases = [(text, images) for images, text in prompts[:8]]
-    expected = chat_answers(int4_engine, cases, max_tokens=12)
+    expected = chat_answers(int4_engine, cases, max_tokens=8)
     with serving(int4_engine) as server:
         assert server.engine.session.slots == 8
-        assert served_answers(server, cases, max_tokens=12, at_once=1) == expected
-        assert served_answers(server, cases[::-1], max_tokens=12, at_once=8) == expected[::-1]
+        assert served_answers(server, cases[:3], max_tokens=8, at_once=1) == expected[:3]
+        assert served_answers(server, cases[::-1], max_tokens=8, at_once=8) == expected[::-1]
         stats = server.api.scheduler.stats()
     assert stats.decoded_rows > 1.5 * stats.decode_steps, "several rows in a pass"
 
