@@ -12,6 +12,7 @@ BACKENDS: dict[str, str] = {
     "onnxruntime": "vila_deploy.backends.onnxruntime.backend:BACKEND",
     "native": "vila_deploy.backends.native.backend:BACKEND",
     "tensorrt": "vila_deploy.backends.tensorrt.backend:BACKEND",
+    "edge-llm": "vila_deploy.backends.edge_llm.backend:BACKEND",
     "tensorrt-llm": "vila_deploy.backends.tensorrt_llm.backend:BACKEND",
 }
 # Other names that --backend takes; the backend says where each is allowed (check_alias).

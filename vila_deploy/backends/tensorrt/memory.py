@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from vila_deploy.backends.tensorrt.decoder import PREFILL_TOKENS
 from vila_deploy.checkpoint.config import VilaConfig
@@ -68,17 +68,27 @@ def contiguous_block(config: VilaConfig, precision: str, request: BuildRequest) 
 
     None where the target has no limit. Source of the factor: onnx_export.matrix_pieces.
     """
-    tensorrt = request.target.tensorrt
-    if tensorrt is None or tensorrt.contiguous_bytes is None:
-        return None
     sizes = dict(_matrix_bytes(config, precision, request))
+    return contiguous_step(sizes, request.target, smaller_head=True)
+
+
+def contiguous_step(
+    sizes: Mapping[str, int], target: Target, *, smaller_head: bool = False
+) -> PlanStep | None:
+    """Return the largest block in one piece for matrices of `sizes` bytes; None without a limit.
+
+    Args:
+        smaller_head: the backend could have the output head in fewer bits.
+    """
+    given = None if target.tensorrt is None else target.tensorrt.contiguous_bytes
+    if given is None:
+        return None
     matrix = max(sizes, key=lambda name: sizes[name])
     needed = int(CONTIGUOUS_FACTOR * sizes[matrix])
-    given = tensorrt.contiguous_bytes
     name = f"of that in one piece, for {matrix}; the board gives {given / 1e9:.2f} GB"
     if needed > given:
-        smaller = " or take --lm-head int8" if matrix == MemoryRow.HEAD.value else ""
-        name = f"{name}: {CONTIGUOUS_FIX}{smaller}"
+        smaller = smaller_head and matrix == MemoryRow.HEAD.value
+        name = f"{name}: {CONTIGUOUS_FIX}{' or take --lm-head int8' if smaller else ''}"
     return PlanStep(name, needed)
 
 
