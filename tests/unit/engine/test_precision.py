@@ -42,6 +42,7 @@ SUPPORTED = [
     ("a100", "tensorrt", "tensorrt-rtx", {"vision": ("int8",), "lm_head": ("int8", "int4")}),
     ("orin", "tensorrt", "tensorrt", {"lm_head": ("int8", "int4")}),
     ("a100", "tensorrt-llm", "tensorrt-llm", {}),
+    ("orin", "edge-llm", "edge-llm", {}),
 ]  # fmt: skip
 
 
