@@ -304,14 +304,15 @@ def write_random_engine(model: str, folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     from vila_deploy.builder.build import build_random_engine
-    from vila_deploy.engine.manifest import TOKENIZER_FOLDER, read_manifest
+    from vila_deploy.engine.manifest import TOKENIZER_FOLDER, write_manifest
 
-    build_random_engine(model, "int4", "cpu", folder)
-    vocabulary = {f"w{number}": number for number in range(read_manifest(folder).model.vocab_size)}
+    manifest = build_random_engine(model, "int4", "cpu", folder)
+    vocabulary = {f"w{number}": number for number in range(manifest.model.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     (folder / TOKENIZER_FOLDER).mkdir()
     tokenizer.save(str(folder / TOKENIZER_FOLDER / "tokenizer.json"))
+    write_manifest(folder, manifest)
     folder.with_suffix(".words").write_text("\n".join(list(vocabulary)[10:]), "utf-8")
 
 
