@@ -17,9 +17,10 @@ test-web: $(VENV)/.installed-web  ## vila-serve's page in Chromium
 	tests/web/install_chromium.sh
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/web
 
-test-serve: $(VENV)/.installed-dev  ## vila-serve: 1000 damaged requests, 200 clients for two minutes
-	OMP_NUM_THREADS=1 MUTATED_REQUESTS=1000 CLIENTS=200 SECONDS=120 $(BIN)/pytest \
-	  tests/unit/server/test_mutated_requests.py tests/unit/server/test_many_clients.py
+test-serve: $(VENV)/.installed-dev  ## vila-serve: 1000 damaged requests, 200 clients for two minutes, 1000 cached prompts
+	OMP_NUM_THREADS=1 MUTATED_REQUESTS=1000 CLIENTS=200 SECONDS=120 MIXED_REQUESTS=1000 $(BIN)/pytest \
+	  tests/unit/server/test_mutated_requests.py tests/unit/server/test_many_clients.py \
+	  tests/unit/runtime/test_scheduler.py
 
 bench: $(VENV)/.installed  ## the authors' tokens-per-second table for this computer, within 15 minutes
 	$(BIN)/vila-bench --table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +21,8 @@ from vila_deploy.runtime.request import Event, Failed, Finished, GenerationReque
 from vila_deploy.runtime.scheduler import QueueFull, Scheduler, ShuttingDown
 from vila_deploy.utils.errors import VilaDeployError
 
+# `make test-serve` asks 1000.
+REQUESTS = int(os.environ.get("MIXED_REQUESTS", "96"))
 WORDS = ("rain", "sun", "the", "river", "a fox", "wood", "house", "light")
 
 
@@ -47,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("scheduler")
     make_checkpoint(root / "c")
     quantize(str(root / "c"), root / "q", algorithm="rtn", group_size=64)
-    build_engine(root / "q", str(root / "e"), "cpu", max_seq_len=256)
+    build_engine(root / "q", str(root / "e"), "cpu", max_seq_len=320, activations="int8x2")
     return root / "e"
 
 
@@ -125,7 +129,7 @@ def test_a_full_queue_and_a_closed_scheduler_refuse(engine: OpenedEngine) -> Non
 def test_too_long_a_prompt_is_refused_at_once(engine: OpenedEngine) -> None:
     scheduler = Scheduler(engine)
     with pytest.raises(VilaDeployError, match="the prompt takes"):
-        submit_all(scheduler, engine, [("long " * 300,)])
+        submit_all(scheduler, engine, [("long " * 400,)])
     scheduler.close()
 
 
@@ -145,3 +149,72 @@ def test_cancelled_and_late_requests_end(engine: OpenedEngine) -> None:
     assert running.finished().finish_reason in ("cancelled", "length")
     assert first.done
     scheduler.close()
+
+
+def mixed_prompts(engine: OpenedEngine, count: int) -> list[Prompt]:
+    """Conversations that begin alike: few images, few first questions, turns that go on."""
+    generator = random.Random(5)
+    images = [noise(seed) for seed in range(4)]
+    prompts = []
+    for _ in range(count):
+        messages = []
+        for turn in range(generator.choice((1, 1, 2, 3))):
+            words = " ".join(generator.choices(WORDS[:3], k=generator.choice((1, 2, 9))))
+            content: tuple[object, ...] = (words,)
+            if generator.random() < (0.6 if not turn else 0.1):
+                content = (generator.choice(images), words)
+            messages += [Message("user", content), Message("assistant", (WORDS[turn],))]  # type: ignore[arg-type]
+        assert engine.tokenizer is not None
+        prompts.append(prepare_prompt(messages[:-1], engine.model, engine.tokenizer))
+    return prompts
+
+
+def tokens_of(
+    engine: OpenedEngine, prompts: Sequence[Prompt], **options: bool
+) -> tuple[list[tuple[int, ...]], Scheduler]:
+    scheduler = Scheduler(engine, queue_size=len(prompts), **options)  # type: ignore[arg-type]
+    answers = [Collected() for _ in prompts]
+    for prompt, answer in zip(prompts, answers, strict=True):
+        scheduler.submit(GenerationRequest(prompt, SamplingParams(6)), answer)
+    tokens = [answer.finished().tokens for answer in answers]
+    scheduler.close()
+    return tokens, scheduler
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+def test_cached_prefixes_change_no_token(folder: Path, slots: int) -> None:
+    """Two int8 terms: alone and with 7 others, with the cache and without, bit for bit."""
+    with open_engine(folder) as alone:
+        prompts = mixed_prompts(alone, REQUESTS)
+        expected, _ = tokens_of(alone, prompts, reuse_prefixes=False)
+    with open_engine(folder, slots) as engine:
+        found, scheduler = tokens_of(engine, prompts)
+        stats = scheduler.stats()
+        held = [engine.session.length(slot) for slot in range(slots)]
+    assert found == expected
+    assert len(set(expected)) > 24
+    assert stats.prefix_hits > 0.5 * stats.prefix_queries
+    assert stats.image_hits > 0
+    assert stats.ended == {"length": REQUESTS}
+    assert (stats.running, stats.waiting) == (0, 0)
+    assert stats.cache_usage == pytest.approx(sum(held) / (slots * engine.session.max_seq_len))
+    if slots == 8:
+        assert stats.decoded_rows > 2 * stats.decode_steps
+
+
+def test_sampled_answers_repeat_whoever_else_is_served(folder: Path) -> None:
+    """Draws come from each request's own seed."""
+    with open_engine(folder, 4) as engine:
+        prompts = mixed_prompts(engine, 4)
+        draws = SamplingParams(12, 1.0, 0.9, seed=7, top_k=50, repetition_penalty=1.1)
+        scheduler = Scheduler(engine)
+
+        def ask(chosen: Sequence[Prompt]) -> list[tuple[int, ...]]:
+            answers = [Collected() for _ in chosen]
+            for prompt, answer in zip(chosen, answers, strict=True):
+                scheduler.submit(GenerationRequest(prompt, draws), answer)
+            return [answer.finished().tokens for answer in answers]
+
+        together = ask(prompts)
+        assert [ask([prompt])[0] for prompt in prompts] == together
+        scheduler.close()
