@@ -37,6 +37,7 @@ import numpy as np
 from PIL import Image
 
 from vila_deploy.bench.conditions import commit, device_name, versions
+from vila_deploy.engine.manifest import read_manifest
 
 DATA = ("text", "shared-prefix", "image", "same-image")
 PERCENTILES = (50, 90, 99)
@@ -50,9 +51,10 @@ START_S, REQUEST_S = 600, 3600
 
 @dataclass(frozen=True)
 class Server:
-    """A server's name in the results, its command but for the port, and its environment."""
+    """A server: its name in the results, what else they say of it, its command but for the port."""
 
     name: str
+    about: dict[str, Any]
     command: tuple[str, ...]
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -147,7 +149,8 @@ async def load(
     """Let `concurrency` clients ask one request after the other; return answers and seconds."""
     waiting = iter(messages)
     answers: list[Answered] = []
-    limits = httpx.Limits(max_connections=concurrency)
+    # A connection for each request: llama-server closes idle ones while the next request is sent.
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=REQUEST_S, limits=limits) as client:
 
         async def one_client() -> None:
@@ -239,6 +242,7 @@ def measure(server: Server, options: argparse.Namespace) -> None:
                 row = {
                     "what": "load on a server",
                     "server": server.name,
+                    **server.about,
                     "data": data,
                     "concurrency": concurrency,
                     "input_words": options.input_words,
@@ -259,7 +263,16 @@ def servers(options: argparse.Namespace) -> Iterator[Server]:
     slots = str(options.slots)
     for folder in options.vila:
         command = (str(Path(sys.executable).parent / "vila-serve"), folder, "--slots", slots)
-        yield Server(f"vila-serve {Path(folder).name}", command)
+        manifest = read_manifest(Path(folder))
+        about = {
+            "model": manifest.name,
+            "weights": manifest.weights,
+            "precision": manifest.precision,
+            "activations": manifest.activations,
+            "lm_head": manifest.module_precision.lm_head,
+            "vision": manifest.module_precision.vision,
+        }
+        yield Server("vila-serve", about, command)
     for program, model in options.llama_server:
         folder = str(Path(program).resolve().parent)
         context = str(options.slots * options.context)
@@ -268,6 +281,14 @@ def servers(options: argparse.Namespace) -> Iterator[Server]:
         yield Server(
             f"llama-server {Path(model).name}", (program, *flags), {"LD_LIBRARY_PATH": folder}
         )
+
+
+def _version(program: str) -> str:
+    """Return the line in which a llama.cpp program states its version."""
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(Path(program).resolve().parent)}
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, env=environment)
+    lines = f"{done.stdout}{done.stderr}".splitlines()
+    return next((line for line in lines if line.startswith("version")), "unknown")
 
 
 def main() -> None:

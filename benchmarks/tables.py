@@ -26,6 +26,7 @@ from benchmarks.page_tables import (  # noqa: E402
     cpu_engine,
     models,
     precision,
+    serving,
     speed,
 )
 from benchmarks.page_tables.options import COMMANDS, options  # noqa: E402
@@ -57,6 +58,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "module-precision": accuracy.module_precision,
     "module-support": precision.module_support,
     "module-sizes": precision.module_sizes,
+    "serving-true-shapes": serving.serving_true_shapes,
+    "serving-beside": serving.serving_beside,
     "quantize-cost": builds.quantize_cost,
     "tensorrt-graphs": builds.tensorrt_graphs,
     "tensorrt-engines": builds.tensorrt_engines,
