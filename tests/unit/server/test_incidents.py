@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import socket
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from PIL import Image
 
 import vila_deploy
 from tests.support.commands import assert_one_line, invoke
+from tests.support.internet import PUBLIC, Internet
 from tests.support.serving import NAME, Running, asks, data_uri, image_part, serving
 from vila_deploy.processing.placeholders import IMAGE_PLACEHOLDERS, VIDEO_PLACEHOLDERS
 from vila_deploy.server.options import ServerOptions
@@ -108,6 +110,20 @@ def test_where_images_are_fetched_this_network_is_not(
 def test_addresses_without_a_port_of_their_own(fetching: Running) -> None:
     for host in ("127.0.0.1", "localhost", "169.254.169.254", "[::1]", "10.0.0.1", "0.0.0.0"):
         assert "could not be fetched" in refusal(ask(fetching, url_part(f"http://{host}/a.png")))
+
+
+def test_a_public_image_is_fetched(engine_folder: Path, images: list[Image.Image]) -> None:
+    """What is allowed works: the answer is the one about the image itself."""
+    content = base64.b64decode(data_uri(images[0]).partition(",")[2])
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nContent-Length: {len(content)}\r\n\r\n"
+    internet = Internet({"a.org": [[PUBLIC]]}, {PUBLIC: head.encode() + content})
+    options = ServerOptions((NAME,), allow_image_urls=True)
+    with serving(engine_folder, internet.network, options=options) as running:
+        fetched = ask(running, url_part("https://a.org/a.png"), max_tokens=24)
+        sent = ask(running, image_part(images[0]), max_tokens=24)
+    assert internet.connections == [(PUBLIC, 443)]
+    assert fetched.status_code == 200, fetched.text
+    assert fetched.json()["choices"] == sent.json()["choices"]
 
 
 def test_links_in_text_are_text(fetching: Running, inside: Inside) -> None:
