@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 
 from tests.support.paths import REPOSITORY
 
+ROWS = re.findall(r'^  "([\w-]+): (.*)"$', (REPOSITORY / ".ci" / "run").read_text(), re.M)
+ALL = ["test", *(target for target, _ in ROWS)]
+OF_THE_SERVER = ["test", *(target for target, paths in ROWS if "vila_deploy/server" in paths)]
 MAKEFILE = "%:\n\t@echo ran $@\n"
 AS_SOMEBODY = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
 
@@ -52,12 +56,12 @@ def test_a_change_elsewhere_runs_make_test_alone(checkout: Path) -> None:
 @pytest.mark.parametrize("path", ["vila_deploy/server/page/new.js", "vila_deploy/runtime/a.py"])
 def test_a_change_of_what_a_target_tests_runs_it(checkout: Path, path: str) -> None:
     commit(checkout, path)
-    assert ran(checkout) == ["test", "test-web"]
+    assert ran(checkout) == OF_THE_SERVER
     commit(checkout, "README.md")
     assert ran(checkout) == ["test"]
     # Not committed yet, as when somebody runs it by hand.
     (checkout / "vila_deploy" / "server" / "app.py").write_text("y\n")
-    assert ran(checkout) == ["test", "test-web"]
+    assert ran(checkout) == OF_THE_SERVER
 
 
 def test_a_merge_is_compared_with_each_parent(checkout: Path) -> None:
@@ -66,7 +70,7 @@ def test_a_merge_is_compared_with_each_parent(checkout: Path) -> None:
     git(checkout, "checkout", "main")
     commit(checkout, "README.md")
     git(checkout, "merge", "topic")
-    assert ran(checkout) == ["test", "test-web"]
+    assert ran(checkout) == OF_THE_SERVER
 
 
 @pytest.mark.parametrize("lost", ["parents", "git"])
@@ -76,7 +80,11 @@ def test_what_cannot_be_told_runs_everything(checkout: Path, tmp_path: Path, los
     if lost == "git":
         shutil.rmtree(checkout / ".git")
         shutil.rmtree(copy / ".git")
-    assert ran(copy) == ["test", "test-web"]
+    assert ran(copy) == ALL
+
+
+def test_rows_are_read() -> None:
+    assert {"test-web", "test-serve"} <= set(OF_THE_SERVER) <= set(ALL)
 
 
 def test_a_failing_target_fails(checkout: Path) -> None:

@@ -29,9 +29,9 @@ REASONS = {
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000)
 _TIMES = {
-    "time_to_first_token_seconds": "From the arrival of a request to its first token.",
+    "time_to_first_token_seconds": "From the queueing of a request to its first token.",
     "inter_token_latency_seconds": "From one token of an answer to the next.",
-    "e2e_request_latency_seconds": "From the arrival of a request to the end of its answer.",
+    "e2e_request_latency_seconds": "From the queueing of a request to the end of its answer.",
     "request_queue_time_seconds": "In the queue, before a slot was free.",
     "request_prefill_time_seconds": "In a slot, before the first token; images included.",
     "request_decode_time_seconds": "From the first token to the last.",
