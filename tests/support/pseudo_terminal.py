@@ -15,6 +15,7 @@ from pathlib import Path
 CTRL_C, CTRL_D, UP, TAB, ENTER = "\x03", "\x04", "\x1b[A", "\t", "\r"
 PASTE = "\x1b[200~{}\x1b[201~"  # as terminals send pasted text, with \r for a new line
 PROMPT = "> "
+TIMEOUT_S = 150
 
 
 class Terminal:
@@ -30,7 +31,7 @@ class Terminal:
     def enter(self, line: str) -> None:
         self.type(line + ENTER)
 
-    def wait_for(self, text: str, timeout_s: float = 60) -> str:
+    def wait_for(self, text: str, timeout_s: float = TIMEOUT_S) -> str:
         """Return what was shown since the last call, up to and with `text`."""
         end = time.monotonic() + timeout_s
         while (found := self.shown.find(text, self._seen)) < 0:
@@ -44,7 +45,7 @@ class Terminal:
 
         Python sees a signal that comes just before it waits for a line only with the next key.
         """
-        end = time.monotonic() + 60
+        end = time.monotonic() + TIMEOUT_S
         while text not in self.shown[self._seen :]:
             assert time.monotonic() < end, f"no {text!r} in {self.shown[self._seen :]!r}"
             self.type(keys)
@@ -53,7 +54,7 @@ class Terminal:
                 assert self._read(0.2), f"ended without {text!r}: {self.shown[self._seen :]!r}"
         self.wait_for(text)
 
-    def ends(self, timeout_s: float = 60) -> int:
+    def ends(self, timeout_s: float = TIMEOUT_S) -> int:
         """Wait for the end of the command; its exit code."""
         end = time.monotonic() + timeout_s
         while self._read(1.0):

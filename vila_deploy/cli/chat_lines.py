@@ -173,6 +173,8 @@ def _set_up(readline: ModuleType, commands: Sequence[str]) -> None:
         readline.parse_and_bind("tab: complete")
         # Pasted lines are one question; Python switches this off.
         readline.parse_and_bind("set enable-bracketed-paste on")
+        # Alt+Enter begins another line: the next character, as it is, and that is a new line.
+        readline.parse_and_bind(r'"\e\C-m": "\C-v\C-j"')
     readline.set_completer_delims(" ")
     found: list[str] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -79,6 +80,12 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(start: Start) -> None:
             chat.wait_for("abcabc")
             chat.type(keys)
             chat.wait_for("(stopped)")
+        # Whatever a step was at when the last one came.
+        chat.wait_for(PROMPT)
+        chat.enter("/reset")
+        chat.enter("What?")
+        assert "\nabcabcabc" in chat.wait_for("abcabcabc").replace("\r", "\n")
+        chat.type(CTRL_C)
         chat.wait_for(PROMPT)
         chat.enter("/exit")
         assert chat.ends() == 0
@@ -128,6 +135,10 @@ def test_errors_do_not_end_the_chat(short: Terminal) -> None:
 def test_sigterm_ends_the_chat(start: Start) -> None:
     with start("--max-new-tokens", "60000") as chat:
         chat.wait_for(PROMPT)
+        # Python sees a signal that comes just before it waits for a key only with that key.
+        chat.type("x")
+        chat.wait_for("x")
+        time.sleep(0.3)
         chat.signal(signal.SIGTERM)
         assert chat.ends() == 130
 
@@ -137,6 +148,12 @@ def test_lines_pasted_together_are_one_question(short: Terminal, home: Path) -> 
     short.type(ENTER)
     short.wait_for("abc")
     assert short.shown.count("abc") == 1
+    assert history(home) == ["What is\nthis?"]
+
+
+def test_alt_enter_begins_another_line(short: Terminal, home: Path) -> None:
+    short.type("What is\x1b\rthis?" + ENTER)
+    short.wait_for("abc")
     assert history(home) == ["What is\nthis?"]
 
 
