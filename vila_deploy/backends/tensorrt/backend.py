@@ -206,7 +206,8 @@ class TensorRtBackend(Backend):
             return compile_module(folder, step.id, advance)
 
     def intermediates(self, folder: Path, step: PendingStep) -> Sequence[str]:
-        return _graph_files(step.id)
+        last = (files.TRTEXEC,) if step.id == files.LLM else ()
+        return (*_graph_files(step.id), *last)
 
     def open(self, folder: Path, manifest: Manifest, slots: int = 1) -> Session:
         from vila_deploy.backends.tensorrt import open_session
@@ -251,7 +252,7 @@ def dialect_of(request: BuildRequest) -> str:
 
 def write_description(folder: Path, config: VilaConfig, request: BuildRequest) -> None:
     """Write what compiling needs besides the graphs: on the device there is no checkpoint."""
-    from vila_deploy.backends.tensorrt import graphs
+    from vila_deploy.backends.tensorrt import graphs, trtexec
 
     compiler = compiler_of(request.target)
     ahead = bool(compiler.ahead_of_time)
@@ -267,6 +268,8 @@ def write_description(folder: Path, config: VilaConfig, request: BuildRequest) -
     if block is not None:
         content["contiguous_bytes"] = block.memory_bytes
     (folder / files.DESCRIPTION).write_text(canonical_json(content), "utf-8")
+    if not ahead:
+        (folder / files.TRTEXEC).write_text(trtexec.script(content["profiles"]), "utf-8")
 
 
 def _compiled_here(folder: Path, modules: Sequence[str], compiler: Compiler) -> list[str]:

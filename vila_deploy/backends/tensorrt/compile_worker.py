@@ -12,6 +12,7 @@ from typing import Any
 from vila_deploy.backends.tensorrt import files
 from vila_deploy.backends.tensorrt.compile import Job, compile_graph
 from vila_deploy.backends.tensorrt.compilers import COMPILERS
+from vila_deploy.backends.tensorrt.trtexec import take_plan
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import read_json_object
 from vila_deploy.utils.module_command import module_command
@@ -41,7 +42,9 @@ def compile_module(folder: Path, module: str, advance: Advance) -> dict[str, str
         capability=capability if ahead else None,
         timing_cache=None if ahead else folder / files.TIMING_CACHE,
     )
-    compile_graph(compiler, job, advance)
+    names = job.profiles[-1].keys()
+    if not take_plan(compiler, folder, module, len(job.profiles), [*names]):
+        compile_graph(compiler, job, advance)
     weights = job.graph.parent / files.WEIGHTS
     warning = growth_warning(job.plan.stat().st_size, weights.stat().st_size)
     if warning:

@@ -11,5 +11,7 @@ RUNTIME_CACHE = "runtime.cache"
 TIMING_CACHE = "timing.cache"
 # Package, dialect and profiles, which compiling the graphs needs.
 DESCRIPTION = "tensorrt.json"
+# Commands for NVIDIA's trtexec, for engines that are compiled on the device.
+TRTEXEC = "trtexec.sh"
 # Key of the manifest's versions: the compute capability that engines are compiled for.
 CAPABILITY = "compute-capability"
