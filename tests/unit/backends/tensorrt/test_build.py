@@ -237,10 +237,6 @@ REFUSALS = {
         BuildOptions("orin", module_precision=ModulePrecision(vision="int8")),
         r"use --backend native, or leave --vision out",
     ),
-    "int8 tower on a CPU": (
-        BuildOptions("cpu", module_precision=ModulePrecision(vision="int8")),
-        r"leave --vision out: no backend of target cpu has it",
-    ),
     "unknown JetPack": (BuildOptions("orin", jetpack="4"), r"unknown .*; choose from 6, 7"),
 }
 
