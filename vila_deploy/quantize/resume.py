@@ -196,8 +196,11 @@ def work_folder(
 def _threads_as_before(path: Path) -> Iterator[None]:
     """Use as many threads as the finished layers in `path`, on however many cores."""
     usual, before = torch.get_num_threads(), _read_state(path).get(THREADS)
-    other = type(before) is int and 1 <= before <= MAX_THREADS and before != usual
-    if not other or not _layer_files(path):
+    # Not isinstance: True is no number of threads.
+    if type(before) is not int or not 1 <= before <= MAX_THREADS or before == usual:
+        yield
+        return
+    if not _layer_files(path):
         yield
         return
     print(
