@@ -35,8 +35,9 @@ trtexec --onnx={vision}/{graph} --saveEngine={vision}/{engine} \\
 ```
 
 `vila-chat` runs engines that vila-build-engine finished, on one GPU. TensorRT-LLM's own
-multimodal/run.py runs them too, on several as well, with `mpirun -n {gpus}`. It is in a checkout of
-TensorRT-LLM at the installed version: in examples/models/core, in older releases in examples.
+multimodal/run.py, in a checkout of TensorRT-LLM at the installed version, runs them with
+`mpirun -n {gpus}`; in each process it also loads the whole original model beside them, only for its
+image processor, and VILA's source. Plan memory for that.
 """
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from vila_deploy.engine.target import get_target
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import read_json_object
+from vila_deploy.utils.own_stdout import imports_print_to_stderr, libraries_print_to_stderr
 
 STOP = None
 
@@ -43,7 +45,11 @@ class TensorrtLlmSession:
         self._table = np.load(folder / files.EMBEDDING, mmap_mode="r")
         self._embeds: list[Floats] = []
         self._generating = False
-        self._thread = _RuntimeThread(lambda: Runtime(folder, manifest))
+        with ExitStack() as stack:
+            # Its C++ code and its Python code print to stdout, where the answer goes.
+            stack.enter_context(libraries_print_to_stderr())
+            self._thread = _RuntimeThread(lambda: Runtime(folder, manifest))
+            self._own_stdout = stack.pop_all()
 
     def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
         """Return features [images, tokens, hidden] of [images, 3, size, size]."""
@@ -92,6 +98,7 @@ class TensorrtLlmSession:
         """End the thread, which frees the engines."""
         self._end_generation()
         self._thread.close()
+        self._own_stdout.close()
 
     def _end_generation(self) -> None:
         if self._generating:
@@ -261,10 +268,11 @@ def _failure(error: Exception) -> VilaDeployError:
 def _import() -> tuple[Any, Any]:
     """Import and return tensorrt_llm and torch."""
     try:
-        import tensorrt_llm
-        import tensorrt_llm._utils
-        import tensorrt_llm.runtime
-        import torch
+        with imports_print_to_stderr():
+            import tensorrt_llm
+            import tensorrt_llm._utils
+            import tensorrt_llm.runtime
+            import torch
     except Exception as error:  # a half-installed TensorRT-LLM raises what its libraries raise
         first_line = str(error).partition("\n")[0]
         raise VilaDeployError(
@@ -282,6 +290,6 @@ def _check_one_gpu(folder: Path) -> None:
         raise VilaDeployError(
             f"was built for {ranks} GPUs, vila-deploy runs TensorRT-LLM on one",
             where=folder,
-            fix=f"run it with mpirun -n {ranks} and multimodal/run.py, an example in a checkout of "
-            "TensorRT-LLM, or build it without --tp and --pp",
+            fix="build it without --tp and --pp; docs/tensorrt-llm.md says what TensorRT-LLM's own "
+            f"runner needs for mpirun -n {ranks}",
         )

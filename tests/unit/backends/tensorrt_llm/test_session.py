@@ -7,6 +7,8 @@ sampler, stopping criteria, next pass; it refuses what `ModelRunner.generate` re
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -230,10 +232,48 @@ def test_several_gpus_are_left_to_its_own_runner(tmp_path):
     (tmp_path / "llm").mkdir()
     config = {"pretrained_config": {"mapping": {"world_size": 4}}}
     (tmp_path / "llm" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(VilaDeployError, match=r"built for 4 GPUs.*mpirun -n 4"):
+    with pytest.raises(
+        VilaDeployError, match=r"built for 4 GPUs.*without --tp and --pp.*mpirun -n 4"
+    ):
         session.TensorrtLlmSession(tmp_path, SimpleNamespace())
 
 
 def test_without_tensorrt_llm_one_line_says_so():
     with pytest.raises(VilaDeployError, match=r"can't be loaded \(No module named 'tensorrt_llm"):
         session._import()
+
+
+PROGRAM = """
+import json, os, sys
+from pathlib import Path
+folder = Path(sys.argv[1])
+sys.path.insert(0, str(folder / "packages"))
+from vila_deploy.backends.tensorrt_llm import session
+class Quiet:
+    def __init__(self, folder, manifest):
+        session._import()
+        os.write(1, b"[TensorRT-LLM][INFO] from C++\\n")
+session.Runtime = Quiet
+from types import SimpleNamespace
+limits = SimpleNamespace(max_seq_len=8, max_input_len=4)
+manifest = SimpleNamespace(limits=limits, model=SimpleNamespace(vocab_size=4))
+opened = session.TensorrtLlmSession(folder, manifest)
+print(json.dumps({"text": "an answer"}))
+opened.close()
+"""
+
+
+def test_what_it_prints_stays_out_of_answers(tmp_path):
+    """As the real package does when it is imported, and its C++ code at any time."""
+    package = tmp_path / "packages" / "tensorrt_llm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text('print("[TensorRT-LLM] TensorRT LLM version: 1.2.1")')
+    (package / "_utils.py").touch()
+    (package / "runtime.py").touch()
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "config.json").write_text("{}")
+    np.save(tmp_path / files.EMBEDDING, TABLE)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path], capture_output=True, text=True)
+    assert json.loads(done.stdout) == {"text": "an answer"}, done.stderr
+    assert "TensorRT LLM version: 1.2.1" in done.stderr
+    assert "from C++" in done.stderr
