@@ -199,7 +199,11 @@ def test_placeholders_typed_as_text(server: Running, name: str) -> None:
 def test_placeholders_in_an_earlier_answer_are_dropped(server: Running) -> None:
     turn = {"role": "assistant", "content": "<ima<image>ge>"}
     body = {"messages": [asks("Hi"), turn, asks("And?")], "max_tokens": 2}
-    assert server.http().post(CHAT, json=body).status_code in (200, 400)
+    response = server.http().post(CHAT, json=body)
+    assert response.status_code == 200, response.text
+    turn["content"] = ""
+    without = server.http().post(CHAT, json=body).json()
+    assert response.json()["usage"]["prompt_tokens"] == without["usage"]["prompt_tokens"]
 
 
 def test_special_tokens_do_not_end_the_engine(server: Running) -> None:

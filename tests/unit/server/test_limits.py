@@ -86,9 +86,7 @@ def test_headers_of_every_answer(tight: Running) -> None:
 
 
 def test_hosts_of_a_server_without_key(server: Running) -> None:
-    assert server.http().get("/health", headers={"Host": "localhost"}).status_code == 200
     guarded = replace(server.api.options, hosts=("127.0.0.1",))
-    assert guarded.hosts
     with serving(server.engine.folder, options=guarded) as running:
         assert running.http().get("/health").status_code == 200
         response = running.http().get("/health", headers={"Host": "rebound.example"})
