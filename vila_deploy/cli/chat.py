@@ -133,12 +133,8 @@ def main(
             loaders: dict[str, Loader] = {"/image": read_media_image, "/video": frames_of}
             converse(Chat(conversation, media, params, loaders, stop))
             return
-        on_text = None if as_json else show
-        answer = conversation.ask(prompt, media, params, on_text, stop)
-    if as_json:
-        echo_json(_for_programs(answer))
-    else:
-        click.echo()
+        answer = conversation.ask(prompt, media, params, None if as_json else show, stop)
+    echo_json(_for_programs(answer)) if as_json else click.echo()
 
 
 def _check_options(
