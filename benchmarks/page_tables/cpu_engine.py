@@ -1,4 +1,4 @@
-"""Choices of the CPU engine: what activations and head add to the loss, and what they save."""
+"""Choices of the CPU engine: what activations, cache and head cost, and what they save."""
 
 from __future__ import annotations
 
@@ -17,16 +17,25 @@ FIGURES = {
 
 
 def cpu_choices() -> str:
-    """Return what int8 activations and an int8 head add to what 4 bits cost."""
+    """Return what int8 activations, cache and head add to what 4 bits cost."""
     rows = []
     for row in results("cpu-choices"):
         if "kl_mean" in row:
             added = f"{row['kl_added_share']:+.1%}" if row["kl_added_share"] else ""
             figures = [f"{row['perplexity']:.3f}", f"{row['kl_mean']:.5f}", added]
-            rows.append([f"{row['model']}, {row['text']}", *_choice(row), *figures])
+            name = f"{row['text']}, {row['tokens']:,} tokens"
+            rows.append([name, *_choice(row, cache=True), *figures])
     note = _note(results("cpu-choices")[0])
     return markdown(
-        ["model, text", "`--activations`", "`--lm-head`", "perplexity", "KL to fp32", "added"],
+        [
+            "text",
+            "`--activations`",
+            "`--kv-cache`",
+            "`--lm-head`",
+            "perplexity",
+            "KL to fp32",
+            "added",
+        ],
         rows,
         note,
     )
@@ -53,10 +62,10 @@ def cpu_engine() -> str:
     return markdown(["", *(row["model"] for row in engines)], rows, note)
 
 
-def _choice(row: Row) -> tuple[str, str]:
+def _choice(row: Row, cache: bool = False) -> list[str]:
     terms = row.get("lm_head_terms", 0)
     head = f"{row['lm_head']}, {terms} terms" if terms == 2 else row["lm_head"]
-    return row["activations"], head
+    return [row["activations"], *([row.get("kv_cache", "fp16")] if cache else []), head]
 
 
 def _note(row: Row) -> str:

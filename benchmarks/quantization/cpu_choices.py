@@ -1,4 +1,4 @@
-"""What activations and output head of a CPU engine add to what 4 bits cost a real small LLM.
+"""What activations, cache and output head of a CPU engine add to what 4 bits cost a real small LLM.
 
 $ python benchmarks/quantization/smollm2.py prepare SCRATCH
 $ python benchmarks/quantization/cpu_choices.py SCRATCH CANDIDATE --results FILE
@@ -16,7 +16,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,11 @@ from safetensors.torch import load_file
 from smollm2 import TEXTS, compare, load_model, python_version
 from torch import Tensor
 
+from vila_deploy.backends.onnxruntime import files
+from vila_deploy.backends.onnxruntime.cache_scales import calibrate_cache
 from vila_deploy.backends.onnxruntime.inference import load_graph
 from vila_deploy.bench.measure import commit, device_name
+from vila_deploy.builder.calibration_prompts import builtin_prompts
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD
 from vila_deploy.formats.module_dtypes import head_group_size
@@ -38,15 +41,25 @@ from vila_deploy.onnx_export.llm import StoredLlm, build_llm_graph, store_llm
 from vila_deploy.onnx_export.rounding import round_int8
 
 BLOCK = 512
-# Activations of the decoder layers; dtype of the head and int8 terms of its activations, 0: float.
-BASE = ("fp32", "fp16", 0)
+# Activations of the decoder layers; cache; dtype of the head and int8 terms of its activations, 0:
+# float.
+BASE = ("fp32", "fp16", "fp16", 0)
 CHOICES = (
-    ("int8", "fp16", 0), ("fp32", "int8", 2), ("int8", "int8", 2), ("int8", "int8", 1),
-)  # fmt: skip
+    ("int8", "fp16", "fp16", 0),
+    ("fp32", "fp16", "int8", 2),
+    ("int8", "fp16", "int8", 1),
+    ("int8", "fp16", "int8", 2),
+    ("fp32", "int8", "fp16", 0),
+    ("int8", "int8", "int8", 2),
+)
 
 
 def final_states(
-    checkpoint: Checkpoint, stored: StoredLlm, folder: Path, activations: str, tokens: Tensor
+    checkpoint: Checkpoint,
+    stored: StoredLlm,
+    folder: Path,
+    activations: str,
+    tokens: Tensor,
 ) -> Iterator[Tensor]:
     """Yield what the head multiplies, [512, hidden], for each block of `tokens`."""
     config = checkpoint.config.llm
@@ -57,7 +70,8 @@ def final_states(
     graph.save(folder / "graph.onnx")
     session = load_graph(folder / "graph.onnx", threads=torch.get_num_threads())
     table = checkpoint.llm.tensor(EMBEDDING)
-    cache = np.zeros((1, config.num_kv_heads, BLOCK, config.head_dim), np.float32)
+    shape = (1, config.num_kv_heads, BLOCK, config.head_dim)
+    cache = np.zeros(shape, np.int8 if stored.cache_scales else np.float32)
     feeds: dict[str, NDArray[Any]] = {
         "seqlens_k": np.array([BLOCK - 1], np.int32),
         "total_sequence_length": np.array(BLOCK, np.int32),
@@ -88,38 +102,38 @@ def main() -> None:
     weight = checkpoint.llm.tensor(HEAD)
     int8 = round_int8(weight.reshape(-1, head_group_size(weight.shape[1])), HEAD)
     heads = {"fp16": weight.float(), "int8": int8.dequantize().reshape(weight.shape)}
-    with tempfile.TemporaryDirectory() as name, WeightFile(Path(name) / "model.data") as file:
+    config, dialect = checkpoint.config.llm, OnnxRuntimeDialect(INT8_TERMS["int8"])
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        stored = store_llm(
-            checkpoint.config.llm,
-            checkpoint.llm,
-            BLOCK,
-            file,
-            OnnxRuntimeDialect(),
-            lambda *_: None,
-        )
+        with WeightFile(folder / files.WEIGHTS) as file:
+            stored = store_llm(config, checkpoint.llm, BLOCK, file, dialect, lambda *_: None)
+        prompts = builtin_prompts(checkpoint)
+        scales = calibrate_cache(folder, config, stored, dialect, prompts)
+        of_cache = replace(stored, cache_scales=scales)
         for text in TEXTS:
             blocks = tokens[text][: args.blocks]
             states = {
-                activations: torch.cat(
-                    [*final_states(checkpoint, stored, folder, activations, blocks)]
+                (activations, cache): torch.cat(
+                    [*final_states(checkpoint, kept, folder, activations, blocks)]
                 )
                 for activations in ("fp32", "int8")
+                for cache, kept in (("fp16", stored), ("int8", of_cache))
             }
-            plain = states["fp32"], heads["fp16"]
+            plain = states["fp32", "fp16"], heads["fp16"]
             exact = teacher[text][: len(blocks) * BLOCK], teacher_head
             base = compare(*plain, *exact, blocks)
-            for choice in (BASE, *CHOICES):
-                activations, dtype, terms = choice
-                given = states[activations]
+            for choice in (BASE, *CHOICES[-args.last :]):
+                activations, cache, dtype, terms = choice
+                given = states[activations, cache]
                 asked = (int8_terms(given, terms) if terms else given), heads[dtype]
                 loss = base if choice == BASE else compare(*asked, *exact, blocks)
                 row = {
-                    "what": "activations and head of a CPU engine",
+                    "what": "activations, cache and head of a CPU engine",
                     "model": args.name,
                     "text": text,
                     "tokens": blocks.numel(),
                     "activations": activations,
+                    "kv_cache": cache,
                     "lm_head": dtype,
                     "lm_head_terms": terms,
                     **asdict(loss),
@@ -141,6 +155,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("candidate", type=Path)
     parser.add_argument("--name", default="SmolLM2-135M int4")
     parser.add_argument("--blocks", type=int, default=32, help="of 512 tokens, of each text")
+    parser.add_argument(
+        "--last", type=int, default=len(CHOICES), help="of the choices, only the last so many"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, help="append the rows to this file")
     return parser.parse_args()

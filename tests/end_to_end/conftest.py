@@ -33,6 +33,6 @@ def tiny_engine(tiny_awq: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def tiny_close_engine(tiny_awq: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engine that rounds 4 bits and next to nothing else, to compare token by token."""
     out = tmp_path_factory.mktemp("tiny") / "close"
-    options = ["--activations", "int8x2", "--lm-head", "fp16"]
+    options = ["--activations", "int8x2", "--lm-head", "fp16", "--vision", "fp16"]
     succeed("vila-build-engine", tiny_awq, "--target", "cpu", "-o", out, *options)
     return out

@@ -42,7 +42,16 @@ def quantized(smollm2: Path) -> Path:
 def int4_engine(quantized: Path) -> Path:
     out = quantized.parent / "int4"
     # One int8 term and an int8 head round what the reference doesn't.
-    options = ["--max-seq-len", 1024, "--activations", "int8x2", "--lm-head", "fp16"]
+    options = [
+        "--max-seq-len",
+        1024,
+        "--activations",
+        "int8x2",
+        "--lm-head",
+        "fp16",
+        "--vision",
+        "fp16",
+    ]
     succeed("vila-build-engine", quantized, "--target", "cpu", "-o", out, *options)
     return out
 

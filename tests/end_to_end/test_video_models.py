@@ -56,7 +56,7 @@ def test_from_checkpoint_to_answer(name: str, tmp_path: Path) -> None:
             "--group-size", 64)  # fmt: skip
     # Comparisons with the reference take two int8 terms.
     succeed("vila-build-engine", quantized, "--target", "cpu", "-o", engine, "--activations",
-            "int8x2")  # fmt: skip
+            "int8x2", "--vision", "fp16", "--lm-head", "fp16")  # fmt: skip
     video = make_video(tmp_path / "v", 40, image=blocks)
     answer = json.loads(
         succeed("vila-chat", engine, "--video", video, "-p", "What happens?", "--json",

@@ -36,6 +36,8 @@ class Backend(ABC):
     takes_activations: ClassVar[bool] = False
     # Whether modules that don't fit on the GPU stay in its host's memory.
     offloads: ClassVar[bool] = False
+    # Whether an engine may be opened while its large files of numbers are still being checked.
+    opens_while_checking: ClassVar[bool] = False
     # Of a value in a key/value cache that is not quantized.
     cache_bits: ClassVar[int] = 16
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 
 from vila_deploy.backends.onnxruntime import files as cpu_files
 from vila_deploy.backends.onnxruntime import vision as cpu_vision
+from vila_deploy.backends.onnxruntime.cache_scales import calibrate_cache
 from vila_deploy.backends.onnxruntime.inference import load_graph, run_each, vision_options
 from vila_deploy.backends.tensorrt import files, graphs
+from vila_deploy.builder.calibration_prompts import builtin_prompts
 from vila_deploy.builder.resolve import ResolvedBuild
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD
@@ -47,6 +49,7 @@ LOGIT_ROWS = 64
 # Otherwise onnxruntime would round activations to int8 where TensorRT does not.
 EXACT_ACTIVATIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 AS_ASKED, PLAIN = "asked", "plain"
+CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
 @dataclass(frozen=True)
@@ -109,8 +112,8 @@ def measure_accuracy_impact(
     Raises:
         VilaDeployError: nothing to predict, or data that can't be read.
     """
-    # No graph keeps the cache in fewer bits.
-    assert module_precision.kv_cache == FP16
+    # Only the CPU's graphs keep the cache in fewer bits.
+    assert module_precision.kv_cache == FP16 or dialect == "onnxruntime"
     held_out = EvaluationData(checkpoint, load_held_out(data), data is not None, MAX_SEQUENCES)
     with (
         tempfile.TemporaryDirectory(dir=scratch, prefix=".accuracy-") as name,
@@ -163,9 +166,18 @@ class _GraphPair:
             if module_precision.lm_head != FP16:
                 weight = llm.tensor(HEAD)
                 heads[AS_ASKED] = self._emitter.store_head(file, weight, module_precision.lm_head)
+        stored_as = {}
+        if module_precision.kv_cache != FP16:
+            emitter = emitters.setdefault(AS_ASKED, self._emitter)
+            assert isinstance(emitter, OnnxRuntimeDialect)
+            prompts = [prompt[:max_seq_len] for prompt in builtin_prompts(checkpoint)]
+            scales = calibrate_cache(folder, config, stored, emitter, prompts)
+            stored_as[AS_ASKED] = replace(stored, cache_scales=scales)
         self._trunks = {}
         for name, emitter in emitters.items():
-            trunk = build_llm_graph(config, stored, emitter, tokens=None, logits=False, states=True)
+            trunk = build_llm_graph(
+                config, stored_as.get(name, stored), emitter, tokens=None, logits=False, states=True
+            )
             trunk.save(folder / f"trunk_{name}.onnx")
             self._trunks[name] = _load(folder / f"trunk_{name}.onnx")
         self._heads = {}
@@ -221,7 +233,7 @@ class _GraphPair:
         inputs = trunk.get_inputs()
         for each in inputs:
             if each.name.startswith("past_"):
-                kind = np.float32 if each.type == "tensor(float)" else np.float16
+                kind = CACHE_TYPES[each.type]
                 shape = (1, llm.num_kv_heads, self._max_seq_len, llm.head_dim)
                 feeds[each.name] = np.zeros(shape, kind)
         known = {each.name for each in inputs}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vila_deploy.builder.calibration_prompts import builtin_prompts, random_prompts
 from vila_deploy.builder.finish import (
     can_finish_here,
     finish_engine,
@@ -29,6 +31,7 @@ from vila_deploy.engine.manifest import TOKENIZER_FOLDER, Manifest, write_manife
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.precision import DEFAULT_MODULES, ModulePrecision
 from vila_deploy.processing.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.files import check_new, new_folder
 from vila_deploy.utils.version import __version__
 
@@ -102,7 +105,9 @@ def build_random_engine(
     if reason:
         raise finished_elsewhere(manifest, reason)
     with new_folder(out) as folder:
-        manifest = _write(folder, build, random_parts(build.config), manifest)
+        parts = random_parts(build.config)
+        prompts = partial(random_prompts, build.config.llm, parts[0])
+        manifest = _write(folder, build, parts, manifest, prompts)
     return finish_only_here(out, manifest)
 
 
@@ -119,7 +124,7 @@ def _build(build: ResolvedBuild, out: Path) -> Manifest:
         if measure is not None:
             manifest = replace(manifest, accuracy_impact=measure(folder).to_json())
         parts = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
-        return _write(folder, build, parts, manifest)
+        return _write(folder, build, parts, manifest, partial(builtin_prompts, checkpoint))
 
 
 def _accuracy_measurement(
@@ -166,8 +171,10 @@ def _write(
     build: ResolvedBuild,
     parts: tuple[WeightSource, WeightSource, WeightSource],
     manifest: Manifest,
+    prompts: Callable[[], Sequence[Floats]],
 ) -> Manifest:
-    result = build.backend.build(folder, build.config, *parts, build.request)
+    request = replace(build.request, prompts=prompts)
+    result = build.backend.build(folder, build.config, *parts, request)
     manifest = replace(
         manifest,
         weight_bytes_per_token=result.weight_bytes_per_token,

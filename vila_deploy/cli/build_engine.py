@@ -51,12 +51,13 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--vision", type=click.Choice(accepted_dtypes("vision")), default=AUTO, show_default=True,
-    help="Of the vision tower; auto is the backend's choice, fp16 on a GPU.",
+    help="Of the vision tower; auto is int8 on a CPU beside 4-bit layers, if its features stay "
+    "close, else fp16.",
 )  # fmt: skip
 @click.option(
     "--lm-head", type=click.Choice(accepted_dtypes("lm_head")), default=AUTO, show_default=True,
-    help="Of the output head; auto is the backend's choice, now fp16. The embedding table stays as "
-    "it is.",
+    help="Of the output head; auto is int8 on a CPU beside 4-bit layers, else fp16. The embedding "
+    "table stays as it is.",
 )  # fmt: skip
 @click.option(
     "--kv-cache", type=click.Choice(accepted_dtypes("kv_cache")), default="fp16", show_default=True,
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option(
     "--activations", type=click.Choice([*ACTIVATIONS]),
-    help="Of 4-bit linears, int8x2, the sum of two int8 terms, if left out; --backend "
+    help="Of 4-bit linears, int8 if left out; int8x2 is the sum of two int8 terms; --backend "
     "onnxruntime only.",
 )  # fmt: skip
 @click.option(

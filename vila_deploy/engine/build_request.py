@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.engine.manifest import Limits, PendingStep
 from vila_deploy.engine.precision import ALL_FP16, DefaultChoice, ModulePrecision
 from vila_deploy.engine.target import Target
+from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 
 DEFAULT_MAX_SEQ_LEN = 4096
@@ -34,6 +35,7 @@ class BuildRequest:
         activations: a name in ACTIVATIONS, of the 4-bit linears of backend onnxruntime; None where
             there are none, or another backend.
         defaults: why the backend's own choices are what they are, by option.
+        prompts: returns embeddings [tokens, hidden] of sequences to calibrate with.
     """
 
     target: Target
@@ -45,6 +47,7 @@ class BuildRequest:
     kernel_launch: str | None = None
     activations: str | None = None
     defaults: Mapping[str, str] = field(default_factory=dict)
+    prompts: Callable[[], Sequence[Floats]] | None = field(default=None, compare=False)
 
     @property
     def gpus(self) -> int:

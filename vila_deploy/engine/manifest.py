@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ CACHE_SUFFIX = ".cache"
 # What operating systems leave in folders besides hidden files.
 SYSTEM_FILES = ("Thumbs.db", "desktop.ini")
 HASH_THREADS = 4
+# Files that may be checked while they are loaded: altered numbers do no harm until then, and the
+# hashes of larger ones take as long as loading them.
+LARGE_FILE_BYTES = 1 << 20
+NUMBER_SUFFIXES = (".data", ".npy")
 REBUILD = "build the engine again with vila-build-engine, or copy it again"
 
 
@@ -153,8 +158,34 @@ def load_manifest(folder: Path) -> Manifest:
         VilaDeployError: no engine, another format version, or any byte that differs.
     """
     values = _read_fields(folder)
-    _check_files(folder, values.values["files"])
+    expected = values.values["files"]
+    _check_names(folder, expected)
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        _check_digests(folder, expected, pool)
     return _from_fields(values)
+
+
+@contextmanager
+def checked_meanwhile(folder: Path) -> Iterator[None]:
+    """Check the files as `load_manifest` does, large ones of plain numbers while the block runs.
+
+    Raises:
+        VilaDeployError: as `load_manifest` does; it takes the place of an error of the block.
+    """
+    expected = _read_fields(folder).values["files"]
+    _check_names(folder, expected)
+    large = {
+        name
+        for name, facts in expected.items()
+        if facts["size_bytes"] >= LARGE_FILE_BYTES and Path(name).suffix in NUMBER_SUFFIXES
+    }
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        _check_digests(folder, {n: f for n, f in expected.items() if n not in large}, pool)
+        check = pool.submit(_check_digests, folder, {name: expected[name] for name in large}, pool)
+        try:
+            yield
+        finally:
+            check.result()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -255,7 +286,8 @@ def _own_files(folder: Path) -> Iterator[Path]:
                 yield path
 
 
-def _check_files(folder: Path, expected: dict[str, dict[str, Any]]) -> None:
+def _check_names(folder: Path, expected: dict[str, dict[str, Any]]) -> None:
+    """Raise VilaDeployError for a file that is missing, of another size, or not the engine's."""
     # In these a file counts by being there; beside them are a model card, notes and the like.
     engine_folders = {name.split("/")[0] for name in expected if "/" in name} | {TOKENIZER_FOLDER}
     for name in sorted(_unlisted(folder, expected)):
@@ -275,16 +307,19 @@ def _check_files(folder: Path, expected: dict[str, dict[str, Any]]) -> None:
                 where=path,
                 fix=REBUILD,
             )
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        digests = pool.map(lambda name: sha256_file(folder / name), expected)
-        for (name, facts), digest in zip(expected.items(), digests, strict=True):
-            if digest != facts["sha256"]:
-                raise VilaDeployError(
-                    f"was altered (SHA-256 {digest[:12]}…, {MANIFEST} says "
-                    f"{facts['sha256'][:12]}…)",
-                    where=folder / name,
-                    fix=REBUILD,
-                )
+
+
+def _check_digests(
+    folder: Path, expected: Mapping[str, dict[str, Any]], pool: ThreadPoolExecutor
+) -> None:
+    digests = pool.map(lambda name: sha256_file(folder / name), expected)
+    for (name, facts), digest in zip(expected.items(), digests, strict=True):
+        if digest != facts["sha256"]:
+            raise VilaDeployError(
+                f"was altered (SHA-256 {digest[:12]}…, {MANIFEST} says {facts['sha256'][:12]}…)",
+                where=folder / name,
+                fix=REBUILD,
+            )
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -14,7 +14,13 @@ from vila_deploy.checkpoint.llm_config import FINAL_NORM, HEAD, LlmConfig, layer
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.formats.module_dtypes import FP16
 from vila_deploy.onnx_export.arrays import float32
-from vila_deploy.onnx_export.dialects.base import AttentionShape, Dialect, StoredLinear
+from vila_deploy.onnx_export.dialects.base import (
+    AttentionShape,
+    CacheScales,
+    Dialect,
+    StoredLinear,
+    cache_names,
+)
 from vila_deploy.onnx_export.graph_writer import GraphWriter, StoredTensor, WeightFile
 from vila_deploy.utils.progress import Advance
 
@@ -36,13 +42,18 @@ class StoredLayer:
 
 @dataclass(frozen=True)
 class StoredLlm:
-    """All decoder layers in a WeightFile; `cos` and `sin` are [max_seq_len, head_dim / 2]."""
+    """All decoder layers in a WeightFile; `cos` and `sin` are [max_seq_len, head_dim / 2].
+
+    Args:
+        cache_scales: of each layer, for an int8 cache in dialect `onnxruntime`.
+    """
 
     layers: tuple[StoredLayer, ...]
     norm: StoredTensor
     head: StoredLinear
     cos: StoredTensor
     sin: StoredTensor
+    cache_scales: tuple[CacheScales, ...] = ()
 
     @property
     def bytes_per_step(self) -> int:
@@ -169,13 +180,24 @@ def build_llm_graph(
 
 
 def _declare(
-    graph: GraphWriter, config: LlmConfig, stored: StoredLlm, dialect: Dialect, tokens: int | str
+    graph: GraphWriter,
+    config: LlmConfig,
+    stored: StoredLlm,
+    dialect: Dialect,
+    tokens: int | str,
 ) -> tuple[str, AttentionShape]:
     """Declare the embeddings' input and return it, with the shape of every attention."""
     embeds = graph.input("inputs_embeds", np.float32, [dialect.batch, tokens, config.hidden_size])
+    scales = stored.cache_scales
     return embeds, AttentionShape(
         config.num_heads, config.num_kv_heads, config.head_dim, stored.cos.shape[0],
         graph.weight("rotary.cos", stored.cos), graph.weight("rotary.sin", stored.sin),
+        tuple(
+            (graph.weight(f"{key}.scale", keys), graph.weight(f"{value}.scale", values))
+            for (key, value), (keys, values) in zip(
+                map(cache_names, range(len(scales))), scales, strict=True
+            )
+        ),
     )  # fmt: skip
 
 

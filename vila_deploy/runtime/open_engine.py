@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -10,6 +11,7 @@ from vila_deploy.backends.registry import BACKENDS, get_backend
 from vila_deploy.engine.manifest import (
     TOKENIZER_FOLDER,
     Manifest,
+    checked_meanwhile,
     load_manifest,
     read_manifest,
 )
@@ -129,7 +131,7 @@ def open_engine(folder: str | Path, slots: int = 1) -> OpenedEngine:
         raise VilaDeployError(
             "no such folder", where=folder, fix="give a folder that vila-build-engine made"
         )
-    manifest = load_manifest(folder)
+    manifest = _manifest(folder)
     if manifest.backend not in BACKENDS:
         raise VilaDeployError(
             f"was built for backend {manifest.backend!r}, which this version doesn't have",
@@ -145,5 +147,15 @@ def open_engine(folder: str | Path, slots: int = 1) -> OpenedEngine:
             f"--target {manifest.target} --backend {manifest.backend} -o {folder}",
         )
     tokenizer_folder = folder / TOKENIZER_FOLDER
-    tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder.is_dir() else None
-    return OpenedEngine(folder, backend.open(folder, manifest, slots), tokenizer, manifest)
+    with checked_meanwhile(folder) if backend.opens_while_checking else nullcontext():
+        tokenizer = load_tokenizer(tokenizer_folder) if tokenizer_folder.is_dir() else None
+        session = backend.open(folder, manifest, slots)
+    return OpenedEngine(folder, session, tokenizer, manifest)
+
+
+def _manifest(folder: Path) -> Manifest:
+    """Return the manifest, with all files checked but for a backend that opens meanwhile."""
+    manifest = read_manifest(folder)
+    if manifest.backend in BACKENDS and get_backend(manifest.backend).opens_while_checking:
+        return manifest
+    return load_manifest(folder)

@@ -123,6 +123,13 @@ def test_int8_tower_of_a_cpu_is_measured(tmp_path: Path) -> None:
     assert 0 < impact.kl_mean < 1e-2
 
 
+def test_int8_cache_of_a_cpu_is_measured(tmp_path: Path, texts: Path) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=True))
+    asked = ModulePrecision(kv_cache="int8")
+    impact = measure_accuracy_impact(checkpoint, asked, "onnxruntime", texts, tmp_path)
+    assert 0 < impact.kl_mean < 0.1
+
+
 def test_one_int8_term_is_measured_too(tmp_path: Path, texts: Path) -> None:
     """The whole of activations and head, and not less than the head alone; two terms are exact."""
     checkpoint = open_checkpoint(make_checkpoint(tmp_path / "c", quantized=True))

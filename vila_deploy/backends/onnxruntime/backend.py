@@ -15,12 +15,18 @@ from vila_deploy.engine.memory import MemoryEstimate
 from vila_deploy.engine.precision import DefaultChoice
 from vila_deploy.engine.session import Session
 from vila_deploy.engine.target import Target
-from vila_deploy.formats.module_dtypes import FP16, INT4, INT8, INT8X2, head_group_size
+from vila_deploy.formats.module_dtypes import (
+    FP16,
+    HEAD_GROUP_SIZES,
+    INT4,
+    INT8,
+    head_group_size,
+)
 from vila_deploy.utils.errors import VilaDeployError
 
 HEAD_DIM_MULTIPLE = 8
-# Figures of benchmarks/results/cpu-choices.jsonl and cpu-engine.jsonl; a default of both together
-# adds at most 5% to the KL divergence that 4 bits cost.
+# Figures of benchmarks/results/cpu-choices.jsonl and cpu-engine.jsonl; the defaults together add at
+# most 5% to the KL divergence that 4 bits cost. An int8 cache alone would add more.
 HEAD_REASON = "a quarter of float32's bytes, for 0.6% more KL divergence than 4 bits cost"
 VISION_REASON = (
     "half of float32's time and a quarter of its bytes, if features stay close when it is built"
@@ -36,6 +42,7 @@ class OnnxRuntimeBackend(Backend):
     name, device = "onnxruntime", "processor"
     cache_bits = 32
     takes_activations = True
+    opens_while_checking = True
 
     def check_model(self, config: VilaConfig, request: BuildRequest) -> None:
         llm = config.llm
@@ -54,13 +61,19 @@ class OnnxRuntimeBackend(Backend):
             )
 
     def supported_dtypes(self, target: Target) -> Mapping[str, Sequence[str]]:
-        return {"vision": (INT8,), "lm_head": (INT8, INT4)}
+        return {"vision": (INT8,), "lm_head": (INT8, INT4), "kv_cache": (INT8,)}
 
     def default_dtype(self, module: str, config: VilaConfig, precision: str) -> DefaultChoice:
+        if precision != INT4:
+            return DefaultChoice(FP16)
+        if module == "vision":
+            return DefaultChoice(INT8, VISION_REASON)
+        if module == "lm_head" and config.llm.hidden_size % HEAD_GROUP_SIZES[-1] == 0:
+            return DefaultChoice(INT8, HEAD_REASON)
         return DefaultChoice(FP16)
 
     def default_activations(self) -> DefaultChoice:
-        return DefaultChoice(INT8X2)
+        return DefaultChoice(INT8, ACTIVATIONS_REASON)
 
     def estimate_memory(
         self, config: VilaConfig, request: BuildRequest, precision: str, limit_bytes: int

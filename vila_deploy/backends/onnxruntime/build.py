@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from vila_deploy.backends.onnxruntime import files
+from vila_deploy.backends.onnxruntime.cache_scales import calibrate_cache
+from vila_deploy.backends.onnxruntime.memory import PROGRAM_BYTES
 from vila_deploy.backends.onnxruntime.vision import FEATURE_ERROR_BOUND, write_vision
 from vila_deploy.checkpoint import llm_config
 from vila_deploy.checkpoint.config import VilaConfig
@@ -18,9 +21,12 @@ from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.engine.precision import DefaultChoice
 from vila_deploy.formats.module_dtypes import FP16, INT8X2
 from vila_deploy.onnx_export.arrays import float16
+from vila_deploy.onnx_export.dialects.base import CacheScales
 from vila_deploy.onnx_export.dialects.onnxruntime import INT8_TERMS, OnnxRuntimeDialect
 from vila_deploy.onnx_export.graph_writer import WeightFile
 from vila_deploy.onnx_export.llm import StoredLlm, build_llm_graph, store_llm
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.estimates import available_memory_bytes
 from vila_deploy.utils.progress import Advance, progress
 
 
@@ -32,9 +38,13 @@ def build(
     projector: WeightSource,
     request: BuildRequest,
 ) -> BuildResult:
-    """Write vision/, llm/ and the embedding table into `folder`, with memory for one layer.
+    """Write vision/, llm/ and the embedding table into `folder`.
 
-    The LLM's linears are 4-bit where `llm` gives them so, float16 otherwise; the rest is float16.
+    The LLM's linears are 4-bit where `llm` gives them so, float16 otherwise. It takes the memory of
+    one layer; for an int8 tower or cache, that of running the tower or the LLM.
+
+    Raises:
+        VilaDeployError: an int8 cache is asked for, and there is no memory to calibrate it.
     """
     steps = config.vision_layers_used + 1 + config.llm.num_layers + 2
     with progress(steps, "building") as advance:
@@ -52,13 +62,15 @@ def build(
                 advance,
                 request.module_precision.lm_head,
             )
+        scales, of_cache = _calibrate_cache(folder / files.LLM, config.llm, stored, request)
+        stored = replace(stored, cache_scales=scales)
         _save_llm(folder / files.LLM, config.llm, stored, request.activations)
 
         table = float16(llm.tensor(llm_config.EMBEDDING), llm_config.EMBEDDING)
         np.save(folder / files.EMBEDDING, table)
         advance("embedding table")
     versions = {name: version(name) for name in ("onnx", "onnxruntime")}
-    return BuildResult(stored.bytes_per_step, versions, chosen=chosen)
+    return BuildResult(stored.bytes_per_step, versions, chosen={**chosen, **of_cache})
 
 
 def _write_vision(
@@ -87,7 +99,29 @@ def _write_vision(
     return {"vision": DefaultChoice(FP16, reason)}
 
 
-def _save_llm(folder: Path, config: LlmConfig, stored: StoredLlm, activations: str | None) -> None:
+def _calibrate_cache(
+    folder: Path, config: LlmConfig, stored: StoredLlm, request: BuildRequest
+) -> tuple[tuple[CacheScales, ...], dict[str, DefaultChoice]]:
+    """Return the scales of the cache, none for float32, and its dtype where that has changed."""
+    if request.module_precision.kv_cache == FP16:
+        return (), {}
+    assert request.prompts is not None
+    needed = stored.bytes_per_step + PROGRAM_BYTES
+    if available_memory_bytes() < needed:
+        reason = f"calibrating an int8 cache needs {needed / 1e9:.1f} GB of memory"
+        if "kv_cache" in request.defaults:
+            return (), {"kv_cache": DefaultChoice(FP16, reason)}
+        raise VilaDeployError(reason, where="--kv-cache int8", fix="build it with --kv-cache fp16")
+    dialect = OnnxRuntimeDialect(int8_terms=INT8_TERMS[request.activations])
+    return calibrate_cache(folder, config, stored, dialect, request.prompts()), {}
+
+
+def _save_llm(
+    folder: Path,
+    config: LlmConfig,
+    stored: StoredLlm,
+    activations: str | None,
+) -> None:
     """One graph for any number of tokens; with activations int8x2, a second one for many tokens.
 
     Both read the same weights, each through the kernel that is fastest for it. onnxruntime repacks

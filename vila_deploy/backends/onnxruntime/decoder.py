@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 
 from vila_deploy.utils.arrays import Floats
 
+# Keys or values: float32, or int8 with scales in the graph.
+Cache = NDArray[np.float32 | np.int8]
+
 
 class BoundGraph:
     """A decoder graph with rows of the cache bound: each buffer is both input and output.
@@ -22,7 +25,7 @@ class BoundGraph:
     def __init__(
         self,
         session: onnxruntime.InferenceSession,
-        cache: Sequence[Floats],
+        cache: Sequence[Cache],
         logits: Floats | None,
     ):
         self._session, self._io = session, session.io_binding()
@@ -70,12 +73,19 @@ class CacheRows:
         slots: sequences that are held.
         rows: rows of each buffer, at least as many.
         shape: (layers, kv_heads, max_seq_len, head_dim).
+        dtype: of keys and values.
     """
 
-    def __init__(self, slots: int, rows: int, shape: tuple[int, int, int, int]):
+    def __init__(
+        self,
+        slots: int,
+        rows: int,
+        shape: tuple[int, int, int, int],
+        dtype: type[np.float32 | np.int8] = np.float32,
+    ):
         layers, *dims = shape
         # The system allocates these pages when they are first written.
-        self.buffers = [np.zeros((rows, *dims), np.float32) for _ in range(2 * layers)]
+        self.buffers = [np.zeros((rows, *dims), dtype) for _ in range(2 * layers)]
         self.lengths = [0] * slots
         self._row_of = list(range(slots))
 
@@ -86,7 +96,7 @@ class CacheRows:
         """Return the slot in a row; None for a row that only fills up a pass."""
         return self._row_of.index(row) if row in self._row_of else None
 
-    def window(self, start: int, count: int) -> list[Floats]:
+    def window(self, start: int, count: int) -> list[Cache]:
         """Return `count` rows of every buffer."""
         return [buffer[start : start + count] for buffer in self.buffers]
 
@@ -122,11 +132,11 @@ class CacheRows:
         if other is not None:
             self._row_of[other] = old
 
-    def first_positions(self, rows: Sequence[int]) -> list[Floats]:
+    def first_positions(self, rows: Sequence[int]) -> list[Cache]:
         """Return copies of keys and values of the first token of each of `rows`."""
         return [buffer[list(rows), :, 0] for buffer in self.buffers]
 
-    def restore_first_positions(self, rows: Sequence[int], saved: Sequence[Floats]) -> None:
+    def restore_first_positions(self, rows: Sequence[int], saved: Sequence[Cache]) -> None:
         """Write back what `first_positions` returned."""
         for buffer, values in zip(self.buffers, saved, strict=True):
             buffer[list(rows), :, 0] = values

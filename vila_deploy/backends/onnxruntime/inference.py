@@ -14,6 +14,7 @@ from vila_deploy.utils.errors import VilaDeployError
 
 ERRORS_ONLY = 3
 NO_PREPACKING = {"session.disable_prepacking": "1"}
+PARALLEL_PREPACKING = {"session.prepack.enable_parallel": "1"}
 # A slower kernel for int8 products, whose sums of two do not overflow 16 bits.
 NO_OVERFLOW = {"session.x64quantprecision": "1"}
 CPU_INFO = Path("/proc/cpuinfo")
@@ -35,7 +36,7 @@ def load_graph(
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = ERRORS_ONLY
     settings.intra_op_num_threads = threads
-    for key, value in (options or {}).items():
+    for key, value in {**PARALLEL_PREPACKING, **(options or {})}.items():
         settings.add_session_config_entry(key, value)
     try:
         return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
@@ -59,11 +60,13 @@ def vision_options() -> Mapping[str, str]:
 def run_each(session: onnxruntime.InferenceSession, batch: Floats) -> Floats:
     """Return the only output of a graph for each item of a batch of its only input.
 
-    Items go through one by one, so that memory holds the activations of one.
+    Items go through one by one, so that memory holds the activations of one; it is given back.
     """
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     (source,), (target,) = session.get_inputs(), session.get_outputs()
     outputs = [
-        session.run([target.name], {source.name: np.ascontiguousarray(item[None])})[0]
+        session.run([target.name], {source.name: np.ascontiguousarray(item[None])}, options)[0]
         for item in batch
     ]
     return np.concatenate(outputs)

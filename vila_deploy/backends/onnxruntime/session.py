@@ -21,7 +21,7 @@ from vila_deploy.backends.onnxruntime.memory import PREFILL_TOKENS
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import check_keep, check_room, check_slots, chunk_size
-from vila_deploy.formats.module_dtypes import FP16, INT8X2
+from vila_deploy.formats.module_dtypes import FP16, INT8, INT8X2
 from vila_deploy.processing.s2 import merge_s2_blocks, s2_features
 from vila_deploy.utils.arrays import Floats
 
@@ -40,7 +40,7 @@ class OnnxRuntimeSession:
 
     Args:
         slots: sequences to hold. The system gives each the memory that its tokens take:
-            2 * layers * kv_heads * head_dim * 4 bytes a token.
+            2 * layers * kv_heads * head_dim values a token, of 4 bytes, or 1 in an int8 cache.
     """
 
     prefill_chunk = PREFILL_TOKENS
@@ -70,7 +70,8 @@ class OnnxRuntimeSession:
         self._pad_rows = manifest.activations == INT8X2
         rows = self._rows_of_pass(self.slots)
         shape = (model.num_layers, model.num_kv_heads, limits.max_seq_len, model.head_dim)
-        self.rows = CacheRows(self.slots, rows, shape)
+        int8 = manifest.module_precision.kv_cache == INT8
+        self.rows = CacheRows(self.slots, rows, shape, np.int8 if int8 else np.float32)
         self._logits = np.empty((rows, model.vocab_size), np.float32)
         self._embeds = np.zeros((rows, 1, model.hidden_size), np.float32)
         self._bound: dict[tuple[bool, int, int], BoundGraph] = {}

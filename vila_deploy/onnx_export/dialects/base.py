@@ -31,9 +31,17 @@ class StoredLinear:
     bytes_per_step: int
 
 
+# Scales of a layer's keys and values in an int8 cache, float32 [1, kv_heads, 1, head_dim] each.
+CacheScales = tuple[StoredTensor, StoredTensor]
+
+
 @dataclass(frozen=True)
 class AttentionShape:
-    """Heads and cache size of every attention, and the values `cos` and `sin` of the graph."""
+    """Heads and cache size of every attention, and the values `cos` and `sin` of the graph.
+
+    Args:
+        cache_scales: values of the scales of each layer's keys and values, for an int8 cache.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -41,6 +49,7 @@ class AttentionShape:
     max_seq_len: int
     cos: str
     sin: str
+    cache_scales: tuple[tuple[str, str], ...] = ()
 
 
 class Dialect(Protocol):

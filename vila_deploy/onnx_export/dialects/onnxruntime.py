@@ -164,11 +164,18 @@ class OnnxRuntimeDialect:
         heads, kv_heads = shape.num_heads, shape.num_kv_heads
         packed = graph.node("Reshape", qkv, QKV_SHAPE)
         key, value = cache_names(layer)
+        int8 = {
+            "kv_cache_bit_width": 8,
+            "k_quant_type": "PER_CHANNEL",
+            "v_quant_type": "PER_CHANNEL",
+        }
+        scales = ["", "", "", *shape.cache_scales[layer]] if shape.cache_scales else []
         attended, _, _ = graph.nodes(
             "GroupQueryAttention", packed, "", "", f"past_{key}", f"past_{value}",
-            "seqlens_k", "total_sequence_length", shape.cos, shape.sin,
+            "seqlens_k", "total_sequence_length", shape.cos, shape.sin, *scales,
             outputs=[graph.new_name("attended"), f"present_{key}", f"present_{value}"],
             domain=MICROSOFT, num_heads=heads, kv_num_heads=kv_heads, do_rotary=1,
+            **(int8 if scales else {}),
         )  # fmt: skip
         return graph.node("Reshape", attended, graph.integers(-1, heads * shape.head_dim))
 
@@ -188,10 +195,11 @@ class OnnxRuntimeDialect:
             "max_seq_len",
             shape.head_dim,
         ]
+        dtype = np.int8 if shape.cache_scales else np.float32
         for layer in range(num_layers):
             for name in cache_names(layer):
-                graph.input(f"past_{name}", np.float32, dims)
-                graph.output(f"present_{name}", np.float32, dims)
+                graph.input(f"past_{name}", dtype, dims)
+                graph.output(f"present_{name}", dtype, dims)
 
     def finish(self, graph: GraphWriter, num_layers: int) -> None:
         """Add nothing: each layer has updated its own cache."""
