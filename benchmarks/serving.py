@@ -278,9 +278,9 @@ def servers(options: argparse.Namespace) -> Iterator[Server]:
         context = str(options.slots * options.context)
         threads = str(options.threads)
         flags = ("-m", model, "-np", slots, "-c", context, "-t", threads, "--no-webui")
-        yield Server(
-            f"llama-server {Path(model).name}", (program, *flags), {"LD_LIBRARY_PATH": folder}
-        )
+        about = {"model": Path(model).stem, "weights": "trained", "program": _version(program)}
+        libraries = {"LD_LIBRARY_PATH": folder}
+        yield Server("llama-server", about, (program, *flags), libraries)
 
 
 def _version(program: str) -> str:

@@ -166,6 +166,22 @@ class CopiesSlots(Protocol):
         ...
 
 
+@runtime_checkable
+class EncodesTiles(Protocol):
+    """What a Session has beside the rest if others may decode between two tiles of an image.
+
+    `encode_images` is `merge_tiles` of what `encode_tiles` returns for all tiles.
+    """
+
+    def encode_tiles(self, pixels: Floats) -> Floats:
+        """Return what the vision encoder makes of tiles [tiles, 3, size, size], each by itself."""
+        ...
+
+    def merge_tiles(self, features: Floats, grid: tuple[int, int] | None) -> Floats:
+        """Return the projected features [images, tokens, hidden] of all tiles of an image."""
+        ...
+
+
 class OneSlot:
     """A Session with one slot over a SequenceSession, which stays reachable as `sequence`."""
 

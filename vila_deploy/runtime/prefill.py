@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vila_deploy.engine.session import Session, chunk_size
+from vila_deploy.engine.session import EncodesTiles, Session, chunk_size
 from vila_deploy.processing.images import Pixels, place_features
 from vila_deploy.runtime.image_cache import ImageCache
 from vila_deploy.runtime.prompt import Prompt, PromptImage
@@ -66,18 +66,21 @@ def prefill_steps(
 
 
 def encode_steps(session: Session, pixels: Pixels) -> Iterator[Floats | None]:
-    """Encode an image tile by tile; yield after each one, with the last one all features.
+    """Encode an image, tile by tile where the session can; yield all features with the last one.
 
     The features [tokens, hidden] of all places that the image takes in a prompt.
     """
-    if pixels.grid is not None:
-        yield np.concatenate(session.encode_images(pixels.tiles, pixels.grid))
+    if not isinstance(session, EncodesTiles):
+        encoded = session.encode_images(pixels.tiles, pixels.grid)
+        yield np.concatenate(place_features(list(encoded), pixels))
         return
-    encoded: list[Floats] = []
+    tiles: list[Floats] = []
     for index in range(len(pixels.tiles)):
-        encoded += list(session.encode_images(pixels.tiles[index : index + 1]))
-        last = index + 1 == len(pixels.tiles)
-        yield np.concatenate(place_features(encoded, pixels)) if last else None
+        tiles += list(session.encode_tiles(pixels.tiles[index : index + 1]))
+        if index + 1 < len(pixels.tiles):
+            yield None
+    encoded = session.merge_tiles(np.stack(tiles), pixels.grid)
+    yield np.concatenate(place_features(list(encoded), pixels))
 
 
 def _images_behind(prompt: Prompt, cached: int) -> list[PromptImage]:

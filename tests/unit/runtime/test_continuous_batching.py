@@ -57,10 +57,16 @@ class EchoSession:
         return np.repeat(np.array(tokens, np.float32)[:, None], HIDDEN, 1)
 
     def encode_images(self, pixels: Floats, grid: object = None) -> Floats:
+        raise AssertionError
+
+    def encode_tiles(self, pixels: Floats) -> Floats:
         self.calls.append(("tile", len(pixels)))
         if pixels.max() > 1:
             raise RuntimeError("heap address 0x7f")
         return np.full((len(pixels), 3, HIDDEN), 7.0, np.float32)
+
+    def merge_tiles(self, features: Floats, grid: object) -> Floats:
+        return features
 
     def prefill(
         self, slot: int, embeds: Floats, all_logits: bool = False, more: bool = False

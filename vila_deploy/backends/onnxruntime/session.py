@@ -86,7 +86,12 @@ class OnnxRuntimeSession:
 
     def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
         """Return features [images, tokens, hidden] of tiles [tiles, 3, size, size], one by one."""
-        features = run_each(self._vision, pixels)
+        return self.merge_tiles(self.encode_tiles(pixels), grid)
+
+    def encode_tiles(self, pixels: Floats) -> Floats:
+        return run_each(self._vision, pixels)
+
+    def merge_tiles(self, features: Floats, grid: tuple[int, int] | None) -> Floats:
         if not self._tiling.uses_s2:
             return features
         blocks = s2_features(features, self._tiling, grid)
