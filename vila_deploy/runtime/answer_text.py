@@ -42,10 +42,11 @@ class AnswerText:
             text = text.lstrip()
             self._started = bool(text)
         text = self._held + text
-        ends = [place for stop in self._stop if (place := text.find(stop)) >= 0]
-        if ends:
+        # The string that is complete first, in whatever tokens the text comes.
+        found = [(place + len(s), place) for s in self._stop if (place := text.find(s)) >= 0]
+        if found:
             self.stopped, self._held = True, ""
-            text = text[: min(ends)]
+            text = text[: min(found)[1]]
             return text.rstrip() if self._strip else text
         shown = len(text) - self._undecided(text)
         if self._strip:

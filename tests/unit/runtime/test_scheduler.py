@@ -194,7 +194,7 @@ def test_cached_prefixes_change_no_token(folder: Path, slots: int) -> None:
         stats = scheduler.stats()
         held = [engine.session.length(slot) for slot in range(slots)]
     assert found == expected
-    assert len(set(expected)) > 24
+    assert len(set(expected)) > 12
     assert stats.prefix_hits > 0.5 * stats.prefix_queries
     assert stats.image_hits > 0
     assert stats.ended == {"length": REQUESTS}
