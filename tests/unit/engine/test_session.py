@@ -64,6 +64,9 @@ def test_tokens_come_from_the_device_where_it_chooses_them(root: Path) -> None:
         ({"top_p": 0.0}, "top_p is 0.0; give a number above 0, at most 1"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"seed": -1}, "seed is -1; give a number at least 0"),
+        ({"top_k": -1}, "top_k is -1; give a number at least 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; give a number above 0, at most 100"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty is nan"),
     ],
 )
 def test_sampling_out_of_range_is_one_line(values: dict[str, float], message: str) -> None:

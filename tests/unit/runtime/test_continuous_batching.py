@@ -364,3 +364,37 @@ def test_timings_add_up(tokenizer: Tokenizer) -> None:
         assert len(finished.inter_token_ms) == 4
         assert sum(finished.inter_token_ms) <= finished.timings_ms["decode"] + 1e-6
         assert finished.first_token_ms > 0
+
+
+def test_an_engine_that_chooses_tokens_itself_does_so_where_it_can(tokenizer: Tokenizer) -> None:
+    class Device(EchoSession):
+        """Says 5, 6, 7, … from the device; appends every token but its last."""
+
+        def stream(self, slot: int, stops: Any, sampling: Any) -> Any:
+            def tokens() -> Any:
+                for token in range(5, 5 + sampling.max_new_tokens):
+                    yield token
+                    self.held[slot].append(token)
+
+            return tokens()
+
+    session = Device(1)
+    batcher = batcher_of(session, tokenizer)
+    plain = submit(batcher, text_of(10, 11, 12), 4)
+    host = submit(batcher, text_of(20, 21, 22), 4, sampling={"repetition_penalty": 1.01})
+    run(batcher)
+    assert plain.finished.tokens == (5, 6, 7, 8)
+    assert host.finished.tokens[0] == 20
+    goes_on = submit(batcher, text_of(20, 21, 22, *host.finished.tokens[:3], 30, 31), 2)
+    run(batcher)
+    assert goes_on.finished.cached_tokens == 6
+    again = submit(batcher, text_of(20, 21, 22, *host.finished.tokens[:3], 30, 31, 5, 40, 41), 2)
+    run(batcher)
+    assert again.finished.cached_tokens == 9
+    cut = submit(batcher, text_of(50, 51), 20)
+    for _ in range(3):
+        batcher.step()
+    cut.ticket.cancel()
+    run(batcher)
+    assert cut.finished.finish_reason == "cancelled"
+    assert session.length(0) == 2 + len(cut.finished.tokens) - 1

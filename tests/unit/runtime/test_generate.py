@@ -12,13 +12,14 @@ from tests.support.scripted_session import ScriptedSession
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint.config import load_config
 from vila_deploy.engine.model_info import ModelInfo
-from vila_deploy.engine.sampling import SamplingParams, sample
+from vila_deploy.engine.sampling import SamplingParams, penalize_repetition, sample
 from vila_deploy.engine.session import OneSlot
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render, with_markers
 from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
 from vila_deploy.processing.tokenizer import IncrementalDetokenizer, load_tokenizer
 from vila_deploy.runtime.conversation import Conversation
 from vila_deploy.runtime.generate import generate
+from vila_deploy.runtime.token_sampler import TokenSampler
 from vila_deploy.utils.errors import VilaDeployError
 
 
@@ -118,6 +119,42 @@ def test_choose_follows_temperature_and_top_p() -> None:
     )
     assert frequencies(SamplingParams(temperature=0.01))[0] == 1
     assert frequencies(SamplingParams(temperature=1.0, top_p=1e-6))[0] == 1
+
+
+def test_top_k_and_top_p_together() -> None:
+    logits = np.log(np.array([0.05, 0.3, 0.15, 0.5], np.float32))
+    random = np.random.default_rng(0)
+
+    def drawn(sampling: SamplingParams) -> set[int]:
+        return {sample(logits, sampling, random) for _ in range(300)}
+
+    assert drawn(SamplingParams(temperature=1.0, top_k=1)) == {3}
+    assert drawn(SamplingParams(temperature=1.0, top_k=3)) == {1, 2, 3}
+    assert drawn(SamplingParams(temperature=1.0, top_k=3, top_p=0.8)) == {1, 3}
+    assert drawn(SamplingParams(temperature=1.0, top_k=9)) == {0, 1, 2, 3}
+
+
+def test_a_repetition_penalty_weighs_on_what_was_said() -> None:
+    """transformers divides positive logits and multiplies negative ones (Keskar et al. 2019)."""
+    logits = np.array([4.0, 3.0, -1.0, -3.0], np.float32)
+    penalized = penalize_repetition(logits, np.array([0, 3]), 2.0)
+    assert penalized.tolist() == [2.0, 3.0, -1.0, -6.0]
+    assert logits[0] == 4.0
+    sampler = TokenSampler(SamplingParams(repetition_penalty=2.0), prompt_tokens=(0, 999))
+    assert [sampler.choose(logits) for _ in range(3)] == [1, 0, 0]
+
+
+def test_a_slot_that_generate_has_filled_is_not_reused(checkpoint: Path) -> None:
+    """Of the same length as the conversation's prompt and answer, so that nobody could tell."""
+    chat = conversation(checkpoint, " a")
+    first = chat.ask("Why?", [], SamplingParams(1))
+    held = chat.session.length(0)
+    list(generate(chat.session, np.zeros((held, 128), np.float32), (), SamplingParams(1)))
+    assert chat.session.length(0) == held
+    chat.reset()
+    again = chat.ask("Why?", [], SamplingParams(1))
+    assert again.prompt_tokens == first.prompt_tokens
+    assert again.cached_tokens == 0
 
 
 def test_seed_repeats_draws() -> None:
