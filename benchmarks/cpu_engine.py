@@ -141,7 +141,7 @@ def _row(
         "weights": manifest.weights,
         "precision": manifest.precision,
         "activations": manifest.activations,
-        "lm_head": manifest.module_precision.lm_head,
+        **manifest.module_precision.to_json(),
         **medians,
         "ratio_to_first": ratios,
         "rounds": len(rounds),

@@ -55,6 +55,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu-choices": cpu_engine.cpu_choices,
     "cpu-choices-answers": cpu_engine.cpu_choices_answers,
     "cpu-engine": cpu_engine.cpu_engine,
+    "cpu-llamacpp": cpu_engine.cpu_llamacpp,
     "module-precision": accuracy.module_precision,
     "module-support": precision.module_support,
     "module-sizes": precision.module_sizes,

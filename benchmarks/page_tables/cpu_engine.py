@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
+
 from benchmarks.page_tables.sources import Row, markdown, results
 
 FIGURES = {
+    "vision_s": "vision encoder, one tile",
     "prefill_256_s": "prefill of 256 tokens",
     "decode_0_ms": "decode at context 0",
     "decode_256_ms": "256",
@@ -44,11 +47,12 @@ def cpu_choices() -> str:
 def cpu_choices_answers() -> str:
     """Return how many of tiny-vila's answers are exact with each choice."""
     rows = [
-        [row["model"], *_choice(row), f"{row['exact_match']:.1%}"]
+        [row["model"], *_choice(row), row.get("vision", "fp16"), f"{row['exact_match']:.1%}"]
         for row in results("cpu-choices")
         if "exact_match" in row
     ]
-    return markdown(["model", "`--activations`", "`--lm-head`", "exact answers of 500"], rows)
+    header = ["model", "`--activations`", "`--lm-head`", "`--vision`", "exact answers of 500"]
+    return markdown(header, rows)
 
 
 def cpu_engine() -> str:
@@ -58,8 +62,31 @@ def cpu_engine() -> str:
         [title, *(f"{row['ratio_to_first'][name]:.2f}" for row in engines)]
         for name, title in FIGURES.items()
     ]
-    note = f"{_note(engines[0])}, {engines[0]['clock']}, {engines[0]['threads']} thread"
+    note = f"{_note(engines[0])}; {engines[0]['note']}"
     return markdown(["", *(row["model"] for row in engines)], rows, note)
+
+
+def cpu_llamacpp() -> str:
+    """Return our engine's figures and llama.cpp's, each at its better setting of a round."""
+    rows = results("cpu-llamacpp")
+    rounds = sorted({row["round"] for row in rows})
+    table = []
+    for name in (name for name in FIGURES if name.startswith(("prefill", "decode"))):
+        pairs = []
+        for number in rounds:
+            found = [row for row in rows if row["round"] == number and name in row]
+            ours = statistics.median(row[name] for row in found if row["what"] != "llama.cpp")
+            pairs.append((ours, min(row[name] for row in found if row["what"] == "llama.cpp")))
+        ratios = sorted(theirs / ours for ours, theirs in pairs)
+        unit = "s" if name.endswith("_s") else "ms"
+        medians = [f"{statistics.median(side):.3g} {unit}" for side in zip(*pairs, strict=True)]
+        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
+        table.append([FIGURES[name], *medians, spread])
+    return markdown(
+        ["VILA1.5-3b's language model", "vila-deploy", "llama.cpp", "times as fast"],
+        table,
+        f"{_note(rows[0])}, {rows[0]['threads']} threads, {len(rounds)} rounds; {rows[0]['note']}",
+    )
 
 
 def _choice(row: Row, cache: bool = False) -> list[str]:

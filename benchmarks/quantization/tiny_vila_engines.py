@@ -30,8 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "tiny-
 from tiny_vila.questions import Question, held_out
 from tiny_vila.scoring import score
 
-# Activations and output head; the first is what engines had before there was a choice.
-CHOICES = (("int8x2", "fp16"), ("int8", "fp16"), ("int8", "int8"))
+# Activations, output head and vision tower; the first is what engines had before there was a
+# choice, the last the default.
+CHOICES = (
+    ("int8x2", "fp16", "fp16"),
+    ("int8", "fp16", "fp16"),
+    ("int8", "int8", "fp16"),
+    ("int8", "int8", "int8"),
+)
 
 
 def exact_answers(engine_folder: Path, questions: Sequence[Question]) -> dict[str, Any]:
@@ -53,18 +59,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument(
+        "--last", type=int, default=len(CHOICES), help="of the choices, only the last so many"
+    )
     parser.add_argument("--results", type=Path, help="append the rows to this file")
     options = parser.parse_args()
     questions = held_out(options.questions)
-    for activations, head in CHOICES:
+    for activations, head, vision in CHOICES[-options.last :]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / "engine"
-            build_engine(options.checkpoint, folder, "cpu", lm_head=head, activations=activations)
+            build_engine(
+                options.checkpoint, folder, "cpu",
+                lm_head=head, activations=activations, vision=vision,
+            )  # fmt: skip
             row = {
                 "what": "exact answers of a CPU engine",
                 "model": "tiny-vila int4",
                 "activations": activations,
                 "lm_head": head,
+                "vision": vision,
                 **exact_answers(folder, questions),
                 "label": "measured",
                 "device": device_name(),
