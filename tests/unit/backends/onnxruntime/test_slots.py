@@ -95,6 +95,8 @@ def test_two_int8_terms_answer_alone_as_with_others(
     for together in (range(8), [5, 1], [7, 0, 3], [6, 2, 4, 1, 0], [3]):
         for number, logits in answers(session, list(together)).items():
             assert np.array_equal(logits, alone[number]), (number, together)
+    rows = {count for _, _, count in session._bound}
+    assert rows == {1, 2, 4, 8}, "numbers of rows for which kernels are known to add alike"
     assert len({row.tobytes() for logits in alone.values() for row in logits}) == 8 * (STEPS + 1)
 
 
