@@ -8,15 +8,20 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks.page_tables.sources import results
 from tests.support.plans import plan_engine
 from tests.support.tiny import make_checkpoint
 from vila_deploy.bench.published import NOT_GIVEN, read_published
 from vila_deploy.builder.fit import fit_everywhere
+from vila_deploy.builder.memory_plan import plan_engine as plan_of
+from vila_deploy.builder.resolve import BuildOptions, resolve_random_build
 from vila_deploy.checkpoint.presets import PRESETS, preset
 from vila_deploy.engine.manifest import Limits
+from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.engine.target import get_target
 
 PUBLISHED = [
@@ -118,3 +123,19 @@ def test_plan_needs_no_weights_and_little_time(
 def _cpu_seconds_of_children() -> float:
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.parametrize(
+    "row",
+    [row for row in results("cpu-engine") if row["model"] == "VILA1.5-3b"],
+    ids=lambda row: row["activations"],
+)
+def test_plan_of_a_cpu_engine_is_what_was_measured(row: dict[str, Any]) -> None:
+    """The embedding table is counted whole, of which a run touches a few rows."""
+    modules = ModulePrecision(lm_head=row["lm_head"], vision=row["vision"])
+    options = BuildOptions(
+        "cpu", max_seq_len=1024, activations=row["activations"], module_precision=modules
+    )
+    build = resolve_random_build("VILA1.5-3b", "int4", options)
+    plan = plan_of(build.config, build.backend, "int4", build.request)
+    assert 0.98 < plan.device_bytes / row["end_bytes"] < 1.12
