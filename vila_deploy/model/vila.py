@@ -38,10 +38,14 @@ class ReferenceSession:
         return self.llm.embed_tokens[ids].float().numpy()
 
     def prefill(self, embeds: Floats) -> Floats:
+        return self.prefill_all(embeds)[-1]
+
+    def prefill_all(self, embeds: Floats) -> Floats:
+        """Append [tokens, hidden] to the cache and return the logits of each, [tokens, vocab]."""
         tokens = torch.from_numpy(np.ascontiguousarray(embeds)).to(self.dtype)
         logits = self.llm(tokens, self._cache, self.position)
         self.position += len(tokens)
-        return logits[-1].float().numpy()
+        return logits.float().numpy()
 
     def decode(self, token: int) -> Floats:
         return self.prefill(self.embed_tokens([token]))

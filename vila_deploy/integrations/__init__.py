@@ -1,0 +1,1 @@
+"""Models for other people's programs, which find them by entry points."""
