@@ -8,7 +8,7 @@ import click
 
 from benchmarks.page_tables.sources import markdown
 
-COMMANDS = ("quantize", "build-engine", "chat", "bench", "convert", "serve")
+COMMANDS = ("quantize", "build-engine", "chat", "bench", "convert", "serve", "eval")
 
 
 def options(name: str) -> str:

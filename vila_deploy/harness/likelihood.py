@@ -24,6 +24,8 @@ from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.limits import LOGIT_ROWS, MAX_TOKENS
 
 TEXT, IMAGE = "text", "image"
+# Of TokenMetrics.
+COLUMNS = ("kl", "expected_loss", "loss", "same_top1")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def answered_sample(question: Question, subject: Subject) -> TokenSample:
     # The last token of the prompt and the first of the answer may have become one.
     pairs = zip(chunks[-1], before[-1], strict=False)
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if len(chunks[-1]) == common:
+        raise VilaDeployError(f"question {question.id}: its answer has no tokens", fix="give one")
     return _checked(TokenSample(chunks, asked.images, len(chunks[-1]) - common), subject)
 
 
@@ -108,9 +112,10 @@ def compare(sample: TokenSample, subject: Subject, reference: Subject) -> dict[s
     targets, metrics = torch.tensor(following), TokenMetrics.zeros(len(following))
     for begin in range(0, len(following), LOGIT_ROWS):
         rows = slice(begin, begin + LOGIT_ROWS)
-        pair = (torch.from_numpy(np.array(logits[rows])) for logits in (expected, actual))
-        compare_logits(*pair, targets[rows], metrics[rows])
-    values = {name: getattr(metrics, name).tolist() for name in TokenMetrics.__dataclass_fields__}
+        # Copies, since they are overwritten.
+        first, second = (torch.from_numpy(np.array(part[rows])) for part in (expected, actual))
+        compare_logits(first, second, targets[rows], metrics[rows])
+    values = {name: getattr(metrics, name).tolist() for name in COLUMNS}
     return {"kind": sample.kind, **values}
 
 
@@ -149,16 +154,21 @@ def _joined(samples: Sequence[dict[str, Any]]) -> TokenMetrics:
     def column(name: str, dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor([value for s in samples for value in s[name]], dtype=dtype)
 
-    numbers = [column(name, torch.float64) for name in ("kl", "expected_loss", "loss")]
-    return TokenMetrics(*numbers, column("same_top1", torch.bool))
+    kl, expected_loss, loss = (column(name, torch.float64) for name in COLUMNS[:3])
+    return TokenMetrics(kl, expected_loss, loss, column("same_top1", torch.bool))
 
 
 def is_measured(result: object) -> bool:
     """Return whether `result`, out of a file that users may edit, is what `compare` returned."""
     if not isinstance(result, dict) or result.get("kind") not in (TEXT, IMAGE):
         return False
-    columns = [result.get(name) for name in TokenMetrics.__dataclass_fields__]
-    return all(isinstance(c, list) and c for c in columns) and len(set(map(len, columns))) == 1
+    columns = [result.get(name) for name in COLUMNS]
+    lists = [c for c in columns if isinstance(c, list) and c and all(map(_is_number, c))]
+    return len(lists) == len(COLUMNS) and len(set(map(len, lists))) == 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def worst_kl(report: dict[str, Any]) -> Iterator[tuple[str, float]]:
