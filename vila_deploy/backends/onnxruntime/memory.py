@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.tensor_schema import parameters, tower_tensor_specs
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.memory import (
     DEFAULT_GROUP_SIZE,
@@ -46,6 +47,11 @@ def estimate_memory(config: VilaConfig, request: BuildRequest, precision: str) -
         bits = linear_bits(group, request.activations)
         items[MemoryRow.DECODER_LINEARS] = MemoryItem.of(linears.name, linears.parameters, bits)
     return MemoryEstimate(items, PROGRAM_BYTES)
+
+
+def float_tower_bytes(config: VilaConfig) -> int:
+    """Return the memory to load the vision tower in float32: twice its bytes while it is packed."""
+    return 8 * parameters(tower_tensor_specs(config))
 
 
 def linear_bits(group_size: int, activations: str | None) -> float:

@@ -15,8 +15,8 @@ import torch
 
 from vila_deploy.backends.onnxruntime import files
 from vila_deploy.backends.onnxruntime.inference import load_graph, vision_options
+from vila_deploy.backends.onnxruntime.memory import float_tower_bytes
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.tensor_schema import parameters, tower_tensor_specs
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.data import drawn_scenes, drawn_scenes_eval
 from vila_deploy.data.drawn_scenes import Scene
@@ -37,8 +37,6 @@ from vila_deploy.utils.progress import Advance
 # Largest error with which int8 is taken where the user leaves the choice.
 FEATURE_ERROR_BOUND = 0.05
 CALIBRATION_IMAGES = HELD_OUT_IMAGES = 3
-# Weights in float32, twice while they are packed.
-BYTES_PER_PARAMETER = 8
 SCRATCH = "scratch"
 
 
@@ -58,7 +56,7 @@ def write_vision(
     if dtype == FP16:
         write_graphs(folder / files.VISION, config, tower, projector, cpu_options(FP16), advance)
         return None
-    if available_memory_bytes() < BYTES_PER_PARAMETER * parameters(tower_tensor_specs(config)):
+    if available_memory_bytes() < float_tower_bytes(config):
         write_graphs(folder / files.VISION, config, tower, projector, cpu_options(INT8), advance)
         return None
     calibration = _tiles(config, drawn_scenes.SCENES[:CALIBRATION_IMAGES])
