@@ -101,3 +101,16 @@ def refused(root: Path) -> str:
     assert message.isprintable()
     assert len(message) < 500 + len(str(root))
     return message
+
+
+def is_refused(read: Callable[[], Any]) -> bool:
+    """Whether `read` raises; what it raises must be one line for the user."""
+    try:
+        read()
+    except VilaDeployError as error:
+        line = str(error)
+    else:
+        return False
+    assert "\n" not in line
+    assert len(line) < 600
+    return True

@@ -11,6 +11,7 @@ from typing import Protocol
 from vila_deploy.checkpoint.checksums import ChecksumError, verify_checksums
 from vila_deploy.checkpoint.config import VilaConfig, config_of
 from vila_deploy.checkpoint.folder_layout import PARTS, Layout, find_layout, split_flat
+from vila_deploy.checkpoint.gguf_reader import GgufReader, gguf_files
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.reader import TensorReader, find_tensors, llm_reader
 from vila_deploy.checkpoint.safetensors_header import TensorInfo
@@ -164,6 +165,8 @@ def _open_llm(
         if open_format is not None:
             reader: PartReader = open_format(layout, config)
             return reader
+    elif files := gguf_files(folder):
+        return GgufReader(files, config)
     return llm_reader(find_tensors(folder) if tensors is None else tensors, config, folder)
 
 

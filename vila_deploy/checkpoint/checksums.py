@@ -14,7 +14,7 @@ from vila_deploy.utils.files import read_small_file, sha256_file
 CHECKSUM_FILE = "SHA256SUMS"
 LIMIT_BYTES = 1 << 20
 # An AWQ release of VILA has its language model in a .pt.
-WEIGHT_SUFFIXES = (".safetensors", ".pt")
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".gguf")
 # As sha256sum writes them, and with --tag as BSD does.
 _LINE = re.compile(r"(?P<digest>[0-9a-fA-F]{64})[ \t]+\*?(?P<path>\S.*)")
 _TAGGED_LINE = re.compile(r"SHA256 ?\((?P<path>.+)\) ?= ?(?P<digest>[0-9a-fA-F]{64})")

@@ -1,4 +1,4 @@
-"""vila-convert: write a quantized checkpoint in other on-disk formats."""
+"""vila-convert: write a checkpoint in other on-disk formats."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ from vila_deploy.formats.registry import FORMATS
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the folder of each format as JSON.")
 def main(checkpoint: Path, formats: tuple[str, ...], out: Path, as_json: bool) -> None:
-    """Write the quantized CHECKPOINT in another format, weight for weight.
+    """Write CHECKPOINT, quantized to 4 bits, in another format, weight for weight.
 
     awq is AutoAWQ's GEMM layout in safetensors, which vila-quantize writes if not told otherwise;
     tinychat is the one *-v2.pt of llm-awq and of VILA's published AWQ repositories. CHECKPOINT may
-    be in any of the formats; docs/formats.md says which tool reads which.
+    be in any of the formats; docs/formats.md says which tool reads which. gguf takes one that is
+    not quantized too.
 
     \b
     vila-convert VILA1.5-3b-AWQ --to awq -o VILA1.5-3b-autoawq
     vila-convert my-quantized --to tinychat -o my-tinychat
+    vila-convert my-quantized --to gguf -o my-gguf
     """
     from vila_deploy.writers.convert import convert
 

@@ -263,7 +263,13 @@ def check_stored(tensors: Mapping[str, Tensor], specs: Iterable[TensorSpec], fix
     import torch
 
     dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-    dtypes |= {"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+    dtypes |= {
+        "U8": torch.uint8,
+        "I8": torch.int8,
+        "I16": torch.int16,
+        "I32": torch.int32,
+        "I64": torch.int64,
+    }
     for name, shape, labels in specs:
         tensor = tensors.get(name)
         if tensor is None and name == "bias":

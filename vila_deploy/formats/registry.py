@@ -81,6 +81,24 @@ FORMATS = {
         "vila_deploy.formats.awq:AWQ_GEMM",
         writer_path="vila_deploy.writers.sglang:SglangWriter",
     ),
+    "gguf": Format(
+        "GGUF",
+        "vila_deploy.formats.gguf:GGUF_BLOCKS",
+        writer_path="vila_deploy.writers.gguf:GgufWriter",
+        reader_path="vila_deploy.checkpoint.gguf_reader:open_llm",
+    ),
+    "gguf-q8_0": Format(
+        "GGUF with embedding and head in Q8_0",
+        "vila_deploy.formats.gguf:GGUF_BLOCKS",
+        writer_path="vila_deploy.writers.gguf:GgufQ8Writer",
+        reader_path="vila_deploy.checkpoint.gguf_reader:open_llm",
+    ),
+    "gguf-q6_k": Format(
+        "GGUF with embedding and head in Q6_K",
+        "vila_deploy.formats.gguf:GGUF_BLOCKS",
+        writer_path="vila_deploy.writers.gguf:GgufQ6Writer",
+        reader_path="vila_deploy.checkpoint.gguf_reader:open_llm",
+    ),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vila_deploy.processing.added_tokens import (
     FIX,
@@ -19,6 +20,9 @@ from vila_deploy.processing.added_tokens import (
 )
 from vila_deploy.processing.token_bytes import byte_fallback_bytes
 from vila_deploy.utils.errors import VilaDeployError, short
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 DEFAULT_TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -114,6 +118,16 @@ class SentencePieceTokenizer:
             what = f"token {short(entry.content)} has lstrip, rstrip or single_word"
             fix = "set them to false in tokenizer_config.json; others are not followed here"
             raise VilaDeployError(what, where=path, fix=fix)
+
+    @property
+    def library(self) -> SentencePieceProcessor:
+        """The model itself, without what was added to it."""
+        return self._library
+
+    @property
+    def added_texts(self) -> dict[int, str]:
+        """The tokens that text may spell beside the model's pieces, by id."""
+        return dict(self._texts)
 
     def encode(self, text: str, after_special: bool = False) -> list[int]:
         ids: list[int] = []

@@ -16,6 +16,11 @@ def byte_fallback_bytes(piece: str) -> bytes:
     return bytes.fromhex(byte[1]) if byte else piece.replace("\u2581", " ").encode()
 
 
+def is_byte_fallback(piece: str) -> bool:
+    """Return whether a piece stands for one byte, as <0x0A> does."""
+    return bool(_BYTE.fullmatch(piece))
+
+
 def byte_level_bytes(piece: str) -> bytes:
     """Return the bytes of a piece of a byte-level vocabulary, where a character names a byte.
 

@@ -182,6 +182,11 @@ class JsonTokenizer:
         self._byte_level = is_byte_level(self._library.decoder)
         self._special = self._special_token()
 
+    @property
+    def library(self) -> Library:
+        """The tokenizer of the `tokenizers` library."""
+        return self._library
+
     def _load(self, path: Path) -> Library:
         from tokenizers import Tokenizer as Library
 

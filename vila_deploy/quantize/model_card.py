@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.hub import hub_source
+from vila_deploy.checkpoint.licence import original_licence
 from vila_deploy.quantize.report_markdown import evaluation_note, quality_table
-
-CARD, MAX_CARD_BYTES = "README.md", 1 << 20
-# Keys that are copied from the original's card, if it has one.
-LICENSE_KEYS = ("license", "license_name", "license_link")
-PLAIN_VALUE = re.compile(r"[\w./:+-]+( [\w./:+-]+)*", re.ASCII)
 
 
 def model_card(checkpoint: Checkpoint, report: dict[str, Any]) -> str:
@@ -71,7 +66,7 @@ def _adapter_row(lora: dict[str, Any] | None) -> list[str]:
 
 
 def _front_matter(checkpoint: Checkpoint, report: dict[str, Any]) -> list[str]:
-    licence = _original_licence(checkpoint.root / CARD)
+    licence = original_licence(checkpoint.root)
     source = hub_source(checkpoint.root)
     base = source and source.repository
     return [
@@ -89,26 +84,6 @@ def _front_matter(checkpoint: Checkpoint, report: dict[str, Any]) -> list[str]:
 def _origin(root: Path) -> str:
     source = hub_source(root)
     return f"{source}, " if source else ""
-
-
-def _original_licence(card: Path) -> dict[str, str]:
-    """Return the licence keys of a card's front matter that are plain words."""
-    try:
-        if not card.is_file() or card.stat().st_size > MAX_CARD_BYTES:
-            return {}
-        text = card.read_text("utf-8", "replace")
-    except OSError:
-        return {}
-    first, *lines = text.split("\n")
-    if first.strip() != "---" or "---" not in map(str.strip, lines):
-        return {}
-    licence = {}
-    for line in lines[: [line.strip() for line in lines].index("---")]:
-        key, _, value = line.partition(":")
-        value = value.strip().strip("\"'")
-        if key in LICENSE_KEYS and PLAIN_VALUE.fullmatch(value):
-            licence[key] = value
-    return licence
 
 
 def _calibration(calibration: dict[str, Any] | None) -> str:

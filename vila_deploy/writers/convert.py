@@ -1,4 +1,4 @@
-"""Convert a quantized checkpoint to other on-disk formats: the same values, scales and zeros."""
+"""Convert a checkpoint to other on-disk formats: the same values, scales and zeros."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from vila_deploy.writers.folder import CheckpointWriter, check_formats
 
 
 def convert(root: Path, out: Path, formats: Sequence[str]) -> None:
-    """Write the quantized checkpoint `root` as `out`, which appears whole or not at all.
+    """Write the checkpoint `root` as `out`, which appears whole or not at all.
 
     Args:
         root: of a checkpoint on this computer, or a repository's name on the hub.
         formats: keys of FORMATS; several come into folders of `out` that have their names.
 
     Raises:
-        VilaDeployError: not quantized, sizes that a format can't hold, anything wrong with
-            `root` or the disk.
+        VilaDeployError: not quantized, where a format is for quantized ones, sizes that a format
+            can't hold, anything wrong with `root` or the disk.
     """
-    root = fetch_checkpoint(root, lambda folder: _check(folder, out))
+    root = fetch_checkpoint(root, lambda folder: _check(folder, out, formats))
     checkpoint = open_checkpoint(root)
-    quantization = _quantization(checkpoint.config, root)
+    quantization = _quantization(checkpoint.config, root, formats)
     check_vocabulary(checkpoint.layout.folder("llm"), checkpoint.config)
-    scheme = quantization.scheme
+    scheme = None if quantization is None else quantization.scheme
     check_formats(formats, checkpoint.config, scheme)
     for name in formats:
-        if warning := FORMATS[name].packing.warning(scheme):
+        if scheme is not None and (warning := FORMATS[name].packing.warning(scheme)):
             print(f"warning: {warning}", file=sys.stderr)
     with new_folder(out) as folder:
         writer = CheckpointWriter(checkpoint, folder, formats, scheme)
@@ -48,14 +48,17 @@ def convert(root: Path, out: Path, formats: Sequence[str]) -> None:
         writer.finish()
 
 
-def _check(root: Path, out: Path) -> None:
+def _check(root: Path, out: Path, formats: Sequence[str]) -> None:
     """Raise VilaDeployError for what needs no weights to be known as wrong."""
     check_new(out)
-    _quantization(load_config(root), root)
+    _quantization(load_config(root), root, formats)
 
 
-def _quantization(config: VilaConfig, root: Path) -> QuantizationConfig:
-    if config.llm.quantization is None:
+def _quantization(
+    config: VilaConfig, root: Path, formats: Sequence[str]
+) -> QuantizationConfig | None:
+    takes_all = all(FORMATS[name].writer.takes_unquantized for name in formats)
+    if config.llm.quantization is None and not takes_all:
         raise VilaDeployError(
             "is not quantized", where=root, fix="run vila-quantize first and convert its output"
         )
@@ -66,17 +69,26 @@ def _contents(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor | QuantizedL
     """Yield everything in llm/ under its name, one linear in memory at a time."""
     llm, reader = checkpoint.config.llm, checkpoint.llm
     names = [EMBEDDING, FINAL_NORM] + ([] if llm.tie_word_embeddings else [HEAD])
+
+    def tensor(name: str) -> tuple[str, Tensor]:
+        stored = reader.tensor(name)
+        return name, stored if llm.quantization is None else to_float16(stored, name)
+
     with progress(llm.num_layers + 1, "converting") as advance:
         for name in names:
-            yield name, to_float16(reader.tensor(name), name)
+            yield tensor(name)
         advance("embeddings")
         for index in range(llm.num_layers):
             prefix = layer_prefix(index)
             for norm in NORMS:
-                name = f"{prefix}.{norm}.weight"
-                yield name, to_float16(reader.tensor(name), name)
+                yield tensor(f"{prefix}.{norm}.weight")
             for linear_name in llm.linears:
-                linear = reader.linear(f"{prefix}.{linear_name}")
-                assert isinstance(linear, QuantizedLinear)
-                yield f"{prefix}.{linear_name}", linear
+                full = f"{prefix}.{linear_name}"
+                linear = reader.linear(full)
+                if isinstance(linear, QuantizedLinear):
+                    yield full, linear
+                    continue
+                yield f"{full}.weight", linear
+                if llm.has_bias(linear_name):
+                    yield tensor(f"{full}.bias")
             advance(f"layer {index + 1}/{llm.num_layers}")

@@ -7,7 +7,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.checksums import write_checksums
@@ -28,17 +28,21 @@ SHARD_BYTES = 512 << 20
 LLM_FILES = (*TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")
 
 
-def check_formats(formats: Sequence[str], config: VilaConfig, scheme: QuantScheme) -> None:
+def check_formats(formats: Sequence[str], config: VilaConfig, scheme: QuantScheme | None) -> None:
     """Refuse, before any work, a model or scheme that one of the formats can't hold.
 
     Args:
         formats: keys of FORMATS.
+        scheme: None for a model that is not quantized.
 
     Raises:
         VilaDeployError: names the first linear or property that doesn't fit.
     """
     for name in formats:
-        FORMATS[name].writer.check(FORMATS[name].packing, config, scheme)
+        writer = FORMATS[name].writer
+        writer.check_model(config)
+        if scheme is not None:
+            writer.check(FORMATS[name].packing, config, scheme)
 
 
 class CheckpointWriter:
@@ -48,10 +52,15 @@ class CheckpointWriter:
 
     Args:
         formats: keys of FORMATS.
+        scheme: None for a model that is not quantized.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, folder: Path, formats: Sequence[str], scheme: QuantScheme
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        formats: Sequence[str],
+        scheme: QuantScheme | None,
     ):
         self._writers: list[Writer] = []
         for name in formats:
@@ -72,16 +81,29 @@ class CheckpointWriter:
 
 
 class Writer(ABC):
-    """Writes a quantized checkpoint in one format into an empty folder, tensor by tensor."""
+    """Writes a quantized checkpoint in one format into an empty folder, tensor by tensor.
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, row: Format, scheme: QuantScheme):
+    Attributes:
+        takes_unquantized: whether `scheme` may be None, for a checkpoint that is not quantized.
+    """
+
+    takes_unquantized: ClassVar[bool] = False
+
+    def __init__(
+        self, checkpoint: Checkpoint, folder: Path, row: Format, scheme: QuantScheme | None
+    ):
         self._checkpoint, self._folder = checkpoint, folder
-        self._packing, self._scheme = row.packing, scheme
+        self._packing, self._quantized = row.packing, scheme is not None
+        self._scheme = scheme or QuantScheme()
 
     @classmethod
     def check(cls, packing: Packing, config: VilaConfig, scheme: QuantScheme) -> None:
         """Raise VilaDeployError, before any work, for a model or scheme that doesn't fit."""
         packing.check(scheme, config.llm.layer_linears(0))
+
+    @classmethod  # noqa: B027
+    def check_model(cls, config: VilaConfig) -> None:
+        """Raise VilaDeployError, before any work, for a model that doesn't fit unquantized too."""
 
     @abstractmethod
     def add(self, name: str, value: Tensor | QuantizedLinear) -> None:

@@ -22,7 +22,7 @@ from vila_deploy.writers.folder import Writer
 
 IMAGE = next(iter(sorted((TINY_VILA.parent / "pictures").glob("*.png"))))
 DTYPES = {torch.float16: "F16", torch.float32: "F32", torch.int8: "I8", torch.int16: "I16"}
-DTYPES |= {torch.int32: "I32", torch.int64: "I64"}
+DTYPES |= {torch.int32: "I32", torch.int64: "I64", torch.uint8: "U8"}
 
 
 def random_linear(rows: int = 64, columns: int = 256, bits: int = 4) -> QuantizedLinear:

@@ -6,47 +6,19 @@ import json
 import re
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from tests.support.conversions import VARIANTS, assert_same_llm
 from tests.support.tiny import make_checkpoint
-from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.tinychat_file import group_size
 from vila_deploy.cli.convert import main
-from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.writers.convert import convert
 from vila_deploy.writers.tinychat import file_name
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "Llama": {},
-    "grouped queries, group 32": {"kv_heads": 2, "group_size": 32},
-    "Qwen2, tied": {"qwen2": True, "tied": True},
-    "group 128, shards": {"group_size": 128, "shards": 2},
-}
-
-
-def assert_same_llm(first: Path, second: Path) -> None:
-    one, two = open_checkpoint(first), open_checkpoint(second)
-    assert one.config.llm.quantization is not None
-    for index in range(one.config.llm.num_layers):
-        for name in one.config.llm.linears:
-            full = f"model.layers.{index}.{name}"
-            left, right = one.llm.linear(full), two.llm.linear(full)
-            assert isinstance(left, QuantizedLinear)
-            assert isinstance(right, QuantizedLinear)
-            for field in ("q", "scale", "zero"):
-                assert torch.equal(getattr(left, field), getattr(right, field)), (full, field)
-            assert (left.bias is None) == (right.bias is None)
-            assert left.bias is None or torch.equal(left.bias, right.bias)
-    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
-        assert torch.equal(one.llm.tensor(name), two.llm.tensor(name))
-    assert one.config.image == two.config.image
-    assert one.projector.names() == two.projector.names()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
