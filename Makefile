@@ -1,10 +1,11 @@
 # Everything installs into .venv; nothing else on the computer is touched.
 PYTHON ?= python3
 VENV   := .venv
+LMMS_VENV := .venv-lmms
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-web test-serve bench lint format clean
+.PHONY: demo test test-web test-serve test-integrations bench lint format clean
 
 demo: $(VENV)/.installed  ## quantize, build, ask and time the small trained model in examples/tiny-vila
 	$(BIN)/python examples/tiny-vila/demo.py
@@ -22,6 +23,9 @@ test-serve: $(VENV)/.installed-dev  ## vila-serve: 1000 damaged requests, 200 cl
 	  tests/unit/server/test_mutated_requests.py tests/unit/server/test_many_clients.py \
 	  tests/unit/runtime/test_scheduler.py
 
+test-integrations: $(LMMS_VENV)/.installed  ## lmms-eval on a local task, in an environment of its own
+	OMP_NUM_THREADS=1 $(LMMS_VENV)/bin/python -m pytest tests/integrations
+
 bench: $(VENV)/.installed  ## the authors' tokens-per-second table for this computer, within 15 minutes
 	$(BIN)/vila-bench --table
 
@@ -32,7 +36,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LMMS_VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vila-deploy needs Python 3.11 or newer; if it is there: make PYTHON=python3.12 …")'
@@ -52,4 +56,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 $(VENV)/.installed-web: $(VENV)/.installed-dev
 	$(PIP) -e '.[serve]' playwright axe-playwright-python
+	touch $@
+
+$(LMMS_VENV)/.installed: setup.py pyproject.toml
+	test -x $(LMMS_VENV)/bin/pip || $(PYTHON) -m venv $(LMMS_VENV)
+	$(LMMS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[lmms-eval]' pytest pytest-timeout
 	touch $@

@@ -33,6 +33,7 @@ NOT_RUN = {
     f"vila-bench --model {MODEL}": "writes and times three billion random weights",
     "vila-serve": "answers until it is stopped; tests/unit/server asks it",
     "curl": "needs a running server; tests/unit/server asks one",
+    "vila-eval vila-3b-cpu --data MMMU": "needs the benchmark; tests/unit/harness reads a made one",
     "vila-bench --table": "builds and times models for up to 15 minutes",
 }
 # Commands that begin so and have none of the words get these options too, to take seconds.
@@ -40,6 +41,8 @@ SHORTER = (
     ("vila-quantize", ("--plan", "--algorithm", "--calib"), ["--algorithm", "rtn"]),
     ("vila-quantize", ("--plan", "--algorithm", "rtn"), ["--no-eval"]),
     ("vila-chat", ("--max-new-tokens",), ["--max-new-tokens", "48"]),
+    # tiny-vila knows no text.
+    ("vila-eval", ("--data",), ["--max-kl", "9"]),
 )
 NUMBER = re.compile(r"[\d.,:]*\d(?:s\b)?")
 
@@ -70,6 +73,9 @@ def here(engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy("a.jpg", "photos/7.jpg")
     line = {"text": "<image>\nWhat is on it?", "answer": "Shapes.", "image": "photos/7.jpg"}
     Path("questions.jsonl").write_text(json.dumps(line) + "\n", "utf-8")
+    Path("my-questions").mkdir()
+    row = {"question": "How many shapes are there?", "answer": "3", "image": "../a.jpg"}
+    Path("my-questions", "questions.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
     make_video(Path("cat.mp4"), frames=16, kind="mp4")
     return tmp_path
 

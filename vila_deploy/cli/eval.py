@@ -160,10 +160,9 @@ def _judge(
 ) -> None:
     """End with exit code 1 if questions have failed, or a figure is not as demanded."""
     if report["failed"]:
-        count = len(report["failed"])
-        first = next(iter(report["failed"].values()))
-        again = "mend them and ask them again with --resume" if evaluation.out else "mend them"
-        fail(f"{count} questions could not be asked: {first}; {again}")
+        again = "mend it and repeat with --resume" if evaluation.out else "mend it and repeat"
+        first = report["failed"][0]
+        fail(f"{len(report['failed'])} questions could not be asked: {first}; {again}")
     score = report["task"] and report["task"]["score"]["value"]
     if min_score is not None and not score >= min_score:
         fail(f"{evaluation.model}: scores {score:.2f}, below --min-score {min_score:g}")
