@@ -5,7 +5,7 @@ LMMS_VENV := .venv-lmms
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-web test-serve test-integrations bench lint format clean
+.PHONY: demo test test-web test-serve test-integrations test-llamacpp bench lint format clean
 
 demo: $(VENV)/.installed  ## quantize, build, ask and time the small trained model in examples/tiny-vila
 	$(BIN)/python examples/tiny-vila/demo.py
@@ -25,6 +25,9 @@ test-serve: $(VENV)/.installed-dev  ## vila-serve: 1000 damaged requests, 200 cl
 
 test-integrations: $(LMMS_VENV)/.installed  ## lmms-eval on a local task, in an environment of its own
 	OMP_NUM_THREADS=1 $(LMMS_VENV)/bin/python -m pytest tests/integrations
+
+test-llamacpp: $(VENV)/.installed-llamacpp  ## GGUF files in llama.cpp itself, which is compiled once
+	OMP_NUM_THREADS=2 $(BIN)/pytest tests/llamacpp
 
 bench: $(VENV)/.installed  ## the authors' tokens-per-second table for this computer, within 15 minutes
 	$(BIN)/vila-bench --table
@@ -61,4 +64,8 @@ $(VENV)/.installed-web: $(VENV)/.installed-dev
 $(LMMS_VENV)/.installed: setup.py pyproject.toml
 	test -x $(LMMS_VENV)/bin/pip || $(PYTHON) -m venv $(LMMS_VENV)
 	$(LMMS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[lmms-eval]' pytest pytest-timeout
+	touch $@
+
+$(VENV)/.installed-llamacpp: $(VENV)/.installed-dev
+	$(PIP) llama-cpp-python
 	touch $@
