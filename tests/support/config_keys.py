@@ -41,6 +41,8 @@ IMAGES = "transformers image_processing_utils.py"
 SIGLIP_IMAGES = "transformers models/siglip/image_processing_siglip.py"
 CLIP_IMAGES = "transformers models/clip/image_processing_clip.py"
 TOKENS = "transformers tokenization_utils_base.py"
+# In release 5.23 its _decode leaves the text of BPE alone, unless a second key forces it.
+DECODED_TEXT = "transformers tokenization_utils_tokenizers.py"
 LLAMA_TOKENS = "transformers models/llama/tokenization_llama.py"
 QWEN2_TOKENS = "transformers models/qwen2/tokenization_qwen2.py"
 
@@ -231,10 +233,14 @@ _ROWS = (
     _Rows(TOKENIZER, REFUSED, TOKENS, {"split_special_tokens": True}),
     _Rows(TOKENIZER, NO_EFFECT, LLAMA_TOKENS, {"legacy": True, "use_default_system_prompt": True,
           "spaces_between_special_tokens": True}, "sentencepiece"),
+    _Rows(TOKENIZER, NO_EFFECT, DECODED_TEXT, {"clean_up_tokenization_spaces": True}),
+    _Rows(TOKENIZER, REFUSED, DECODED_TEXT, {
+          "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True},
+          "cleaned"),
     _Rows(TOKENIZER, NO_EFFECT, QWEN2_TOKENS, {"errors": "strict"}),
     _Rows(TOKENIZER, NO_EFFECT, TOKENS, {"model_max_length": 7, "max_length": 7,
           "padding_side": "left", "truncation_side": "left", "padding": True, "truncation": True,
-          "clean_up_tokenization_spaces": True, "model_input_names": ["x"], "name_or_path": "x",
+          "model_input_names": ["x"], "name_or_path": "x",
           "tokenizer_file": "x", "processor_class": "X", "auto_map": {}, "use_fast": False,
           "from_slow": True, "device_map": "x", "backend": "tokenizers", "verbose": True,
           "response_schema": {}, "response_template": "x", "chat_control_tokens": {},

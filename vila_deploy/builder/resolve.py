@@ -23,6 +23,7 @@ from vila_deploy.engine.precision import (
 )
 from vila_deploy.engine.target import Target, get_target
 from vila_deploy.formats.module_dtypes import FP16
+from vila_deploy.processing.own_template import follow_tokenizer
 from vila_deploy.processing.vocabulary import check_vocabulary
 from vila_deploy.quantize.options import BUILTIN, OLD_BUILTIN
 from vila_deploy.utils.errors import VilaDeployError
@@ -106,8 +107,9 @@ def resolve_build(root: Path, options: BuildOptions, *, planning: bool = False) 
             backend can't build.
     """
     layout = find_layout(root)
-    config = config_of(layout, options.prompt_template)
-    check_vocabulary(layout.folder("llm"), config)
+    tokenizer = layout.folder("llm")
+    config = follow_tokenizer(config_of(layout, options.prompt_template), tokenizer)
+    check_vocabulary(tokenizer, config)
     target = get_target(options.target)
     backend = resolve_backend(target, options.backend)
     found = "int4" if config.llm.quantization else FP16

@@ -170,12 +170,14 @@ def _show_plan_of(
     from vila_deploy.checkpoint.folder_layout import find_layout
     from vila_deploy.checkpoint.lora import open_adapter
     from vila_deploy.engine.build_request import resolve_limits
+    from vila_deploy.processing.own_template import follow_tokenizer
     from vila_deploy.processing.vocabulary import check_vocabulary
     from vila_deploy.quantize.estimate.plan import check_not_quantized, measured_plan
 
     layout = find_layout(folder)
-    config = config_of(layout, options.prompt_template)
-    check_vocabulary(layout.folder("llm"), config)
+    tokenizer = layout.folder("llm")
+    config = follow_tokenizer(config_of(layout, options.prompt_template), tokenizer)
+    check_vocabulary(tokenizer, config)
     if options.lora is not None:
         check_not_quantized(config)
         open_adapter(options.lora, config)

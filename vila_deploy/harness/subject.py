@@ -8,12 +8,14 @@ from types import TracebackType
 from typing import Literal
 
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.checkpoint.config import load_config
+from vila_deploy.checkpoint.config import config_of
+from vila_deploy.checkpoint.folder_layout import find_layout
 from vila_deploy.checkpoint.hub import fetch_checkpoint
 from vila_deploy.engine.manifest import MANIFEST
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.session import OneSlot, Session, check_room
 from vila_deploy.model.vila import ReferenceSession
+from vila_deploy.processing.own_template import follow_tokenizer
 from vila_deploy.processing.tokenizer import Tokenizer, load_tokenizer
 from vila_deploy.runtime.open_engine import open_engine, slots_that_fit
 from vila_deploy.utils.arrays import Floats
@@ -79,8 +81,10 @@ def open_subject(
     if is_engine(path):
         return _engine(path, slots)
     root = fetch_checkpoint(path)
-    checkpoint = open_checkpoint(root, load_config(root, prompt_template))
-    tokenizer = load_tokenizer(checkpoint.layout.folder("llm"))
+    layout = find_layout(root)
+    folder = layout.folder("llm")
+    config = follow_tokenizer(config_of(layout, prompt_template), folder)
+    checkpoint, tokenizer = open_checkpoint(root, config), load_tokenizer(folder)
     session = _ReferenceSlot(ReferenceSession(checkpoint))
     return Subject(
         name=str(path),

@@ -1,7 +1,9 @@
-"""Compare the chat template that comes with a tokenizer with the built-in one that is used."""
+"""Recognise the chat template that comes with a tokenizer as a built-in one, and follow it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,26 @@ MAX_TEMPLATE_CHARACTERS = 1 << 17
 TURN, QUESTION = ("the first question", "its answer"), "the last question"
 
 
+def follow_tokenizer(config: VilaConfig, folder: Path) -> VilaConfig:
+    """Return `config` with the tokenizer's own template, where VILA's code uses that one too.
+
+    VILA's code since NVILA does, unless a conversation is named; that of VILA1.5 never does.
+
+    Args:
+        folder: of the tokenizer.
+
+    Returns:
+        `config` itself where its own rule decides, or where no built-in template is recognised.
+    """
+    if config.prompt_template is not None or config.generation != "nvila":
+        return config
+    source = own_template(folder)
+    recognized = recognize(source, folder) if source is not None else ()
+    if not recognized or choose_template(config, None) in recognized:
+        return config
+    return replace(config, prompt_template=recognized[0])
+
+
 def template_note(folder: Path, config: VilaConfig) -> str | None:
     """Return a line where the tokenizer's own chat template differs from the one that is used.
 
@@ -23,7 +45,7 @@ def template_note(folder: Path, config: VilaConfig) -> str | None:
         folder: of the tokenizer.
 
     Returns:
-        None if there is none, if both write the same text, or if the user named a template.
+        None if there is none, if both write the same text, or if a template is named.
     """
     source = own_template(folder)
     if source is None or config.prompt_template is not None:
@@ -36,6 +58,12 @@ def template_note(folder: Path, config: VilaConfig) -> str | None:
     recognized = recognize(source, folder)
     if used in recognized:
         return None
+    followed = follow_tokenizer(config, folder).prompt_template
+    if followed is not None:
+        return (
+            f"note: the tokenizer's chat template is {followed}, which is used instead of {used}; "
+            f"--prompt-template {used} overrides it"
+        )
     if recognized:
         return (
             f"note: the tokenizer's chat template is {recognized[0]}, but {used} is used; "
@@ -62,16 +90,22 @@ def own_template(folder: Path) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def recognize(source: str, folder: Path) -> list[str]:
+def recognize(source: str, folder: Path) -> tuple[str, ...]:
     """Return the built-in templates that write the same conversation as `source` does."""
-    tokens = _named_tokens(folder)
+    return _recognize(source, tuple(_named_tokens(folder).items()))
+
+
+@lru_cache(maxsize=8)
+def _recognize(source: str, named: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
+    """Do what `recognize` does, once for a template: to render one takes a process."""
+    tokens = dict(named)
     text = _rendered(source, tokens)
     if text is None:
-        return []
+        return ()
     # BOS is the tokenizer's business: a template may write it too.
     texts = {text, text.removeprefix(tokens.get("bos_token", ""))}
     rows = PROMPT_TEMPLATES.items()
-    return [name for name, row in rows if render(row, [TURN], QUESTION) in texts]
+    return tuple(name for name, row in rows if render(row, [TURN], QUESTION) in texts)
 
 
 def _rendered(source: str, tokens: dict[str, str]) -> str | None:

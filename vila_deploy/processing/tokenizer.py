@@ -45,6 +45,9 @@ QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# transformers follows the first for other kinds of vocabulary than BPE, for BPE with the second.
+CLEAN_UP = "clean_up_tokenization_spaces"
+FORCED_CLEAN_UP = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 REPLACEMENT = "\ufffd"
 # Where readings of one vocabulary are known to differ: at the start, behind special tokens and line
 # ends, in runs of spaces, in letters that a normalizer changes, in bytes.
@@ -120,11 +123,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _refuse_settings(path: Path) -> None:
-    """Raise VilaDeployError where tokenizer_config.json asks for other ids than are made here."""
+    """Raise VilaDeployError where tokenizer_config.json asks for other ids, or for other text."""
     settings = read_settings(path)
     for key in ("add_eos_token", "split_special_tokens"):
         if settings.boolean(key, False):
             raise settings.error(key, "must be false, as every release of VILA has it")
+    if settings.boolean(CLEAN_UP, False) and settings.boolean(FORCED_CLEAN_UP, False):
+        raise settings.error(FORCED_CLEAN_UP, "must be false, as every release of VILA has it")
     if settings.values.get("sp_model_kwargs"):
         raise settings.error("sp_model_kwargs", "options of SentencePiece are not supported")
     # Other classes leave the space to tokenizer.json.
@@ -171,6 +176,9 @@ class JsonTokenizer:
 
     def __init__(self, path: Path):
         self._library = self._load(path)
+        settings, kind = read_settings(path), type(self._library.model).__name__
+        if kind != "BPE" and settings.boolean(CLEAN_UP, False):
+            raise settings.error(CLEAN_UP, f"must be false for a vocabulary of kind {kind}")
         self._library.no_truncation()
         self._library.no_padding()
         self.bos_ids = self._library.encode("", add_special_tokens=True).ids[:1]

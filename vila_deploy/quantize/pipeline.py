@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
-from vila_deploy.checkpoint.config import load_config
+from vila_deploy.checkpoint.config import config_of
+from vila_deploy.checkpoint.folder_layout import find_layout
 from vila_deploy.checkpoint.hub import fetch_checkpoint
 from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, LlmConfig, layer_prefix
 from vila_deploy.checkpoint.lora import Adapter, open_adapter
@@ -22,6 +23,7 @@ from vila_deploy.engine.memory import MemoryRow
 from vila_deploy.eval.data import evaluation_data
 from vila_deploy.eval.fidelity import evaluate
 from vila_deploy.formats.base import to_float16
+from vila_deploy.processing.own_template import follow_tokenizer
 from vila_deploy.processing.vocabulary import check_vocabulary
 from vila_deploy.quantize.algorithms.awq import Awq
 from vila_deploy.quantize.algorithms.awq_gptq import AwqGptq
@@ -118,8 +120,11 @@ def quantize(
 
 def _open(root: Path, options: QuantizeOptions) -> tuple[Checkpoint, Adapter | None]:
     """Return the checked checkpoint as the user asks for it, and the adapter merged into it."""
-    checkpoint = open_checkpoint(root, load_config(root, options.prompt_template))
-    check_vocabulary(checkpoint.layout.folder("llm"), checkpoint.config)
+    layout = find_layout(root)
+    tokenizer = layout.folder("llm")
+    config = follow_tokenizer(config_of(layout, options.prompt_template), tokenizer)
+    checkpoint = open_checkpoint(root, config)
+    check_vocabulary(tokenizer, config)
     if options.lora is None:
         return checkpoint, None
     check_not_quantized(checkpoint.config)

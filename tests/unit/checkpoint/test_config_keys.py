@@ -139,7 +139,13 @@ def tokenizer_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     two = root.parent / "two"
     shutil.copytree(sentencepiece, two)
     shutil.copyfile(root / "llm" / "tokenizer.json", two / "llm" / "tokenizer.json")
-    return {"siglip": root, "sentencepiece": sentencepiece, "two": two, "no map": no_map}
+    cleaned = root.parent / "cleaned"
+    shutil.copytree(root, cleaned)
+    file = cleaned / "llm" / "tokenizer_config.json"
+    settings = {**json.loads(file.read_text("utf-8")), "clean_up_tokenization_spaces": True}
+    file.write_text(json.dumps(settings), "utf-8")
+    return {"siglip": root, "sentencepiece": sentencepiece, "two": two, "no map": no_map,
+            "cleaned": cleaned}  # fmt: skip
 
 
 def tokenized(root: Path) -> object:

@@ -133,3 +133,46 @@ def test_wrong_token_settings_give_one_line(file: str, values: object, tmp_path:
     with pytest.raises(VilaDeployError, match=file) as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+# What transformers' clean_up_tokenization changes, where it runs.
+SPACED = ("a cat . a dog", "do n't ! I 'm", "it 's , they 've", "we 're ? ' a '", "  ..  ' s .")
+
+
+def set_keys(folder: Path, **keys: object) -> None:
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **keys}), "utf-8")
+
+
+@pytest.mark.parametrize("template", KINDS)
+def test_spaces_before_signs_stay_as_in_transformers(template: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    write_tokenizer(tmp_path, template)
+    set_keys(tmp_path, clean_up_tokenization_spaces=True)
+    tokenizer = load_tokenizer(tmp_path)
+    oracle = AutoTokenizer.from_pretrained(tmp_path, legacy=False)
+    assert oracle.clean_up_tokenization_spaces
+    for text in SPACED:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == oracle.decode(ids, skip_special_tokens=True)
+        assert oracle.clean_up_tokenization(text) != text
+
+
+@pytest.mark.parametrize("kind", ["Unigram", "WordLevel", "WordPiece"])
+def test_kinds_whose_text_transformers_cleans_up_are_refused(kind: str, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models
+
+    vocabulary = {"<unk>": 0, "a": 1, ".": 2}
+    model = {
+        "Unigram": lambda: models.Unigram([(token, -1.0) for token in vocabulary], 0, False),
+        "WordLevel": lambda: models.WordLevel(vocabulary, unk_token="<unk>"),
+        "WordPiece": lambda: models.WordPiece(vocabulary, unk_token="<unk>"),
+    }[kind]()
+    Library(model).save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).vocab_size == len(vocabulary)
+    (tmp_path / "tokenizer_config.json").write_text('{"clean_up_tokenization_spaces": true}')
+    with pytest.raises(VilaDeployError, match=f"clean_up_tokenization_spaces: .*{kind}") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)

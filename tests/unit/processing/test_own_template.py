@@ -10,8 +10,15 @@ import pytest
 
 from tests.support.commands import invoke
 from tests.support.tiny import make_checkpoint
+from vila_deploy import quantize
+from vila_deploy.builder.resolve import BuildOptions, resolve_build
 from vila_deploy.checkpoint.config import load_config
-from vila_deploy.processing.own_template import own_template, recognize, template_note
+from vila_deploy.processing.own_template import (
+    follow_tokenizer,
+    own_template,
+    recognize,
+    template_note,
+)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
@@ -55,17 +62,17 @@ def note(root: Path) -> str | None:
 @pytest.mark.parametrize(
     ("source", "names"),
     [
-        (QWEN2, ["qwen2"]),
-        (QWEN2_LOOP, ["qwen2"]),
-        (HERMES_2, ["hermes-2"]),
-        (VICUNA, ["vicuna_v1"]),
-        (CHATML, []),
-        (LINES, []),
-        (QWEN2.replace("assistant<", "assistant.<"), []),
-        *((source, []) for source in BROKEN),
+        (QWEN2, ("qwen2",)),
+        (QWEN2_LOOP, ("qwen2",)),
+        (HERMES_2, ("hermes-2",)),
+        (VICUNA, ("vicuna_v1",)),
+        (CHATML, ()),
+        (LINES, ()),
+        (QWEN2.replace("assistant<", "assistant.<"), ()),
+        *((source, ()) for source in BROKEN),
     ],
 )
-def test_recognised_by_what_it_writes(source: str, names: list[str], tmp_path: Path) -> None:
+def test_recognised_by_what_it_writes(source: str, names: tuple[str, ...], tmp_path: Path) -> None:
     assert recognize(source, checkpoint(tmp_path, source) / "llm") == names
 
 
@@ -82,10 +89,50 @@ def test_another_template_is_said_in_one_line(source: str, tmp_path: Path) -> No
     assert "\n" not in line
 
 
-def test_another_of_ours_is_named(tmp_path: Path) -> None:
-    line = note(checkpoint(tmp_path, HERMES_2))
+# VILA1.5: a Llama LLM with the added tokens of ChatML gets hermes-2.
+OLD = {"qwen2": False}
+OTHERS = [(HERMES_2, "hermes-2", "qwen2"), (VICUNA, "vicuna_v1", "qwen2"),
+          (HERMES_2.replace("{{ m.role }}", "{{ m['role'] }}"), "hermes-2", "qwen2")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "found", "default"), OTHERS)
+def test_another_of_ours_is_followed_in_the_layout_of_nvila(
+    source: str, found: str, default: str, tmp_path: Path
+) -> None:
+    root = checkpoint(tmp_path, source)
+    line = note(root)
     assert line is not None
-    assert "is hermes-2, but qwen2 is used; --prompt-template hermes-2 follows" in line
+    assert f"is {found}, which is used instead of {default}; --prompt-template {default}" in line
+    assert follow_tokenizer(load_config(root), root / "llm").prompt_template == found
+    assert resolve_build(root, BuildOptions(target="cpu")).config.prompt_template == found
+    report = quantize(root, tmp_path / "q", algorithm="rtn")
+    assert report["algorithm"] == "rtn"
+    assert load_config(tmp_path / "q").prompt_template == found
+
+
+@pytest.mark.parametrize("name", ["qwen2", "hermes-2", "vicuna_v1"])
+def test_a_named_template_is_not_overridden(name: str, tmp_path: Path) -> None:
+    root = checkpoint(tmp_path, HERMES_2, root_config={"chat_template": name})
+    config = load_config(root)
+    assert follow_tokenizer(config, root / "llm") is config
+    assert config.prompt_template == name
+
+
+@pytest.mark.parametrize("source", [QWEN2, LINES, None, *BROKEN[:2]])
+def test_nothing_is_followed_where_nothing_else_is_recognised(
+    source: str | None, tmp_path: Path
+) -> None:
+    root = checkpoint(tmp_path, source)
+    assert follow_tokenizer(load_config(root), root / "llm").prompt_template is None
+
+
+@pytest.mark.parametrize(("source", "found"), [(QWEN2, "qwen2"), (VICUNA, "vicuna_v1")])
+def test_another_of_ours_is_named_for_vila15(source: str, found: str, tmp_path: Path) -> None:
+    root = checkpoint(tmp_path, source, **OLD)
+    line = note(root)
+    assert line is not None
+    assert f"is {found}, but hermes-2 is used; --prompt-template {found} follows" in line
+    assert follow_tokenizer(load_config(root), root / "llm").prompt_template is None
 
 
 def test_a_file_and_lists_are_read(tmp_path: Path) -> None:
