@@ -15,7 +15,7 @@ from tests.support.commands import BIN, assert_one_line, invoke, succeed
 from tests.support.eval_tasks import write_lines
 from tests.support.paths import TINY_VILA
 
-QUESTIONS = 30
+QUESTIONS = 12
 
 
 @pytest.fixture(scope="module")
