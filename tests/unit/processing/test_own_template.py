@@ -13,6 +13,7 @@ from tests.support.tiny import make_checkpoint
 from vila_deploy import quantize
 from vila_deploy.builder.resolve import BuildOptions, resolve_build
 from vila_deploy.checkpoint.config import load_config
+from vila_deploy.harness.subject import open_subject
 from vila_deploy.processing.own_template import (
     follow_tokenizer,
     own_template,
@@ -105,8 +106,8 @@ def test_another_of_ours_is_followed_in_the_layout_of_nvila(
     assert f"is {found}, which is used instead of {default}; --prompt-template {default}" in line
     assert follow_tokenizer(load_config(root), root / "llm").prompt_template == found
     assert resolve_build(root, BuildOptions(target="cpu")).config.prompt_template == found
-    report = quantize(root, tmp_path / "q", algorithm="rtn")
-    assert report["algorithm"] == "rtn"
+    assert open_subject(root).model.prompt == found
+    quantize(root, tmp_path / "q", algorithm="rtn")
     assert load_config(tmp_path / "q").prompt_template == found
 
 

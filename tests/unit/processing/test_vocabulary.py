@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from tests.support.prompt_cases import write_tokenizer
 from tests.support.tiny import make_checkpoint
 from vila_deploy import build_engine as build_engine_folder
+from vila_deploy.checkpoint.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.config import load_config
 from vila_deploy.cli import build_engine, convert, quantize
 from vila_deploy.engine.sampling import SamplingParams
@@ -109,15 +110,36 @@ def test_texts_that_spell_such_tokens_are_refused(
     assert not Path("q").exists()
 
 
+@pytest.mark.parametrize(
+    ("named", "template"),
+    [("vicuna_v1", "vicuna_v1"), ("v1", "vicuna_v1"), ("hermes-2", "hermes-2"), ("auto", None)],
+)
 def test_what_vila_exports_of_vila15_is_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    named: str,
+    template: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     added = ("<vila/sentinel>", "<image>", "<vila/video>")
     tokenizer = make_checkpoint(Path("t"), vocab=384, added_tokens=added)
-    root = make_checkpoint(Path("c"), vocab=367)
+    # As convert_vila_dev_ckpt_to_remote of llava/remote_code/modeling_vila.py leaves it.
+    exported = {
+        "version": "2.0",
+        "model_type": "vila",
+        "architectures": ["VILAForCausalLM"],
+        "auto_map": {"AutoConfig": "modeling_vila.VILAConfig"},
+        "chat_template": named,
+    }
+    root = make_checkpoint(Path("c"), vocab=367, root_config=exported)
+    (root / "vision_tower").rename("tower")
+    (root / "vision_tower").symlink_to(Path("tower").resolve())
+    (root / "modeling_vila.py").write_text("raise SystemExit")
     shutil.copy(tokenizer / "llm" / "tokenizer.json", root / "llm")
-    check_vocabulary(root / "llm", load_config(root))
+    config = open_checkpoint(root).config
+    assert config.prompt_template == template
+    check_vocabulary(root / "llm", config)
     assert "'<vila/sentinel>', '<image>', '<vila/video>'; texts" in capsys.readouterr().err
 
 
