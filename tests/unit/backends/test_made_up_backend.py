@@ -76,7 +76,7 @@ class MadeUpBackend(Backend):
     def intermediates(self, folder, step):
         return (QUESTIONS,)
 
-    def open(self, folder, manifest):
+    def open(self, folder, manifest, slots=1):
         return OneSlot(MadeUpSession(folder, manifest))
 
 

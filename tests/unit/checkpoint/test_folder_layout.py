@@ -19,6 +19,7 @@ from vila_deploy.builder.build import build_engine
 from vila_deploy.builder.resolve import BuildOptions
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.variants import KNOWN_TOWERS
+from vila_deploy.engine.precision import ALL_FP16
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import OneSlot
 from vila_deploy.formats.base import QuantScheme
@@ -73,7 +74,9 @@ def test_quantized_it_has_three_folders_and_answers(algorithm: str, tmp_path: Pa
     assert not [key for key in config if key.startswith("mm_")]
     with safe_open(tmp_path / "q" / "vision_tower" / "model.safetensors", "pt") as file:
         assert "vision_model.pre_layrnorm.weight" in file.keys()  # noqa: SIM118  not a dict
-    build_engine(tmp_path / "q", tmp_path / "e", BuildOptions("cpu"))
+    # One int8 term, an int8 head and tower round what the reference doesn't.
+    options = BuildOptions("cpu", module_precision=ALL_FP16, activations="int8x2")
+    build_engine(tmp_path / "q", tmp_path / "e", options)
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (30, 50, 3), np.uint8))
     with open_engine(tmp_path / "e") as engine:
         reference = OneSlot(ReferenceSession(open_checkpoint(tmp_path / "q")))
