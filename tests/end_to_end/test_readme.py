@@ -29,7 +29,7 @@ MODEL = "VILA1.5-3b"
 NOT_RUN = {
     "python3 -m venv": "makes the environment that the tests run in",
     "pip install": "needs a network",
-    f"vila-quantize {MODEL} --lora": "needs a fine-tune; tests/unit/checkpoint/test_lora.py merges some",
+    f"vila-quantize {MODEL} --lora": "needs an adapter; unit/checkpoint/test_lora.py merges some",
     f"vila-bench --model {MODEL}": "writes and times three billion random weights",
     "vila-serve": "answers until it is stopped; tests/unit/server asks it",
     "curl": "needs a running server; tests/unit/server asks one",
