@@ -63,7 +63,7 @@ $(VENV)/.installed-web: $(VENV)/.installed-dev
 
 $(LMMS_VENV)/.installed: setup.py pyproject.toml
 	test -x $(LMMS_VENV)/bin/pip || $(PYTHON) -m venv $(LMMS_VENV)
-	$(LMMS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[lmms-eval]' pytest pytest-timeout
+	$(LMMS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep ^torch== constraints.txt)" -e '.[lmms-eval]' pytest pytest-timeout
 	touch $@
 
 $(VENV)/.installed-llamacpp: $(VENV)/.installed-dev
