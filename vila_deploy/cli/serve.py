@@ -170,6 +170,8 @@ def _serve(
     from vila_deploy.server.run_server import run_server, url
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    # asyncio warns of every client that leaves in the middle of its answer.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     if slots is None:
         slots = slots_that_fit(engine) if engine.is_dir() else 1
     with open_engine(engine, slots) as opened:
