@@ -23,7 +23,8 @@ class Totals:
     """What the clients have seen.
 
     Args:
-        answered: whole answers; `tokens` are theirs by their usage, `prompt_tokens` too.
+        answered: whole answers; `tokens` are theirs by their usage, `prompt_tokens` too, and
+            `seconds` what their clients waited in all.
         left: requests whose client closed the connection first.
     """
 
@@ -32,7 +33,12 @@ class Totals:
     statuses: Counter[int] = field(default_factory=Counter)
     tokens: int = 0
     prompt_tokens: int = 0
+    seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
+
+    def patience(self) -> float:
+        """Return about how long an answer takes: those who leave do so within it."""
+        return self.seconds / self.answered if self.answered else 0.2
 
 
 def request(rng: random.Random, images: list[Image.Image]) -> bytes:
@@ -73,7 +79,7 @@ async def _client(
         body = rng.choice(bodies)
         leaves = rng.random() < 1 / 3
         try:
-            async with asyncio.timeout(rng.uniform(0, 1.5) if leaves else None):
+            async with asyncio.timeout(rng.uniform(0, totals.patience()) if leaves else None):
                 await _ask(http, body, totals)
         except TimeoutError:
             totals.left += 1
@@ -81,6 +87,7 @@ async def _client(
 
 
 async def _ask(http: httpx.AsyncClient, body: bytes, totals: Totals) -> None:
+    begin = time.monotonic()
     response = await http.post(CHAT, content=body, headers={"Content-Type": "application/json"})
     totals.statuses[response.status_code] += 1
     if response.status_code == 429:
@@ -91,6 +98,7 @@ async def _ask(http: httpx.AsyncClient, body: bytes, totals: Totals) -> None:
         return
     usage = _usage(response)
     totals.answered += 1
+    totals.seconds += time.monotonic() - begin
     totals.tokens += usage["completion_tokens"]
     totals.prompt_tokens += usage["prompt_tokens"]
 

@@ -66,7 +66,7 @@ def test_many_clients(engine_folder: Path, images: list[Image.Image]) -> None:
     assert totals.problems == []
     assert set(totals.statuses) <= {200, 429}
     assert totals.answered > CLIENTS // 4
-    assert totals.left > CLIENTS // 4
+    assert totals.left > totals.answered // 10
     if SECONDS >= 60:
         quarter = len(memory) // 4
         assert max(memory[-quarter:]) < 1.05 * max(memory[:quarter]), "memory grows"
