@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,7 @@ def usage(finished: Finished) -> dict[str, Any]:
 
 
 @dataclass
-class AnswerWriter:
+class AnswerWriter(ABC):
     """Bodies of one answer; a subclass for each endpoint.
 
     Args:
@@ -86,11 +87,13 @@ class AnswerWriter:
             body["usage"] = None
         return event(body)
 
+    @abstractmethod
     def _choice(self, text: str, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        raise NotImplementedError
+        """Return the one choice of an answer that isn't streamed."""
 
+    @abstractmethod
     def _delta(self, text: str, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        raise NotImplementedError
+        """Return the one choice of a streamed piece of text."""
 
     def _token(self, number: int) -> tuple[str, bytes]:
         """Return the text of a token, and its bytes; a special one has a name of its own."""
