@@ -173,7 +173,7 @@ def _write(
     manifest: Manifest,
     prompts: Callable[[], Sequence[Floats]],
 ) -> Manifest:
-    request = replace(build.request, prompts=prompts)
+    request = replace(build.request, prompts=prompts, random_weights=build.root is None)
     result = build.backend.build(folder, build.config, *parts, request)
     manifest = replace(
         manifest,

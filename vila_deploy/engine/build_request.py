@@ -36,6 +36,7 @@ class BuildRequest:
             there are none, or another backend.
         defaults: why the backend's own choices are what they are, by option.
         prompts: returns embeddings [tokens, hidden] of sequences to calibrate with.
+        random_weights: the weights are made up, so that errors measured with them mean nothing.
     """
 
     target: Target
@@ -48,6 +49,7 @@ class BuildRequest:
     activations: str | None = None
     defaults: Mapping[str, str] = field(default_factory=dict)
     prompts: Callable[[], Sequence[Floats]] | None = field(default=None, compare=False)
+    random_weights: bool = False
 
     @property
     def gpus(self) -> int:

@@ -12,7 +12,12 @@ import numpy as np
 from vila_deploy.backends.onnxruntime import files
 from vila_deploy.backends.onnxruntime.cache_scales import calibrate_cache
 from vila_deploy.backends.onnxruntime.memory import PROGRAM_BYTES
-from vila_deploy.backends.onnxruntime.vision import FEATURE_ERROR_BOUND, write_vision
+from vila_deploy.backends.onnxruntime.vision import (
+    FEATURE_ERROR_BOUND,
+    cpu_options,
+    write_graphs,
+    write_vision,
+)
 from vila_deploy.checkpoint import llm_config
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig
@@ -83,9 +88,16 @@ def _write_vision(
 ) -> dict[str, DefaultChoice]:
     """Write vision/ and return its dtype with the reason, where the choice was left open."""
     dtype = request.module_precision.vision
-    error = write_vision(folder, config, tower, projector, dtype, advance)
+    if request.random_weights:
+        options = cpu_options(dtype)
+        write_graphs(folder / files.VISION, config, tower, projector, options, advance)
+    else:
+        error = write_vision(folder, config, tower, projector, dtype, advance)
     if "vision" not in request.defaults or dtype == FP16:
         return {}
+    if request.random_weights:
+        reason = "the error of random weights means nothing and was not measured"
+        return {"vision": DefaultChoice(dtype, reason)}
     if error is not None and error <= FEATURE_ERROR_BOUND:
         reason = f"changes features by {error:.1%}, and up to {FEATURE_ERROR_BOUND:.0%} is taken"
         return {"vision": DefaultChoice(dtype, reason)}

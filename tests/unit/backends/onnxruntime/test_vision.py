@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from vila_deploy.backends.onnxruntime import build as build_module
 from vila_deploy.backends.onnxruntime import vision
 from vila_deploy.backends.onnxruntime.backend import OnnxRuntimeBackend
 from vila_deploy.builder import build_engine
+from vila_deploy.builder.resolve import BuildOptions, resolve_build
 from vila_deploy.engine.manifest import Manifest, load_manifest
 from vila_deploy.engine.precision import DefaultChoice
 from vila_deploy.runtime.open_engine import open_engine
@@ -75,3 +77,17 @@ def test_without_memory_to_check_it_float16_is_taken(
     assert manifest.module_precision.vision == "fp16"
     assert "too little memory" in manifest.defaults["vision"]
     assert built(tmp_path / "asked", "int8").module_precision.vision == "int8"
+
+
+def test_random_weights_are_not_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer of a check would mean nothing, and it takes longer than all else of a build."""
+    monkeypatch.setattr(build_module, "write_vision", lambda *_: pytest.fail("was checked"))
+    root = make_checkpoint(tmp_path / "checkpoint", quantized=True)
+    build = resolve_build(root, BuildOptions("cpu"))
+    checkpoint, folder = build.checkpoint, tmp_path / "engine"
+    folder.mkdir()
+    parts = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
+    request = replace(build.request, random_weights=True)
+    built_here = build_module.build(folder, build.config, *parts, request)
+    assert built_here.chosen["vision"].value == "int8"
+    assert "was not measured" in built_here.chosen["vision"].reason
