@@ -84,7 +84,7 @@ def test_what_cannot_be_told_runs_everything(checkout: Path, tmp_path: Path, los
 
 
 def test_rows_are_read() -> None:
-    assert {"test-web"} <= set(OF_THE_SERVER) <= set(ALL)
+    assert {"test-web", "test-serve"} <= set(OF_THE_SERVER) <= set(ALL)
 
 
 def test_a_failing_target_fails(checkout: Path) -> None:

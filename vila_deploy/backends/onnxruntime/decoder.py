@@ -84,8 +84,11 @@ class CacheRows:
         dtype: type[np.float32 | np.int8] = np.float32,
     ):
         layers, *dims = shape
-        # The system allocates these pages when they are first written.
         self.buffers = [np.zeros((rows, *dims), dtype) for _ in range(2 * layers)]
+        if slots > 1:
+            # Written once, lest a server's memory grow for minutes, or end, while it answers.
+            for buffer in self.buffers:
+                buffer.fill(0)
         self.lengths = [0] * slots
         self._row_of = list(range(slots))
 

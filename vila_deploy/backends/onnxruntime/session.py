@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from vila_deploy.engine.session import check_keep, check_room, check_slots, chun
 from vila_deploy.formats.module_dtypes import FP16, INT8, INT8X2
 from vila_deploy.processing.s2 import merge_s2_blocks, s2_features
 from vila_deploy.utils.arrays import Floats
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.estimates import available_memory_bytes
 
 # With fewer bytes of weights a step, threads wait for each other longer than they compute.
 ONE_THREAD_BYTES = 16 << 20
@@ -39,8 +42,12 @@ class OnnxRuntimeSession:
     the same order: what a slot answers does not depend on the others, bit for bit.
 
     Args:
-        slots: sequences to hold. The system gives each the memory that its tokens take:
-            2 * layers * kv_heads * head_dim values a token, of 4 bytes, or 1 in an int8 cache.
+        slots: sequences to hold, 2 * layers * kv_heads * head_dim values a token, of 4 bytes, or
+            1 in an int8 cache. The memory of several is taken at once, that of one when its tokens
+            come.
+
+    Raises:
+        VilaDeployError: there is no memory for so many slots.
     """
 
     prefill_chunk = PREFILL_TOKENS
@@ -71,6 +78,8 @@ class OnnxRuntimeSession:
         rows = self._rows_of_pass(self.slots)
         shape = (model.num_layers, model.num_kv_heads, limits.max_seq_len, model.head_dim)
         int8 = manifest.module_precision.kv_cache == INT8
+        if self.slots > 1:
+            _check_memory(rows * 2 * math.prod(shape) * (1 if int8 else 4), self.slots, folder)
         self.rows = CacheRows(self.slots, rows, shape, np.int8 if int8 else np.float32)
         self._logits = np.empty((rows, model.vocab_size), np.float32)
         self._embeds = np.zeros((rows, 1, model.hidden_size), np.float32)
@@ -192,6 +201,17 @@ class OnnxRuntimeSession:
                 bound.bind_embeds(self._embeds[start : start + count])
             self._bound[key] = bound
         return self._bound[key]
+
+
+def _check_memory(needed_bytes: int, slots: int, folder: Path) -> None:
+    available = available_memory_bytes()
+    if needed_bytes > available:
+        raise VilaDeployError(
+            f"the key/value cache of {slots} slots takes {needed_bytes / 1e9:.1f} GB, "
+            f"{available / 1e9:.1f} GB are free",
+            where=folder,
+            fix="ask for fewer slots, or build the engine with a smaller --max-seq-len",
+        )
 
 
 def _takes_several_rows(decoder: onnxruntime.InferenceSession) -> bool:

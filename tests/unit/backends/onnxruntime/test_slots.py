@@ -13,6 +13,8 @@ import pytest
 from tests.support.session_contract import check_session
 from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.onnxruntime import build as build_module
+from vila_deploy.backends.onnxruntime import session as session_module
+from vila_deploy.backends.onnxruntime.decoder import CacheRows
 from vila_deploy.backends.onnxruntime.session import OnnxRuntimeSession
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.engine.build_request import BuildRequest
@@ -22,6 +24,8 @@ from vila_deploy.engine.precision import ALL_FP16
 from vila_deploy.engine.target import get_target
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.utils.arrays import Floats
+from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.host_memory import own_bytes
 
 MAX_SEQ_LEN = 64
 # Largest difference to the reference, as a share of the logits' spread.
@@ -174,3 +178,24 @@ def test_an_engine_built_for_one_row_has_one_slot(
     session = OnnxRuntimeSession(folder, manifest, slots=4)
     assert session.slots == 1
     assert np.array_equal(answers(session, [0])[0], expected)
+
+
+def test_several_slots_take_their_memory_at_once() -> None:
+    shape, before = (1, 4, 1 << 16, 32), own_bytes()
+    one = CacheRows(1, 1, shape)
+    taken_by_one = own_bytes() - before
+    several = CacheRows(4, 4, shape)
+    size = sum(buffer.nbytes for buffer in several.buffers)
+    assert one.buffers[0].nbytes * 8 == size == 256 << 20
+    assert taken_by_one < size // 32
+    assert own_bytes() - before - taken_by_one > 0.95 * size
+
+
+def test_slots_without_memory_are_refused(
+    checkpoints: dict[bool, Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, manifest = build(tmp_path / "e", checkpoints[False], None, "fp16", MAX_SEQ_LEN)
+    monkeypatch.setattr(session_module, "available_memory_bytes", lambda: 1000)
+    OnnxRuntimeSession(folder, manifest)
+    with pytest.raises(VilaDeployError, match=r"cache of 4 slots takes .* ask for fewer"):
+        OnnxRuntimeSession(folder, manifest, 4)
