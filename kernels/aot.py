@@ -56,9 +56,7 @@ def compile_launch(
 
     Needs no GPU.
     """
-    target = GPUTarget("cuda", capability.sm, WARP)
-    options = {"num_warps": launch.warps, **launch.options}
-    kernel = triton.compile(source(launch), target=target, options=options)
+    kernel = compile_kernel(launch, capability)
     registers, stack_bytes = resources(kernel.asm["cubin"])
     shared_bytes = int(kernel.metadata.shared)
     compiled = Compiled(
@@ -66,6 +64,13 @@ def compile_launch(
         launch.constants,
     )  # fmt: skip
     return compiled, kernel.asm
+
+
+def compile_kernel(launch: Launch, capability: ComputeCapability) -> triton.compiler.CompiledKernel:
+    """Return Triton's kernel of a launch, out of its cache if it is there."""
+    target = GPUTarget("cuda", capability.sm, WARP)
+    options = {"num_warps": launch.warps, **launch.options}
+    return triton.compile(source(launch), target=target, options=options)
 
 
 def source(launch: Launch) -> ASTSource:
@@ -77,12 +82,17 @@ def source(launch: Launch) -> ASTSource:
 
 def compile_all(launches: Iterable[Launch], capability: ComputeCapability) -> list[Compiled]:
     """Compile each distinct kernel among `launches` once."""
-    distinct: dict[str, Launch] = {}
+    return [compile_launch(launch, capability)[0] for launch in distinct(launches)]
+
+
+def distinct(launches: Iterable[Launch]) -> list[Launch]:
+    """Return the first of the launches of each kernel that would be compiled."""
+    found: dict[str, Launch] = {}
     for launch in launches:
         options = (launch.compiled_constants(), launch.warps, launch.options)
         key = repr((launch.name, launch.signature(), launch.attributes(), *options))
-        distinct.setdefault(key, launch)
-    return [compile_launch(launch, capability)[0] for launch in distinct.values()]
+        found.setdefault(key, launch)
+    return [*found.values()]
 
 
 def resources(cubin: bytes) -> tuple[int, int]:

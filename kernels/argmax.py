@@ -10,6 +10,9 @@ from vila_deploy.kernels.launch import Launch, next_power_of_2
 from vila_deploy.kernels.pdl import wait
 from vila_deploy.kernels.tile_config import TOKENS
 
+# Instead of a token where logits are not numbers.
+NO_TOKEN = -1
+
 
 @triton.jit
 def argmax_kernel(
@@ -26,6 +29,7 @@ def argmax_kernel(
     tokens = tl.load(index_ptr + program * TOKENS + column, mask=inside, other=2147483647)
     # The lowest token of equal logits, as torch.argmax gives it.
     token = tl.min(tl.where(values == tl.max(values, 0), tokens, 2147483647), 0)
+    token = tl.where(token == 2147483647, -1, token)
     tl.store(token_ptr + column, token)
     if STEP:
         position = tl.load(position_ptr) + 1
@@ -37,6 +41,8 @@ def argmax(
     best: Tensor, index: Tensor, token: Tensor, history: Tensor, position: Tensor, *, step: bool
 ) -> Launch:
     """Return a launch that writes the greedy token of each column into `token`.
+
+    Logits that are all NaN give NO_TOKEN.
 
     Args:
         best, index: as `head` fills them.

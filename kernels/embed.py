@@ -15,6 +15,7 @@ from vila_deploy.kernels.tile_config import TOKENS
 def embed_kernel(
     token_ptr: tl.tensor, table_ptr: tl.tensor, norm_ptr: tl.tensor, residual_ptr: tl.tensor,
     out_ptr: tl.tensor, squares_ptr: tl.tensor, columns: tl.tensor,
+    rows: tl.tensor,
     COLUMNS: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     if PDL:
@@ -22,7 +23,9 @@ def embed_kernel(
     token = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
     inside = column < columns
-    start = tl.load(token_ptr + token).to(tl.int64) * columns
+    # A token that the vocabulary doesn't have, as `argmax` makes of NaN, reads nothing beyond it.
+    index = tl.minimum(tl.maximum(tl.load(token_ptr + token), 0), rows - 1)
+    start = index.to(tl.int64) * columns
     row = tl.load(table_ptr + start + column, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(norm_ptr + column, mask=inside, other=0.0)
     tl.store(residual_ptr + token * columns + column, row, mask=inside)
@@ -43,13 +46,14 @@ def embed(
         out: float16 [tokens, hidden], the residual times `norm`.
         squares: float32 [1, 8], the residual's sum of squares of each token.
     """
-    columns = table.shape[1]
+    rows, columns = table.shape
     return Launch(
         embed_kernel,
         (token.shape[0],),
         {
             "token_ptr": token, "table_ptr": table, "norm_ptr": norm, "residual_ptr": residual,
             "out_ptr": out, "squares_ptr": squares, "columns": columns,
+            "rows": rows,
         },
         {"COLUMNS": next_power_of_2(columns), "TOKENS": TOKENS, "PDL": False},
         4,

@@ -14,7 +14,8 @@ from vila_deploy.kernels.packed_linear import PackedLinear, unpack
 from vila_deploy.kernels.tile_config import gemm_tile
 
 
-@triton.jit
+# Prompts of every length share one compiled kernel.
+@triton.jit(do_not_specialize=["tokens"])
 def gemm_kernel(
     x_ptr: tl.tensor, words_ptr: tl.tensor, scale_zero_ptr: tl.tensor, bias_ptr: tl.tensor,
     y_ptr: tl.tensor, tokens: tl.tensor, columns: tl.tensor, rows: tl.tensor,
@@ -63,7 +64,7 @@ def gemm_kernel(
     if HAS_BIAS:
         total += tl.load(bias_ptr + row, mask=row < rows, other=0.0)
     inside = (row < rows) & (token < tokens)
-    tl.store(y_ptr + token.to(tl.int64) * rows + row, total.to(tl.float16), mask=inside)
+    tl.store(y_ptr + token.to(tl.int64) * rows + row, total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def gemm(
@@ -74,7 +75,7 @@ def gemm(
     Args:
         x: float16 [tokens, in].
         bias: float32 [out] or None.
-        y: float16 [tokens, out].
+        y: float16 or float32 [tokens, out].
     """
     tile = gemm_tile(capability, x.shape[0], weight.out_features)
     return Launch(

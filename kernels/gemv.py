@@ -31,7 +31,7 @@ def gemv_kernel(
         total += tl.load(bias_ptr + row, mask=row < rows, other=0.0)[:, None]
     token = tl.arange(0, TOKENS)[None, :]
     inside = (row[:, None] < rows) & (token < tokens)
-    tl.store(y_ptr + token * rows + row[:, None], total.to(tl.float16), mask=inside)
+    tl.store(y_ptr + token * rows + row[:, None], total.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def gemv(
@@ -42,7 +42,7 @@ def gemv(
     Args:
         x: float16 [tokens, in], at most 8 tokens.
         bias: float32 [out] or None.
-        y: float16 [tokens, out].
+        y: float16 or float32 [tokens, out].
         capability: the GPU's, for the tile.
     """
     tile = gemv_tile(capability, weight.out_features)

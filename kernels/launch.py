@@ -73,7 +73,11 @@ class Launch:
 
     def compiled_constants(self) -> dict[Path, Any]:
         """Return what Triton compiles in: `constants`, those within tuples, integers that are 1."""
-        implied = {path: value for path, value in self._leaves() if _type_of(value) == "constexpr"}
+        implied = {
+            path: value
+            for path, value in self._leaves()
+            if _type_of(value) == "constexpr" and not self._general(path[0])
+        }
         named = {
             (self.kernel.arg_names.index(name),): value for name, value in self.constants.items()
         }
@@ -81,7 +85,11 @@ class Launch:
 
     def signature(self) -> dict[str, Any]:
         """Return Triton's type of each parameter, as its just-in-time compiler would choose it."""
-        return dict(zip(self.kernel.arg_names, map(_type_of, self._values()), strict=True))
+        types = {
+            index: "i32" if self._general(index) else _type_of(value)
+            for index, value in enumerate(self._values())
+        }
+        return {self.kernel.arg_names[index]: kind for index, kind in types.items()}
 
     def attributes(self) -> dict[Path, list[list[Any]]]:
         """Return which arguments are multiples of 16; every tensor of ours is aligned so.
@@ -92,12 +100,17 @@ class Launch:
         attributes: dict[Path, list[list[Any]]] = {}
         for path, value in self._leaves():
             kind = _type_of(value)
-            if kind == "constexpr" and CONSTANTS_ARE_LISTED and len(path) == 1:
+            constant = kind == "constexpr" and CONSTANTS_ARE_LISTED and len(path) == 1
+            if constant or self._general(path[0]):
                 attributes[path] = []
             elif kind not in ("constexpr", "fp32"):
                 aligned = isinstance(value, Tensor) or value % ALIGNMENT == 0
                 attributes[path] = [["tt.divisibility", ALIGNMENT]] if aligned else []
         return attributes
+
+    def _general(self, index: int) -> bool:
+        """Return whether every integer in this argument shares one compiled kernel."""
+        return bool(self.kernel.params[index].do_not_specialize)
 
     def _values(self) -> list[Any]:
         """Return the values of the kernel's parameters, in their order."""

@@ -16,7 +16,8 @@ BLOCK_TOKENS = 32  # of a prompt, a program
 Scales = tuple[Tensor, Tensor]
 
 
-@triton.jit
+# Prompts of every length share one compiled kernel.
+@triton.jit(do_not_specialize=["tokens"])
 def rope_kv_kernel(
     qkv_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, position_ptr: tl.tensor,
     q_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor, key_scales_ptr: tl.tensor,

@@ -52,7 +52,8 @@ def sample_kernel(
         row = first + tl.arange(0, CHUNK)
         best = tl.maximum(best, tl.load(logits_ptr + row, mask=row < rows, other=float("-inf")))
     top = tl.max(best, 0)
-    enough_mass = mass_above(logits_ptr, rows, top, inverse, LOWEST, CHUNK) * top_p
+    whole_mass = mass_above(logits_ptr, rows, top, inverse, LOWEST, CHUNK)
+    enough_mass = whole_mass * top_p
     low, high = top * 0.0 + LOWEST, top * 0.0
     for _ in range(ROUNDS):
         middle = (low + high) * 0.5
@@ -79,6 +80,8 @@ def sample_kernel(
         before += tl.sum(mass, 0)
     # Rounding may leave the target behind the last sum.
     token = tl.where(token < 0, last, token)
+    # The largest logit has a mass of 1, unless it is no number: then there is no token.
+    token = tl.where(whole_mass > 0.0, token, -1)
     tl.store(token_ptr, token)
     if STEP:
         tl.store(history_ptr + tl.minimum(position, history_len - 1), token)
@@ -90,6 +93,8 @@ def sample(
     position: Tensor, *, step: bool,
 ) -> Launch:  # fmt: skip
     """Return a launch that draws the next token; with `step` it also moves on, as `argmax` does.
+
+    Logits that are all NaN give -1, as of `argmax`.
 
     Args:
         logits: float32 [1, vocabulary].

@@ -12,6 +12,7 @@ from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
 
 TOKENS = 8  # tokens of the narrowest tensor core product; one to eight cost the same
 WIDEST_GEMM = 256  # tokens up to which `gemm` is used on a GPU
+GEMM_TOKENS = (16, 32, 64)  # of one of its programs
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,14 @@ def gemm_tile(capability: ComputeCapability, tokens: int, out_features: int) -> 
     """Return the narrowest tile that holds all tokens, at most 64: it reads weights least often."""
     if capability == INTERPRETER:
         return GemmTile(_divisor(out_features), tokens=256, warps=4, stages=1)
-    width = next(size for size in (16, 32, 64) if size >= min(tokens, 64))
+    width = next(size for size in GEMM_TOKENS if size >= min(tokens, GEMM_TOKENS[-1]))
     return GemmTile(rows=64, tokens=width, warps=4, stages=device(capability).gemm_stages)
+
+
+def prompt_widths(capability: ComputeCapability, max_seq_len: int) -> list[int]:
+    """Return numbers of tokens of prompts that differ in the kernels of their products."""
+    widths = (1, TOKENS, *GEMM_TOKENS)
+    return sorted({min(width, max_seq_len, widest_gemm(capability)) for width in widths})
 
 
 def widest_gemm(capability: ComputeCapability) -> int:

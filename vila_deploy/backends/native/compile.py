@@ -65,14 +65,19 @@ def compile_engine(
         input=json.dumps(request), capture_output=True, text=True, env=environment,
     )  # fmt: skip
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        names = ", ".join(map(str, capabilities))
-        raise VilaDeployError(
-            f"Triton can't compile for compute capability {names} ({lines[-1]})",
-            fix="install the versions of torch and triton that this version was tested with",
-        )
+        raise cannot_compile(capabilities, done.stderr)
     report: list[dict[str, Any]] = json.loads(done.stdout)
     return report
+
+
+def cannot_compile(capabilities: Sequence[ComputeCapability], said: str) -> VilaDeployError:
+    """Return the error for what the compiler said."""
+    lines = said.strip().splitlines() or ["no message"]
+    names = ", ".join(map(str, capabilities))
+    return VilaDeployError(
+        f"Triton can't compile for compute capability {names} ({lines[-1]})",
+        fix="install the versions of torch and triton that this version was tested with",
+    )
 
 
 def main() -> None:
@@ -129,6 +134,39 @@ def engine_launches(
         dense = torch.empty((weight.out_features, weight.in_features), dtype=torch.float16,
                             device="meta")  # fmt: skip
         launches.append(dequantize(weight, dense))
+    return launches
+
+
+def session_launches(
+    config: LlmConfig,
+    max_seq_len: int,
+    capability: ComputeCapability,
+    module_precision: ModulePrecision,
+    launch_mode: LaunchMode,
+) -> list[Launch]:
+    """Return `engine_launches`, and every form that prompts of some length launch besides."""
+    from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
+    from vila_deploy.backends.native.weights import empty_llm
+    from vila_deploy.kernels.linear import product
+    from vila_deploy.kernels.tile_config import TOKENS, prompt_widths
+
+    launches = engine_launches(config, max_seq_len, capability, module_precision, launch_mode)
+    config = replace(config, num_layers=1)
+    llm = empty_llm(config, max_seq_len, lm_head=module_precision.lm_head)
+    cache = Cache(config, max_seq_len, "meta", module_precision.kv_cache)
+    step_config = StepConfig(config, max_seq_len, capability, "meta", launch_mode)
+    launches += DecodeStep(step_config, llm, cache).after_prompt()
+    launches += _prompt_launches(step_config, llm, cache, min(TOKENS, max_seq_len))
+    layer, f16, f32 = llm.layers[0], torch.float16, torch.float32
+    products = (
+        (layer.qkv, layer.qkv_bias, f16), (layer.o, None, f32), (layer.gate_up, None, f16),
+        (layer.down, None, f32),
+    )  # fmt: skip
+    for tokens in prompt_widths(capability, max_seq_len):
+        for weight, bias, dtype in products:
+            x = torch.empty((tokens, weight.in_features), dtype=f16, device="meta")
+            y = torch.empty((tokens, weight.out_features), dtype=dtype, device="meta")
+            launches.append(product(x, weight, bias, y, capability))
     return launches
 
 

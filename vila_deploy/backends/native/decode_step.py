@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vila_deploy.backends.native.float16_range import fit_into_float16
 from vila_deploy.backends.native.weights import Layer, Norm, PackedLlm
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.engine.precision import FP16
@@ -134,14 +135,20 @@ class DecodeStep:
         """Draw `token` from the logits of the last step or prompt, in place of the greedy one."""
         self._sample(step=False)()
 
+    def after_prompt(self) -> list[Launch]:
+        """Return what `finish` and `draw` launch."""
+        return [self._head(), self._argmax(step=False), self._sample(step=False)]
+
     def finish(self, residual: torch.Tensor) -> None:
         """Compute logits, and the greedy token into `token`, of the last layer's residual [hidden].
 
         The residual is float32.
         """
-        self._x[0] = (residual * self._llm.norm.weight).half()
+        normed = (residual * self._llm.norm.weight)[None]
+        # RMSNorm takes out of its sum of squares again what is divided here.
+        self._x[:1], scale = fit_into_float16(normed)
         self._squares.zero_()
-        self._squares[0, 0] = residual.square().sum()
+        self._squares[0, 0] = (residual / scale[0]).square().sum()
         for launch in (self._head(), self._argmax(step=False)):
             launch()
 

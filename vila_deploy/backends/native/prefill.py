@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vila_deploy.backends.native.decode_step import Cache, StepConfig
+from vila_deploy.backends.native.float16_range import fit_into_float16
 from vila_deploy.backends.native.memory import PREFILL_TOKENS
 from vila_deploy.backends.native.weights import Layer, Norm, PackedLlm
 from vila_deploy.kernels.linear import linear
@@ -53,16 +54,16 @@ def _attention(
         q.transpose(0, 1)[None], k, v, mask, is_causal=not start,
         enable_gqa=sizes.num_heads != sizes.num_kv_heads,
     )  # fmt: skip
-    residual += linear(attended[0].transpose(0, 1).flatten(1), layer.o, None, config.capability)
+    attended = attended[0].transpose(0, 1).flatten(1)
+    residual += linear(attended, layer.o, None, config.capability, torch.float32)
 
 
 def _mlp(config: StepConfig, layer: Layer, residual: Tensor) -> None:
     x = _normed(residual, layer.post_norm, config.llm.rms_norm_eps)
     pairs = linear(x, layer.gate_up, None, config.capability).unflatten(1, (-1, 2, ROWS))
-    gate, up = (pairs[:, :, half].flatten(1) for half in (0, 1))
-    inner = torch.nn.functional.silu(gate) * up
-    inner = inner[:, : config.llm.intermediate_size].contiguous()
-    residual += linear(inner, layer.down, None, config.capability)
+    inner = torch.nn.functional.silu(pairs[:, :, 0].float(), inplace=True).mul_(pairs[:, :, 1])
+    inner, scale = fit_into_float16(inner.flatten(1)[:, : config.llm.intermediate_size])
+    residual += linear(inner, layer.down, None, config.capability, torch.float32).mul_(scale)
 
 
 def _normed(residual: Tensor, norm: Norm, epsilon: float) -> Tensor:

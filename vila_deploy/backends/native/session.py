@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vila_deploy.backends.native import files
+from vila_deploy.backends.native.compile import cannot_compile
+from vila_deploy.backends.native.compile_ahead import KernelSet, compile_ahead
 from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
 from vila_deploy.backends.native.memory import EMBEDDINGS, VISION
 from vila_deploy.backends.native.model_file import Prescales, read_model
@@ -28,11 +31,14 @@ from vila_deploy.backends.native.weights import (
     with_prescales,
 )
 from vila_deploy.engine.manifest import Manifest
+from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import check_room
 from vila_deploy.engine.target import get_target
+from vila_deploy.kernels.argmax import NO_TOKEN
 from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
 from vila_deploy.kernels.interpreter import INTERPRETED
+from vila_deploy.kernels.tile_config import prompt_widths, widest_gemm
 from vila_deploy.model.vision import VisionEncoder
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
@@ -67,8 +73,33 @@ class NativeSession:
         dtype = manifest.module_precision.kv_cache
         self._cache = Cache(config.llm, self.max_seq_len, self._device, dtype)
         self._step = DecodeStep(self._config, self._llm, self._cache)
-        # By whether the step samples; each is captured when it is first needed.
+        # By whether the step samples.
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        if self._device != "cpu":
+            # Sums of float16 products stay in float32.
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+            self._warm_up(manifest.module_precision)
+
+    @torch.inference_mode()
+    def _warm_up(self, module_precision: ModulePrecision) -> None:
+        """Compile, load and capture all that answers need, so that the first is no slower."""
+        config = self._config
+        kernels = KernelSet(
+            config.llm, self.max_seq_len, config.capability, module_precision, config.launch_mode
+        )
+        try:
+            compile_ahead([kernels], on_missing=_say_compiling)
+        except Exception as error:
+            raise cannot_compile([config.capability], str(error)) from error
+        widths = prompt_widths(config.capability, self.max_seq_len)
+        for tokens in {*widths, min(widest_gemm(config.capability) + 1, self.max_seq_len)}:
+            self._prefill(torch.zeros(tokens, config.llm.hidden_size, device=self._device))
+        self._step.settings.fill_(1.0)
+        self._step.draw()
+        self.truncate(0)
+        for sampled in (False, True):
+            self._graphs[sampled] = self._capture(sampled=sampled)
+        self.truncate(0)
 
     def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
         tiles = torch.from_numpy(pixels).to(self._device, self._vision_dtype)
@@ -82,13 +113,17 @@ class NativeSession:
     def prefill(self, embeds: Floats) -> Floats:
         """Append [tokens, hidden] to the cache; return logits of the last token [vocab]."""
         x = torch.from_numpy(np.ascontiguousarray(embeds, np.float32)).to(self._device)
-        last = prefill(self._config, self._llm, self._cache, x, self.position)
+        self._prefill(x)
         self.position += len(embeds)
-        self._step.finish(last)
         return self._logits()
+
+    def _prefill(self, embeds: Tensor) -> None:
+        self._step.finish(prefill(self._config, self._llm, self._cache, embeds, self.position))
 
     @torch.inference_mode()
     def decode(self, token: int) -> Floats:
+        if not 0 <= token < self._config.llm.vocab_size:
+            raise ValueError(f"token {token} of a vocabulary of {self._config.llm.vocab_size}")
         self._step.token.fill_(token)
         self._run_step()
         self.position += 1
@@ -105,7 +140,10 @@ class NativeSession:
         for _ in range(tokens):
             self._run_step()
         self.position += tokens
-        return self._cache.history[start + 1 : self.position + 1].tolist()
+        decoded: list[int] = self._cache.history[start + 1 : self.position + 1].tolist()
+        if NO_TOKEN in decoded:
+            raise self._not_numbers(start + decoded.index(NO_TOKEN))
+        return decoded
 
     @torch.inference_mode()
     def stream(self, stop_token_ids: Collection[int], sampling: SamplingParams) -> Iterator[int]:
@@ -127,6 +165,8 @@ class NativeSession:
                     self._run_step(sampled=sampled)
                     read.append(self._read_token())
                 token = read.popleft()()
+                if token == NO_TOKEN:
+                    raise self._not_numbers(start + taken)
                 yield token
                 if token in stop_token_ids or taken == steps:
                     return
@@ -179,8 +219,6 @@ class NativeSession:
         if self._device == "cpu":
             self._step(sampled=sampled)
             return
-        if sampled not in self._graphs:
-            self._graphs[sampled] = self._capture(sampled=sampled)
         self._graphs[sampled].replay()
 
     def _capture(self, *, sampled: bool) -> torch.cuda.CUDAGraph:
@@ -198,7 +236,21 @@ class NativeSession:
         return graph
 
     def _logits(self) -> Floats:
-        return self._step.logits[0].cpu().numpy().copy()
+        logits = self._step.logits[0].cpu().numpy().copy()
+        if not np.isfinite(logits.max()):
+            raise self._not_numbers(self.position)
+        return logits
+
+    def _not_numbers(self, position: int) -> VilaDeployError:
+        return VilaDeployError(
+            f"the logits behind {position} tokens are not numbers",
+            fix="a weight of the checkpoint isn't finite, or an activation exceeds float16: ask "
+            "the same of an engine of another backend",
+        )
+
+
+def _say_compiling(kernels: int) -> None:
+    print(f"compiling {kernels} kernels, once for this GPU", file=sys.stderr, flush=True)
 
 
 def find_device() -> tuple[str, ComputeCapability]:
