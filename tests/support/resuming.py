@@ -7,7 +7,8 @@ import pytest
 
 from tests.support.interruptions import interrupt_at
 from vila_deploy.formats.base import QuantScheme
-from vila_deploy.quantize import pipeline, resume
+from vila_deploy.quantize import layer_files as saved_layers
+from vila_deploy.quantize import pipeline
 
 SIZES = {"layers": 3, "hidden": 64, "intermediate": 128}
 SCHEME = QuantScheme(64)
@@ -18,7 +19,7 @@ TEXT = "the king saw the red house on the hill.\n\n" * 8
 def interrupted(root, out, options, **flags):
     """A run that Ctrl-C ends in its third layer."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resume, "save_tensors", interrupt_at(resume.save_tensors, 3))
+        patch.setattr(saved_layers, "save_tensors", interrupt_at(saved_layers.save_tensors, 3))
         with pytest.raises(KeyboardInterrupt):
             pipeline.quantize(root, out, options, **flags)
     assert len(layer_files(out.parent)) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,12 @@ FILE = click.Path(path_type=Path)
     help="Go on from the finished layers that a run which ended early has left in OUT.partial "
     "(rtn leaves them if it was given this too).",
 )  # fmt: skip
+@click.option(
+    "--layers", metavar="A:B",
+    help="Quantize only these decoder layers, from A up to but not including B, counted from 0, "
+    "into OUT.partial, which several computers may share; awq and rtn. When all are finished, "
+    "the command with --resume and without this joins them.",
+)  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses calibration samples.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or report as JSON.")
 def main(
@@ -111,6 +118,7 @@ def main(
     lora: Path | None,
     plan_only: bool,
     resume: bool,
+    layers: str | None,
     seed: int,
     as_json: bool,
 ) -> None:
@@ -125,8 +133,8 @@ def main(
     """
     if out is None and not plan_only:
         raise click.UsageError("-o is missing: name the folder to write, or give --plan")
-    if no_eval and max_kl is not None:
-        raise click.UsageError("--no-eval leaves nothing for --max-kl to do")
+    if max_kl is not None and (no_eval or layers is not None):
+        raise click.UsageError("--no-eval and --layers leave nothing for --max-kl to do")
     try:
         options = quantize_options(
             algorithm=algorithm,
@@ -142,15 +150,16 @@ def main(
             prompt_template=prompt_template,
             seed=seed,
             lora=lora,
+            layers=layers,
         )
     except VilaDeployError as error:
         raise click.UsageError(str(error)) from error
     if plan_only or out is None:
         _plan(checkpoint, options, as_json)
+    elif options.layers is not None:
+        _quantize_layers(checkpoint, out, options, resume, as_json)
     else:
-        report = _quantize(checkpoint, out, options, resume, as_json)
-        if max_kl is not None:
-            _check_kl(out, report, max_kl)
+        _quantize(checkpoint, out, options, resume, as_json, max_kl)
 
 
 def _plan(checkpoint: Path, options: QuantizeOptions, as_json: bool) -> None:
@@ -194,25 +203,23 @@ def _show_plan_of(
 
 
 def _quantize(
-    checkpoint: Path, out: Path, options: QuantizeOptions, resume: bool, as_json: bool
-) -> dict[str, Any]:
+    checkpoint: Path,
+    out: Path,
+    options: QuantizeOptions,
+    resume: bool,
+    as_json: bool,
+    max_kl: float | None,
+) -> None:
     from vila_deploy.checkpoint.config import load_config
     from vila_deploy.checkpoint.hub import fetch_checkpoint, planned_checkpoint
-    from vila_deploy.quantize.estimate.plan import work_path
 
     with planned_checkpoint(checkpoint, options.prompt_template) as (folder, _):
         note_unused(folder, options.prompt_template)
-    try:
+    with _layers_kept(out, resume):
         # Inside, since this takes seconds, in which Ctrl-C finds an earlier run's layers.
         from vila_deploy.quantize.pipeline import quantize
 
         report = quantize(checkpoint, out, options, resume=resume)
-    except KeyboardInterrupt:
-        if not any(work_path(out).glob("layer-*.safetensors")):
-            raise
-        go_on = "the same command goes on" if resume else "--resume goes on from there"
-        click.echo(f"interrupted: finished layers are kept in {work_path(out)}; {go_on}", err=True)
-        sys.exit(EXIT_INTERRUPTED)
     if as_json:
         echo_json(report)
     else:
@@ -223,7 +230,41 @@ def _quantize(
     config = load_config(fetch_checkpoint(checkpoint), options.prompt_template)
     for warning in _unknown_texts(report, config.llm.vocab_size):
         click.echo(f"warning: {warning}", err=True)
-    return report
+    if max_kl is not None:
+        _check_kl(out, report, max_kl)
+
+
+def _quantize_layers(
+    checkpoint: Path, out: Path, options: QuantizeOptions, resume: bool, as_json: bool
+) -> None:
+    with _layers_kept(out, resume):
+        from vila_deploy.quantize.layer_range import layers_text
+        from vila_deploy.quantize.pipeline import quantize_layers
+
+        done = quantize_layers(checkpoint, out, options, resume=resume)
+    if as_json:
+        echo_json(done)
+        return
+    line = f"{done['work_folder']}: {layers_text(done['layers'])} finished"
+    if done["remaining"]:
+        click.echo(f"{line}; still to do, here or elsewhere: {layers_text(done['remaining'])}")
+    else:
+        click.echo(f"{line}; all are: the command with --resume and without --layers writes {out}")
+
+
+@contextmanager
+def _layers_kept(out: Path, resume: bool) -> Iterator[None]:
+    """Say at Ctrl-C that finished layers are kept, if there are any, and end."""
+    from vila_deploy.quantize.estimate.plan import work_path
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not any(work_path(out).glob("layer-*.safetensors")):
+            raise
+        go_on = "the same command goes on" if resume else "--resume goes on from there"
+        click.echo(f"interrupted: finished layers are kept in {work_path(out)}; {go_on}", err=True)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _quality(report: dict[str, Any]) -> Iterator[str]:
@@ -267,7 +308,8 @@ def _show_plan(planned: QuantizePlan, fits: list[Fit]) -> None:
     from vila_deploy.utils.progress import clock
 
     show_plan(planned.items.values(), planned.steps)
-    click.echo(f"output: {planned.output_bytes / 1e6:,.1f} MB of weights")
+    if planned.output_bytes:
+        click.echo(f"output: {planned.output_bytes / 1e6:,.1f} MB of weights")
     if planned.kept_bytes:
         kept = planned.kept_bytes / 1e6
         click.echo(

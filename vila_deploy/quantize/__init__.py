@@ -32,10 +32,13 @@ def quantize_checkpoint(
     resume: bool = False,
     seed: int = 0,
     lora: str | Path | None = None,
+    layers: str | None = None,
 ) -> dict[str, Any]:
     """Write the 4-bit checkpoint `out` and return its report, as in `out`/report.json.
 
     The options are those of `vila-quantize`, see docs/cli.md; `format` names one format or several.
+    With `layers`, such as "0:16", only these are quantized, into OUT.partial; the value then says
+    which are still missing.
 
     Raises:
         VilaDeployError: an option, the checkpoint, the data or the disk is wrong.
@@ -54,10 +57,12 @@ def quantize_checkpoint(
         prompt_template=prompt_template,
         seed=seed,
         lora=lora,
+        layers=layers,
     )
-    from vila_deploy.quantize.pipeline import quantize
+    from vila_deploy.quantize.pipeline import quantize, quantize_layers
 
-    return quantize(Path(checkpoint), Path(out), options, resume=resume)
+    run = quantize if options.layers is None else quantize_layers
+    return run(Path(checkpoint), Path(out), options, resume=resume)
 
 
 class _CallablePackage(ModuleType):

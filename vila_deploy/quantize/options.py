@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vila_deploy.formats.base import QuantScheme
 from vila_deploy.formats.registry import FORMATS
+from vila_deploy.quantize.layer_range import LayerRange
 from vila_deploy.utils.errors import VilaDeployError, check_choice
 
 ALGORITHMS = ("awq-gptq", "awq", "rtn")
@@ -24,6 +25,7 @@ class QuantizeOptions:
             if `eval` names data.
         device: one of DEVICES; "auto" is the GPU if there is one with room.
         lora: the folder of an adapter to merge into the checkpoint first.
+        layers: the only ones to quantize, into the work folder that `--resume` joins; None: all.
     """
 
     scheme: QuantScheme = field(default_factory=QuantScheme)
@@ -38,6 +40,7 @@ class QuantizeOptions:
     eval: Path | None = None
     device: str = "auto"
     lora: Path | None = None
+    layers: LayerRange | None = None
 
     @property
     def calibrates(self) -> bool:
@@ -47,6 +50,8 @@ class QuantizeOptions:
     @property
     def evaluates(self) -> bool:
         """Whether the result is compared with the original."""
+        if self.layers is not None:
+            return False
         default = self.calibrates or self.eval is not None
         return default if self.evaluate is None else self.evaluate
 
@@ -66,6 +71,7 @@ def quantize_options(
     prompt_template: str | None,
     seed: int,
     lora: str | Path | None,
+    layers: str | None = None,
 ) -> QuantizeOptions:
     """Return the options that flags of `vila-quantize`, or keywords of the same names, ask for.
 
@@ -88,6 +94,8 @@ def quantize_options(
         raise VilaDeployError(
             "--no-eval leaves nothing for --eval to do", fix="give one of the two"
         )
+    if layers is not None:
+        _check_layers(algorithm, compares=no_eval or eval is not None)
     own_data = None if eval is None or str(eval) in (BUILTIN, OLD_BUILTIN) else Path(eval)
     return QuantizeOptions(
         scheme=QuantScheme(group_size, symmetric),
@@ -102,4 +110,19 @@ def quantize_options(
         eval=own_data,
         device=device,
         lora=None if lora is None else Path(lora),
+        layers=None if layers is None else LayerRange.parse(layers),
     )
+
+
+def _check_layers(algorithm: str, *, compares: bool) -> None:
+    if algorithm == "awq-gptq":
+        raise VilaDeployError(
+            "--layers can't divide awq-gptq, which feeds each layer what the quantized ones before "
+            "it give",
+            fix="give --algorithm awq or rtn, or leave out --layers",
+        )
+    if compares:
+        raise VilaDeployError(
+            "--layers writes no checkpoint to compare with the original",
+            fix="give --eval and --no-eval to the run with --resume that joins the layers",
+        )

@@ -36,18 +36,16 @@ from vila_deploy.quantize.estimate.plan import (
     QuantizePlan,
     check_not_quantized,
     plan,
+    planned_layers,
     scratch_bytes,
 )
+from vila_deploy.quantize.layer_files import FinishedLayer
 from vila_deploy.quantize.model_card import model_card
 from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.quantize.report import RunCost, build_report
 from vila_deploy.quantize.report_markdown import markdown
-from vila_deploy.quantize.resume import (
-    FinishedLayer,
-    WorkFolder,
-    refuse_finished_layers,
-    work_folder,
-)
+from vila_deploy.quantize.resume import WorkFolder, refuse_finished_layers, work_folder
+from vila_deploy.quantize.shared_work_folder import shared_work_folder
 from vila_deploy.utils.device import choose_device
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import canonical_json, check_new, new_folder
@@ -116,6 +114,51 @@ def quantize(
         )
         _write_report(checkpoint, report, folder, checkpoints)
     return report
+
+
+def quantize_layers(
+    root: Path, out: Path, options: QuantizeOptions, *, resume: bool = False
+) -> dict[str, Any]:
+    """Quantize the decoder layers `options.layers` alone, into the work folder beside `out`.
+
+    Several programs, on computers that share the folder, may each do a part; `quantize` with
+    `resume` then joins the layers, to the bytes of one run on such a computer.
+
+    Args:
+        resume: go on from the finished ones of these layers.
+
+    Returns:
+        `work_folder`, the `layers` that are finished by this, and those `remaining` for others.
+
+    Raises:
+        VilaDeployError: as `quantize`, or another program is at work on one of the layers.
+    """
+    root = _fetch(root, out, options)
+    checkpoint, adapter = _open(root, options)
+    planned = plan(checkpoint.config, options)
+    layers = planned_layers(checkpoint.config, options)
+    device = choose_device(options.device, planned.device_bytes)
+    examples = _calibration_examples(options)
+    folder = shared_work_folder(
+        out, checkpoint, options, device, layers, resume=resume, adapter=adapter
+    )
+    with folder as work:
+        missing = [index for index in layers if index not in work.finished]
+        if missing:
+            size = planned.kept_bytes * len(missing) // len(layers)
+            _check_free_space(out.parent, size, f"{size / 1e6:,.1f} MB for finished layers")
+            calibration = (
+                calibrate(checkpoint, examples, options.seed, device) if examples else None
+            )
+            if calibration:
+                work.check_calibration(calibration.sha256)
+            quantizer = _layer_quantizer(checkpoint, options, calibration, device, work.path)
+            _finish_layers(checkpoint.config.llm, quantizer, work, missing)
+        return {
+            "work_folder": str(work.path),
+            "layers": list(layers),
+            "remaining": work.remaining(),
+        }
 
 
 def _open(root: Path, options: QuantizeOptions) -> tuple[Checkpoint, Adapter | None]:
@@ -217,18 +260,25 @@ class _DiskSpace:
         layers = 0
         if self.work is not None:
             layers = max(0, items[MemoryRow.DECODER_LINEARS].bytes - self.work.layer_bytes)
-        free = shutil.disk_usage(self.out.parent).free
-        if free < needed + layers + scratch:
-            also = {
-                "finished layers until it is done": layers,
-                "activations while it runs": scratch,
-            }
-            more = [f" and {size / 1e6:,.1f} MB for {what}" for what, size in also.items() if size]
-            raise VilaDeployError(
-                f"needs {needed / 1e6:,.1f} MB{''.join(more)}, {free / 1e6:,.1f} MB are free",
-                where=self.out.parent,
-                fix="free some space or choose another -o",
-            )
+        also = {
+            "finished layers until it is done": layers,
+            "activations while it runs": scratch,
+        }
+        more = [f" and {size / 1e6:,.1f} MB for {what}" for what, size in also.items() if size]
+        _check_free_space(
+            self.out.parent, needed + layers + scratch, f"{needed / 1e6:,.1f} MB{''.join(more)}"
+        )
+
+
+def _check_free_space(folder: Path, size: int, text: str) -> None:
+    """Raise VilaDeployError if `size` bytes, as `text` names them, are not free at `folder`."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise VilaDeployError(
+            f"needs {text}, {free / 1e6:,.1f} MB are free",
+            where=folder,
+            fix="free some space or choose another -o",
+        )
 
 
 def _write_unquantized(checkpoint: Checkpoint, outputs: CheckpointWriter) -> None:
@@ -260,11 +310,7 @@ def _write_layers(
                     step(index, 0)("finished before; its outputs")
                     quantizer.skip(index, layer.tensors)
             else:
-                start = time.monotonic()
-                quantizer.checkpoint.digests((f"{layer_prefix(index)}.",))
-                result = quantizer.quantize(index, step(index, 1))
-                layer = FinishedLayer(*result, time.monotonic() - start)
-                del result
+                layer = _quantized(quantizer, index, step(index, 1))
                 if work:
                     work.save(index, layer)
             for name, value in layer.tensors.items():
@@ -273,6 +319,27 @@ def _write_layers(
             del layer
             give_back()
     return entries, saved_seconds
+
+
+def _finish_layers(
+    config: LlmConfig, quantizer: LayerQuantizer, work: WorkFolder, missing: list[int]
+) -> None:
+    """Quantize the layers `missing` into `work`; those before them pass on the hidden states."""
+    with _steps(config.num_layers, len(missing) * quantizer.steps_per_layer) as step:
+        for index in range(missing[-1] + 1):
+            if index in missing:
+                work.save(index, _quantized(quantizer, index, step(index, 1)))
+            else:
+                step(index, 0)("its outputs")
+                quantizer.skip(index, {})
+            give_back()
+
+
+def _quantized(quantizer: LayerQuantizer, index: int, on_step: OnStep) -> FinishedLayer:
+    start = time.monotonic()
+    quantizer.checkpoint.digests((f"{layer_prefix(index)}.",))
+    result = quantizer.quantize(index, on_step)
+    return FinishedLayer(*result, time.monotonic() - start)
 
 
 @contextmanager

@@ -280,7 +280,7 @@ def test_nan_never_passes_the_gate(root, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--no-eval", "--max-kl", 1], "leaves nothing for --max-kl"),
+        (["--no-eval", "--max-kl", 1], "leave nothing for --max-kl"),
         (["--no-eval", "--eval", "x"], "leaves nothing for --eval"),
         (["--max-kl", "nan"], "must be a number"),
         (["--max-kl", -1], "is not in the range"),

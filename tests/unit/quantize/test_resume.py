@@ -29,15 +29,19 @@ from tests.support.resuming import (
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.formats.base import QuantScheme
+from vila_deploy.quantize import layer_files as saved_layers
 from vila_deploy.quantize import pipeline, resume
 from vila_deploy.quantize.algorithms import awq_gptq, base
 from vila_deploy.quantize.options import QuantizeOptions
+from vila_deploy.quantize.work_locks import LOCK_FILE
+from vila_deploy.quantize.work_state import STATE_FILE
 from vila_deploy.utils import files
 from vila_deploy.utils.errors import VilaDeployError
 
 PRELOADED = ["vila_deploy.quantize.pipeline", "transformers.models.llama.modeling_llama"]
 MODULES = {
-    "awq_gptq": awq_gptq, "files": files, "pipeline": pipeline, "base": base, "resume": resume
+    "awq_gptq": awq_gptq, "files": files, "pipeline": pipeline, "base": base,
+    "saved_layers": saved_layers,
 }  # fmt: skip
 
 
@@ -126,10 +130,10 @@ def exit_code(root, out, options, death):
 
 DEATHS = [
     (
-        ("resume", "save_tensors", 1, "after"),
+        ("saved_layers", "save_tensors", 1, "after"),
         0,
     ),  # the first layer, without its name yet
-    (("resume", "save_tensors", 2, "before"), 1),  # at the end of a layer
+    (("saved_layers", "save_tensors", 2, "before"), 1),  # at the end of a layer
     (("awq_gptq", "gptq_quantize", 5, "after"), 1),  # within a layer
     (("awq_gptq", "quantize_layer", 2, "before"), 2),  # between two layers
     (("pipeline", "build_report", 1, "before"), 3),  # all layers finished, shards written
@@ -175,9 +179,9 @@ def test_time_is_summed_and_finished_layers_are_not_searched_again(
     here, data, options, whole, monkeypatch, capsys
 ):
     for index, file in enumerate(layer_files(here)):
-        layer, _ = resume._read_layer(file)
+        layer, _ = saved_layers.read_layer(file)
         file.unlink()
-        slow = resume.FinishedLayer(layer.tensors, layer.entry, 1000.0)
+        slow = saved_layers.FinishedLayer(layer.tensors, layer.entry, 1000.0)
         resume.WorkFolder(here / PARTIAL, {}, {}, open_checkpoint(data / "root")).save(index, slow)
     searched, alive = [], []
     quantize_layer, load = awq_gptq.quantize_layer, base.load_decoder_layer
@@ -283,7 +287,7 @@ def test_refuses_other_versions_and_threads(here, data, options, monkeypatch):
 
 
 def test_refuses_a_damaged_state_and_a_foreign_folder(here, data, options):
-    state = here / PARTIAL / resume.STATE_FILE
+    state = here / PARTIAL / STATE_FILE
     content = state.read_bytes()
     for damaged in (content[:50], content.replace(b'seed": 0', b'seed": 1'), b"[]", b""):
         state.write_bytes(damaged)
@@ -298,7 +302,7 @@ def test_refuses_a_damaged_state_and_a_foreign_folder(here, data, options):
 
 
 def test_refuses_a_folder_that_is_in_use(here, data, options):
-    descriptor = os.open(here / PARTIAL / resume.LOCK_FILE, os.O_RDWR)
+    descriptor = os.open(here / PARTIAL / LOCK_FILE, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         assert "another program is at work in it" in refused(data, here / "out", options)
@@ -308,7 +312,7 @@ def test_refuses_a_folder_that_is_in_use(here, data, options):
 
 @pytest.mark.parametrize(("place", "finished"), [("save_tensors", 2), ("finish", 3)])
 def test_goes_on_when_the_disk_was_full(here, data, options, whole, monkeypatch, place, finished):
-    owner = resume if place == "save_tensors" else pipeline.CheckpointWriter
+    owner = saved_layers if place == "save_tensors" else pipeline.CheckpointWriter
     write = getattr(owner, place)
 
     def full(*args):

@@ -24,7 +24,8 @@ from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.checksums import write_checksums
 from vila_deploy.cli.quantize import main
 from vila_deploy.data.examples import load_examples
-from vila_deploy.quantize import pipeline, resume
+from vila_deploy.quantize import layer_files as saved_layers
+from vila_deploy.quantize import pipeline
 from vila_deploy.quantize.algorithms import awq_gptq
 from vila_deploy.quantize.calibrate import calibrate
 from vila_deploy.quantize.estimate.plan import work_path
@@ -100,7 +101,7 @@ def test_a_layer_that_cannot_be_read_stays(data, options, tmp_path, monkeypatch)
     def forbidden(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(resume, "sha256_file", forbidden)
+    monkeypatch.setattr(saved_layers, "sha256_file", forbidden)
     with pytest.raises(PermissionError):
         pipeline.quantize(data / "root", tmp_path / "out", options, resume=True)
     assert len(layer_files(tmp_path)) == 2

@@ -94,6 +94,7 @@ def plan(
     check_not_quantized(config)
     check_scheme(options.scheme, config.llm.layer_linears(0))
     check_formats(options.formats, config, options.scheme)
+    layers = planned_layers(config, options)
     items = output_items(config, options.scheme)
     calibration = calibration or DataSize(MAX_CALIBRATION_SEQUENCES * MAX_TOKENS)
     steps = _steps(
@@ -103,19 +104,31 @@ def plan(
         evaluation or DataSize(MAX_EVALUATION_SEQUENCES * MAX_TOKENS),
         speed,
     )
+    kept = items[MemoryRow.DECODER_LINEARS].bytes * len(layers) // config.llm.num_layers
+    output = len(options.formats) * sum(item.bytes for item in items.values())
     peak, limit = max(step.memory_bytes for step in steps), available_memory_bytes()
     return QuantizePlan(
         fits=peak <= limit,
         device_bytes=peak,
         limit_bytes=limit,
         seconds=sum(step.seconds or 0.0 for step in steps) if speed else None,
-        output_bytes=len(options.formats) * sum(item.bytes for item in items.values()),
-        kept_bytes=items[MemoryRow.DECODER_LINEARS].bytes if options.calibrates else 0,
+        output_bytes=0 if options.layers else output,
+        kept_bytes=kept if options.calibrates or options.layers else 0,
         scratch_bytes=scratch_bytes(config, options, calibration.tokens),
         bits_per_weight=options.scheme.bits_per_weight,
         items=items,
         steps=steps,
     )
+
+
+def planned_layers(config: VilaConfig, options: QuantizeOptions) -> range:
+    """Return the indices of the decoder layers to quantize.
+
+    Raises:
+        VilaDeployError: the model has fewer than `options.layers` names.
+    """
+    count = config.llm.num_layers
+    return options.layers.of(count) if options.layers else range(count)
 
 
 def scratch_bytes(config: VilaConfig, options: QuantizeOptions, tokens: int) -> int:
@@ -199,9 +212,10 @@ def _steps(
         return PlanStep(name, memory_bytes, cost.seconds(speed) if speed else None)
 
     tokens, table = calibration.tokens, llm.vocab_size * llm.hidden_size
-    steps = [
-        step("write embeddings and head", memory.write_tables(), OperationCost(bytes=40.0 * table))
-    ]
+    steps = []
+    if not options.layers:
+        cost = OperationCost(bytes=40.0 * table)
+        steps.append(step("write embeddings and head", memory.write_tables(), cost))
     if options.calibrates:
         peak = memory.encode(tokens, calibration.tiles_at_once)
         cost = time.encode(config, calibration.tiles)
@@ -213,6 +227,11 @@ def _steps(
     else:
         name, peak = "learn scales of and round", memory.awq_gptq(tokens)
         cost = time.awq_gptq(config, tokens, group_size)
+    if options.layers:
+        layers = planned_layers(config, options)
+        cost *= len(layers) / llm.num_layers
+        if options.calibrates:
+            cost += time.forward(config, tokens) * layers.start
     steps.append(step(f"{name} each decoder layer", peak, cost))
     if options.evaluates:
         peak = memory.evaluate(evaluation.tokens, evaluation.image_tokens)

@@ -118,7 +118,7 @@ def awq_gptq(config: VilaConfig, tokens: int, group_size: int) -> OperationCost:
     hidden, inner, heads = llm.hidden_size, llm.intermediate_size, llm.num_heads * llm.head_dim
     # The fp and the quantized pass; the Hessian of each group, a quarter twice; cross terms.
     hessians = 2 * hidden**2 + 1.25 * heads**2 + 1.25 * inner**2
-    cost = _forward(config, tokens) * 2
+    cost = forward(config, tokens) * 2
     cost += OperationCost(flops=2.0 * tokens * (hessians + heads * hidden + inner * hidden))
     factors = 2 * hidden**3 + 2 * heads**3 + 2 * inner**3
     cost += OperationCost(flops=factors / 3)
@@ -152,7 +152,7 @@ def awq(config: VilaConfig, tokens: int) -> OperationCost:
 def evaluate(config: VilaConfig, tokens: int) -> OperationCost:
     """Return the cost of both models on so many tokens of held-out data, and their logits."""
     llm = config.llm
-    layers = (_forward(config, tokens) + _dequantize(config)) * (2 * llm.num_layers)
+    layers = (forward(config, tokens) + _dequantize(config)) * (2 * llm.num_layers)
     table = llm.vocab_size * llm.hidden_size
     head = OperationCost(4.0 * tokens * table, 4.0 * 40 * tokens * llm.vocab_size)
     return layers + head
@@ -166,7 +166,7 @@ def encode(config: VilaConfig, tiles: int) -> OperationCost:
     )
 
 
-def _forward(config: VilaConfig, tokens: int) -> OperationCost:
+def forward(config: VilaConfig, tokens: int) -> OperationCost:
     """Return the cost of all tokens through one decoder layer."""
     llm = config.llm
     weights = sum(rows * columns for rows, columns in llm.linears.values())
