@@ -12,7 +12,7 @@ def open_session(folder: Path, manifest: Manifest) -> Session:
     """Open the engines in `folder`, whose files have been checked.
 
     Raises:
-        VilaDeployError: TensorRT-LLM isn't here, or the engine is for several GPUs.
+        VilaDeployError: TensorRT-LLM isn't here, or can't open the engine.
     """
     from vila_deploy.backends.tensorrt_llm.session import TensorrtLlmSession
 

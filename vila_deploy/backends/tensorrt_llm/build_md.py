@@ -34,10 +34,7 @@ trtexec --onnx={vision}/{graph} --saveEngine={vision}/{engine} \\
 {command}
 ```
 
-`vila-chat` runs engines that vila-build-engine finished, on one GPU. TensorRT-LLM's own
-multimodal/run.py, in a checkout of TensorRT-LLM at the installed version, runs them with
-`mpirun -n {gpus}`; in each process it also loads the whole original model beside them, only for its
-image processor, and VILA's source. Plan memory for that.
+`vila-chat` asks the engines that vila-build-engine finished{gpus}.
 """
 
 
@@ -60,7 +57,7 @@ def instructions(release: Release, request: BuildRequest, precision: str, image_
         install="\n".join(release.install),
         shape=shapes,
         command=shell_line(build_command(release, request, precision, Path())),
-        gpus=request.gpus,
+        gpus="" if request.gpus == 1 else f" on {request.gpus} GPUs, started without mpirun",
     )
 
 

@@ -1,6 +1,7 @@
 """List the releases of TensorRT-LLM that build engines, and the commands of each.
 
-Sources: tensorrt_llm/commands/build.py and examples/multimodal of 0.12 to 1.2.1, README4Jetson.md
+Sources: tensorrt_llm/commands/build.py and examples/multimodal of 0.12 to 1.2.1, release notes of
+0.13 (logits in streams, cache reuse with prompt tables), README4Jetson.md and model_runner_cpp.py
 of branch v0.12.0-jetson.
 """
 
@@ -27,6 +28,12 @@ class Release:
         fused_mlp: flags of trtllm-build by precision. A fused MLP has one prequant scale for gate
             and up; W4A16_AWQ has two.
         install: commands that install it.
+        length_argument: what a request calls the number of tokens to generate.
+        runtime_switches: attributes of ExtendedRuntimePerfKnobConfig to turn on: long contexts over
+            several blocks of a GPU, decoding as a CUDA graph.
+        reuses_cache: a request begins with what the cache holds of its prompt, prompt tables
+            included, and takes a prompt in chunks.
+        maps_engines: the executor can map an engine's file instead of reading it.
     """
 
     title: str
@@ -36,6 +43,10 @@ class Release:
     vision_output: str
     fused_mlp: Mapping[str, tuple[str, ...]]
     install: tuple[str, ...]
+    length_argument: str
+    runtime_switches: tuple[str, ...]
+    reuses_cache: bool
+    maps_engines: bool
 
 
 JETSON = Release(
@@ -49,15 +60,24 @@ JETSON = Release(
         "git clone --branch v0.12.0-jetson https://github.com/NVIDIA/TensorRT-LLM",
         "# then follow its README4Jetson.md: JetPack 6.1, build_wheel.py for architecture 87",
     ),
+    length_argument="max_new_tokens",
+    runtime_switches=("multi_block_mode",),
+    reuses_cache=False,
+    maps_engines=True,
 )
+# The runner of 0.13 to 0.15 looks for the vision engine's older names.
 DESKTOP = Release(
-    title="0.13 to 1.2.1",
-    oldest=(0, 13),
+    title="0.16 to 1.2.1",
+    oldest=(0, 16),
     newest=(1, 2),
     vision_engine="model.engine",
     vision_output="encoder_output",
     fused_mlp={"fp16": ("--use_fused_mlp=enable",), "int4": ("--use_fused_mlp=disable",)},
     install=("pip install 'tensorrt-llm==1.2.1'",),
+    length_argument="max_tokens",
+    runtime_switches=("multi_block_mode", "cuda_graph_mode"),
+    reuses_cache=True,
+    maps_engines=False,
 )
 # CUDA compute capability → release; no release builds engines for others.
 BY_CAPABILITY = {"8.0": DESKTOP, "8.6": DESKTOP, "8.9": DESKTOP, "9.0": DESKTOP, "8.7": JETSON}
@@ -107,7 +127,12 @@ def build_command(
         f"--max_multimodal_len={tokens}",
         *release.fused_mlp[precision],
     ]
-    return [*command, f"--workers={request.gpus}"] if request.gpus > 1 else command
+    if release.reuses_cache:
+        command.append("--use_paged_context_fmha=enable")
+    if request.gpus > 1:
+        # The session takes logits from the stream there: see generation.py.
+        command += ["--gather_generation_logits", f"--workers={request.gpus}"]
+    return command
 
 
 def shell_line(command: list[str]) -> str:

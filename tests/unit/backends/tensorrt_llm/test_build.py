@@ -148,6 +148,9 @@ def test_commands_are_what_each_release_takes(release, precision):
         "--max_num_tokens=2000", "--workers=2",
     ):  # fmt: skip
         assert flag in command
+    # What the session relies on: logits in streams of several GPUs, reuse of the cache.
+    assert "--gather_generation_logits" in command
+    assert ("--use_paged_context_fmha=enable" in command) == (release is DESKTOP)
     fused = [flag for flag in command if "fused" in flag]
     switch, enable = release is JETSON, precision == "fp16"
     if switch:
@@ -182,9 +185,9 @@ def test_plan_is_for_each_of_the_gpus(checkpoint):
 
 
 def test_versions_that_fit():
-    for release, version in ((JETSON, "0.12.0"), (DESKTOP, "0.13.0"), (DESKTOP, "1.2.1")):
+    for release, version in ((JETSON, "0.12.0"), (DESKTOP, "0.16.0"), (DESKTOP, "1.2.1")):
         check_version(release, version)
-    for release, version in ((JETSON, "1.2.1"), (DESKTOP, "0.12.0"), (DESKTOP, "1.3.0rc22")):
+    for release, version in ((JETSON, "1.2.1"), (DESKTOP, "0.15.0"), (DESKTOP, "1.3.0rc22")):
         with pytest.raises(VilaDeployError, match=f"TensorRT-LLM {version} is here, this engine"):
             check_version(release, version)
 
