@@ -5,7 +5,7 @@ LMMS_VENV := .venv-lmms
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-web test-serve test-integrations test-llamacpp bench lint format clean
+.PHONY: demo test test-ptx test-web test-serve test-integrations test-llamacpp bench lint format clean
 
 demo: $(VENV)/.installed  ## quantize, build, ask and time the small trained model in examples/tiny-vila
 	$(BIN)/python examples/tiny-vila/demo.py
@@ -13,6 +13,11 @@ demo: $(VENV)/.installed  ## quantize, build, ask and time the small trained mod
 test: $(VENV)/.installed-dev $(VENV)/boards/.made  ## lint, types and all tests that need no GPU
 	$(MAKE) lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow' tests/emulator
+
+test-ptx: $(VENV)/.installed-dev  ## compiled kernels on an emulated GPU: four architectures, tests/gpu, mutations
+	OMP_NUM_THREADS=1 EMULATED=all $(BIN)/pytest -n 2 tests/emulator
+	OMP_NUM_THREADS=1 $(BIN)/pytest -p tests.support.emulator.plugin tests/gpu
 
 test-web: $(VENV)/.installed-web  ## vila-serve's page in Chromium
 	tests/web/install_chromium.sh
