@@ -133,14 +133,9 @@ def open_checkpoint(root: Path, config: VilaConfig | None = None) -> Checkpoint:
 def _open(root: Path, config: VilaConfig | None) -> Checkpoint:
     layout = find_layout(root)
     config = config or config_of(layout)
-    if layout.flat:
-        tensors = split_flat(find_tensors(root), layout.prefixes)
-    else:
-        tensors = {part: find_tensors(root / part) for part in PARTS[1:]}
+    tensors = _find_parts(layout)
     llm = _open_llm(layout, config.llm, tensors.get("llm"))
-    check_tower(config, tensors["vision_tower"], layout.folder("vision_tower"))
-    check_projector(config, tensors["mm_projector"], layout.folder("mm_projector"))
-    vision, projector = TensorReader(tensors["vision_tower"]), TensorReader(tensors["mm_projector"])
+    vision, projector = _open_vision(layout, config, tensors)
     readers = (llm, vision, projector)
     # Last, since the other checks say more precisely what is wrong.
     try:
@@ -149,6 +144,33 @@ def _open(root: Path, config: VilaConfig | None) -> Checkpoint:
         _refuse_non_finite(readers, error.file)
         raise
     return Checkpoint(layout, config, llm, vision, projector, digests or {})
+
+
+def open_vision(layout: Layout, config: VilaConfig) -> tuple[TensorReader, TensorReader]:
+    """Return readers of the tower and the projector, whose names and shapes have been checked.
+
+    For programs that read the LLM's weights themselves; no checksum is computed.
+
+    Raises:
+        VilaDeployError: names the file or tensor that is wrong.
+    """
+    return _open_vision(layout, config, _find_parts(layout))
+
+
+def _find_parts(layout: Layout) -> dict[str, dict[str, TensorInfo]]:
+    """Return the tensors of each part; those of an llm/ folder are found by its own reader."""
+    if layout.flat:
+        return split_flat(find_tensors(layout.root), layout.prefixes)
+    return {part: find_tensors(layout.root / part) for part in PARTS[1:]}
+
+
+def _open_vision(
+    layout: Layout, config: VilaConfig, tensors: dict[str, dict[str, TensorInfo]]
+) -> tuple[TensorReader, TensorReader]:
+    tower, projector = tensors["vision_tower"], tensors["mm_projector"]
+    check_tower(config, tower, layout.folder("vision_tower"))
+    check_projector(config, projector, layout.folder("mm_projector"))
+    return TensorReader(tower), TensorReader(projector)
 
 
 def _open_llm(

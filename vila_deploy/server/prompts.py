@@ -62,15 +62,21 @@ class PromptMaker:
         Raises:
             ApiError: an image that can't be had, too many, or messages that no template has.
         """
-        images = request.images
-        if len(images) > self.limits.images:
-            raise ApiError(
-                f"has {len(images)} images and frames, at most {self.limits.images} are allowed",
-                param="messages",
-                code="too_many_images",
-            )
-        contents = [await self._content(image) for image in images]
+        self._check_count(request.images)
+        contents = [await self._content(image) for image in request.images]
         return await self.in_thread(self._chat, request, contents)
+
+    def render(self, request: ChatRequest) -> Prompt:
+        """Return the prompt of a conversation whose images are all in the request itself.
+
+        Raises:
+            ApiError: as `chat`.
+        """
+        self._check_count(request.images)
+        for image in request.images:
+            if _is_address(image):
+                raise _no_fetching(image, "send a data: URI")
+        return self._chat(request, [None] * len(request.images))
 
     async def completion(self, request: CompletionRequest) -> Prompt:
         """Return the prompt of bare text."""
@@ -86,15 +92,21 @@ class PromptMaker:
 
     async def _content(self, image: ImagePart) -> bytes | None:
         """Return the bytes of an image that has to be fetched; None for a data: URI."""
-        if not image.url[:8].lower().startswith(REMOTE):
+        if not _is_address(image):
             return None
         if self.network is None:
-            raise ApiError(
-                "is an address, and this server fetches no images",
-                param=image.param,
-                fix="send a data: URI, or start the server with --allow-image-urls",
+            raise _no_fetching(
+                image, "send a data: URI, or start the server with --allow-image-urls"
             )
         return await fetch_image(image.url, image.param, self.limits.body_bytes, self.network)
+
+    def _check_count(self, images: Sequence[ImagePart]) -> None:
+        if len(images) > self.limits.images:
+            raise ApiError(
+                f"has {len(images)} images and frames, at most {self.limits.images} are allowed",
+                param="messages",
+                code="too_many_images",
+            )
 
     def _chat(self, request: ChatRequest, contents: Sequence[bytes | None]) -> Prompt:
         texts = [
@@ -149,3 +161,11 @@ class PromptMaker:
             return prepare_text(request.prompt, self.tokenizer)
         except VilaDeployError as error:
             raise refused(error, "prompt") from None
+
+
+def _is_address(image: ImagePart) -> bool:
+    return image.url[:8].lower().startswith(REMOTE)
+
+
+def _no_fetching(image: ImagePart, fix: str) -> ApiError:
+    return ApiError("is an address, and this server fetches no images", param=image.param, fix=fix)
