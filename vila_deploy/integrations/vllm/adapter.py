@@ -258,11 +258,12 @@ class VilaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP):
         self.config = vllm_config.model_config.hf_config
         served = read_served_model(Path(vllm_config.model_config.model))
         self.allow_patterns_overrides = [served.weight_pattern]
-        self.configure_mm_token_handling(served.info.vocab_size, [FILLER_TOKEN])
-        with self._mark_tower_model(vllm_config, "image"):
+        inherited: Any = super()  # vLLM's methods, whose types are not known
+        inherited.configure_mm_token_handling(served.info.vocab_size, [FILLER_TOKEN])
+        with inherited._mark_tower_model(vllm_config, "image"):
             if get_pp_group().is_first_rank:
                 self.vision = _vision_encoder(served, vllm_config)
-        with self._mark_language_model(vllm_config):
+        with inherited._mark_language_model(vllm_config):
             self.language_model = init_vllm_registered_model(
                 vllm_config=vllm_config,
                 hf_config=self.config.text_config,
