@@ -7,8 +7,11 @@ import json
 from vila_deploy.processing.chat_template import PromptTemplate
 
 
-def jinja_of(template: PromptTemplate) -> str:
+def jinja_of(template: PromptTemplate, prefix: str = "") -> str:
     """Return Jinja that renders `messages` of roles user and assistant as the model was trained.
+
+    Args:
+        prefix: text before the template's own.
 
     Other roles are left out: the system message is the template's own. Only statements that Inja,
     the C++ renderer of TensorRT-Edge-LLM, has too; all text is in string literals, since renderers
@@ -17,7 +20,7 @@ def jinja_of(template: PromptTemplate) -> str:
     question = _text(template.user) + "{{ message.content }}" + _text(template.assistant)
     answer = _text(template.before_answer) + "{{ message.content }}" + _text(template.end_of_answer)
     return (
-        f"{_text(template.system)}{{% for message in messages %}}"
+        f"{_text(prefix + template.system)}{{% for message in messages %}}"
         f'{{% if message.role == "user" %}}{question}{{% endif %}}'
         f'{{% if message.role == "assistant" %}}{answer}{{% endif %}}'
         "{% endfor %}"

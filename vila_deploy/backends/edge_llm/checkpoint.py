@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from vila_deploy.backends.edge_llm import files
 from vila_deploy.backends.edge_llm.chat_template import jinja_of
+from vila_deploy.backends.edge_llm.tokenizer import write_tokenizer
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import (
     EMBEDDING,
@@ -23,14 +23,8 @@ from vila_deploy.checkpoint.variants import LLM_FAMILIES
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.formats.awq import AWQ_GEMM
 from vila_deploy.formats.base import QuantizedLinear, to_float16
-from vila_deploy.processing.chat_template import (
-    PROMPT_TEMPLATES,
-    PromptTemplate,
-    choose_template,
-    render,
-)
-from vila_deploy.processing.tokenizer import PROBES, JsonTokenizer, Tokenizer, load_tokenizer
-from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, choose_template
+from vila_deploy.processing.tokenizer import load_tokenizer
 from vila_deploy.utils.files import canonical_json
 from vila_deploy.utils.progress import Advance
 from vila_deploy.writers.folder import ShardWriter, packed
@@ -44,14 +38,14 @@ def write_checkpoint(
     Memory for one shard; quantized values and scales are those of `llm`, bit for bit.
 
     Raises:
-        VilaDeployError: a linear that AutoAWQ's format can't hold, or a tokenizer without
-            tokenizer.json that can't be converted.
+        VilaDeployError: a linear that AutoAWQ's format can't hold, or a tokenizer that the runtime
+            would read otherwise.
     """
     values = hf_config(config.llm)
     (folder / files.CONFIG).write_text(canonical_json(values), "utf-8")
     template = PROMPT_TEMPLATES[choose_template(config, load_tokenizer(tokenizer))]
-    write_tokenizer(folder, tokenizer, template)
-    (folder / files.CHAT_TEMPLATE).write_text(jinja_of(template), "utf-8")
+    prefix = write_tokenizer(folder, tokenizer, template)
+    (folder / files.CHAT_TEMPLATE).write_text(jinja_of(template, prefix), "utf-8")
     shards = ShardWriter(folder)
     for name in tensor_names(config.llm):
         shards.add(name, to_float16(llm.tensor(name), name))
@@ -110,46 +104,3 @@ def hf_config(config: LlmConfig) -> dict[str, Any]:
         scheme = config.quantization.scheme
         values["quantization_config"] = AWQ_GEMM.quantization_config(scheme)
     return values
-
-
-def write_tokenizer(folder: Path, source: Path, template: PromptTemplate) -> None:
-    """Copy the tokenizer's files; the C++ runtime reads tokenizer.json, which is made if need be.
-
-    Raises:
-        VilaDeployError: it can't be made, or would cut prompts into other tokens.
-    """
-    for file in sorted(source.iterdir()):
-        shutil.copyfile(file, folder / file.name)
-    expected = load_tokenizer(source)
-    if _cuts_alike(folder, expected, template):
-        return
-    (folder / files.TOKENIZER).unlink(missing_ok=True)
-    try:
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(folder, local_files_only=True).save_pretrained(folder)
-        alike = _cuts_alike(folder, expected, template)
-    except Exception as error:  # transformers raises what its many tokenizers raise
-        raise _no_tokenizer(source, str(error).partition("\n")[0][:200]) from error
-    if not alike:
-        raise _no_tokenizer(source, "it would give other tokens")
-
-
-def _cuts_alike(folder: Path, expected: Tokenizer, template: PromptTemplate) -> bool:
-    """Return whether `folder` has a tokenizer.json that cuts prompts into the same tokens.
-
-    Prompts, since readings differ in spaces at the start of a text, where the template's is.
-    """
-    if not (folder / files.TOKENIZER).exists():
-        return False
-    found = JsonTokenizer(folder / files.TOKENIZER)
-    prompts = [render(template, [], question) for question in PROBES]
-    return all(found.encode(prompt) == expected.encode(prompt) for prompt in prompts)
-
-
-def _no_tokenizer(source: Path, reason: str) -> VilaDeployError:
-    return VilaDeployError(
-        f"TensorRT-Edge-LLM reads {files.TOKENIZER} only, which can't be made here ({reason})",
-        where=source,
-        fix=f"put a {files.TOKENIZER} into the checkpoint's llm/",
-    )

@@ -18,8 +18,9 @@ from tests.support.commands import assert_one_line, invoke
 from tests.support.prompt_cases import write_tokenizer as write_real_tokenizer
 from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.edge_llm import files
+from vila_deploy.backends.edge_llm import tokenizer as edge_tokenizer
 from vila_deploy.backends.edge_llm.chat_template import jinja_of
-from vila_deploy.backends.edge_llm.checkpoint import write_tokenizer
+from vila_deploy.backends.edge_llm.tokenizer import write_tokenizer
 from vila_deploy.builder.build import build_engine
 from vila_deploy.builder.plan import plan_build
 from vila_deploy.builder.resolve import BuildOptions, resolve_build
@@ -211,28 +212,49 @@ def test_the_chat_template_renders_what_the_model_was_trained_with(name: str) ->
         messages += [{"role": "user", "content": question}]
         messages += [{"role": "assistant", "content": answer}]
     messages.append({"role": "user", "content": "last"})
-    found = environment.from_string(jinja_of(template)).render(messages=messages)
-    assert found == render(template, turns, "last")
+    found = environment.from_string(jinja_of(template, "<s> ")).render(messages=messages)
+    assert found == "<s> " + render(template, turns, "last")
 
 
-@pytest.mark.parametrize("name", ["vicuna_v1", "qwen2", "llama_3"])
-def test_a_tokenizer_json_is_made_that_cuts_prompts_alike(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "begins"),
+    [
+        ("vicuna_v1", "<s> "),
+        ("hermes-2", " "),
+        ("qwen2", ""),
+        ("llama_3", "<|begin_of_text|>"),
+        ("llama_3, no BOS", ""),
+    ],
+)
+def test_a_prompt_has_the_tokens_of_training(tmp_path: Path, name: str, begins: str) -> None:
+    """As the C++ runtime cuts the rendered chat template: without adding BOS or a space."""
     source, folder = tmp_path / "source", tmp_path / "folder"
     source.mkdir()
     folder.mkdir()
     write_real_tokenizer(source, name)
-    template = PROMPT_TEMPLATES[name]
-    write_tokenizer(folder, source, template)
+    template = PROMPT_TEMPLATES[name.partition(",")[0]]
+    prefix = write_tokenizer(folder, source, template)
+    assert prefix == begins
     expected, found = load_tokenizer(source), JsonTokenizer(folder / files.TOKENIZER)
-    prompts = [render(template, [(text, text)], text) for text in PROBES]
-    assert [found.encode(p) for p in prompts] == [expected.encode(p) for p in prompts]
+    for text in PROBES:
+        prompt = render(template, [(text, text)], text)
+        assert found.encode(prefix + prompt) == expected.bos_ids + expected.encode(prompt)
+    parts = json.loads((folder / files.TOKENIZER).read_text("utf-8"))
+    if parts["model"]["byte_fallback"]:
+        assert parts["pre_tokenizer"] is None
+        assert parts["normalizer"] == {
+            "type": "Replace", "pattern": {"String": " "}, "content": "\u2581",
+        }  # fmt: skip
 
 
-def test_a_tokenizer_that_cannot_be_converted_is_one_line(tmp_path: Path) -> None:
-    """Its prompts begin with a token before which sentencepiece puts a space."""
+def test_a_tokenizer_that_would_cut_otherwise_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for a model whose pieces are no BPE."""
     source, folder = tmp_path / "source", tmp_path / "folder"
     source.mkdir()
     folder.mkdir()
-    write_real_tokenizer(source, "hermes-2")
-    with pytest.raises(VilaDeployError, match=r"reads tokenizer\.json only, which can't be made"):
-        write_tokenizer(folder, source, PROMPT_TEMPLATES["hermes-2"])
+    write_real_tokenizer(source, "vicuna_v1")
+    monkeypatch.setattr(edge_tokenizer, "_merges", lambda piece, pieces: [])
+    with pytest.raises(VilaDeployError, match=r"would give prompts other tokens; use --backend"):
+        write_tokenizer(folder, source, PROMPT_TEMPLATES["vicuna_v1"])
