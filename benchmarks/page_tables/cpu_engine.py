@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-
 from benchmarks.page_tables.sources import Row, markdown, results
+from vila_deploy.bench import baselines
+from vila_deploy.bench.baselines import comparison_cells
 
 FIGURES = {
     "vision_s": "vision encoder, one tile",
-    "prefill_256_s": "prefill of 256 tokens",
-    "decode_0_ms": "decode at context 0",
-    "decode_256_ms": "256",
-    "decode_512_ms": "512",
-    "decode_960_ms": "960",
+    **baselines.FIGURES,
     "load_s": "load",
     "loaded_bytes": "resident after load",
     "end_bytes": "at the end",
@@ -69,23 +65,12 @@ def cpu_engine() -> str:
 def cpu_llamacpp() -> str:
     """Return our engine's figures and llama.cpp's, each at its better setting of a round."""
     rows = results("cpu-llamacpp")
-    rounds = sorted({row["round"] for row in rows})
-    table = []
-    for name in (name for name in FIGURES if name.startswith(("prefill", "decode"))):
-        pairs = []
-        for number in rounds:
-            found = [row for row in rows if row["round"] == number and name in row]
-            ours = statistics.median(row[name] for row in found if row["what"] != "llama.cpp")
-            pairs.append((ours, min(row[name] for row in found if row["what"] == "llama.cpp")))
-        ratios = sorted(theirs / ours for ours, theirs in pairs)
-        unit = "s" if name.endswith("_s") else "ms"
-        medians = [f"{statistics.median(side):.3g} {unit}" for side in zip(*pairs, strict=True)]
-        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
-        table.append([FIGURES[name], *medians, spread])
+    table = [[label, *comparison_cells(rows, name)] for name, label in baselines.FIGURES.items()]
+    rounds = len({row["round"] for row in rows})
     return markdown(
         ["VILA1.5-3b's language model", "vila-deploy", "llama.cpp", "times as fast"],
         table,
-        f"{_note(rows[0])}, {rows[0]['threads']} threads, {len(rounds)} rounds; {rows[0]['note']}",
+        f"{_note(rows[0])}, {rows[0]['threads']} threads, {rounds} rounds; {rows[0]['note']}",
     )
 
 

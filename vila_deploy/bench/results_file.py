@@ -1,4 +1,4 @@
-"""rows.jsonl: a line for each row as it ends, read again when the same command goes on."""
+"""Files of rows: a line for each row as it ends, read again when the same command goes on."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Row = dict[str, Any]
 
 
 class ResultsFile:
-    """The rows of one results folder."""
+    """The rows of one file of a results folder."""
 
-    def __init__(self, folder: Path):
-        self.folder, self._path = folder, folder / ROWS
+    def __init__(self, folder: Path, name: str = ROWS):
+        self.folder, self._path = folder, folder / name
 
     def read(self) -> list[Row]:
         """Return the rows; a last line that was cut off, as by a kill, is removed from the file.

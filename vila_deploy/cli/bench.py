@@ -65,6 +65,11 @@ def _numbers(
     help="For --table: folder for rows, tables and plots, vila-bench-results if left out. "
     "The same command goes on with the rows that are missing there.",
 )  # fmt: skip
+@click.option(
+    "--baselines", is_flag=True,
+    help="For --table: afterwards time llama.cpp, OpenVINO and PyTorch's int4 operator in turn "
+    "with ours, beyond --minutes; in a checkout alone.",
+)  # fmt: skip
 @click.option("--fresh", is_flag=True, help="For --table: forget the rows in the results folder.")
 @click.option(
     "--format", "table_format", type=click.Choice(TABLE_FORMATS),
@@ -86,6 +91,7 @@ def main(
     contexts: tuple[int, ...] | None,
     every_model: bool,
     results: Path | None,
+    baselines: bool,
     fresh: bool,
     table_format: str | None,
     as_json: bool,
@@ -103,7 +109,7 @@ def main(
     vila-bench --model VILA1.5-3b --precision int4 --target cpu --random-weights --json
     vila-bench --table
     """
-    of_table = (minutes, contexts, results, every_model or None, fresh or None)
+    of_table = (minutes, contexts, results, every_model or None, fresh or None, baselines or None)
     of_model = bool(precisions or random_weights)
     if table:
         _check_table_usage(model, of_model)
@@ -122,7 +128,7 @@ def main(
     if table:
         options = TableOptions(
             engines, target or "auto", 15.0 if minutes is None else minutes, contexts or (),
-            results or RESULTS, fresh, every_model,
+            results or RESULTS, fresh, every_model, baselines,
         )  # fmt: skip
         rows = run_table(options)
         text = _rendered(rows, table_format, options.results)
@@ -150,7 +156,7 @@ def _check_usage(
 ) -> None:
     if any(value is not None for value in of_table):
         raise click.UsageError(
-            "--minutes, --contexts, --all, --results and --fresh go with --table"
+            "--minutes, --contexts, --all, --results, --baselines and --fresh go with --table"
         )
     if bool(engines) == bool(model):
         raise click.UsageError("give either engine folders or --model, or --table")

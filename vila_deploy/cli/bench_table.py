@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from vila_deploy.cli.bench_baselines import check_checkout, cpu_rows, run_on_gpu
 from vila_deploy.cli.common import EXIT_INTERRUPTED
 from vila_deploy.utils.errors import VilaDeployError, printable
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 RESULTS = Path("vila-bench-results")
 # Engines lie here while they are measured; what a kill leaves is removed at the next start.
 WORK = "work"
+BASELINES, GPU_BASELINES = "baselines.jsonl", "gpu-baselines.jsonl"
 # A buffer that no cache holds, for the bandwidth that predictions begin with.
 BANDWIDTH_BUFFER = 512 << 20
 
@@ -40,6 +42,7 @@ class TableOptions:
     results: Path = RESULTS
     fresh: bool = False
     every_model: bool = False
+    baselines: bool = False
 
 
 def run_table(options: TableOptions) -> list[dict[str, Any]]:
@@ -54,6 +57,8 @@ def run_table(options: TableOptions) -> list[dict[str, Any]]:
     from vila_deploy.engine.target import get_target
     from vila_deploy.utils.progress import progress
 
+    if options.baselines:
+        check_checkout()
     name, note = target_name(options.target)
     target = get_target(name)
     if note:
@@ -68,10 +73,32 @@ def run_table(options: TableOptions) -> list[dict[str, Any]]:
         earlier = results.read()
         table = _table(options, target, rows, options.results / WORK)
         seconds = expected_seconds(table, earlier)
-        with _keep_on_interrupt(options.results), progress(seconds, "seconds of work") as advance:
-            filled = fill_table(table, results, advance)
-        _write_files(filled, results)
+        with _keep_on_interrupt(options.results):
+            with progress(seconds, "seconds of work") as advance:
+                filled = fill_table(table, results, advance)
+            # Written now, so that the table is there whatever other programs do.
+            _write_files(filled, results, [])
+            if options.baselines:
+                _write_files(filled, results, _baselines(filled, target, options.results))
     return filled
+
+
+def _baselines(
+    filled: Sequence[dict[str, Any]], target: Target, folder: Path
+) -> list[dict[str, Any]]:
+    """Measure other programs beside ours and return the rows of a CPU's."""
+    from vila_deploy.bench.results_file import ResultsFile
+
+    if target.compute_capability is not None:
+        click.echo(run_on_gpu(folder / GPU_BASELINES), err=True)
+        return []
+    rows, file = [], ResultsFile(folder, BASELINES)
+    file.clear()
+    for row in cpu_rows([row for row in filled if row["label"] == "measured"], folder / WORK):
+        file.append(row)
+        rows.append(row)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    return rows
 
 
 def _rows(options: TableOptions, target: Target) -> list[Any]:
@@ -136,14 +163,18 @@ def _keep_on_interrupt(results: Path) -> Iterator[None]:
         sys.exit(EXIT_INTERRUPTED)
 
 
-def _write_files(rows: Sequence[dict[str, Any]], results: ResultsFile) -> None:
+def _write_files(
+    rows: Sequence[dict[str, Any]], results: ResultsFile, baselines: Sequence[dict[str, Any]]
+) -> None:
     """Write table.md, .csv, .json and the plots, replacing those of an earlier run."""
+    from vila_deploy.bench.baselines import render_baselines
     from vila_deploy.bench.plots import write_plots
     from vila_deploy.bench.table import render_rows
     from vila_deploy.bench.table_markdown import render_table
 
     folder = results.folder
-    texts = {"md": render_table(rows), **{s: render_rows(rows, s) + "\n" for s in ("csv", "json")}}
+    markdown = "\n".join(filter(None, [render_table(rows), render_baselines(baselines)]))
+    texts = {"md": markdown, **{s: render_rows(rows, s) + "\n" for s in ("csv", "json")}}
     for ending, text in texts.items():
         (folder / f"table.{ending}").write_text(text, "utf-8")
     try:
