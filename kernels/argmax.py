@@ -33,6 +33,8 @@ def argmax_kernel(
     tl.store(token_ptr + column, token)
     if STEP:
         position = tl.load(position_ptr) + 1
+        # All warps read the position before one of them writes it.
+        tl.debug_barrier()
         tl.store(history_ptr + tl.minimum(position, history_len - 1), token)
         tl.store(position_ptr, position)
 
