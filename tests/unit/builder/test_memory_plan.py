@@ -111,6 +111,8 @@ def test_plan_needs_no_weights_and_little_time(
         )
         times.append(_cpu_seconds_of_children() - start)
         assert done.returncode == 0, done.stderr
+        if times[-1] < limit_s:
+            break
     assert min(times) < limit_s
     planned = json.loads(done.stdout)
     assert planned["fits"] is True

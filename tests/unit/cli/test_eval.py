@@ -107,9 +107,10 @@ def test_a_question_that_fails_is_asked_again(engine: Path, tmp_path: Path) -> N
 
 
 def test_a_killed_run_goes_on(engine: Path, tmp_path: Path) -> None:
-    rows = [{"question": f"Question {number}?", "answer": "x"} for number in range(400)]
+    rows = [{"question": f"Question {number}?", "answer": "x"} for number in range(200)]
     write_lines(tmp_path / "questions.jsonl", rows)
     command = [BIN / "vila-eval", engine, "--data", tmp_path, "-o", tmp_path / "out.jsonl"]
+    command += ["--max-new-tokens", "4"]
     running = subprocess.Popen(command, stderr=subprocess.PIPE)
     log = tmp_path / "out.jsonl.partial"
     deadline = time.monotonic() + 200
@@ -123,7 +124,7 @@ def test_a_killed_run_goes_on(engine: Path, tmp_path: Path) -> None:
     done = invoke("vila-eval", *command[1:], "--resume")
     assert done.returncode == 0, done.stderr
     assert kept > 20
-    assert len((tmp_path / "out.jsonl").read_text("utf-8").splitlines()) == 400
+    assert len((tmp_path / "out.jsonl").read_text("utf-8").splitlines()) == 200
     other = invoke("vila-eval", *command[1:], "--resume", "--max-new-tokens", 3)
     assert "output file exists" in assert_one_line(other)
 
