@@ -43,7 +43,8 @@ class Terminal:
     def press(self, keys: str, text: str) -> None:
         """Press `keys` and wait for `text`; again after a while, as a person would.
 
-        Python sees a signal that comes just before it waits for a line only with the next key.
+        Without readline, Python sees a signal that comes just before it waits for a line only with
+        the next key.
         """
         end = time.monotonic() + TIMEOUT_S
         while text not in self.shown[self._seen :]:
@@ -87,8 +88,8 @@ def terminal(
     """
     ours, theirs = pty.openpty()
     environment: Mapping[str, str] = {
-        **os.environ, "OMP_NUM_THREADS": "1", "HOME": str(home), "TERM": "xterm", **more,
-        "INPUTRC": "/dev/null",
+        **os.environ, "OMP_NUM_THREADS": "1", "HOME": str(home), "TERM": "xterm",
+        "INPUTRC": "/dev/null", **more,
     }  # fmt: skip
     output = theirs if stdout is None else os.open(stdout, os.O_WRONLY | os.O_CREAT)
     process = subprocess.Popen(

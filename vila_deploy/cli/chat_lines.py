@@ -6,9 +6,10 @@ import json
 import os
 import signal
 import sys
+import termios
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType, ModuleType
 
@@ -18,6 +19,7 @@ from vila_deploy.utils.files import replace_file
 
 HISTORY_ENTRIES, HISTORY_ENTRY_CHARACTERS = 1000, 10_000
 HISTORY_FILE_BYTES = 4 << 20
+CTRL_C, NO_KEY = "\x03", b"\0"
 
 
 class CtrlC(KeyboardInterrupt):
@@ -44,6 +46,7 @@ class LineReader:
         """Return the next line.
 
         Raises:
+            CtrlC: Ctrl-C as a key; as a signal it is the caller's.
             EOFError: Ctrl-D.
         """
         try:
@@ -57,6 +60,12 @@ class LineReader:
         return line
 
     def _line(self, prompt: str) -> str:
+        if self._readline is not None:
+            with nullcontext() if _is_libedit(self._readline) else _ctrl_c_is_a_key():
+                line = input(prompt)
+            if CTRL_C in line:
+                raise CtrlC
+            return line
         if sys.stdout.isatty():
             return input(prompt)
         # Answers go to a file: what they are asked with does not belong there.
@@ -148,6 +157,25 @@ def on_ctrl_c(do: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
+@contextmanager
+def _ctrl_c_is_a_key() -> Iterator[None]:
+    """Let the terminal hand over Ctrl-C like other keys, for what `_set_up` has bound to it.
+
+    As a signal it makes the terminal throw away the keys before it, and readline waits for one that
+    it was told of and that is gone: no Ctrl-C ends that. Python, too, hears of a signal that comes
+    between two keys only with the next one.
+    """
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    settings = [*before[:-1], list(before[-1])]
+    settings[-1][termios.VINTR] = NO_KEY
+    termios.tcsetattr(terminal, termios.TCSANOW, settings)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
+
+
 def _entry(line: bytes) -> str:
     try:
         entry = json.loads(line)
@@ -164,10 +192,14 @@ def _load_readline() -> ModuleType | None:
     return readline
 
 
+def _is_libedit(readline: ModuleType) -> bool:
+    return "libedit" in (readline.__doc__ or "")
+
+
 def _set_up(readline: ModuleType, commands: Sequence[str]) -> None:
     # Ours leaves out what is no text.
     readline.set_auto_history(False)
-    if "libedit" in (readline.__doc__ or ""):
+    if _is_libedit(readline):
         readline.parse_and_bind("bind ^I rl_complete")
     else:
         readline.parse_and_bind("tab: complete")
@@ -175,6 +207,9 @@ def _set_up(readline: ModuleType, commands: Sequence[str]) -> None:
         readline.parse_and_bind("set enable-bracketed-paste on")
         # Alt+Enter begins another line: the next character, as it is, and that is a new line.
         readline.parse_and_bind(r'"\e\C-m": "\C-v\C-j"')
+        # Ctrl-C ends the line with that character in it.
+        for command in (r'"\C-c": "\C-v\C-c\C-m"', *_CTRL_C_OF_VI):
+            readline.parse_and_bind(command)
     readline.set_completer_delims(" ")
     found: list[str] = []
 
@@ -185,6 +220,15 @@ def _set_up(readline: ModuleType, commands: Sequence[str]) -> None:
         return found[state] if state < len(found) else None
 
     readline.set_completer(complete)
+
+
+_CTRL_C_OF_VI = (
+    "$if mode=vi",
+    "set keymap vi-command",
+    r'"\C-c": "i\C-v\C-c\C-m"',
+    "set keymap vi-insert",
+    "$endif",
+)
 
 
 def _commands(text: str, commands: Sequence[str]) -> list[str]:

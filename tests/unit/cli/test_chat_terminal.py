@@ -107,22 +107,30 @@ def test_ctrl_c_and_ctrl_d_at_the_prompt(start: Start, home: Path, readline: boo
     if not readline:
         (home / "readline.py").write_text("raise ImportError")
 
-    def throw_lines_away() -> None:
-        with start(PYTHONPATH="" if readline else str(home)) as chat:
-            for _ in range(2):
-                chat.wait_for(PROMPT)
-                chat.type("thrown away")
-                chat.press(CTRL_C, AT_PROMPT)
+    with start(PYTHONPATH="" if readline else str(home)) as chat:
+        for _ in range(2):
             chat.wait_for(PROMPT)
-            chat.type(CTRL_D)
-            assert chat.ends() == 0
-        assert history(home) == []
+            chat.type("thrown away")
+            chat.press(CTRL_C, AT_PROMPT)
+        chat.wait_for(PROMPT)
+        chat.type(CTRL_D)
+        assert chat.ends() == 0
+    assert history(home) == []
 
-    try:
-        throw_lines_away()
-    except AssertionError:
-        # Seen once in some twenty runs: a chat that no Ctrl-C reached. Not understood yet.
-        throw_lines_away()
+
+@pytest.mark.parametrize("mode", ["emacs", "vi"])
+def test_each_ctrl_c_at_the_prompt_counts(start: Start, home: Path, mode: str) -> None:
+    (home / "inputrc").write_text(f"set editing-mode {mode}\n")
+    with start(INPUTRC=str(home / "inputrc")) as chat:
+        for number in range(20):
+            chat.wait_for(PROMPT)
+            chat.type("thrown away " * 100 + ("\x1b" if mode == "vi" and number % 2 else ""))
+            # While readline reads all these keys.
+            time.sleep(0.002)
+            chat.type(CTRL_C)
+            chat.wait_for(AT_PROMPT)
+        chat.enter("/exit")
+        assert chat.ends() == 0
 
 
 def test_errors_do_not_end_the_chat(short: Terminal) -> None:
