@@ -10,6 +10,12 @@ from typing import TYPE_CHECKING
 import click
 
 from vila_deploy.cli.common import command, no_nan
+from vila_deploy.cli.serve_vllm import (
+    VllmOptions,
+    serve_with_vllm,
+    vllm_options,
+    without_server,
+)
 from vila_deploy.utils.errors import VilaDeployError, printable, short
 
 if TYPE_CHECKING:
@@ -93,6 +99,7 @@ MIN_KEY_CHARACTERS = 8
 )  # fmt: skip
 @click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain, PEM.")
 @click.option("--tls-key", type=click.Path(path_type=Path), help="Its key, PEM.")
+@vllm_options
 def main(
     engine: Path,
     host: str,
@@ -114,27 +121,26 @@ def main(
     cors_origins: tuple[str, ...],
     tls_cert: Path | None,
     tls_key: Path | None,
+    vllm: VllmOptions | None,
 ) -> None:
     """Serve ENGINE, a folder made by vila-build-engine, in OpenAI's API and on a page.
+
+    With --backend vllm it is a checkpoint, plain or quantized; words behind -- go to vLLM.
 
     \b
     vila-serve ENGINE
     vila-serve ENGINE --host 0.0.0.0 --api-key-file keys.txt --tls-cert c.pem --tls-key k.pem
+    vila-serve CHECKPOINT --backend vllm --tp 2 -- --gpu-memory-utilization 0.8
     """
+    if vllm is not None and without_server(engine, vllm):
+        return
     _check_installed()
-    if (tls_cert is None) != (tls_key is None):
-        raise click.UsageError("--tls-cert and --tls-key go together")
     from vila_deploy.server.options import MEGABYTE, RequestLimits, ServerOptions
-    from vila_deploy.server.run_server import bind, check_tls, is_private
+    from vila_deploy.server.run_server import bind
 
-    tls = (tls_cert, tls_key) if tls_cert is not None and tls_key is not None else None
-    if tls is not None:
-        check_tls(*tls)
+    tls = _tls(tls_cert, tls_key)
     listener = bind(host, port)
-    keys = (*api_keys, *(_read_keys(api_key_file) if api_key_file else ()))
-    _check_keys(keys, needed=not is_private(listener))
-    if tls is None and not is_private(listener):
-        click.echo("note: nothing is encrypted without --tls-cert or a proxy in front", err=True)
+    keys = _keys(api_keys, api_key_file, listener, encrypted=tls is not None)
     options = ServerOptions(
         model_names=_names(model_names, engine),
         api_keys=keys,
@@ -144,15 +150,14 @@ def main(
         ignore_tools=ignore_tools,
         drain_timeout_s=drain_timeout_s,
         limits=RequestLimits(
-            body_bytes=int(max_body_mb * MEGABYTE),
-            image_pixels=int(max_image_megapixels * MEGABYTE),
-            images=max_images,
-            max_tokens=max_tokens,
-            timeout_s=timeout_s,
+            int(max_body_mb * MEGABYTE), int(max_image_megapixels * MEGABYTE), max_images,
+            max_tokens, timeout_s,
         ),
-    )
-    image_cache_bytes = int(image_cache_mb * MEGABYTE)
-    _serve(engine, listener, options, tls, slots, queue_size, image_cache_bytes)
+    )  # fmt: skip
+    if vllm is None:
+        _serve(engine, listener, options, tls, slots, queue_size, int(image_cache_mb * MEGABYTE))
+    else:
+        serve_with_vllm(engine, listener, options, tls, slots, vllm)
 
 
 def _serve(
@@ -189,6 +194,30 @@ def _check_installed() -> None:
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise VilaDeployError(f"vila-serve needs {', '.join(missing)}", fix=INSTALL)
+
+
+def _tls(certificate: Path | None, key: Path | None) -> tuple[Path, Path] | None:
+    from vila_deploy.server.run_server import check_tls
+
+    if (certificate is None) != (key is None):
+        raise click.UsageError("--tls-cert and --tls-key go together")
+    if certificate is None or key is None:
+        return None
+    check_tls(certificate, key)
+    return certificate, key
+
+
+def _keys(
+    given: tuple[str, ...], file: Path | None, listener: socket.socket, encrypted: bool
+) -> tuple[str, ...]:
+    from vila_deploy.server.run_server import is_private
+
+    keys = (*given, *(_read_keys(file) if file else ()))
+    private = is_private(listener)
+    _check_keys(keys, needed=not private)
+    if not encrypted and not private:
+        click.echo("note: nothing is encrypted without --tls-cert or a proxy in front", err=True)
+    return keys
 
 
 def _read_keys(path: Path) -> tuple[str, ...]:

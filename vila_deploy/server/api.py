@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
+import asyncio
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -12,15 +11,15 @@ from vila_deploy.processing.chat_template import PROMPT_TEMPLATES
 from vila_deploy.runtime.open_engine import OpenedEngine
 from vila_deploy.runtime.scheduler import Scheduler
 from vila_deploy.server.body import BodyBudget
-from vila_deploy.server.errors import ApiError
 from vila_deploy.server.metrics import MEDIA_TYPE, ServerMetrics
+from vila_deploy.server.model_listing import ModelListing
 from vila_deploy.server.options import ServerOptions
 from vila_deploy.server.prompts import PromptMaker
 from vila_deploy.server.remote_images import Network
 from vila_deploy.server.structured_output import StructuredOutput
 
 
-class Api:
+class Api(ModelListing):
     """The engine with all that endpoints need of it.
 
     `draining` is set when the server is to end: new requests are refused from then on.
@@ -36,8 +35,9 @@ class Api:
         options: ServerOptions,
         network: Network | None = None,
     ):
-        self.engine, self.scheduler, self.options = engine, scheduler, options
-        self.draining, self.started = False, int(time.time())
+        super().__init__(options, engine.session.max_seq_len)
+        self.engine, self.scheduler = engine, scheduler
+        self.draining = False
         self.tokenizer, model = engine.require_tokenizer(), engine.model
         stops = PROMPT_TEMPLATES[model.prompt].stops
         self.special_tokens = {
@@ -53,6 +53,11 @@ class Api:
             self.tokenizer, model.vocab_size, model.stop_token_ids
         )
 
+    async def drain(self) -> None:
+        """Return when running answers have ended, or have been told to."""
+        seconds = self.options.drain_timeout_s
+        await asyncio.to_thread(self.scheduler.drain, seconds)
+
     def close(self) -> None:
         """End the threads that decode images; the scheduler stays."""
         self.prompts.close()
@@ -66,44 +71,3 @@ class Api:
     async def show_metrics(self, request: Request) -> Response:
         """Answer with all figures."""
         return Response(self.metrics.exposition(), media_type=MEDIA_TYPE)
-
-    async def list_models(self, request: Request) -> Response:
-        """Answer with the model under each of its names."""
-        models = [self._model(name) for name in self.options.model_names]
-        return JSONResponse({"object": "list", "data": models})
-
-    async def show_model(self, request: Request) -> Response:
-        """Answer with the model of one name."""
-        return JSONResponse(self._model(self.model_name(request.path_params["name"])))
-
-    def model_name(self, asked: str | None) -> str:
-        """Return the name that a client asked for; without one, the first that there is.
-
-        Raises:
-            ApiError: this server has no such model.
-        """
-        names = self.options.model_names
-        if asked is not None and asked not in names:
-            raise ApiError(
-                "no such model",
-                status=404,
-                param="model",
-                code="model_not_found",
-                fix=f"this server has {' and '.join(names)}",
-            )
-        return asked or names[0]
-
-    def _model(self, name: str) -> dict[str, Any]:
-        limits = self.options.limits
-        return {
-            "id": name,
-            "object": "model",
-            "created": self.started,
-            "owned_by": "vila-deploy",
-            "max_model_len": self.engine.session.max_seq_len,
-            "limits": {
-                "max_body_bytes": limits.body_bytes,
-                "max_image_pixels": limits.image_pixels,
-                "max_images": limits.images,
-            },
-        }

@@ -65,12 +65,13 @@ class ServerMetrics:
 
     Args:
         model_name: the label model_name of each figure.
-        stats: the scheduler's.
+        stats: the scheduler's; None: requests are answered elsewhere, and counted there.
     """
 
-    def __init__(self, model_name: str, stats: Callable[[], SchedulerStats]):
+    def __init__(self, model_name: str, stats: Callable[[], SchedulerStats] | None):
         self._registry = CollectorRegistry()
-        self._registry.register(_SchedulerCollector(model_name, stats))
+        if stats is not None:
+            self._registry.register(_SchedulerCollector(model_name, stats))
         label: dict[str, Any] = {"labelnames": ["model_name"], "registry": self._registry}
         self._histograms = {
             name: Histogram(PREFIX + name, text, buckets=buckets, **label).labels(model_name)

@@ -74,7 +74,7 @@ class PromptMaker:
         """
         self._check_count(request.images)
         for image in request.images:
-            if _is_address(image):
+            if is_address(image):
                 raise _no_fetching(image, "send a data: URI")
         return self._chat(request, [None] * len(request.images))
 
@@ -92,7 +92,7 @@ class PromptMaker:
 
     async def _content(self, image: ImagePart) -> bytes | None:
         """Return the bytes of an image that has to be fetched; None for a data: URI."""
-        if not _is_address(image):
+        if not is_address(image):
             return None
         if self.network is None:
             raise _no_fetching(
@@ -163,7 +163,8 @@ class PromptMaker:
             raise refused(error, "prompt") from None
 
 
-def _is_address(image: ImagePart) -> bool:
+def is_address(image: ImagePart) -> bool:
+    """Return whether an image has to be fetched."""
     return image.url[:8].lower().startswith(REMOTE)
 
 

@@ -16,8 +16,7 @@ from types import FrameType
 
 import uvicorn
 
-from vila_deploy.server.api import Api
-from vila_deploy.server.app import create_app
+from vila_deploy.server.app import ServedApi, create_app
 from vila_deploy.server.protocol import LimitedProtocol
 from vila_deploy.server.security import is_loopback
 from vila_deploy.utils.errors import VilaDeployError
@@ -84,7 +83,7 @@ def _none() -> str:
 
 
 def run_server(
-    api: Api,
+    api: ServedApi,
     listener: socket.socket,
     tls: tuple[Path, Path] | None = None,
     on_start: Callable[[], None] | None = None,
@@ -103,7 +102,7 @@ def run_server(
         api.close()
 
 
-def _config(api: Api, tls: tuple[Path, Path] | None) -> uvicorn.Config:
+def _config(api: ServedApi, tls: tuple[Path, Path] | None) -> uvicorn.Config:
     certificate, key = tls or (None, None)
     return uvicorn.Config(
         create_app(api),
@@ -127,7 +126,7 @@ class Server(uvicorn.Server):
 
     def __init__(
         self,
-        api: Api,
+        api: ServedApi,
         tls: tuple[Path, Path] | None = None,
         on_start: Callable[[], None] | None = None,
     ):
@@ -165,12 +164,9 @@ class Server(uvicorn.Server):
         running = len(self.server_state.tasks)
         if running:
             print(f"waiting for {running} requests to end", file=sys.stderr, flush=True)
-        drain = asyncio.create_task(self._drain())
+        drain = asyncio.create_task(self._api.drain())
         await super().shutdown(sockets)
         await drain
-
-    async def _drain(self) -> None:
-        await asyncio.to_thread(self._api.scheduler.drain, self._api.options.drain_timeout_s)
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
