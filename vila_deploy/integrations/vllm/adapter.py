@@ -273,6 +273,10 @@ class VilaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP):
 
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
         """Return the embeddings [tokens, hidden] of each place."""
+        if not get_pp_group().is_first_rank:
+            # Later stages are only asked while vLLM measures memory.
+            width = self.config.text_config.hidden_size
+            return [torch.zeros(int(tokens), width) for tokens in kwargs.get("tokens", ())]
         values = [kwargs.get(name, ()) for name in FIELDS[:3]]
         return [self._encode(*place) for place in zip(*values, strict=True)]
 
