@@ -66,7 +66,7 @@ def load(*operators: str) -> str:
     Raises:
         Missing: it isn't there, doesn't load, or registers other operators than SCHEMAS.
     """
-    path = _unpacked()
+    path = unpacked()
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -90,7 +90,7 @@ def _arguments(schema: Any) -> list[str]:
 
 
 @cache
-def _unpacked() -> Path:
+def unpacked() -> Path:
     """Return the library, unpacked beside its compressed form when it is first needed."""
     packed, path = FOLDER / f"{LIBRARY}.xz", FOLDER / LIBRARY
     if not path.exists():

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.check_attention import check_rope_attention
+from benchmarks.gpu.check_step import STEP_LIMIT, check_step
 from benchmarks.gpu.environment import Run, reason_of
 from benchmarks.gpu.inputs import config, linears, random_packed
 from vila_deploy.checkpoint.llm_config import LlmConfig
@@ -26,6 +28,8 @@ from vila_deploy.kernels.gemm import gemm, gemm_reference
 from vila_deploy.kernels.gemv import gemv, gemv_reference
 from vila_deploy.kernels.head import head, head_reference
 from vila_deploy.kernels.kv_int8 import dequantize_vectors, quantize_vectors
+from vila_deploy.kernels.launch import Launch
+from vila_deploy.kernels.launch_mode import PDL_CAPABILITY
 from vila_deploy.kernels.norm_qkv import norm_qkv, norm_qkv_reference
 from vila_deploy.kernels.rope_kv import rope_kv, rope_kv_reference
 from vila_deploy.kernels.sample import sample, sample_reference
@@ -39,27 +43,40 @@ LIMIT = 2e-3
 Pair = tuple[Tensor, Tensor]
 
 
+def measure_checks(run: Run) -> None:
+    """Add a row for each kernel and model; figures that rest on a wrong one will say so."""
+    check_all(run)
+
+
 def check_all(run: Run) -> bool:
-    """Add a row for each kernel and shape; return whether all of them agree."""
-    torch.manual_seed(torch.seed() % 2**31)
+    """Do that, and return whether all of them agree."""
     agree = True
-    for model in ("3B",) if run.rehearsed else ("3B", "8B", "13B", "40B"):
-        sizes = config(model, "int4", small=run.rehearsed)
-        for stem, case in CASES.items():
-            shown = f"{stem} {model}"
-            rounds = 1 if run.rehearsed else 2
-            try:
-                worst = max(_error(*p) for _ in range(rounds) for p in case(run, sizes))
-            except Exception as error:  # the others go on
-                agree = False
-                run.add("check", shown, limit=LIMIT, agrees=False, reason=reason_of(error))
-                continue
-            agree &= worst < LIMIT
-            run.add("check", shown, error=worst, limit=LIMIT, agrees=worst < LIMIT)
+    for model in run.models:
+        for stem in CASES:
+            agree &= check(run, stem, model)
     return agree
 
 
+def check(run: Run, stem: str, model: str) -> bool:
+    """Add the row of one case; return whether it agrees."""
+    seed = torch.seed() % 2**31
+    torch.manual_seed(seed)
+    sizes, shown = config(model, "int4", small=run.small), f"{stem} {model}"
+    limit = STEP_LIMIT if stem == "step" else LIMIT
+    known = {"limit": limit, "seed": seed}
+    try:
+        rounds = 1 if run.small else 2
+        worst = max(_error(*p) for _ in range(rounds) for p in CASES[stem](run, sizes))
+    except Exception as error:  # the others go on
+        run.add("check", shown, **known, agrees=False, reason=reason_of(error))
+        return False
+    run.add("check", shown, error=worst, **known, agrees=worst < limit)
+    return worst < limit
+
+
 def _error(found: Tensor, reference: Tensor) -> float:
+    if not found.is_floating_point():  # tokens are right or wrong
+        return 0.0 if torch.equal(found.long(), reference.long()) else float("inf")
     if not bool(torch.isfinite(found.float()).all()):
         return float("inf")
     reference = reference.double()
@@ -83,7 +100,7 @@ def _normed_input(run: Run, tokens: int, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def _gemv(run: Run, sizes: LlmConfig) -> Iterator[Pair]:
-    for rows, columns in list(linears(sizes).values())[: 1 if run.rehearsed else None]:
+    for rows, columns in list(linears(sizes).values())[: 1 if run.small else None]:
         for bits, tokens in ((4, 1), (4, 8), (8, 1), (16, 1)):
             weight = random_packed(rows, columns, bits, run.device)
             x, y = _x(run, tokens, columns), _poison(tokens, rows, run=run)
@@ -93,7 +110,7 @@ def _gemv(run: Run, sizes: LlmConfig) -> Iterator[Pair]:
 
 def _gemm(run: Run, sizes: LlmConfig) -> Iterator[Pair]:
     rows, columns = linears(sizes)["o"]
-    for tokens in (9, 33) if run.rehearsed else (16, 33, 64, 256):
+    for tokens in (9, 33) if run.small else (16, 33, 64, 256):
         weight = random_packed(rows, columns, 4, run.device)
         x, y = _x(run, tokens, columns), _poison(tokens, rows, run=run)
         gemm(x, weight, None, y, run.capability)()
@@ -107,47 +124,69 @@ def _dequantize(run: Run, sizes: LlmConfig) -> Iterator[Pair]:
     yield y, dequantize_reference(weight)
 
 
+def _forms(run: Run, launch: Launch) -> Iterator[Launch]:
+    """Yield a launch in the forms that the device has: as it is, and begun early."""
+    yield launch
+    if run.capability >= PDL_CAPABILITY:
+        yield launch.with_pdl()
+
+
 def _norm_qkv(run: Run, sizes: LlmConfig) -> Iterator[Pair]:
     rows, columns = linears(sizes)["qkv"]
     weight = random_packed(rows, columns, 4, run.device)
-    (x, squares), y = _normed_input(run, 1, columns), _poison(1, rows, run=run)
     bias = torch.randn(rows, device=run.device)
-    norm_qkv(x, squares, weight, bias, y, EPSILON, 2.0, run.capability)()
-    yield y, norm_qkv_reference(x, squares, weight, bias, EPSILON, 2.0)
+    for tokens in (1, TOKENS):
+        (x, squares), y = _normed_input(run, tokens, columns), _poison(tokens, rows, run=run)
+        launch = norm_qkv(x, squares, weight, bias, y, EPSILON, 2.0, run.capability)
+        for form in _forms(run, launch):
+            y.fill_(torch.nan)
+            form()
+            yield y, norm_qkv_reference(x, squares, weight, bias, EPSILON, 2.0)
 
 
 def _add_residual(run: Run, sizes: LlmConfig) -> Iterator[Pair]:
-    rows, columns = linears(sizes)["down"]
-    weight, x = random_packed(rows, columns, 4, run.device), _x(run, 1, columns)
-    norm = torch.rand(rows, device=run.device)
-    residual, out = torch.randn(1, rows, device=run.device), _poison(1, rows, run=run)
-    squares = _poison(gemv_programs(run.capability, rows), TOKENS, run=run, dtype=torch.float32)
-    expected, normed, total = add_residual_reference(x, weight, norm, residual)
-    add_residual(x, weight, norm, residual, out, squares, run.capability)()
-    yield residual, expected
-    yield out, normed
-    yield squares.sum(0)[:1], total
+    for name, tokens in (("down", 1), ("o", 1), ("down", TOKENS)):
+        rows, columns = linears(sizes)[name]
+        weight, x = random_packed(rows, columns, 4, run.device), _x(run, tokens, columns)
+        norm = torch.rand(rows, device=run.device)
+        before, out = torch.randn(tokens, rows, device=run.device), _poison(tokens, rows, run=run)
+        squares = _poison(gemv_programs(run.capability, rows), TOKENS, run=run, dtype=torch.float32)
+        expected, normed, total = add_residual_reference(x, weight, norm, before)
+        residual = torch.empty_like(before)
+        launch = add_residual(x, weight, norm, residual, out, squares, run.capability)
+        for form in _forms(run, launch):
+            residual.copy_(before)
+            form()
+            yield residual, expected
+            yield out, normed
+            yield squares.sum(0)[:tokens], total
 
 
 def _gate_up(run: Run, sizes: LlmConfig) -> Iterator[Pair]:
     rows, columns = linears(sizes)["gate_up"]
-    weight, y = random_packed(rows, columns, 4, run.device), _poison(1, rows // 2, run=run)
-    x, squares = _normed_input(run, 1, columns)
-    gate_up(x, squares, weight, y, EPSILON, 1.0, run.capability)()
-    yield y, gate_up_reference(x, squares, weight, rows // 2, EPSILON, 1.0)
+    weight = random_packed(rows, columns, 4, run.device)
+    for tokens in (1, TOKENS):
+        y, (x, squares) = _poison(tokens, rows // 2, run=run), _normed_input(run, tokens, columns)
+        launch = gate_up(x, squares, weight, y, EPSILON, 1.0, run.capability)
+        for form in _forms(run, launch):
+            y.fill_(torch.nan)
+            form()
+            yield y, gate_up_reference(x, squares, weight, rows // 2, EPSILON, 1.0)
 
 
 def _head(run: Run, sizes: LlmConfig) -> Iterator[Pair]:
     rows, columns = linears(sizes)["head"]
-    for bits in (16, 8, 4):
-        weight, logits = random_packed(rows, columns, bits, run.device), _poison(1, rows, run=run)
-        logits, (x, squares) = logits.float(), _normed_input(run, 1, columns)
+    for bits, tokens in ((16, 1), (8, 1), (4, 1), (16, TOKENS)):
+        weight = random_packed(rows, columns, bits, run.device)
+        logits = _poison(tokens, rows, run=run, dtype=torch.float32)
+        x, squares = _normed_input(run, tokens, columns)
         count = gemv_programs(run.capability, rows)
         best = torch.zeros(count, TOKENS, device=run.device)
         index = torch.zeros(count, TOKENS, dtype=torch.int32, device=run.device)
         head(x, squares, weight, logits, best, index, EPSILON, 1.0, run.capability)()
         yield logits, head_reference(x, squares, weight, EPSILON, 1.0)
-        token, history, position = torch.zeros(3, 1, dtype=torch.int32, device=run.device)
+        token = torch.zeros(tokens, dtype=torch.int32, device=run.device)
+        history, position = torch.zeros(2, 1, dtype=torch.int32, device=run.device)
         argmax(best, index, token, history, position, step=False)()
         yield token, argmax_reference(logits)
 
@@ -193,7 +232,7 @@ def _rope_kv(run: Run, sizes: LlmConfig) -> Iterator[Pair]:
 def _attention(run: Run, sizes: LlmConfig) -> Iterator[Pair]:
     heads, kv_heads, dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
     splits = attention_splits(H100 if run.rehearsed else run.capability, kv_heads, MAX_SEQ_LEN)
-    for at in (0, 100 if run.rehearsed else 777):
+    for at in (0, 100 if run.small else 777):
         q = torch.randn(1, heads, dim, device=run.device).half()
         keys, values = torch.randn(2, kv_heads, MAX_SEQ_LEN, dim, device=run.device).half()
         position = torch.tensor([at], dtype=torch.int32, device=run.device)
@@ -207,7 +246,7 @@ def _attention(run: Run, sizes: LlmConfig) -> Iterator[Pair]:
 def _kv_int8(run: Run, sizes: LlmConfig) -> Iterator[Pair]:
     """Write a token in int8 and attend to it: what was stored, then the output."""
     heads, kv_heads, dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
-    at, device = 100 if run.rehearsed else 777, run.device
+    at, device = 100 if run.small else 777, run.device
     vectors = torch.randn(2, kv_heads, MAX_SEQ_LEN, dim, device=device).half()
     quantized, scales = quantize_vectors(vectors)
     angles = torch.rand(MAX_SEQ_LEN, dim // 2, device=device) * 6
@@ -244,6 +283,8 @@ CASES: dict[str, Callable[..., Iterator[Pair]]] = {
     "gate_up": _gate_up,
     "head": _head,
     "embed": _embed,
+    "rope_attention": check_rope_attention,
     "kv_int8": _kv_int8,
     "sample": _sample,
+    "step": check_step,
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu import rows as rows_of
 from vila_deploy.kernels.capability import ComputeCapability
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -23,6 +23,10 @@ class Run:
     """One run: where it is, what it may take, and its rows as they come.
 
     `device` "cpu" is a rehearsal in Triton's interpreter: its times mean nothing.
+
+    Args:
+        small: tiny shapes, as every rehearsal has.
+        stage: name of the stage that adds rows.
     """
 
     device: str
@@ -31,22 +35,38 @@ class Run:
     out: Path
     rows: list[dict[str, Any]] = field(default_factory=list)
     start: float = field(default_factory=time.monotonic)
+    small: bool = False
+    stage: str | None = None
 
     @property
     def rehearsed(self) -> bool:
         return self.device == "cpu"
 
     @property
+    def models(self) -> tuple[str, ...]:
+        """Labels of the models to go through."""
+        return ("3B",) if self.small else ("3B", "8B", "13B", "40B")
+
+    def max_seq_len(self, at_true_shapes: int) -> int:
+        """Return how many tokens caches hold."""
+        return 32 if self.small else at_true_shapes
+
+    @property
     def left_s(self) -> float:
         return self.limit_s - (time.monotonic() - self.start)
 
     def add(self, kind: str, name: str, **values: Any) -> None:
-        """Append a row to the file at once, so that an interrupted run keeps what it has."""
-        label = "rehearsed" if self.rehearsed else "measured"
-        row = {"kind": kind, "name": name, "label": label, **values, **self._about}
+        """Append a row to the file at once, so that an interrupted run keeps what it has.
+
+        A figure whose kernels a check has found wrong gets `agrees` False and their names.
+        """
+        label = "rehearsed" if self.small else "measured"
+        if kind in rows_of.TIMED and (wrong := rows_of.disagreeing(self.rows, kind, name)):
+            values |= {"agrees": False, "disagreeing": wrong}
+        row = {"kind": kind, "name": name, "label": label, "stage": self.stage, **values}
+        row |= self._about
         self.rows.append(row)
-        with self.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        rows_of.append(self.out, row)
         shown = {k: _short(v) for k, v in values.items()}
         print(f"{kind:8} {name:34} {shown}", flush=True)
 
@@ -62,6 +82,9 @@ class Run:
         import torch
         import triton
 
+        self.small = self.small or self.rehearsed
+        if not self.rows:
+            self.rows += rows_of.read(self.out)
         name = platform.processor() or platform.machine()
         if not self.rehearsed:
             name = torch.cuda.get_device_name()

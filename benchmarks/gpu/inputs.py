@@ -7,11 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from vila_deploy.backends.native.offload import pinned
+from vila_deploy.backends.native.pinned import pinned
 from vila_deploy.backends.native.weights import PackedLlm, empty_llm, map_tensors
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.presets import preset
 from vila_deploy.kernels.packed_linear import ZERO_UNIT, PackedLinear, empty_like_packed
+from vila_deploy.onnx_export.rotary import rotary_tables
 
 # The issue's shapes: label → preset.
 MODELS = {
@@ -55,10 +56,13 @@ def random_llm(
 ) -> PackedLlm:
     """Return a decoder with random weights of unit gain and norms of 1."""
     empty = empty_llm(sizes, max_seq_len, lm_head=lm_head)
+    tables = dict(zip(("cos", "sin"), rotary_tables(sizes, max_seq_len), strict=True))
 
     def make(name: str, tensor: Tensor) -> Tensor:
         if name == "table" and table_in_host:
             return pinned(torch.empty(tensor.shape, dtype=tensor.dtype).normal_(), device)
+        if name in tables:
+            return tables[name].to(device)
         real = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         inputs = sizes.hidden_size
         if ".down." in name:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from benchmarks.gpu.rows import Row, read
 
 
 def plot(rows: Sequence[Row], path: Path) -> bool:
@@ -51,5 +49,4 @@ def _series(row: Row) -> str:
 
 if __name__ == "__main__":
     source = Path(sys.argv[1])
-    lines = source.read_text("utf-8").splitlines()
-    print(plot([json.loads(line) for line in lines], source.with_suffix(".png")))
+    print(plot(read(source), source.with_suffix(".png")))

@@ -20,30 +20,28 @@ from benchmarks.gpu.baseline import (
     size_bytes,
 )
 from benchmarks.gpu.environment import Run, reason_of
-from benchmarks.gpu.inputs import config, linears, random_packed
+from benchmarks.gpu.inputs import config, linears
 from benchmarks.gpu.timing import copies_needed, seconds
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.formats.base import QuantizedLinear
 from vila_deploy.kernels.gemv import gemv
-from vila_deploy.kernels.linear import linear as times
 from vila_deploy.kernels.packed_linear import pack_float, pack_int4, pack_int8
 
 Call = Callable[[], object]
-PROMPTS = (256, 512, 1024, 2048)
 # Seconds that a model's products by one implementation may take.
 LEAST_S = 15.0
 
 
 def measure_stream(run: Run) -> None:
     """Time the device's limits: a large copy, a large sum and a float16 product."""
-    count = (1 << 16) if run.rehearsed else (4 << 30)
+    count = (1 << 16) if run.small else (4 << 30)
     source = torch.ones(count // 4, dtype=torch.float32, device=run.device)
     target = torch.empty_like(source)
     copy_s = seconds([lambda: target.copy_(source)], run.device)
     sum_s = seconds([lambda: source.sum()], run.device)
     run.add("stream", "copy", bytes_per_s=2 * count / copy_s)
     run.add("stream", "sum", bytes_per_s=count / sum_s)
-    side = 64 if run.rehearsed else 8192
+    side = 64 if run.small else 8192
     a, b = torch.randn(2, side, side, device=run.device).half()
     run.add("stream", "matmul", flop_per_s=2 * side**3 / seconds([lambda: a @ b], run.device))
 
@@ -53,10 +51,34 @@ def measure_products(run: Run) -> None:
     _measure_all(run, OWN)
 
 
-def measure_baselines(run: Run) -> None:
-    """Time the same by the baselines that are here, and compare them with our steps."""
-    _measure_all(run, BASELINES)
-    compare(run)
+def measure_marlin(run: Run) -> None:
+    """Time the same by Marlin, and compare it with our steps; so the other baselines."""
+    _measure_baseline(run, "marlin int4")
+
+
+def measure_machete(run: Run) -> None:
+    _measure_baseline(run, "machete int4")
+
+
+def measure_tinychat(run: Run) -> None:
+    _measure_baseline(run, "tinychat int4")
+
+
+def measure_tinygemm(run: Run) -> None:
+    _measure_baseline(run, "tinygemm int4")
+
+
+def measure_humming(run: Run) -> None:
+    _measure_baseline(run, "humming int4")
+
+
+def measure_gemlite(run: Run) -> None:
+    _measure_baseline(run, "gemlite int4")
+
+
+def _measure_baseline(run: Run, name: str) -> None:
+    _measure_all(run, [baseline for baseline in BASELINES if baseline.name == name])
+    compare(run, name)
 
 
 def _measure_all(run: Run, baselines: Sequence[Baseline]) -> None:
@@ -69,7 +91,7 @@ def _measure_all(run: Run, baselines: Sequence[Baseline]) -> None:
         except Exception as error:  # a baseline that doesn't run here is a result too
             run.add("failed", baseline.name, reason=reason_of(error))
             continue
-        for model in ("3B",) if run.rehearsed else ("3B", "8B", "13B", "40B"):
+        for model in run.models:
             if run.left_s < LEAST_S:
                 run.add("skipped", f"{model} {baseline.name}", reason="no time left")
                 continue
@@ -77,11 +99,11 @@ def _measure_all(run: Run, baselines: Sequence[Baseline]) -> None:
 
 
 def _measure_model(run: Run, model: str, baseline: Baseline, opened: Opened) -> None:
-    sizes = config(model, "int4", small=run.rehearsed)
+    sizes = config(model, "int4", small=run.small)
     agree = True
     for name, (rows, columns) in linears(sizes).items():
         # Those that the interpreter gets through, and that have whole groups.
-        if (name == "head" and not baseline.heads) or (run.rehearsed and name in ("qkv", "o")):
+        if (name == "head" and not baseline.heads) or (run.small and name in ("qkv", "o")):
             continue
         agree &= _measure(run, f"{model} {name} {baseline.name}", opened, rows, columns, 1)
         if not agree:
@@ -105,7 +127,7 @@ def _measure(run: Run, name: str, opened: Opened, rows: int, columns: int, token
             return False
         copies = copies_needed(first.size_bytes, run.device)
         prepared = [first, *(opened.prepare(linear) for _ in range(copies - 1))]
-        time_s = seconds([_bound(each, x) for each in prepared], run.device)
+        time_s = seconds([bound(each, x) for each in prepared], run.device)
     except Exception as error:  # a baseline that doesn't run here is a result too
         run.add("failed", name, reason=reason_of(error))
         return False
@@ -121,7 +143,7 @@ def _measure_sum(
     run: Run, model: str, baseline: Baseline, opened: Opened, sizes: LlmConfig
 ) -> None:
     """Time all products of a step in one graph; lm_head in float16, for baselines by cuBLAS."""
-    shapes = {k: v for k, v in linears(sizes).items() if not (run.rehearsed and k in ("qkv", "o"))}
+    shapes = {k: v for k, v in linears(sizes).items() if not (run.small and k in ("qkv", "o"))}
     head = shapes.pop("head")
     try:
         layers = [_layer(run, opened, shapes)]
@@ -154,22 +176,25 @@ def _layer(
     calls: list[tuple[Call, int]] = []
     for rows, columns in shapes.values():
         prepared = opened.prepare(random_quantized(rows, columns, run.device))
-        calls.append((_bound(prepared, _x(columns, 1, run)), prepared.size_bytes))
+        calls.append((bound(prepared, _x(columns, 1, run)), prepared.size_bytes))
     return calls
 
 
 def _head(run: Run, shape: tuple[int, int], *, ours: bool) -> tuple[Call, int]:
     prepare = (_ours(16) if ours else _cublas)(run).prepare
     prepared = prepare(random_quantized(*shape, run.device))
-    return _bound(prepared, _x(shape[1], 1, run)), prepared.size_bytes
+    return bound(prepared, _x(shape[1], 1, run)), prepared.size_bytes
 
 
-def compare(run: Run) -> None:
-    """Add the time of each baseline's products over that of our whole step with attention."""
+def compare(run: Run, baseline: str) -> None:
+    """Add the time of a baseline's products over that of our whole step with attention.
+
+    That step may be of an earlier stage: rows of one file belong together.
+    """
     whole = {r["name"].split()[0]: r for r in run.rows if _is_plain_step(r)}
     for row in [row for row in run.rows if row["kind"] == "step_products"]:
         model, _, name, bits = row["name"].split()
-        if name != "ours" and model in whole:
+        if f"{name} {bits}" == baseline and model in whole:
             run.add(
                 "ratio", f"{model} products of {name} {bits} / whole step of ours",
                 ratio=row["milliseconds"] / whole[model]["milliseconds"],
@@ -180,41 +205,9 @@ def _is_plain_step(row: Mapping[str, Any]) -> bool:
     return row["kind"] == "step" and row["name"].split()[1:] == ["int4"]
 
 
-def _bound(prepared: Prepared, x: Tensor) -> Call:
+def bound(prepared: Prepared, x: Tensor) -> Call:
     given = x.to(prepared.dtype)
     return lambda: prepared.call(given)
-
-
-def measure_prefill(run: Run) -> None:
-    """Time the products of one layer over a prompt: 4-bit weights, and cuBLAS on float16."""
-    for model in ("3B",) if run.rehearsed else ("3B", "8B", "13B", "40B"):
-        sizes = config(model, "int4", small=run.rehearsed)
-        for tokens in (20,) if run.rehearsed else PROMPTS:
-            if run.left_s < LEAST_S:
-                run.add("skipped", f"{model} × {tokens}, prefill", reason="no time left")
-                continue
-            ours = _layer_s(run, sizes, tokens, 4)
-            half = _layer_s(run, sizes, tokens, 16)
-            run.add(
-                "prefill", f"{model} × {tokens}", tokens=tokens, int4_ms=ours * 1e3,
-                cublas_fp16_ms=half * 1e3, ratio=ours / half,
-            )  # fmt: skip
-
-
-def _layer_s(run: Run, sizes: LlmConfig, tokens: int, bits: int) -> float:
-    total = 0.0
-    for name, (rows, columns) in linears(sizes).items():
-        if name == "head":
-            continue
-        x = torch.randn(tokens, columns, device=run.device).half()
-        if bits == 16:
-            dense = torch.randn(rows, columns, device=run.device).half() * columns**-0.5
-            call: Call = lambda x=x, w=dense: torch.nn.functional.linear(x, w)  # noqa: E731
-        else:
-            weight = random_packed(rows, columns, bits, run.device)
-            call = lambda x=x, w=weight: times(x, w, None, run.capability)  # noqa: E731
-        total += seconds([call], run.device)
-    return total
 
 
 def _x(columns: int, tokens: int, run: Run) -> Tensor:

@@ -24,8 +24,8 @@ LONGEST = 3  # tokens that an earlier passage must share with the end of the tex
 
 def measure_lookup(run: Run) -> None:
     """Time a step over one token and over eight of 3B: how many guesses must be right to gain."""
-    sizes = config("3B", "int4", small=run.rehearsed)
-    max_seq_len, context = (32, 3) if run.rehearsed else (MAX_SEQ_LEN, CONTEXT)
+    sizes = config("3B", "int4", small=run.small)
+    max_seq_len, context = (32, 3) if run.small else (MAX_SEQ_LEN, CONTEXT)
     llm = random_llm(sizes, max_seq_len, run.device)
     cache = random_cache(sizes, max_seq_len, run, FP16)
     step_config = StepConfig(sizes, max_seq_len, run.capability, run.device)

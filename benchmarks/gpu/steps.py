@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from benchmarks.gpu.environment import Run, reason_of
 from benchmarks.gpu.inputs import config, random_llm
+from benchmarks.gpu.kernel_times import measure_kernels
 from benchmarks.gpu.timing import seconds
-from vila_deploy.backends.native.compile import engine_launches
 from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
 from vila_deploy.backends.native.weights import empty_llm
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.kernels.capability import ComputeCapability
 from vila_deploy.kernels.fused_layer import PHASES
-from vila_deploy.kernels.launch import Launch
 from vila_deploy.kernels.launch_mode import LAUNCH_MODES, LaunchMode
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -37,12 +37,12 @@ VARIANTS = (
 )
 # Models whose launch modes are compared.
 COMPARED = (("3B", "int4"), ("8B", "int4"), ("13B", "int4"), ("40B", "int4"), ("3B", "fp16"))
-LEAST_S = 40.0  # for the launch modes of one of them
+LEAST_S = 3.0  # for one of them
 
 
 def measure_steps(run: Run) -> None:
     """Time every variant of each model; a model that doesn't fit is a row that says so."""
-    for model in ("3B",) if run.rehearsed else ("3B", "8B", "13B", "40B"):
+    for model in run.models:
         for precision, module_precision in VARIANTS:
             name = ", ".join(filter(None, (f"{model} {precision}", module_precision.summary())))
             if run.left_s < LEAST_S:
@@ -58,8 +58,8 @@ def _measure(
     if not run.rehearsed:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    sizes = config(model, precision, small=run.rehearsed)
-    max_seq_len = 32 if run.rehearsed else MAX_SEQ_LEN
+    sizes = config(model, precision, small=run.small)
+    max_seq_len = run.max_seq_len(MAX_SEQ_LEN)
     weight_bytes = empty_llm(sizes, max_seq_len, lm_head=module_precision.lm_head).bytes_per_step
     if not run.rehearsed and weight_bytes + SPARE_BYTES > torch.cuda.mem_get_info()[0]:
         run.add("failed", name, reason=f"{weight_bytes / 1e9:.1f} GB of weights don't fit")
@@ -67,41 +67,64 @@ def _measure(
     llm = random_llm(sizes, max_seq_len, run.device, module_precision.lm_head)
     cache = random_cache(sizes, max_seq_len, run, module_precision.kv_cache)
     step = DecodeStep(StepConfig(sizes, max_seq_len, run.capability, run.device), llm, cache)
-    context = 3 if run.rehearsed else CONTEXT
+    context = 3 if run.small else CONTEXT
     cache_bytes = cache.bytes_per_token * (context + STEPS // 2)
-    step_s = timed_steps(run, step, cache, context).seconds
+    timed = timed_steps(run, step, cache, context)
+    step_s = timed.seconds
     peak = 0 if run.rehearsed else torch.cuda.max_memory_allocated()
     total = weight_bytes + cache_bytes
     run.add(
         "step", name, weights="random", context=context, tokens_per_s=1 / step_s,
         milliseconds=step_s * 1e3, weight_bytes=weight_bytes, cache_bytes=cache_bytes,
         bytes=total, bytes_per_s=total / step_s, launches=len(step.launches),
-        peak_memory_bytes=peak,
+        peak_memory_bytes=peak, **timed.repeated(),
     )  # fmt: skip
     if not run.rehearsed and module_precision == ALL_FP16:
-        _kernels(run, name, step, cache, context)
+        measure_kernels(run, name, step, cache, context)
 
 
 def measure_launch_modes(run: Run) -> None:
-    """Time the same step in every launch mode that the device has.
+    """Time the same step in every launch mode that the device has, but for fused layers.
 
     `same_bits` compares the logits of the first and of the last of STEPS replays with those of the
     first mode, `error` is the relative difference of the first's.
     """
-    for model, precision in COMPARED[:1] if run.rehearsed else COMPARED:
+    modes = {n: mode for n, mode in supported(run.capability).items() if not mode.fuse_layers}
+    _compare(run, COMPARED, modes)
+
+
+def measure_fused(run: Run) -> None:
+    """Time steps with fused layers, whose programs wait for each other and might do so for ever.
+
+    Then their test, last of all.
+    """
+    modes = {n: mode for n, mode in supported(run.capability).items() if mode.fuse_layers}
+    _compare(run, COMPARED[:2], {"separate": LaunchMode(), **modes})
+    if not run.small:
+        from benchmarks.gpu.prepare import add_tests
+
+        add_tests(run, "fused")
+
+
+def _compare(
+    run: Run, models: Sequence[tuple[str, str]], modes: Mapping[str, LaunchMode]
+) -> None:  # fmt: skip
+    for model, precision in models[:1] if run.small else models:
         if run.left_s < LEAST_S:
             run.add("skipped", f"{model} {precision}, launch modes", reason="no time left")
             continue
         with run.attempt(f"{model} {precision}, launch modes"):
-            _measure_modes(run, model, precision)
+            _measure_modes(run, model, precision, modes)
 
 
-def _measure_modes(run: Run, model: str, precision: str) -> None:
-    name, sizes = f"{model} {precision}", config(model, precision, small=run.rehearsed)
-    max_seq_len, context = (32, 3) if run.rehearsed else (MAX_SEQ_LEN, CONTEXT)
-    if run.rehearsed:
+def _measure_modes(
+    run: Run, model: str, precision: str, modes: Mapping[str, LaunchMode]
+) -> None:  # fmt: skip
+    name, sizes = f"{model} {precision}", config(model, precision, small=run.small)
+    max_seq_len, context = (32, 3) if run.small else (MAX_SEQ_LEN, CONTEXT)
+    if run.small:
         sizes = replace(sizes, num_layers=2)  # one layer has none to be fused with
-    else:
+    if not run.rehearsed:
         torch.cuda.empty_cache()
     weight_bytes = empty_llm(sizes, max_seq_len).bytes_per_step
     if not run.rehearsed and weight_bytes + SPARE_BYTES > torch.cuda.mem_get_info()[0]:
@@ -110,7 +133,7 @@ def _measure_modes(run: Run, model: str, precision: str) -> None:
     llm = random_llm(sizes, max_seq_len, run.device)
     cache = random_cache(sizes, max_seq_len, run, ALL_FP16.kv_cache)
     expected: Timed | None = None
-    for shown, mode in supported(run.capability).items():
+    for shown, mode in modes.items():
         try:
             step_config = StepConfig(sizes, max_seq_len, run.capability, run.device, mode)
             step = DecodeStep(step_config, llm, cache)
@@ -128,6 +151,7 @@ def _measure_modes(run: Run, model: str, precision: str) -> None:
             same_bits=torch.equal(timed.first, expected.first)
             and torch.equal(timed.last, expected.last),
             error=float((timed.first - expected.first).norm() / expected.first.norm()),
+            **timed.repeated(),
         )  # fmt: skip
 
 
@@ -141,17 +165,6 @@ def supported(capability: ComputeCapability) -> dict[str, LaunchMode]:
             continue
         modes[name] = mode
     return modes
-
-
-def all_launches(model: str, precision: str, capability: ComputeCapability) -> list[Launch]:
-    """Return what the stages of this file launch of a model at its true size."""
-    sizes = config(model, precision, small=False)
-    modes = supported(capability).values()
-    return [
-        launch
-        for mode in modes
-        for launch in engine_launches(sizes, MAX_SEQ_LEN, capability, ALL_FP16, mode)
-    ]
 
 
 def random_cache(sizes: LlmConfig, max_seq_len: int, run: Run, dtype: str) -> Cache:
@@ -169,11 +182,20 @@ def random_cache(sizes: LlmConfig, max_seq_len: int, run: Run, dtype: str) -> Ca
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of a step, and the logits of the first and the last replay of a round."""
+    """Seconds of a step, and the logits of the first and the last replay of a round.
+
+    `repeats`: whether all rounds left equal bytes; None where there was only one.
+    """
 
     seconds: float
     first: torch.Tensor
     last: torch.Tensor
+    repeats: bool | None = None
+
+    def repeated(self) -> dict[str, Any]:
+        """Return what a row says of it: a time of steps that differ is of no use."""
+        found: dict[str, Any] = {"equal_bytes": self.repeats, "rounds": ROUNDS}
+        return found | ({"agrees": False} if self.repeats is False else {})
 
 
 def timed_steps(run: Run, step: DecodeStep, cache: Cache, context: int) -> Timed:
@@ -208,24 +230,4 @@ def timed_steps(run: Run, step: DecodeStep, cache: Cache, context: int) -> Timed
         outputs.append(step.logits.clone())
     # The cache behind the context is rewritten with the same values: every round is the same.
     repeats = all(torch.equal(outputs[1], output) for output in outputs[1:])
-    run.add("check", f"{ROUNDS - 1} rounds of {STEPS} tokens, equal bytes", agrees=repeats)
-    return Timed(statistics.median(times[1:]), first, outputs[-1])
-
-
-def _kernels(run: Run, name: str, step: DecodeStep, cache: Cache, context: int) -> None:
-    """Time each kernel alone, once over all layers, so that the L2 holds none of the weights."""
-    cache.position.fill_(context)
-    by_name: dict[str, list[Callable[[], None]]] = {}
-    for launch in step.launches:
-        by_name.setdefault(launch.name, []).append(launch)
-    for kernel, launches in by_name.items():
-        if kernel == "argmax_kernel":
-            continue
-        launch_s = seconds(launches, run.device)
-        run.add("kernel", f"{name} {kernel}", microseconds=launch_s * 1e6, launches=len(launches))
-    _empty_launch(run, step.launches[-1:])
-
-
-def _empty_launch(run: Run, launches: Sequence[Callable[[], None]]) -> None:
-    """Time one more launch inside a graph that does next to nothing."""
-    run.add("kernel", "empty launch", microseconds=seconds(launches, run.device, repeats=64) * 1e6)
+    return Timed(statistics.median(times[1:]), first, outputs[-1], repeats)

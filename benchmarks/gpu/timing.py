@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -38,15 +39,19 @@ def seconds(calls: Sequence[Callable[[], object]], device: str, repeats: int = 1
         for _ in range(repeats):
             for call in calls:
                 call()
-    found = [replay_s(graph) for _ in range(3 + REPLAYS)][3:]
+    found = replay_seconds(graph, 3 + REPLAYS)[3:]
     return statistics.median(found) / (repeats * len(calls))
 
 
-def replay_s(graph: torch.cuda.CUDAGraph) -> float:
-    """Return seconds of one replay by CUDA events."""
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    before.record()
-    graph.replay()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after) / 1e3
+def replay_seconds(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
+    """Return seconds of each of `count` replays by CUDA events.
+
+    All are queued before the host waits, so that no replay waits for its launch.
+    """
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    events[-1].synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)]

@@ -6,8 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vila_deploy.bench.host_load import NOISY_CORES
+from vila_deploy.bench.measure_row import TINYCHAT_CONTEXT
+from vila_deploy.bench.predict import predicted
 from vila_deploy.bench.published import OUT_OF_MEMORY, published_speed
 from vila_deploy.bench.roofline import DEVICES, roofline
+from vila_deploy.builder.plan import plan_build
+from vila_deploy.builder.resolve import BuildOptions, resolve_random_build
 from vila_deploy.checkpoint.presets import PRESETS
 
 Row = dict[str, Any]
@@ -38,10 +42,12 @@ def notes(rows: Sequence[Row]) -> str:
 
 DECODE_NOTE = (
     "*here*: median (least–most) of the repetitions. *share*: of what this computer's memory "
-    "bandwidth allows, behind the image. Other devices: *published by the authors / roofline*, "
-    "where the roofline is the published bandwidth over the bytes of a step without cached tokens "
-    "(int4: 4 bits, float16 scale and 4-bit zero point for each 128; head in float16), a limit "
-    "and no measurement. OOM: out of memory."
+    "bandwidth allows, behind the image. Other devices: *published by the authors / predicted / "
+    "roofline*. Predicted, not measured: what backend native should reach there with 4 tokens "
+    "cached, by a model of its kernels (vila_deploy/bench/predict.py) that is meant to be right "
+    "within 15%. The roofline is the published bandwidth over the bytes of a step without cached "
+    "tokens (int4: 4 bits, float16 scale and 4-bit zero point for each 128; head in float16), a "
+    "limit. OOM: out of memory."
 )
 
 
@@ -93,11 +99,21 @@ def _share(row: Row) -> str:
 
 
 def device_cell(model: str, precision: str, device: str) -> str:
-    """Return `published / roofline` of a released model on another device."""
+    """Return `published / predicted / roofline` of a released model on another device."""
     published = published_speed(model, precision, device)
     published = {OUT_OF_MEMORY: "OOM", None: DASH}.get(published, published)
-    limit = f"{roofline(model, precision, device):.0f}" if model in PRESETS else DASH
-    return f"{published} / {limit}"
+    if model not in PRESETS:
+        return f"{published} / {DASH} / {DASH}"
+    expected = predicted_cell(model, precision, device)
+    return f"{published} / {expected} / {roofline(model, precision, device):.0f}"
+
+
+def predicted_cell(model: str, precision: str, device: str) -> str:
+    """Return the tokens/s that backend native should reach there; OOM where it does not fit."""
+    request = BuildOptions(device, backend="native")
+    if not plan_build(resolve_random_build(model, precision, request)).fits:
+        return "OOM"
+    return f"{predicted(model, precision, device, TINYCHAT_CONTEXT):.0f}"
 
 
 def first_token_table(rows: Sequence[Row]) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from onnx import TensorProto
-from torch import Tensor
 
 from vila_deploy.checkpoint.llm_config import FINAL_NORM, HEAD, LlmConfig, layer_prefix
 from vila_deploy.checkpoint.weight_source import WeightSource
@@ -22,6 +20,7 @@ from vila_deploy.onnx_export.dialects.base import (
     cache_names,
 )
 from vila_deploy.onnx_export.graph_writer import GraphWriter, StoredTensor, WeightFile
+from vila_deploy.onnx_export.rotary import rotary_tables
 from vila_deploy.utils.progress import Advance
 
 
@@ -107,15 +106,6 @@ def _store_layer(
         gate_up=linear("mlp", "gate_proj", "up_proj"),
         down=linear("mlp", "down_proj"),
     )
-
-
-def rotary_tables(config: LlmConfig, max_seq_len: int) -> Iterator[Tensor]:
-    """Yield cos and sin [max_seq_len, head_dim / 2] in float32, computed as Llama was trained."""
-    exponents = torch.arange(0, config.head_dim, 2).float() / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents / config.rope_factor
-    angles = torch.arange(max_seq_len).float()[:, None] * frequencies
-    yield angles.cos()
-    yield angles.sin()
 
 
 def build_llm_graph(

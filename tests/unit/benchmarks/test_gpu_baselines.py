@@ -269,7 +269,7 @@ def test_products_of_baselines_stand_beside_our_whole_step(run: Run) -> None:
         run.add("step", name, milliseconds=ms)
     for name in ("ours", "tinychat"):
         run.add("step_products", f"8B step {name} int4", milliseconds=3.0)
-    products.compare(run)
+    products.compare(run, "tinychat int4")
     (row,) = rows_of(run, "ratio")
     assert (row["name"], row["ratio"]) == ("8B products of tinychat int4 / whole step of ours", 1.5)
 

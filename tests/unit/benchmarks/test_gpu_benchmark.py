@@ -18,7 +18,7 @@ from vila_deploy.kernels.launch_mode import LAUNCH_MODES
 
 STEMS = {
     "gemv", "gemm", "dequantize", "norm_qkv", "rope_kv", "attention", "add_residual", "gate_up",
-    "head", "embed", "kv_int8", "sample",
+    "head", "embed", "rope_attention", "kv_int8", "sample", "step",
 }  # fmt: skip
 ABSENT = {
     "tinychat int4",
@@ -55,7 +55,10 @@ def test_rehearsal_goes_through_every_stage(tmp_path: Path) -> None:
     assert {row["name"].split()[0] for row in checks} == STEMS
     assert all(row["agrees"] and row["error"] < row["limit"] for row in checks)
     kinds = {row["kind"] for row in rows}
-    assert {"check", "stream", "step", "memory_limit", "product", "prefill", "lookup"} <= kinds
+    assert {
+        "check", "stream", "step", "memory_limit", "product", "prefill", "lookup", "session",
+        "machine",
+    } <= kinds  # fmt: skip
     assert not [row for row in rows if row["kind"] == "failed"]
     skipped = {row["name"]: row["reason"] for row in rows if row["kind"] == "skipped"}
     assert skipped.keys() == ABSENT
@@ -91,24 +94,36 @@ def test_what_fails_is_a_row_and_the_rest_goes_on(
         raise RuntimeError("out of resource: shared memory\nand more")
 
     run = Run("cpu", INTERPRETER, 600.0, tmp_path / "rows.jsonl")
-    good = torch.ones(2)
-    monkeypatch.setattr(checks, "CASES", {"bad": refused, "good": lambda *_: iter([(good, good)])})
+    good, token = torch.ones(2), torch.tensor([40_000])
+    CASES = {
+        "bad": refused,
+        "good": lambda *_: iter([(good, good), (token, token)]),
+        "head": lambda *_: iter([(token + 70, token)]),
+    }
+    monkeypatch.setattr(checks, "CASES", CASES)
     assert not checks.check_all(run)
-    bad, fine = run.rows
+    bad, fine, wrong = run.rows
     assert (bad["agrees"], bad["reason"]) == (False, "RuntimeError: out of resource: shared memory")
     assert fine["agrees"]
+    assert not wrong["agrees"], "tokens are right or wrong, not nearly right"
+    written = (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()[-1]
+    assert json.loads(written)["error"] is None, "JSON has no infinity"
+    assert json.loads(written)["reason"] == "error is inf"
+    run.add("step", "3B int4", tokens_per_s=1.0)
+    assert run.rows.pop()["disagreeing"] == ["head 3B"]
+    run.add("step", "8B int4", tokens_per_s=1.0)
+    assert "agrees" not in run.rows.pop()
     monkeypatch.setattr(steps, "random_llm", refused)
     steps.measure_steps(run)
     steps.measure_launch_modes(run)
     failed = [row["name"] for row in run.rows if row["kind"] == "failed"]
     assert failed == [*STEPS, "3B int4, launch modes"]
-    written = (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()
-    assert list(map(json.loads, written)) == run.rows
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    done = run("--out", tmp_path / "rows.jsonl")
+    done = run("--only", "steps", "--out", tmp_path / "rows.jsonl")
     assert done.returncode == 1
-    assert "--rehearse" in done.stderr
-    assert not (tmp_path / "rows.jsonl").exists()
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {row["reason"] for row in rows} == {"failed, see log.txt"}
+    assert "torch finds no CUDA GPU" in (tmp_path / "log.txt").read_text("utf-8")

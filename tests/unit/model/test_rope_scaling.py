@@ -14,7 +14,7 @@ from tests.support.paths import GOLDEN
 from tests.support.vision_cases import assert_sample
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.model.llm import rotary
-from vila_deploy.onnx_export.llm import rotary_tables
+from vila_deploy.onnx_export.rotary import rotary_tables
 
 CASES = json.loads((GOLDEN / "rope_scaling.json").read_text("utf-8"))["cases"]
 IDS = [(7 * i * i + 3 * i + 5) % 64 for i in range(200)]

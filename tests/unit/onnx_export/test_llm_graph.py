@@ -20,7 +20,8 @@ from vila_deploy.onnx_export.arrays import float16
 from vila_deploy.onnx_export.dialects.base import pack_nibbles, pack_transposed_nibbles
 from vila_deploy.onnx_export.dialects.onnxruntime import OnnxRuntimeDialect
 from vila_deploy.onnx_export.graph_writer import GraphWriter, WeightFile
-from vila_deploy.onnx_export.llm import rotary_tables, store_llm
+from vila_deploy.onnx_export.llm import store_llm
+from vila_deploy.onnx_export.rotary import rotary_tables
 from vila_deploy.utils.errors import VilaDeployError
 
 

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any
@@ -95,6 +95,13 @@ class CompileCount:
     def kernels(self) -> int:
         return self.compiled + self.found
 
+    def __add__(self, other: CompileCount) -> CompileCount:
+        return CompileCount(
+            self.compiled + other.compiled,
+            self.found + other.found,
+            self.failed_helpers + other.failed_helpers,
+        )
+
 
 def compile_ahead(
     sets: Sequence[KernelSet],
@@ -129,6 +136,15 @@ def compile_ahead(
             elif process.returncode:
                 count.failed_helpers += 1
             process.wait()
+    return count
+
+
+def compile_launches(launches: Iterable[Launch], capability: ComputeCapability) -> CompileCount:
+    """Compile each distinct kernel of `launches` in this process."""
+    count = CompileCount()
+    with _counted(count):
+        for launch in distinct(launches):
+            _prepare(launch, capability)
     return count
 
 

@@ -76,8 +76,3 @@ class _StreamedLayer:
     def _drop(self) -> None:
         for weight in self._slices:
             weight.point_to(self._in_host)
-
-
-def pinned(tensor: Tensor, device: str) -> Tensor:
-    """Return it in host memory that `device` can read; in the interpreter any memory is."""
-    return tensor.cpu() if device == "cpu" else tensor.cpu().pin_memory()

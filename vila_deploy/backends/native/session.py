@@ -19,7 +19,8 @@ from vila_deploy.backends.native.compile_ahead import KernelSet, compile_ahead
 from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
 from vila_deploy.backends.native.memory import EMBEDDINGS, VISION
 from vila_deploy.backends.native.model_file import Prescales, read_model
-from vila_deploy.backends.native.offload import pinned, stream_layers
+from vila_deploy.backends.native.offload import stream_layers
+from vila_deploy.backends.native.pinned import pinned
 from vila_deploy.backends.native.prefill import prefill
 from vila_deploy.backends.native.tower import load_encoder
 from vila_deploy.backends.native.weights import (
@@ -54,31 +55,42 @@ class NativeSession:
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
-        self._device, capability = find_device()
+        device, capability = find_device()
         _check_capability(manifest.target, capability)
-        self.position, self.max_seq_len = 0, manifest.limits.max_seq_len
+        max_seq_len, modules = manifest.limits.max_seq_len, manifest.module_precision
         model = read_model(folder / files.MODEL)
         config, in_host_memory = model.config, model.in_host_memory
-        self._config = StepConfig(
-            config.llm, self.max_seq_len, capability, self._device, model.launch_mode
-        )
-        empty = empty_llm(config.llm, self.max_seq_len, lm_head=manifest.module_precision.lm_head)
-        table_at = HOST if EMBEDDINGS in in_host_memory else self._device
-        self._llm = _load_llm(folder, empty, model.norm_prescales, self._device, table_at)
-        # The tower runs in the precision that this device is fast in.
-        self._vision_dtype = torch.float32 if self._device == "cpu" else torch.float16
-        encoder = load_encoder(load_file(folder / files.VISION), config, self._vision_dtype)
+        empty = empty_llm(config.llm, max_seq_len, lm_head=modules.lm_head)
+        table_at = HOST if EMBEDDINGS in in_host_memory else device
+        llm = _load_llm(folder, empty, model.norm_prescales, device, table_at)
+        encoder = load_encoder(load_file(folder / files.VISION), config, vision_dtype(device))
         move = stream_layers if VISION in in_host_memory else VisionEncoder.to
-        self._vision = move(encoder, self._device)
-        dtype = manifest.module_precision.kv_cache
-        self._cache = Cache(config.llm, self.max_seq_len, self._device, dtype)
+        step_config = StepConfig(config.llm, max_seq_len, capability, device, model.launch_mode)
+        self._begin(step_config, llm, move(encoder, device), modules)
+
+    @classmethod
+    def of_parts(
+        cls, config: StepConfig, llm: PackedLlm, vision: VisionEncoder, modules: ModulePrecision
+    ) -> NativeSession:
+        """Return a session of what is on the device already, as a benchmark makes it."""
+        session = cls.__new__(cls)
+        session._begin(config, llm, vision, modules)
+        return session
+
+    def _begin(
+        self, config: StepConfig, llm: PackedLlm, vision: VisionEncoder, modules: ModulePrecision
+    ) -> None:
+        self._config, self._llm, self._vision = config, llm, vision
+        self._device = config.device
+        self.position, self.max_seq_len = 0, config.max_seq_len
+        self._cache = Cache(config.llm, self.max_seq_len, self._device, modules.kv_cache)
         self._step = DecodeStep(self._config, self._llm, self._cache)
         # By whether the step samples.
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         if self._device != "cpu":
             # Sums of float16 products stay in float32.
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-            self._warm_up(manifest.module_precision)
+            self._warm_up(modules)
 
     @torch.inference_mode()
     def _warm_up(self, module_precision: ModulePrecision) -> None:
@@ -102,7 +114,7 @@ class NativeSession:
         self.truncate(0)
 
     def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
-        tiles = torch.from_numpy(pixels).to(self._device, self._vision_dtype)
+        tiles = torch.from_numpy(pixels).to(self._device, vision_dtype(self._device))
         return self._vision(tiles, grid).float().cpu().numpy()
 
     def embed_tokens(self, tokens: Sequence[int]) -> Floats:
@@ -251,6 +263,11 @@ class NativeSession:
 
 def _say_compiling(kernels: int) -> None:
     print(f"compiling {kernels} kernels, once for this GPU", file=sys.stderr, flush=True)
+
+
+def vision_dtype(device: str) -> torch.dtype:
+    """Return the precision that the tower is fast in there."""
+    return torch.float32 if device == "cpu" else torch.float16
 
 
 def find_device() -> tuple[str, ComputeCapability]:

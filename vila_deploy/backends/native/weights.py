@@ -25,6 +25,7 @@ from vila_deploy.kernels.packed_linear import (
     pack_int4,
     pack_int8,
 )
+from vila_deploy.onnx_export.rotary import rotary_tables
 from vila_deploy.onnx_export.rounding import round_int4
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.progress import Advance
@@ -167,9 +168,6 @@ def pack_shards(
     lm_head: str = FP16,
 ) -> Iterator[Layer | PackedLlm]:
     """Yield each layer in turn, then everything else as a decoder without layers."""
-    # Only here, since that module needs onnx, which a device may lack.
-    from vila_deploy.onnx_export.llm import rotary_tables
-
     for index in range(config.num_layers):
         yield pack_layer(config, weights, index)
         advance(f"decoder layer {index}")

@@ -1,0 +1,145 @@
+"""Stages that hang, crash, disagree or come too late: every one has a row, and the rest goes on."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu import run_stages as module
+from benchmarks.gpu.plan import CALLS, STAGES, Plan
+from benchmarks.gpu.rows import append, read
+from benchmarks.gpu.run_stages import run_stages
+from benchmarks.gpu.stage_process import StageProcess
+from tests.support.paths import REPOSITORY
+
+FINE = "read line"
+Ends = dict[str, str]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """Runs a plan whose stages are shell commands; returns its exit code and stage rows."""
+    monkeypatch.setattr(module, "gpu_state", lambda: None)
+
+    def run_plan(plan: Plan, ends: Ends) -> dict[str, Any]:
+        out = tmp_path / "rows.jsonl"
+
+        def begin(name: str, limit_s: float) -> StageProcess:
+            command = ends.get(name, FINE).replace("OUT", str(out))
+            return StageProcess(["bash", "-c", command], tmp_path / "log.txt")
+
+        code = run_stages(plan, out, begin=begin)
+        rows = [row for row in read(out) if row["kind"] == "stage"]
+        return {"code": code, "rows": rows, **{row["name"]: row for row in rows}}
+
+    return run_plan
+
+
+def test_every_stage_has_its_row(
+    run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One hangs and ignores being asked to end, one dies, one breaks off within a line."""
+    monkeypatch.setattr(module, "RESERVE_S", 0.0)
+    monkeypatch.setattr("benchmarks.gpu.stage_process.KILL_AFTER_S", 0.3)
+    short = {n: vars(STAGES[n]) | {"timeout_s": 0.5, "estimate_s": 0.1} for n in STAGES}
+    monkeypatch.setattr(
+        module, "STAGES", {name: type(STAGES[name])(**row) for name, row in short.items()}
+    )
+    alive = tmp_path / "alive"
+    wrong = json.dumps({"kind": "check", "name": "head 3B", "agrees": False})
+    found = run(
+        Plan(CALLS["1"], 60.0),
+        {
+            "steps": f"read line; trap '' TERM; (sleep 2; touch {alive}) & sleep 100",
+            "products": "read line; kill -SEGV $$",
+            "checks": f"read line; echo '{wrong}' >> OUT",
+            "prefill": 'read line; printf \'{"kind": "pre\' >> OUT; exit 1',
+        },
+    )
+    assert [row["name"] for row in found["rows"]][:2] == ["machine", "compile"]
+    assert {row["name"] for row in found["rows"]} == set(CALLS["1"])
+    assert found["code"] == 1
+    assert (found["steps"]["exit_code"], found["steps"]["reason"]) == (124, "ended after 1 s")
+    assert found["products"]["exit_code"] == -signal.SIGSEGV
+    assert found["prefill"]["exit_code"] == 1
+    others = set(CALLS["1"]) - {"steps", "products", "prefill"}
+    assert all(found[name]["exit_code"] == 0 for name in others)
+    time.sleep(2)
+    assert not alive.exists(), "what a stage has begun ends with it"
+
+
+def test_a_device_that_answers_no_more_is_not_asked_again(
+    run: Callable[..., dict[str, Any]],
+) -> None:
+    found = run(Plan(("stream", "steps", "pack"), 100.0), {"stream": "exit 3", "probe": "exit 1"})
+    assert found["stream"]["exit_code"] == 3
+    assert found["steps"]["reason"] == "not begun: the device doesn't answer"
+    assert found["pack"]["exit_code"] == 0
+
+
+def test_what_has_no_time_left_is_not_begun(run: Callable[..., dict[str, Any]]) -> None:
+    found = run(Plan(("stream", "humming", "pack"), 30.0), {})
+    assert found["stream"]["exit_code"] == found["pack"]["exit_code"] == 0
+    assert found["humming"]["reason"].startswith("not begun: ")
+    assert found["code"] == 0
+
+
+def test_nothing_is_timed_beside_the_background(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    done = tmp_path / "done"
+    found = run(
+        Plan(("tests", "checks", "stream"), 600.0),
+        {
+            "tests": f"read line; sleep 0.6; touch {done}",
+            "checks": f"read line; test ! -e {done}",
+            "stream": f"read line; test -e {done}",
+        },
+    )
+    assert [row["exit_code"] for row in found["rows"]] == [0, 0, 0]
+    assert [row["name"] for row in found["rows"]] == ["checks", "tests", "stream"]
+
+
+def test_broken_lines_are_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert read(path) == []
+    path.write_text('{"kind": "a", "name": "b"}\n[1]\n\xff{\n{"kind": "c", "na', "latin-1")
+    append(path, {"kind": "d", "name": "e", "x": float("nan")})
+    assert read(path) == [
+        {"kind": "a", "name": "b"},
+        {"kind": "d", "name": "e", "x": None, "reason": "x is nan"},
+    ]
+
+
+def test_the_plan_fits_into_its_time() -> None:
+    for name, limit_s in (("1", 480), ("2", 300)):
+        stages = [STAGES[stage] for stage in CALLS[name]]
+        assert sum(stage.estimate_s for stage in stages if not stage.background) < limit_s
+        assert all(stage.estimate_s <= stage.timeout_s for stage in stages)
+    assert CALLS["1"].index("launch_modes") < CALLS["1"].index("products"), "most wanted first"
+    assert CALLS["1"][-2] == "fused", "what may hang comes last"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [((), {}, "usage: OUT=FOLDER"), (("3",), {"OUT": "x"}, "usage: "), (("1",), {}, "OUT is not")],
+)
+def test_the_script_refuses_to_lose_rows(
+    arguments: tuple[str, ...], environment: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [REPOSITORY / "benchmarks" / "gpu" / "first_run.sh", *arguments],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, **environment},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())
