@@ -22,7 +22,10 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, help="rows are appended; rows.jsonl in the folder OUT by default"
     )
-    parser.add_argument("--limit-s", type=float)
+    parser.add_argument("--limit-s", type=float, help="of the whole run")
+    parser.add_argument(
+        "--slower", type=float, default=1.0, help="than an H200: stages have more time"
+    )
     arguments = parser.parse_args()
     folder = os.environ.get("OUT")
     if arguments.out is None and not folder:
@@ -32,7 +35,9 @@ def main() -> int:
     out = (arguments.out or Path(folder or ".", "rows.jsonl")).resolve()
     limit_s = arguments.limit_s or LIMITS_S.get(arguments.call, LIMIT_S)
     try:
-        plan = Plan.of(arguments.call, arguments.only and arguments.only.split(","), limit_s)
+        plan = Plan.of(
+            arguments.call, arguments.only and arguments.only.split(","), limit_s, arguments.slower
+        )
     except ValueError as error:
         parser.error(str(error))
     if arguments.rehearse:

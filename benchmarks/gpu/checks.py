@@ -66,7 +66,7 @@ def check(run: Run, stem: str, model: str) -> bool:
     known = {"limit": limit, "seed": seed}
     try:
         rounds = 1 if run.small else 2
-        worst = max(_error(*p) for _ in range(rounds) for p in CASES[stem](run, sizes))
+        worst = max(relative_error(*p) for _ in range(rounds) for p in CASES[stem](run, sizes))
     except Exception as error:  # the others go on
         run.add("check", shown, **known, agrees=False, reason=reason_of(error))
         return False
@@ -74,7 +74,8 @@ def check(run: Run, stem: str, model: str) -> bool:
     return worst < limit
 
 
-def _error(found: Tensor, reference: Tensor) -> float:
+def relative_error(found: Tensor, reference: Tensor) -> float:
+    """Return ‖found − reference‖ / ‖reference‖; of integers 0 if they are equal, else infinity."""
     if not found.is_floating_point():  # tokens are right or wrong
         return 0.0 if torch.equal(found.long(), reference.long()) else float("inf")
     if not bool(torch.isfinite(found.float()).all()):

@@ -2,6 +2,7 @@
 # The first quarter of an hour on a GPU: `OUT=FOLDER benchmarks/gpu/first_run.sh 1`, read the rows,
 # mend, then `… 2`. Needs no pip and no network: torch, triton, transformers and numpy must be there.
 #   OUT       folder that outlives the machine: rows.jsonl, log.txt, machine.txt, cache.tar.xz
+#   LIMIT_S   seconds of the call, 480 and 210 by default; SLOWER, times slower than an H200
 #   FIRST     for call 2: the folder OUT of call 1, whose rows and cache it goes on from
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -40,4 +41,5 @@ done
 if [[ $call == 2 && -f ${FIRST:-}/rows.jsonl && ! $FIRST -ef $OUT ]]; then
   cat "$FIRST/rows.jsonl" >>"$OUT/rows.jsonl"
 fi
-exec "${PYTHON:-python3}" -m benchmarks.gpu --call "$call" ${SMALL:+--small} ${LIMIT_S:+--limit-s "$LIMIT_S"}
+exec "${PYTHON:-python3}" -m benchmarks.gpu --call "$call" ${SMALL:+--small} \
+  ${SLOWER:+--slower "$SLOWER"} ${LIMIT_S:+--limit-s "$LIMIT_S"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,26 @@ OTHERWISE = tuple(name for name in STAGES if name not in NOT_ALONE)
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run goes through, and its seconds."""
+    """What a run goes through, and its seconds.
+
+    Args:
+        slower: estimates and timeouts of stages are those of an H200 times this.
+    """
 
     stages: tuple[str, ...]
     limit_s: float
+    slower: float = 1.0
+
+    def stage(self, name: str) -> Stage:
+        """Return a stage with the seconds that it has on this device."""
+        stage = STAGES[name]
+        times = {"estimate_s": stage.estimate_s, "timeout_s": stage.timeout_s}
+        return replace(stage, **{key: value * self.slower for key, value in times.items()})
 
     @classmethod
-    def of(cls, call: str | None, only: Sequence[str] | None, limit_s: float) -> Plan:
+    def of(
+        cls, call: str | None, only: Sequence[str] | None, limit_s: float, slower: float = 1.0
+    ) -> Plan:
         """Return the stages of a call, or those named, in their order.
 
         Raises:
@@ -85,4 +98,4 @@ class Plan:
         if unknown := set(only or ()) - STAGES.keys():
             raise ValueError(f"no stage {min(unknown)}; there are {', '.join(STAGES)}")
         stages = CALLS[call] if call else OTHERWISE
-        return cls(tuple(only) if only else stages, limit_s)
+        return cls(tuple(only) if only else stages, limit_s, slower)

@@ -73,7 +73,7 @@ class _Runner:
         names = self._plan.stages
         try:
             for index, name in enumerate(names):
-                stage = STAGES[name]
+                stage = self._plan.stage(name)
                 if stage.timed:
                     self._await_background()
                 following = next((n for n in names[index + 1 :] if not STAGES[n].background), None)
@@ -125,13 +125,13 @@ class _Runner:
         if self._next and self._next[0] == name:
             process, self._next = self._next[1], None
             return process
-        limit_s = max(1.0, min(STAGES[name].timeout_s, self._left_s) - RESERVE_S / 2)
+        limit_s = max(1.0, min(self._plan.stage(name).timeout_s, self._left_s) - RESERVE_S / 2)
         return self._begin(name, limit_s)
 
     def _await_background(self) -> None:
         while self._background:
             name, process = next(iter(self._background.items()))
-            left_s = STAGES[name].timeout_s
+            left_s = self._plan.stage(name).timeout_s
             code = process.wait(min(left_s, process.seconds + self._left_s))
             del self._background[name]
             self._end(name, process, code, {})
@@ -148,13 +148,13 @@ class _Runner:
             self._failed = True
             probe = self._begin("probe", PROBE_S)
             probe.release()
-            self._device_answers = probe.wait(PROBE_S) == 0
+            self._device_answers = probe.wait(PROBE_S * self._plan.slower) == 0
         elif code:
             self._failed = True
 
     def _row(self, name: str, **values: Any) -> None:
         row = {"kind": "stage", "name": name, "label": "rehearsed" if self._small else "measured"}
-        row |= {"estimate_s": STAGES[name].estimate_s, "left_s": self._left_s, **values}
+        row |= {"estimate_s": self._plan.stage(name).estimate_s, "left_s": self._left_s, **values}
         row["commit"] = os.environ.get("VILA_DEPLOY_COMMIT")
         rows.append(self._out, row)
         took = f"{values['seconds']:6.1f} s" if "seconds" in values else "       -"

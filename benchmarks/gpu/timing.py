@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 
 REPLAYS = 21
+DISCARDED = 3  # replays before those
 # Between the first and the last use of a buffer lies this many times the L2.
 CACHES = 3
 
@@ -39,7 +40,7 @@ def seconds(calls: Sequence[Callable[[], object]], device: str, repeats: int = 1
         for _ in range(repeats):
             for call in calls:
                 call()
-    found = replay_seconds(graph, 3 + REPLAYS)[3:]
+    found = replay_seconds(graph, DISCARDED + REPLAYS)[DISCARDED:]
     return statistics.median(found) / (repeats * len(calls))
 
 

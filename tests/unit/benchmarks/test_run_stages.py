@@ -50,9 +50,9 @@ def test_every_stage_has_its_row(
     monkeypatch.setattr(module, "RESERVE_S", 0.0)
     monkeypatch.setattr("benchmarks.gpu.stage_process.KILL_AFTER_S", 0.3)
     short = {n: vars(STAGES[n]) | {"timeout_s": 0.5, "estimate_s": 0.1} for n in STAGES}
-    monkeypatch.setattr(
-        module, "STAGES", {name: type(STAGES[name])(**row) for name, row in short.items()}
-    )
+    stages = {name: type(STAGES[name])(**row) for name, row in short.items()}
+    monkeypatch.setattr("benchmarks.gpu.plan.STAGES", stages)
+    monkeypatch.setattr(module, "STAGES", stages)
     alive = tmp_path / "alive"
     wrong = json.dumps({"kind": "check", "name": "head 3B", "agrees": False})
     found = run(
