@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -19,6 +21,7 @@ POLL_S = 0.5
 HEALTH_TIMEOUT_S = 5.0
 # For vLLM to end its own processes after SIGTERM; killed after that.
 END_S = 30.0
+SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 
 
 class VllmProcess:
@@ -32,6 +35,7 @@ class VllmProcess:
             stdin=subprocess.DEVNULL,
             stdout=2,
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
 
     def wait(self) -> int:
@@ -84,6 +88,12 @@ def running(command: Command) -> Iterator[VllmProcess]:
         yield process
     finally:
         process.end()
+
+
+def _end_with_parent() -> None:
+    """Have Linux end this process when its parent has been killed: it would keep the GPU."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def _answers(url: str) -> bool:
