@@ -61,6 +61,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "module-sizes": precision.module_sizes,
     "serving-true-shapes": serving.serving_true_shapes,
     "serving-beside": serving.serving_beside,
+    "serving-kinds": serving.serving_kinds,
     "quantize-cost": builds.quantize_cost,
     "tensorrt-graphs": builds.tensorrt_graphs,
     "tensorrt-engines": builds.tensorrt_engines,

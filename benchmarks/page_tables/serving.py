@@ -47,6 +47,21 @@ def serving_beside() -> str:
     return markdown(["server", "clients", *FIGURES], cells, note)
 
 
+def serving_kinds() -> str:
+    """Return the load on vila-serve by kinds of questions, up to 32 clients."""
+    rows = results("serving_kinds")
+    cells = [
+        [row["model"], DATA[row["data"]], str(row["concurrency"]), *_figures(row)] for row in rows
+    ]
+    first, seconds = rows[0], [row["seconds"] for row in rows]
+    note = (
+        f"{first['label']}: {first['precision']} with --activations {first['activations']}, "
+        f"answers of {_tokens(rows)} tokens, 8 slots, {first['device']} with nothing else at "
+        f"work, {first['date']}; one run each, of {min(seconds):.1f} to {max(seconds):.1f} s"
+    )
+    return markdown(["model", "questions", "clients", *FIGURES], cells, note)
+
+
 FIGURES = ("tokens/s", "first token p50", "p99", "a token p50", "longest wait for the next")
 
 
@@ -57,7 +72,9 @@ def _figures(row: dict[str, Any]) -> list[str]:
 
 
 def _time(milliseconds: float) -> str:
-    return f"{milliseconds:.0f} ms" if milliseconds < 1000 else f"{milliseconds / 1e3:.1f} s"
+    if milliseconds >= 1000:
+        return f"{milliseconds / 1e3:.1f} s"
+    return f"{milliseconds:.{0 if milliseconds >= 9.5 else 1}f} ms"
 
 
 def _tokens(rows: list[dict[str, Any]]) -> str:

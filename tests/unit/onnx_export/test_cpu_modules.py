@@ -126,3 +126,4 @@ def test_smoothing_takes_outlier_channels_out_of_activations(tmp_path: Path, nam
     before = error(features(tmp_path / "before", checkpoint, "int8"), expected)
     after = error(features(tmp_path / "after", checkpoint, "int8", smoothed), expected)
     assert after < 1.5 * INT8_TOLERANCE < before
+    assert after < before / 10
