@@ -54,7 +54,8 @@ def video_models() -> str:
 def memory() -> str:
     """Return the GB that each released model needs on each target, int4 / fp16."""
 
-    targets = sorted(load_targets().values(), key=_by_memory)
+    known = (target for target in load_targets().values() if target.is_one_device)
+    targets = sorted(known, key=_by_memory)
     titles = ["model"]
     for target in targets:
         titles.append(f"`{target.name}` {_room(target)}")

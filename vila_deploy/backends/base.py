@@ -34,6 +34,7 @@ class Backend(ABC):
     takes_jetpack: ClassVar[bool] = False
     takes_kernel_launch: ClassVar[bool] = False
     takes_activations: ClassVar[bool] = False
+    takes_gpu_layers: ClassVar[bool] = False
     # Whether modules that don't fit on the GPU stay in its host's memory.
     offloads: ClassVar[bool] = False
     # Whether an engine may be opened while its large files of numbers are still being checked.
@@ -57,6 +58,10 @@ class Backend(ABC):
             raise VilaDeployError(
                 f"--activations is for backend onnxruntime, not for {self.name}",
                 fix="leave it out",
+            )
+        if request.gpu_layers is not None and not self.takes_gpu_layers:
+            raise VilaDeployError(
+                f"--gpu-layers is for backend llamacpp, not for {self.name}", fix="leave it out"
             )
         batch = request.limits.max_batch_size
         if batch > self.max_batch_size:

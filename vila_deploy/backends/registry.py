@@ -14,6 +14,7 @@ BACKENDS: dict[str, str] = {
     "tensorrt": "vila_deploy.backends.tensorrt.backend:BACKEND",
     "edge-llm": "vila_deploy.backends.edge_llm.backend:BACKEND",
     "tensorrt-llm": "vila_deploy.backends.tensorrt_llm.backend:BACKEND",
+    "llamacpp": "vila_deploy.backends.llamacpp.backend:BACKEND",
 }
 # Other names that --backend takes; the backend says where each is allowed (check_alias).
 ALIASES: dict[str, str] = {"tensorrt-rtx": "tensorrt"}

@@ -14,4 +14,5 @@ def gpu_name(target: Target, backend: str) -> str | None:
     Raises:
         VilaDeployError: no GPU is here, or CUDA reports an error.
     """
-    return None if target.compute_capability is None else get_backend(backend).gpu_name()
+    cpu = target.compute_capability is None and target.ggml_backend is None
+    return None if cpu else get_backend(backend).gpu_name()

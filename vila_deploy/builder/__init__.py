@@ -29,11 +29,14 @@ def build_engine(
     jetpack: str | None = None,
     kernel_launch: str | None = None,
     activations: str | None = None,
+    gpu_layers: int | None = None,
+    memory: float | None = None,
 ) -> Manifest:
     """Write the engine folder `out` for `target`, "auto" for this computer; return its manifest.
 
-    The options are those of `vila-build-engine`, see docs/cli.md. Steps that only the device can
-    take are left pending in the manifest; `build_engine(out, out, target)` finishes them there.
+    The options are those of `vila-build-engine`, see docs/cli.md; None of `gpu_layers` is its
+    `auto`. Steps that only the device can take are left pending in the manifest;
+    `build_engine(out, out, target)` finishes them there.
 
     Raises:
         VilaDeployError: an option, the checkpoint or the disk is wrong, or the model doesn't fit.
@@ -57,6 +60,8 @@ def build_engine(
     check_at_least("--max-seq-len", max_seq_len, 2)
     check_at_least("--tp", tp, 1)
     check_at_least("--pp", pp, 1)
+    check_at_least("--gpu-layers", gpu_layers, 0)
+    check_at_least("--memory", memory, 1e-9)
     return build(
         Path(checkpoint),
         Path(out),
@@ -67,5 +72,7 @@ def build_engine(
             eval_data=None if eval is None else Path(eval),
             kernel_launch=kernel_launch,
             activations=activations,
+            gpu_layers=gpu_layers,
+            memory_bytes=None if memory is None else int(memory * 1e9),
         ),
     )  # fmt: skip

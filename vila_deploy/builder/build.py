@@ -163,6 +163,7 @@ def _manifest(
         module_precision=build.request.module_precision,
         activations=build.request.activations,
         defaults=build.request.defaults,
+        gpu_layers=build.request.gpu_layers,
     )
 
 

@@ -42,6 +42,8 @@ def fit_everywhere(
 ) -> list[Fit]:
     """Return for every target whether the model fits on one of its GPUs; reads no weights.
 
+    Targets that stand for GPUs of any size are left out.
+
     Args:
         module_precision: fp16 is taken instead of what a target's backend doesn't have.
         backend: is taken where a target has it, elsewhere and by default the target's default.
@@ -49,6 +51,7 @@ def fit_everywhere(
     return [
         _fit(config, precision, limits, target, module_precision, backend)
         for target in load_targets().values()
+        if target.is_one_device
     ]
 
 

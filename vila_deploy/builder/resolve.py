@@ -43,6 +43,8 @@ class BuildOptions:
         eval_data: texts and images, or one of BUILTIN_DATA, on which the change of the logits by
             `module_precision` and `activations` is measured; None: it is not.
         activations: a name in ACTIVATIONS, of the 4-bit linears of backend onnxruntime.
+        gpu_layers: of backend llamacpp, on the GPU; None: those that fit when it is opened.
+        memory_bytes: of a target that is no one device; None means this computer's.
     """
 
     target: str
@@ -59,6 +61,8 @@ class BuildOptions:
     eval_data: Path | None = None
     kernel_launch: str | None = None
     activations: str | None = None
+    gpu_layers: int | None = None
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def resolve_build(root: Path, options: BuildOptions, *, planning: bool = False) 
     tokenizer = layout.folder("llm")
     config = follow_tokenizer(config_of(layout, options.prompt_template), tokenizer)
     check_vocabulary(tokenizer, config)
-    target = get_target(options.target)
+    target = _target(options)
     backend = resolve_backend(target, options.backend)
     found = "int4" if config.llm.quantization else FP16
     if not (planning and found == FP16 and options.precision == "int4"):
@@ -138,10 +142,24 @@ def resolve_random_build(model: str, precision: str, options: BuildOptions) -> R
     """
     from vila_deploy.checkpoint.presets import preset
 
-    config, target = preset(model, precision), get_target(options.target)
+    config, target = preset(model, precision), _target(options)
     backend = resolve_backend(target, options.backend)
     request = _request(config, target, backend, precision, options)
     return _resolve(ResolvedBuild(model, config, backend, precision, request))
+
+
+def _target(options: BuildOptions) -> Target:
+    """Return the target asked for, with the memory asked for where it has none of its own."""
+    target = get_target(options.target)
+    if options.memory_bytes is None:
+        return target
+    if target.memory_bytes is not None:
+        raise VilaDeployError(
+            f"target {target.name} has {target.memory_bytes / 1e9:.1f} GB, --memory is for targets "
+            "without a size of their own",
+            fix="leave it out, or use --max-seq-len to make the engine smaller",
+        )
+    return replace(target, memory_bytes=options.memory_bytes)
 
 
 def resolve_backend(target: Target, asked: str | None) -> Backend:
@@ -216,6 +234,7 @@ def _request(
         options.kernel_launch,
         activations,
         {name: choice.reason for name, choice in defaults.items() if choice.reason},
+        options.gpu_layers,
     )
 
 

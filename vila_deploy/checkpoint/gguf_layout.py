@@ -50,18 +50,20 @@ def tensor_specs(
     config: LlmConfig,
     table_types: tuple[str, ...] = TABLE_TYPES,
     linear_types: tuple[str, ...] = FLOAT_TYPES,
+    head_types: tuple[str, ...] = (),
 ) -> Iterator[GgufSpec]:
     """Yield every tensor in the order in which it is written.
 
     Args:
         table_types: of the embedding and the head.
         linear_types: of the decoder's linears.
+        head_types: of the head where it differs, beside the embedding even where the two are tied.
     """
     table = (config.vocab_size, config.hidden_size)
     yield GgufSpec(EMBEDDING, ENDS[EMBEDDING], table, table_types)
     yield GgufSpec(FINAL_NORM, ENDS[FINAL_NORM], (config.hidden_size,), ("F32",))
-    if not config.tie_word_embeddings:
-        yield GgufSpec(HEAD, ENDS[HEAD], table, table_types)
+    if head_types or not config.tie_word_embeddings:
+        yield GgufSpec(HEAD, ENDS[HEAD], table, head_types or table_types)
     for index in range(config.num_layers):
         ours, theirs = layer_prefix(index), f"blk.{index}"
         for norm in NORMS:

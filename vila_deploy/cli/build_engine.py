@@ -35,6 +35,15 @@ if TYPE_CHECKING:
     from vila_deploy.engine.manifest import Manifest
 
 
+def _gpu_layers(context: click.Context, option: click.Parameter, value: str) -> int | None:
+    """Return the number of layers; None for auto."""
+    if value == AUTO:
+        return None
+    if value.isascii() and value.isdigit():
+        return int(value)
+    raise click.BadParameter(f"must be auto or a number, found {value!r}")
+
+
 @command("vila-build-engine")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
@@ -101,6 +110,15 @@ if TYPE_CHECKING:
     "--kernel-launch", type=click.Choice([*LAUNCH_MODES]),
     help="How kernels follow each other, separate if left out; --backend native only.",
 )  # fmt: skip
+@click.option(
+    "--gpu-layers", metavar="auto|N", default=AUTO, show_default=True, callback=_gpu_layers,
+    help="Decoder layers on the GPU, the head counted as one; auto: those that fit when the engine "
+    "is opened; --backend llamacpp only.",
+)  # fmt: skip
+@click.option(
+    "--memory", metavar="GB", type=click.FloatRange(0, min_open=True),
+    help="Memory that the engine may fill, for targets that are no one device: metal, vulkan, cpu.",
+)  # fmt: skip
 @click.option("--plan", "plan_only", is_flag=True, help="Show sizes and memory; config files only.")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan or manifest as JSON.")
 def main(
@@ -122,6 +140,8 @@ def main(
     pp: int,
     jetpack: str | None,
     kernel_launch: str | None,
+    gpu_layers: int | None,
+    memory: float | None,
     plan_only: bool,
     as_json: bool,
 ) -> None:
@@ -143,7 +163,8 @@ def main(
     modules = ModulePrecision(vision, lm_head, kv_cache)
     options = BuildOptions(
         target, backend, precision, max_batch_size, max_input_len, max_seq_len, prompt_template, tp,
-        pp, jetpack, modules, eval_data, kernel_launch, activations,
+        pp, jetpack, modules, eval_data, kernel_launch, activations, gpu_layers,
+        None if memory is None else int(memory * 1e9),
     )  # fmt: skip
     if plan_only or out is None:
         _plan(checkpoint, options, as_json)

@@ -35,6 +35,7 @@ class BuildRequest:
         activations: a name in ACTIVATIONS, of the 4-bit linears of backend onnxruntime; None where
             there are none, or another backend.
         defaults: why the backend's own choices are what they are, by option.
+        gpu_layers: of backend llamacpp, on the GPU, the head counted as one; None: those that fit.
         prompts: returns embeddings [tokens, hidden] of sequences to calibrate with.
         random_weights: the weights are made up, so that errors measured with them mean nothing.
     """
@@ -48,6 +49,7 @@ class BuildRequest:
     kernel_launch: str | None = None
     activations: str | None = None
     defaults: Mapping[str, str] = field(default_factory=dict)
+    gpu_layers: int | None = None
     prompts: Callable[[], Sequence[Floats]] | None = field(default=None, compare=False)
     random_weights: bool = False
 

@@ -84,6 +84,7 @@ class Manifest:
         activations: a name in ACTIVATIONS, of the 4-bit linears of backend onnxruntime.
         defaults: why choices that the user left to the backend are what they are, by option.
         source: repository and commit on the Hugging Face Hub that the checkpoint came from.
+        gpu_layers: of backend llamacpp, on the GPU; None: those that fit when it is opened.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Manifest:
     activations: str | None = None
     defaults: Mapping[str, str] = field(default_factory=dict)
     source: Mapping[str, str] | None = None
+    gpu_layers: int | None = None
 
 
 # Keys in manifest.json of the fields whose names have changed since.
@@ -111,7 +113,7 @@ KEYS = {
     "accuracy_impact": "effect",
 }
 # Written only where they say something.
-OPTIONAL_KEYS = ("activations", "defaults", "source")
+OPTIONAL_KEYS = ("activations", "defaults", "source", "gpu_layers")
 
 
 def write_manifest(folder: Path, manifest: Manifest, without: Collection[str] = ()) -> None:
@@ -144,7 +146,7 @@ def write_manifest(folder: Path, manifest: Manifest, without: Collection[str] = 
         },
     }
     for key in OPTIONAL_KEYS:
-        if not content[key]:
+        if content[key] in (None, {}):
             del content[key]
     content[CHECKSUM] = _digest(content)
     partial.write_text(canonical_json(content), "utf-8")
@@ -241,6 +243,7 @@ def _from_fields(values: Fields) -> Manifest:
         activations=_activations(values),
         defaults=values.child("defaults").values if "defaults" in values else {},
         source=values.child("source").values if "source" in values else None,
+        gpu_layers=values.integer("gpu_layers", low=0) if "gpu_layers" in values else None,
     )
 
 

@@ -53,6 +53,8 @@ class Target:
         default_backend: built unless `--backend` says otherwise.
         backends: every backend that can serve it, with what it needs there.
         tensorrt: how backend tensorrt makes its engines, where there is one.
+        ggml_backend: ggml's name of what drives its GPU, for backend llamacpp; None means CUDA, or
+            nothing for a CPU.
     """
 
     name: str
@@ -65,6 +67,12 @@ class Target:
     backends: dict[str, str]
     reserved_bytes: int | None = None
     tensorrt: TensorRt | None = None
+    ggml_backend: str | None = None
+
+    @property
+    def is_one_device(self) -> bool:
+        """Return whether its memory is known: its own, or this host's for a CPU."""
+        return self.memory_bytes is not None or self.ggml_backend is None
 
     @property
     def usable_bytes(self) -> int | None:
@@ -111,6 +119,7 @@ def _target(name: str, row: dict[str, Any]) -> Target:
     known = {field.name for field in fields(Target)} - {"name"}
     optional = {
         "compute_capability", "memory_bytes", "bandwidth_bytes_per_s", "reserved_bytes", "tensorrt",
+        "ggml_backend",
     }  # fmt: skip
     unknown, missing = row.keys() - known, known - optional - row.keys()
     if unknown or missing:

@@ -26,7 +26,7 @@ from vila_deploy.processing.chat_template import PROMPT_TEMPLATES
 from vila_deploy.processing.jinja_template import jinja_template, ollama_template
 from vila_deploy.processing.own_template import recognize
 from vila_deploy.utils.errors import VilaDeployError
-from vila_deploy.writers import gguf
+from vila_deploy.writers import gguf_files as shards
 from vila_deploy.writers.convert import convert
 
 MUTATIONS = 300
@@ -124,7 +124,7 @@ def test_tables_in_fewer_bits(name: str, tmp_path: Path) -> None:
 
 def test_several_files_beyond_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_checkpoint(tmp_path / "q", quantized=True)
-    monkeypatch.setattr(gguf, "MAX_FILE_BYTES", 100_000)
+    monkeypatch.setattr(shards, "MAX_FILE_BYTES", 100_000)
     convert(root, tmp_path / "gguf", ["gguf"])
     files = gguf_files(tmp_path / "gguf" / "llm")
     assert len(files) > 2

@@ -53,7 +53,7 @@ def build(
     """
     steps = config.vision_layers_used + 1 + config.llm.num_layers + 2
     with progress(steps, "building") as advance:
-        chosen = _write_vision(folder, config, tower, projector, request, advance)
+        chosen = write_chosen_vision(folder, config, tower, projector, request, advance)
 
         (folder / files.LLM).mkdir()
         with WeightFile(folder / files.LLM / files.WEIGHTS) as file:
@@ -78,7 +78,7 @@ def build(
     return BuildResult(stored.bytes_per_step, versions, chosen={**chosen, **of_cache})
 
 
-def _write_vision(
+def write_chosen_vision(
     folder: Path,
     config: VilaConfig,
     tower: WeightSource,

@@ -12,18 +12,13 @@ import onnxruntime
 
 from vila_deploy.backends.onnxruntime import files
 from vila_deploy.backends.onnxruntime.decoder import BoundGraph, CacheRows
-from vila_deploy.backends.onnxruntime.inference import (
-    NO_PREPACKING,
-    load_graph,
-    run_each,
-    vision_options,
-)
+from vila_deploy.backends.onnxruntime.image_encoder import ImageEncoder
+from vila_deploy.backends.onnxruntime.inference import NO_PREPACKING, load_graph
 from vila_deploy.backends.onnxruntime.memory import PREFILL_TOKENS
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import check_keep, check_room, check_slots, chunk_size
 from vila_deploy.formats.module_dtypes import FP16, INT8, INT8X2
-from vila_deploy.processing.s2 import merge_s2_blocks, s2_features
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.estimates import available_memory_bytes
@@ -58,12 +53,7 @@ class OnnxRuntimeSession:
         self._table = np.load(folder / files.EMBEDDING, mmap_mode="r")
         small = manifest.weight_bytes_per_token < ONE_THREAD_BYTES
         threads = 1 if small else threads_to_use()
-        self._tiling = model.tiling
-        graph = folder / files.VISION / files.GRAPH
-        self._vision = load_graph(graph, threads=threads, options=vision_options())
-        if self._tiling.uses_s2:
-            projector = folder / files.VISION / files.PROJECTOR_GRAPH
-            self._projector = load_graph(projector, threads=threads)
+        self._images = ImageEncoder(folder, model.tiling, threads)
         llm = folder / files.LLM
         # Repacking float32 weights would only slow down decoding; quantized ones need it.
         repack = {manifest.precision, manifest.module_precision.lm_head} != {FP16}
@@ -94,17 +84,13 @@ class OnnxRuntimeSession:
         self.rows.lengths[slot] = tokens
 
     def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
-        """Return features [images, tokens, hidden] of tiles [tiles, 3, size, size], one by one."""
-        return self.merge_tiles(self.encode_tiles(pixels), grid)
+        return self._images.encode_images(pixels, grid)
 
     def encode_tiles(self, pixels: Floats) -> Floats:
-        return run_each(self._vision, pixels)
+        return self._images.encode_tiles(pixels)
 
     def merge_tiles(self, features: Floats, grid: tuple[int, int] | None) -> Floats:
-        if not self._tiling.uses_s2:
-            return features
-        blocks = s2_features(features, self._tiling, grid)
-        return merge_s2_blocks(run_each(self._projector, blocks), self._tiling, grid)
+        return self._images.merge_tiles(features, grid)
 
     def embed_tokens(self, tokens: Sequence[int]) -> Floats:
         return self._table[np.asarray(tokens, np.int64)].astype(np.float32)
@@ -161,7 +147,7 @@ class OnnxRuntimeSession:
 
     def close(self) -> None:
         """Free the models and the cache."""
-        for name in ("_vision", "_projector", "_decoder", "_prefill", "_table", "_bound", "rows"):
+        for name in ("_images", "_decoder", "_prefill", "_table", "_bound", "rows"):
             self.__dict__.pop(name, None)
 
     def _pass(self, slots: Sequence[int], embeds: Floats) -> Floats:

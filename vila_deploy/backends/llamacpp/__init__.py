@@ -1,0 +1,1 @@
+"""The llama.cpp backend: our vision encoder in front of llama.cpp's decoder."""

@@ -1,0 +1,136 @@
+"""Write the GGUF files of a language model, tensor by tensor, in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from vila_deploy.checkpoint.gguf_layout import GgufSpec, row_order
+from vila_deploy.checkpoint.gguf_reader import shard_name
+from vila_deploy.checkpoint.llm_config import LlmConfig
+from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.formats.gguf import GGUF_BLOCKS, dtype
+from vila_deploy.formats.gguf_blocks import quantize_table
+from vila_deploy.formats.gguf_file import (
+    INT32,
+    UINT16,
+    GgufTensor,
+    Typed,
+    header_bytes,
+    place,
+)
+
+# Of one file; more are several, as llama.cpp splits them. The hub takes up to 50 GB.
+MAX_FILE_BYTES = 40 * 10**9
+# general.file_type, what most tensors are (llama.h's LLAMA_FTYPE_*).
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "BF16": 32}
+FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+class GgufFiles:
+    """The GGUF files of one model, whose tensors are known beforehand and come in any order.
+
+    Args:
+        name: of the files, without their ending.
+        specs: of all tensors, with one type each.
+        config: of the model, which says in which order rows are stored.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        metadata: dict[str, Any],
+        specs: Sequence[GgufSpec],
+        config: LlmConfig,
+    ):
+        self._config = config
+        shards = list(_shards(specs))
+        self._pending: dict[str, tuple[BinaryIO, int, GgufTensor]] = {}
+        self._opened: list[BinaryIO] = []
+        self.names = [shard_name(name, number, len(shards)) for number in range(1, len(shards) + 1)]
+        for number, shard in enumerate(shards):
+            values = dict(metadata) if number == 0 else {}
+            if len(shards) > 1:
+                values["split.no"] = Typed(UINT16, number)
+                values["split.count"] = Typed(UINT16, len(shards))
+                values["split.tensors.count"] = Typed(INT32, len(specs))
+            tensors = place([(spec.name, spec.shape, spec.types[0]) for spec in shard])
+            header = header_bytes(values, tensors)
+            file = (folder / self.names[number]).open("xb")
+            self._opened.append(file)
+            file.write(header)
+            file.truncate(len(header) + tensors[-1].begin + tensors[-1].bytes)
+            for spec, tensor in zip(shard, tensors, strict=True):
+                self._pending[spec.source] = (file, len(header) + tensor.begin, tensor)
+
+    def __enter__(self) -> GgufFiles:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for file in self._opened:
+            file.close()
+
+    def add(self, name: str, value: Tensor | QuantizedLinear) -> None:
+        """Write a tensor, or a quantized linear with its bias, in the type of its spec.
+
+        Args:
+            name: ours, of a tensor or of a linear.
+        """
+        order = row_order(self._config, name)
+        if isinstance(value, QuantizedLinear):
+            zero_point = self._type_of(f"{name}.weight") == dtype(True)
+            packed = GGUF_BLOCKS.pack(value, zero_point)
+            blocks = packed["blocks"].flatten(1)
+            self._write(f"{name}.weight", [blocks if order is None else blocks[order]])
+            if "bias" in packed:
+                self.add(f"{name}.bias", packed["bias"])
+            return
+        tensor = value if order is None else value[order]
+        stored = self._type_of(name)
+        if stored in FLOATS.values():
+            target = next(kind for kind, label in FLOATS.items() if label == stored)
+            rows = tensor.split(1 << 12) if tensor.ndim > 1 else [tensor]
+            self._write(name, (part.to(target) for part in rows))
+        else:
+            self._write(name, quantize_table(tensor, stored))
+
+    def _type_of(self, name: str) -> str:
+        return self._pending[name][2].dtype
+
+    def _write(self, name: str, parts: Iterator[Tensor] | Sequence[Tensor]) -> None:
+        """Write the tensor that we call `name`, once, from its first row on."""
+        file, begin, tensor = self._pending.pop(name)
+        file.seek(begin)
+        written = 0
+        for part in parts:
+            content = part.contiguous().view(torch.uint8).numpy()
+            written += file.write(content.data)
+        assert written == tensor.bytes, (name, written, tensor)
+
+    def finish(self) -> None:
+        """Close the files; every tensor must have been written."""
+        assert not self._pending, sorted(self._pending)[:3]
+        for file in self._opened:
+            file.close()
+
+
+def _shards(specs: Sequence[GgufSpec]) -> Iterator[list[GgufSpec]]:
+    shard: list[GgufSpec] = []
+    for spec in specs:
+        whole = place([(s.name, s.shape, s.types[0]) for s in [*shard, spec]])
+        if shard and whole[-1].begin + whole[-1].bytes > MAX_FILE_BYTES:
+            yield shard
+            shard = []
+        shard.append(spec)
+    yield shard
