@@ -18,6 +18,7 @@ BACKENDS = {
     "tensorrt on the device (`orin…`, `h100`, `h200`)": ("orin", "tensorrt"),
     "native": ("h200", "native"),
     "tensorrt-llm": ("a100", "tensorrt-llm"),
+    "llamacpp": ("vulkan", "llamacpp"),
 }
 MODELS = ("VILA1.5-3b", "Llama-3-VILA1.5-8B", "VILA1.5-40b")
 SIZES = {

@@ -47,7 +47,7 @@ def build_engine(
     from vila_deploy.engine.precision import LLM_PRECISIONS, ModulePrecision, accepted_dtypes
     from vila_deploy.formats.module_dtypes import ACTIVATIONS
     from vila_deploy.kernels.launch_mode import LAUNCH_MODES
-    from vila_deploy.utils.errors import check_at_least, check_choice
+    from vila_deploy.utils.errors import check_choice
 
     check_choice("--precision", precision, (None, *LLM_PRECISIONS))
     check_choice("--vision", vision, accepted_dtypes("vision"))
@@ -55,24 +55,28 @@ def build_engine(
     check_choice("--activations", activations, (None, *ACTIVATIONS))
     check_choice("--kv-cache", kv_cache, accepted_dtypes("kv_cache"))
     check_choice("--kernel-launch", kernel_launch, (None, *LAUNCH_MODES))
-    check_at_least("--max-batch-size", max_batch_size, 1)
-    check_at_least("--max-input-len", max_input_len, 1)
-    check_at_least("--max-seq-len", max_seq_len, 2)
-    check_at_least("--tp", tp, 1)
-    check_at_least("--pp", pp, 1)
-    check_at_least("--gpu-layers", gpu_layers, 0)
-    check_at_least("--memory", memory, 1e-9)
-    return build(
-        Path(checkpoint),
-        Path(out),
-        BuildOptions(
-            target_name(target)[0], backend, precision, max_batch_size, max_input_len, max_seq_len,
-            prompt_template, tp, pp, jetpack,
-            module_precision=ModulePrecision(vision, lm_head, kv_cache),
-            eval_data=None if eval is None else Path(eval),
-            kernel_launch=kernel_launch,
-            activations=activations,
-            gpu_layers=gpu_layers,
-            memory_bytes=None if memory is None else int(memory * 1e9),
-        ),
+    _check_numbers(
+        max_batch_size=max_batch_size, max_input_len=max_input_len, max_seq_len=max_seq_len,
+        tp=tp, pp=pp, gpu_layers=gpu_layers, memory=memory,
     )  # fmt: skip
+    modules = ModulePrecision(vision, lm_head, kv_cache)
+    eval_data = None if eval is None else Path(eval)
+    memory_bytes = None if memory is None else int(memory * 1e9)
+    options = BuildOptions(
+        target_name(target)[0], backend, precision, max_batch_size, max_input_len, max_seq_len,
+        prompt_template, tp, pp, jetpack, modules, eval_data, kernel_launch, activations,
+        gpu_layers, memory_bytes,
+    )  # fmt: skip
+    return build(Path(checkpoint), Path(out), options)
+
+
+# The least value of an option, where that isn't 1.
+LEAST = {"max_seq_len": 2, "gpu_layers": 0, "memory": 1e-9}
+
+
+def _check_numbers(**options: float | None) -> None:
+    """Raise VilaDeployError for an option that is below its least value."""
+    from vila_deploy.utils.errors import check_at_least
+
+    for name, value in options.items():
+        check_at_least(f"--{name.replace('_', '-')}", value, LEAST.get(name, 1))

@@ -46,6 +46,10 @@ SUPPORTED = [
     ("orin", "tensorrt", "tensorrt", {"lm_head": ("int8", "int4")}),
     ("a100", "tensorrt-llm", "tensorrt-llm", {}),
     ("orin", "edge-llm", "edge-llm", {}),
+    (
+        "vulkan", "llamacpp", "llamacpp",
+        {"vision": ("int8",), "lm_head": ("int8",), "kv_cache": ("int8",)},
+    ),
 ]  # fmt: skip
 
 
