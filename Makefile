@@ -83,5 +83,5 @@ $(VLLM_VENV)/.installed: setup.py pyproject.toml tests/integrations/vllm/install
 	touch $@
 
 $(VENV)/.installed-llamacpp: $(VENV)/.installed-dev
-	$(PIP) llama-cpp-python
+	$(PIP) -e '.[llamacpp]'
 	touch $@

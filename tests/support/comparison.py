@@ -30,7 +30,7 @@ TIE = 1e-3
 
 
 def greedy_tokens_of_both(
-    checkpoint: Path, engine: Path, prompts: Sequence[Prompt]
+    checkpoint: Path, engine: Path, prompts: Sequence[Prompt], tie: float = TIE
 ) -> list[tuple[list[int], list[int]]]:
     """(reference's tokens, engine's tokens) for each prompt; stop tokens do not stop them.
 
@@ -57,15 +57,15 @@ def greedy_tokens_of_both(
             prompt = embed(reference)
             sequence = np.concatenate([prompt, reference.embed_tokens(tokens[:-1])])
             logits = reference.llm(torch.from_numpy(sequence))[len(prompt) - 1 :]
-            pairs.append((_likeliest(logits, tokens), tokens))
+            pairs.append((_likeliest(logits, tokens, tie), tokens))
     return pairs
 
 
-def _likeliest(logits: torch.Tensor, tokens: list[int]) -> list[int]:
-    """Return the most likely token at every position; of several within TIE that of `tokens`."""
+def _likeliest(logits: torch.Tensor, tokens: list[int], tie: float) -> list[int]:
+    """Return the most likely token at every position; of several within `tie` that of `tokens`."""
     best, likeliest = logits.max(-1)
     given = torch.tensor(tokens)
-    tied = best - logits[range(len(tokens)), given] <= TIE * logits.std(-1)
+    tied = best - logits[range(len(tokens)), given] <= tie * logits.std(-1)
     return torch.where(tied, given, likeliest).tolist()
 
 

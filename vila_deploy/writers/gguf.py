@@ -26,7 +26,7 @@ from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import canonical_json
 from vila_deploy.utils.version import __version__
 from vila_deploy.writers.folder import Writer, copy_parts, write_llm_config
-from vila_deploy.writers.gguf_files import FILE_TYPES, GgufFiles
+from vila_deploy.writers.gguf_files import FILE_TYPES, GgufFiles, add_tensor
 from vila_deploy.writers.modelfile import MODELFILE, modelfile
 
 
@@ -59,7 +59,7 @@ class GgufWriter(Writer):
         name = f"{checkpoint_name(checkpoint.root) or 'model'}-{kind}"
         llm = checkpoint.config.llm
         specs = list(tensor_specs(llm, (types.table,), (kind,)))
-        self._files = GgufFiles(folder / "llm", name, metadata, specs, llm)
+        self._files = GgufFiles(folder / "llm", name, metadata, specs)
 
     @classmethod
     def check_model(cls, config: VilaConfig) -> None:
@@ -72,7 +72,7 @@ class GgufWriter(Writer):
             )
 
     def add(self, name: str, value: Tensor | QuantizedLinear) -> None:
-        self._files.add(name, value)
+        add_tensor(self._files, self._checkpoint.config.llm, name, value)
 
     def finish(self) -> None:
         self._files.finish()

@@ -38,7 +38,6 @@ class GgufFiles:
     Args:
         name: of the files, without their ending.
         specs: of all tensors, with one type each.
-        config: of the model, which says in which order rows are stored.
     """
 
     def __init__(
@@ -47,9 +46,7 @@ class GgufFiles:
         name: str,
         metadata: dict[str, Any],
         specs: Sequence[GgufSpec],
-        config: LlmConfig,
     ):
-        self._config = config
         shards = list(_shards(specs))
         self._pending: dict[str, tuple[BinaryIO, int, GgufTensor]] = {}
         self._opened: list[BinaryIO] = []
@@ -81,34 +78,11 @@ class GgufFiles:
         for file in self._opened:
             file.close()
 
-    def add(self, name: str, value: Tensor | QuantizedLinear) -> None:
-        """Write a tensor, or a quantized linear with its bias, in the type of its spec.
-
-        Args:
-            name: ours, of a tensor or of a linear.
-        """
-        order = row_order(self._config, name)
-        if isinstance(value, QuantizedLinear):
-            zero_point = self._type_of(f"{name}.weight") == dtype(True)
-            packed = GGUF_BLOCKS.pack(value, zero_point)
-            blocks = packed["blocks"].flatten(1)
-            self._write(f"{name}.weight", [blocks if order is None else blocks[order]])
-            if "bias" in packed:
-                self.add(f"{name}.bias", packed["bias"])
-            return
-        tensor = value if order is None else value[order]
-        stored = self._type_of(name)
-        if stored in FLOATS.values():
-            target = next(kind for kind, label in FLOATS.items() if label == stored)
-            rows = tensor.split(1 << 12) if tensor.ndim > 1 else [tensor]
-            self._write(name, (part.to(target) for part in rows))
-        else:
-            self._write(name, quantize_table(tensor, stored))
-
-    def _type_of(self, name: str) -> str:
+    def type_of(self, name: str) -> str:
+        """Return how the tensor that we call `name` is stored."""
         return self._pending[name][2].dtype
 
-    def _write(self, name: str, parts: Iterator[Tensor] | Sequence[Tensor]) -> None:
+    def write(self, name: str, parts: Iterator[Tensor] | Sequence[Tensor]) -> None:
         """Write the tensor that we call `name`, once, from its first row on."""
         file, begin, tensor = self._pending.pop(name)
         file.seek(begin)
@@ -123,6 +97,33 @@ class GgufFiles:
         assert not self._pending, sorted(self._pending)[:3]
         for file in self._opened:
             file.close()
+
+
+def add_tensor(
+    files: GgufFiles, config: LlmConfig, name: str, value: Tensor | QuantizedLinear
+) -> None:
+    """Write a tensor, or a quantized linear with its bias, in the type and order of the file.
+
+    Args:
+        name: ours, of a tensor or of a linear.
+    """
+    order = row_order(config, name)
+    if isinstance(value, QuantizedLinear):
+        zero_point = files.type_of(f"{name}.weight") == dtype(True)
+        packed = GGUF_BLOCKS.pack(value, zero_point)
+        blocks = packed["blocks"].flatten(1)
+        files.write(f"{name}.weight", [blocks if order is None else blocks[order]])
+        if "bias" in packed:
+            add_tensor(files, config, f"{name}.bias", packed["bias"])
+        return
+    tensor = value if order is None else value[order]
+    stored = files.type_of(name)
+    if stored in FLOATS.values():
+        target = next(kind for kind, label in FLOATS.items() if label == stored)
+        rows = tensor.split(1 << 12) if tensor.ndim > 1 else [tensor]
+        files.write(name, (part.to(target) for part in rows))
+    else:
+        files.write(name, quantize_table(tensor, stored))
 
 
 def _shards(specs: Sequence[GgufSpec]) -> Iterator[list[GgufSpec]]:

@@ -25,7 +25,7 @@ from vila_deploy.formats.base import QuantizedLinear, to_float16
 from vila_deploy.formats.module_dtypes import FP16
 from vila_deploy.utils.progress import Advance, progress
 from vila_deploy.utils.version import __version__
-from vila_deploy.writers.gguf_files import FILE_TYPES, GgufFiles
+from vila_deploy.writers.gguf_files import FILE_TYPES, GgufFiles, add_tensor
 
 
 def build(
@@ -56,17 +56,17 @@ def write_llm(
     heads = () if head == FP16 else (HEAD_TYPES[head],)
     specs = list(tensor_specs(llm, ("F16",), (kind,), heads))
     metadata = _metadata(llm, request.limits.max_seq_len, kind)
-    with GgufFiles(folder, files.MODEL.removesuffix(".gguf"), metadata, specs, llm) as file:
+    with GgufFiles(folder, files.MODEL.removesuffix(".gguf"), metadata, specs) as file:
         for index in range(llm.num_layers):
             _add_layer(file, llm, weights, layer_prefix(index))
             advance(f"decoder layer {index}")
         table = to_float16(weights.tensor(EMBEDDING), EMBEDDING)
-        file.add(EMBEDDING, table)
-        file.add(FINAL_NORM, weights.tensor(FINAL_NORM))
+        add_tensor(file, llm, EMBEDDING, table)
+        add_tensor(file, llm, FINAL_NORM, weights.tensor(FINAL_NORM))
         if not llm.tie_word_embeddings:
             table = weights.tensor(HEAD) if heads else to_float16(weights.tensor(HEAD), HEAD)
         if heads or not llm.tie_word_embeddings:
-            file.add(HEAD, table)
+            add_tensor(file, llm, HEAD, table)
         file.finish()
         advance("lm_head")
 
@@ -74,16 +74,16 @@ def write_llm(
 def _add_layer(file: GgufFiles, config: LlmConfig, weights: WeightSource, prefix: str) -> None:
     for norm in NORMS:
         name = f"{prefix}.{norm}.weight"
-        file.add(name, weights.tensor(name))
+        add_tensor(file, config, name, weights.tensor(name))
     for linear in config.linears:
         name = f"{prefix}.{linear}"
         value = weights.linear(name)
         if isinstance(value, QuantizedLinear):
-            file.add(name, value)
+            add_tensor(file, config, name, value)
             continue
-        file.add(f"{name}.weight", to_float16(value, name))
+        add_tensor(file, config, f"{name}.weight", to_float16(value, name))
         if config.has_bias(linear):
-            file.add(f"{name}.bias", weights.tensor(f"{name}.bias"))
+            add_tensor(file, config, f"{name}.bias", weights.tensor(f"{name}.bias"))
 
 
 def _metadata(config: LlmConfig, max_seq_len: int, kind: str) -> dict[str, Any]:
