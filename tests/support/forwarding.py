@@ -31,9 +31,11 @@ class Front:
 
 
 @contextmanager
-def forwarding(upstream: str, options: ServerOptions | None = None) -> Iterator[Front]:
+def forwarding(
+    upstream: str, options: ServerOptions | None = None, upstream_key: str | None = None
+) -> Iterator[Front]:
     """Serve in front of `upstream` until the block ends."""
-    api = ForwardingApi(upstream, options or ServerOptions((NAME,)), 2048)
+    api = ForwardingApi(upstream, options or ServerOptions((NAME,)), 2048, upstream_key)
     listener, started = bind("127.0.0.1", 0), threading.Event()
     server = Server(api, on_start=started.set)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import urllib.request
 from collections.abc import Callable
@@ -120,9 +121,11 @@ def serve_with_vllm(
     command = _command(model, vllm, installed, port, options, slots)
     click.echo(str(command))
     inner = f"http://127.0.0.1:{port}"
-    with running(command) as process:
+    # Others on this computer reach its port too.
+    key = secrets.token_urlsafe()
+    with running(command, {"VLLM_API_KEY": key}) as process:
         process.wait_until_ready(inner)
-        api = ForwardingApi(inner, options, _max_model_len(inner))
+        api = ForwardingApi(inner, options, _max_model_len(inner, key), upstream_key=key)
         name = options.model_names[0]
         address = url(listener, tls is not None)
         started = f"{name} answers at {address} (API: {address}/v1), by vLLM at {inner}"
@@ -189,8 +192,9 @@ def _show_memory(model: ServedModel, parallel: Parallel) -> None:
         )
 
 
-def _max_model_len(url: str) -> int:
-    with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as response:
+def _max_model_len(url: str, key: str) -> int:
+    request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request, timeout=60) as response:
         return int(json.load(response)["data"][0]["max_model_len"])
 
 

@@ -6,6 +6,7 @@ made of its known fields alone. Its errors come back in our form, its answers as
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator, Callable
@@ -55,6 +56,7 @@ class ForwardingApi(ModelListing):
 
     Args:
         upstream: address of the other server, without /v1.
+        upstream_key: its API key; None if it has none.
         network: how image URLs are fetched, where `options` allow it.
     """
 
@@ -63,6 +65,7 @@ class ForwardingApi(ModelListing):
         upstream: str,
         options: ServerOptions,
         max_model_len: int,
+        upstream_key: str | None = None,
         network: Network | None = None,
     ):
         super().__init__(options, max_model_len)
@@ -71,6 +74,7 @@ class ForwardingApi(ModelListing):
         self.budget = BodyBudget(options.body_bytes_in_flight)
         self.network = (network or Network()) if options.allow_image_urls else None
         self._upstream = upstream
+        self._headers = {"authorization": f"Bearer {upstream_key}"} if upstream_key else {}
         self._client: httpx.AsyncClient | None = None
         self.chat_endpoint = ForwardedEndpoint(self, "/v1/chat/completions", _chat_body)
         self.completion_endpoint = ForwardedEndpoint(self, "/v1/completions", _completion_body)
@@ -82,14 +86,18 @@ class ForwardingApi(ModelListing):
             timeout = httpx.Timeout(self.options.limits.timeout_s, connect=CONNECT_TIMEOUT_S)
             limits = httpx.Limits(max_connections=None)
             self._client = httpx.AsyncClient(
-                base_url=self._upstream, timeout=timeout, limits=limits, trust_env=False
+                base_url=self._upstream,
+                headers=self._headers,
+                timeout=timeout,
+                limits=limits,
+                trust_env=False,
             )
         return self._client
 
     async def health(self, request: Request) -> Response:
         """Answer 200 while the other server does."""
         try:
-            healthy = (await self.client.get("/health")).status_code == 200
+            healthy = (await self._get("/health")).status_code == 200
         except httpx.HTTPError:
             healthy = False
         if self.draining or not healthy:
@@ -99,10 +107,13 @@ class ForwardingApi(ModelListing):
     async def show_metrics(self, request: Request) -> Response:
         """Answer with our figures, and behind them the other server's."""
         try:
-            theirs = (await self.client.get("/metrics")).content
+            theirs = (await self._get("/metrics")).content
         except httpx.HTTPError:
             theirs = b""
         return Response(self.metrics.exposition() + theirs, media_type=MEDIA_TYPE)
+
+    async def _get(self, path: str) -> httpx.Response:
+        return await self.client.get(path, timeout=CONNECT_TIMEOUT_S)
 
     async def drain(self) -> None:
         """Return at once: uvicorn waits for requests that run."""
@@ -130,18 +141,22 @@ class ForwardedEndpoint:
         check_json(headers)
         with self._api.budget.reserve() as reservation:
             content = await read_body(headers, receive, self._api.options.limits, reservation)
-            forwarded = self._body(content, self._api.options)
-            await until_disconnect(
-                receive, self._forward(forwarded, reservation, scope[REQUEST_ID], send)
-            )
+            # Bodies of many megabytes are read and written in a thread.
+            forwarded = await asyncio.to_thread(self._body, content, self._api.options)
+            del content
+            answer = self._forward(forwarded, reservation, scope[REQUEST_ID], send)
+            try:
+                async with asyncio.timeout(self._api.options.limits.timeout_s):
+                    await until_disconnect(receive, answer)
+            except TimeoutError:
+                raise _too_slow() from None
 
     async def _forward(
         self, forwarded: _Forwarded, reservation: Reservation, request_id: str, send: Send
     ) -> None:
         self._api.model_name(forwarded.options.model)
         await self._fetch_images(forwarded)
-        body = json.dumps(forwarded.values).encode()
-        del forwarded
+        body = await asyncio.to_thread(forwarded.encode)
         async with self._ask(body, request_id) as response:
             reservation.release()
             if response.status_code != 200:
@@ -167,7 +182,7 @@ class ForwardedEndpoint:
         try:
             response = await client.send(request, stream=True)
         except httpx.TimeoutException:
-            raise ApiError("the model did not answer in time", status=408) from None
+            raise _too_slow() from None
         except httpx.HTTPError:
             raise ApiError(
                 "the model's server does not answer", status=503, retry_after_s=5
@@ -211,6 +226,10 @@ class _Forwarded:
     @property
     def options(self) -> GenerationOptions:
         return self.request.options
+
+    def encode(self) -> bytes:
+        """Return the body that is sent on."""
+        return json.dumps(self.values).encode()
 
     def replace(self, url: str, content: str) -> None:
         """Give the parts with an address the image's bytes instead."""
@@ -262,6 +281,10 @@ def _with_defaults(
     if most:
         values["max_tokens"] = min(most)
     return values
+
+
+def _too_slow() -> ApiError:
+    return ApiError("the model did not answer in time", status=408)
 
 
 async def _error(response: httpx.Response, request_id: str) -> ApiError:

@@ -25,6 +25,8 @@ from tiny_vila.questions import held_out
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
+# Starting vLLM takes a minute or two on a computer with nothing else to do.
+pytestmark = pytest.mark.timeout(1800)
 QUESTIONS = held_out(100)
 CONVERSATIONS = [as_messages(question) for question in QUESTIONS]
 # Without compiling for minutes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.support.forwarding import Front, forwarding
-from tests.support.serving import ENDLESS, KEY, NAME, Running, asks, wait_until
+from tests.support.serving import ENDLESS, KEY, NAME, Running, asks, serving, wait_until
 from vila_deploy.server.options import RequestLimits, ServerOptions
 
 Images = list[Image.Image]
@@ -107,6 +108,17 @@ def test_limits_and_keys_are_the_front_s(server: Running, images: Images) -> Non
         assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (2, "length")
         with pytest.raises(openai.BadRequestError, match="at most 1"):
             create(front, [asks(QUESTION, *images[:2])])
+
+
+def test_the_other_servers_key_is_sent(engine_folder: Path) -> None:
+    options = ServerOptions((NAME,), api_keys=(KEY,))
+    with serving(engine_folder, slots=1, options=options) as behind:
+        with forwarding(behind.url, upstream_key=KEY) as front:
+            assert create(front, [asks("x")]).choices
+        with forwarding(behind.url, upstream_key="wrong-key") as front:
+            response = front.http().post("/v1/chat/completions", json={"messages": [asks("x")]})
+            assert response.status_code == 500
+            assert "API key" not in response.text
 
 
 def test_nobody_answers_behind() -> None:

@@ -11,7 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 from vila_deploy.integrations.vllm.command import Command
@@ -27,11 +27,11 @@ SET_PARENT_DEATH_SIGNAL = 1  # of Linux's prctl
 class VllmProcess:
     """A running vLLM; it writes to our stderr."""
 
-    def __init__(self, command: Command):
+    def __init__(self, command: Command, secrets: Mapping[str, str]):
         # A session of its own, so that Ctrl-C reaches it through us, after running answers.
         self._popen = subprocess.Popen(
             command.words,
-            env={**os.environ, **command.environment},
+            env={**os.environ, **command.environment, **secrets},
             stdin=subprocess.DEVNULL,
             stdout=2,
             start_new_session=True,
@@ -81,9 +81,13 @@ class VllmProcess:
 
 
 @contextmanager
-def running(command: Command) -> Iterator[VllmProcess]:
-    """Run vLLM until the block ends."""
-    process = VllmProcess(command)
+def running(command: Command, secrets: Mapping[str, str] | None = None) -> Iterator[VllmProcess]:
+    """Run vLLM until the block ends.
+
+    Args:
+        secrets: further variables, which are shown to nobody.
+    """
+    process = VllmProcess(command, secrets or {})
     try:
         yield process
     finally:
