@@ -239,14 +239,14 @@ _SIGLIP_TAKEN_FOR_GRANTED = {
 class OneFolder:
     """A class of SGLang that reads a checkpoint in one folder, keyed by its `architectures[0]`.
 
-    `channels` is the width of the features that its projector takes; None: its config says so.
+    `channels` is the width of the features that its projector takes.
     `fixed` is what its code takes for granted, as keys of VILA's config.json. The class computes
     what the projector types of `projectors` say; the first is what reading assumes.
     """
 
     model_type: str
     projectors: tuple[str, ...]
-    channels: int | None
+    channels: int
     fixed: dict[str, Any]
 
     @property
@@ -254,7 +254,7 @@ class OneFolder:
         return self.projectors[0]
 
 
-# python/sglang/srt/models/{nvila,nvila_lite,vila}.py of sgl-project/sglang. A checkpoint is written
+# python/sglang/srt/models/{nvila,nvila_lite}.py of sgl-project/sglang. A checkpoint is written
 # for the first that fits.
 ONE_FOLDERS = {
     "NVILAForConditionalGeneration": OneFolder(
@@ -274,12 +274,6 @@ ONE_FOLDERS = {
         model_type="nvila_lite",
         projectors=("mlp_downsample_3x3_fix",),
         channels=1152,
-        fixed={**_SIGLIP_TAKEN_FOR_GRANTED, "image_aspect_ratio": "dynamic"},
-    ),
-    "VILAForConditionalGeneration": OneFolder(
-        model_type="vila",
-        projectors=("mlp_downsample_3x3_fix",),
-        channels=None,
         fixed={**_SIGLIP_TAKEN_FOR_GRANTED, "image_aspect_ratio": "dynamic"},
     ),
 }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from vila_deploy.processing.chat_template import PromptTemplate
+from vila_deploy.processing.chat_template import IMAGE_MARKER, PromptTemplate
 
+VIDEO_MARKER = "<vila/video>"
 _JINJA = (
     "{%- if messages[0]['role'] == 'system' -%}"
     "{%- set system = messages[0]['content'] -%}{%- set turns = messages[1:] -%}"
@@ -18,6 +19,39 @@ _JINJA = (
     "{{- @before_answer + message['content'] + @end_of_answer -}}"
     "{%- endif -%}{%- endfor -%}"
 )
+
+
+# Images before or behind all text come first, others stay where they are, as prompt.py has it.
+_PARTS = (
+    "{%- macro marker(part) -%}"
+    "{%- if 'image' in part['type'] -%}@image{%- elif 'video' in part['type'] -%}@video"
+    "{%- endif -%}{%- endmacro -%}"
+    "{%- macro written(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
+    "{%- set texts = content | selectattr('type', 'equalto', 'text') | list -%}"
+    "{%- set at = namespace(first=-1, last=-1, after_text=false) -%}"
+    "{%- for part in content -%}{%- if part['type'] == 'text' -%}"
+    "{%- if at.first < 0 -%}{%- set at.first = loop.index0 -%}{%- endif -%}"
+    "{%- set at.last = loop.index0 -%}{%- endif -%}{%- endfor -%}"
+    "{%- if at.last - at.first + 1 == texts | length or not texts -%}"
+    "{%- for part in content -%}{{- marker(part) -}}{%- endfor -%}"
+    "{{- texts | map(attribute='text') | join('\\n') -}}"
+    "{%- else -%}{%- for part in content -%}{%- if part['type'] == 'text' -%}"
+    "{{- ('\\n' if at.after_text else '') + part['text'] -}}{%- set at.after_text = true -%}"
+    "{%- else -%}{{- marker(part) -}}{%- set at.after_text = false -%}{%- endif -%}{%- endfor -%}"
+    "{%- endif -%}{%- endif -%}{%- endmacro -%}"
+)
+
+
+def jinja_template_with_images(template: PromptTemplate) -> str:
+    """Return `jinja_template` for messages whose content is text or OpenAI's list of parts.
+
+    For models whose images are followed by `image_end`: no newline stands behind their markers.
+    """
+    parts = _PARTS.replace("@image", IMAGE_MARKER).replace("@video", VIDEO_MARKER)
+    text = jinja_template(template).replace(
+        "messages[0]['content']", "written(messages[0].content)"
+    )
+    return parts + text.replace("message['content']", "written(message.content)")
 
 
 def jinja_template(template: PromptTemplate) -> str:

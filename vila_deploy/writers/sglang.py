@@ -1,16 +1,19 @@
-"""Write the one-folder layout that SGLang's NVILA and VILA classes read, as AWQ GEMM.
+"""Write the one-folder layout that SGLang's classes for NVILA read, as AWQ GEMM.
 
-Source: load_weights in python/sglang/srt/models/{nvila,nvila_lite,vila}.py of sgl-project/sglang,
-and layers/quantization/awq.py there. All tensors lie in one set of shards: `llm.` before the names
-of llm/, `vision_tower.` and `mm_projector.` before those of the other parts. A name without a
-parameter in the classes ends the server, so what nothing uses is left out. Their LLM is always
-Qwen2, their tower SigLIP without the pooling head, and one projector type belongs to each class.
+Source: load_weights in python/sglang/srt/models/{nvila,nvila_lite}.py of sgl-project/sglang,
+layers/quantization/awq.py and multimodal/processors/nvila.py there. All tensors lie in one set of
+shards: `llm.` before the names of llm/, `vision_tower.` and `mm_projector.` before those of the
+other parts. A name without a parameter in the classes ends the server, so what nothing uses is left
+out. Their LLM is always Qwen2, their tower SigLIP without the pooling head, and one projector type
+belongs to each class. Config class, processor and chat template, which SGLang does not have, lie
+beside them.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,11 @@ from vila_deploy.checkpoint.folder_layout import BY_PART, PARTS
 from vila_deploy.checkpoint.variants import ONE_FOLDERS, PROJECTOR_TYPES
 from vila_deploy.formats.base import Packing, QuantizedLinear, QuantScheme
 from vila_deploy.formats.registry import Format
-from vila_deploy.processing.tokenizer import load_tokenizer
+from vila_deploy.processing.chat_template import IMAGE_MARKER, PROMPT_TEMPLATES, choose_template
+from vila_deploy.processing.jinja_template import VIDEO_MARKER, jinja_template_with_images
+from vila_deploy.processing.tokenizer import Tokenizer, load_tokenizer
 from vila_deploy.utils.errors import VilaDeployError
-from vila_deploy.utils.files import canonical_json
+from vila_deploy.utils.files import canonical_json, read_json_object
 from vila_deploy.writers.folder import (
     ShardWriter,
     Writer,
@@ -35,9 +40,17 @@ from vila_deploy.writers.folder import (
 )
 
 NOT_LOADED = re.compile(r"vision_model\.(head\.|embeddings\.position_ids)")
-# VILA's loader adds a sentinel to the tokenizer before these two.
-IMAGE_TOKEN, VIDEO_TOKEN, ADDED_BEFORE = "<image>", "<vila/video>", 1
-PUBLISHED = ("processor_config.json", "chat_template.json")
+CODE_PACKAGE = "vila_deploy.writers.sglang_code"
+CONFIG_MODULE, PROCESSOR_MODULE, PROCESSOR = (
+    "configuration_vila",
+    "processing_vila",
+    "NVILAProcessor",
+)
+# In this order transformers adds those that a tokenizer does not have.
+EXTRA_TOKENS = {"image_token": IMAGE_MARKER, "video_token": VIDEO_MARKER}
+CONFIG_CLASSES = {"nvila": "NVILAConfig", "nvila_lite": "NVILALiteConfig"}
+PROCESSOR_FILE = "processor_config.json"
+PUBLISHED = (PROCESSOR_FILE, "chat_template.json", "chat_template.jinja")
 VILA_LAYOUT_KEYS = ("resume_path", "_name_or_path", *(f"{part}_cfg" for part in PARTS))
 FIX = "serve it from another format with a tool that knows this model; docs/formats.md lists them"
 
@@ -61,6 +74,8 @@ def architecture(config: VilaConfig) -> str:
         raise _unfit(f"projector {' or '.join(names)}", f"{', '.join(sorted(types))} only")
     if config.video.pools:
         raise _unfit("TSPVideoEncoder, whose frames share tokens", "frames as images only")
+    if (config.image.mode, config.image.size) != ("resize", config.tiling.tile):
+        raise _unfit(f"images that are {config.image.mode}ped", "images resized to a tile only")
     if config.token_order != "row":
         raise _unfit("image tokens column by column", "row by row only")
     for name, row in ONE_FOLDERS.items():
@@ -68,14 +83,14 @@ def architecture(config: VilaConfig) -> str:
         joined = ",".join(map(str, config.tiling.scales)) if scales else None
         if (
             set(row.projectors) & set(names)
-            and row.channels in (None, config.feature_channels)
+            and row.channels == config.feature_channels
             and (config.tiling.mode, joined) == (mode, scales)
         ):
             return name
     raise _unfit(
         f"{config.tiling.mode} tiles of {config.feature_channels} channels for this projector",
         "; ".join(
-            f"{row.fixed['image_aspect_ratio']} of {row.channels or 'any'} for {row.projector}"
+            f"{row.fixed['image_aspect_ratio']} of {row.channels} for {row.projector}"
             for row in ONE_FOLDERS.values()
         ),
     )
@@ -111,15 +126,41 @@ class SglangWriter(Writer):
             ("preprocessor_config.json", preprocessor),
         ):
             (self._folder / name).write_text(canonical_json(values), "utf-8")
-        self._copy_published()
+        if self._has_code:
+            self._copy_code()
+        else:
+            self._write_code()
         write_checksums(self._folder, self._shards.digests)
 
-    def _copy_published(self) -> None:
-        """Copy the code and settings of a checkpoint in this layout, which SGLang needs."""
+    def _write_code(self) -> None:
+        """Write config class, processor, its settings and the chat template."""
+        for module in (CONFIG_MODULE, PROCESSOR_MODULE):
+            code = resources.files(CODE_PACKAGE).joinpath(f"{module}.py").read_text("utf-8")
+            (self._folder / f"{module}.py").write_text(code, "utf-8")
+        config = self._checkpoint.config
+        tokenizer = load_tokenizer(self._checkpoint.layout.folder("llm"))
+        processor = {
+            "processor_class": PROCESSOR,
+            "auto_map": {"AutoProcessor": f"{PROCESSOR_MODULE}.{PROCESSOR}"},
+            "settings": processor_settings(config, tokenizer),
+        }
+        (self._folder / PROCESSOR_FILE).write_text(canonical_json(processor), "utf-8")
+        template = PROMPT_TEMPLATES[choose_template(config, tokenizer)]
+        written = jinja_template_with_images(template)
+        (self._folder / "chat_template.jinja").write_text(written, "utf-8")
+        file = self._folder / "tokenizer_config.json"
+        values = read_json_object(file) if file.exists() else {}
+        values["extra_special_tokens"] = EXTRA_TOKENS
+        file.write_text(canonical_json(values), "utf-8")
+
+    @property
+    def _has_code(self) -> bool:
+        """Whether the checkpoint is in this layout already, with code of its own."""
         layout = self._checkpoint.layout
-        if layout.prefixes is not BY_PART:
-            return
-        for file in sorted(layout.root.iterdir()):
+        return layout.prefixes is BY_PART and "auto_map" in layout.fields.values
+
+    def _copy_code(self) -> None:
+        for file in sorted(self._checkpoint.layout.root.iterdir()):
             if file.is_file() and (file.suffix == ".py" or file.name in PUBLISHED):
                 shutil.copyfile(file, self._folder / file.name)
 
@@ -133,11 +174,17 @@ class SglangWriter(Writer):
         root = {k: v for k, v in layout.fields.values.items() if k not in VILA_LAYOUT_KEYS}
         if config.prompt_template is not None:
             root["prompt_template"] = config.prompt_template
+        model_type = ONE_FOLDERS[name].model_type
+        if not self._has_code:
+            root["auto_map"] = {
+                "AutoConfig": f"{CONFIG_MODULE}.{CONFIG_CLASSES[model_type]}",
+                "AutoProcessor": f"{PROCESSOR_MODULE}.{PROCESSOR}",
+            }
         projector = layout.projector.values["mm_projector_type"]
         return {
             **root,
             "architectures": [name],
-            "model_type": ONE_FOLDERS[name].model_type,
+            "model_type": model_type,
             "mm_projector_type": projector,
             "mm_hidden_size": config.feature_channels,
             "hidden_size": config.llm.hidden_size,
@@ -151,14 +198,33 @@ class SglangWriter(Writer):
         }
 
     def _token_ids(self) -> dict[str, int]:
-        """Return the ids of the image and video tokens that VILA's loader adds to the tokenizer."""
+        """Return the ids that the image and video tokens have once transformers has added them."""
         tokenizer = load_tokenizer(self._checkpoint.layout.folder("llm"))
-        after = tokenizer.vocab_size + ADDED_BEFORE
-        image, video = (tokenizer.token_id(token) for token in (IMAGE_TOKEN, VIDEO_TOKEN))
-        return {
-            "image_token_id": after if image is None else image,
-            "video_token_id": after + 1 if video is None else video,
-        }
+        ids, following = {}, tokenizer.vocab_size
+        for name, token in EXTRA_TOKENS.items():
+            known = tokenizer.token_id(token)
+            ids[f"{name}_id"] = following if known is None else known
+            following += known is None
+        return ids
+
+
+def processor_settings(config: VilaConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what the processor needs to know of the model, as JSON."""
+    tiling, image = config.tiling, config.image
+    end = config.recipe.image_end
+    return {
+        "mode": tiling.mode,
+        "tile": tiling.tile,
+        "min_tiles": tiling.min_tiles,
+        "max_tiles": tiling.max_tiles,
+        "scales": list(tiling.scales),
+        "rescale": image.rescale,
+        "mean": list(image.mean),
+        "std": list(image.std),
+        "tokens_per_block": config.tokens_per_block,
+        "first_ids": tokenizer.bos_ids,
+        "image_end_ids": tokenizer.bos_ids + tokenizer.encode(end),
+    }
 
 
 def _unfit(found: str, classes: str) -> VilaDeployError:

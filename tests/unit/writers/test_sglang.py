@@ -23,6 +23,7 @@ from vila_deploy.writers.convert import convert
 LITE: dict[str, Any] = {
     "qwen2": True, "kv_heads": 2, "projector": "mlp_downsample_3x3_fix", "quantized": True,
     "added_tokens": ("<image>",), "root_config": {"image_aspect_ratio": "dynamic"},
+    "vision_hidden": 1152, "vision_layers": 2, "vision_heads": 16,
 }  # fmt: skip
 S2: dict[str, Any] = {
     "qwen2": True, "kv_heads": 2, "quantized": True, "scales": 3,
@@ -33,10 +34,7 @@ S2: dict[str, Any] = {
     },
 }  # fmt: skip
 CASES = {
-    "VILAForConditionalGeneration": LITE,
-    "NVILALiteForConditionalGeneration": {
-        **LITE, "vision_hidden": 1152, "vision_layers": 2, "vision_heads": 16, "tied": True
-    },
+    "NVILALiteForConditionalGeneration": {**LITE, "tied": True},
     "NVILAForConditionalGeneration": S2,
 }  # fmt: skip
 
@@ -131,9 +129,8 @@ def test_there_and_back(architecture: str, tmp_path: Path) -> None:
     assert_same(original, open_checkpoint(tmp_path / "back"))
     tokenizer = Tokenizer.from_file(str(root / "llm" / "tokenizer.json"))
     size, known = tokenizer.get_vocab_size(), tokenizer.token_to_id("<image>")
-    # A sentinel, the image's and the video's marker are what VILA's loader adds.
-    assert config["image_token_id"] == (size + 1 if known is None else known)
-    assert config["video_token_id"] == size + 2
+    assert config["image_token_id"] == (size if known is None else known)
+    assert config["video_token_id"] == size + (known is None)
 
 
 def test_symmetric_is_remembered(tmp_path: Path) -> None:
@@ -155,7 +152,7 @@ def test_symmetric_is_remembered(tmp_path: Path) -> None:
     [
         ({"qwen2": False}, "have Qwen2 only, found a llama LLM"),
         ({"projector": "mlp2x_gelu"}, "only, found projector mlp2x_gelu"),
-        ({"projector": "mlp_downsample", "root_config": {}}, "found single tiles of 64 channels"),
+        ({"projector": "mlp_downsample", "root_config": {}}, "found single tiles of 1152 channels"),
         ({"root_config": {"mm_projector_token_order": "column"}}, "row by row only"),
         (
             {
