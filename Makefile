@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV   := .venv
 LMMS_VENV := .venv-lmms
 VLLM_VENV := .venv-vllm
+SGLANG_VENV := .venv-sglang
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-ptx test-web test-serve test-integrations test-lmms-eval test-vllm test-llamacpp bench lint format clean
+.PHONY: demo test test-ptx test-web test-serve test-integrations test-lmms-eval test-vllm test-sglang test-llamacpp bench lint format clean
 
 demo: $(VENV)/.installed  ## quantize, build, ask and time the small trained model in examples/tiny-vila
 	$(BIN)/python examples/tiny-vila/demo.py
@@ -29,7 +30,7 @@ test-serve: $(VENV)/.installed-dev  ## vila-serve: 1000 damaged requests, 200 cl
 	  tests/unit/server/test_mutated_requests.py tests/unit/server/test_many_clients.py \
 	  tests/unit/runtime/test_scheduler.py
 
-test-integrations: test-lmms-eval test-vllm  ## other people's programs, each in an environment of its own
+test-integrations: test-lmms-eval test-vllm test-sglang  ## other people's programs, each in an environment of its own
 
 test-lmms-eval: $(LMMS_VENV)/.installed  ## lmms-eval on a local task
 	OMP_NUM_THREADS=1 $(LMMS_VENV)/bin/python -m pytest tests/integrations/test_lmms_eval.py
@@ -37,6 +38,10 @@ test-lmms-eval: $(LMMS_VENV)/.installed  ## lmms-eval on a local task
 test-vllm: $(VLLM_VENV)/.installed  ## VILA under vLLM on the CPU: every kind of model, divided in every way
 	if test -f $(VLLM_VENV)/.skipped; then echo "test-vllm: skipped, $$(cat $(VLLM_VENV)/.skipped)"; else \
 	  OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/integrations/vllm; fi
+
+test-sglang: $(SGLANG_VENV)/.installed  ## format sglang on SGLang's server, its GPU kernels replaced by torch
+	if test -f $(SGLANG_VENV)/.skipped; then echo "test-sglang: skipped, $$(cat $(SGLANG_VENV)/.skipped)"; else \
+	  OMP_NUM_THREADS=1 PYTHONPATH=tests/integrations/sglang/stand_in $(SGLANG_VENV)/bin/python -m pytest tests/integrations/sglang; fi
 
 test-llamacpp: $(VENV)/.installed-llamacpp  ## GGUF files in llama.cpp itself, which is compiled once
 	OMP_NUM_THREADS=2 $(BIN)/pytest tests/llamacpp
@@ -51,7 +56,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LMMS_VENV) $(VLLM_VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LMMS_VENV) $(VLLM_VENV) $(SGLANG_VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vila-deploy needs Python 3.11 or newer; if it is there: make PYTHON=python3.12 …")'
@@ -80,6 +85,10 @@ $(LMMS_VENV)/.installed: setup.py pyproject.toml
 
 $(VLLM_VENV)/.installed: setup.py pyproject.toml tests/integrations/vllm/install.sh
 	tests/integrations/vllm/install.sh $(VLLM_VENV) $(PYTHON)
+	touch $@
+
+$(SGLANG_VENV)/.installed: setup.py pyproject.toml tests/integrations/sglang/install.sh tests/integrations/sglang/requirements.txt
+	tests/integrations/sglang/install.sh $(SGLANG_VENV) $(PYTHON)
 	touch $@
 
 $(VENV)/.installed-llamacpp: $(VENV)/.installed-dev

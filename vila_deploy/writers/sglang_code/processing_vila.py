@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers.utils.hub import cached_file
 SETTINGS_FILE = "processor_config.json"
 
 
-class NVILAProcessor(ProcessorMixin):  # type: ignore[misc]
+class NVILAProcessor(ProcessorMixin):
     """Processor of one prompt; `settings` are the keys of processor_config.json.
 
     mode: dynamic (each tile is an image of its own) or dynamic_s2 (tiles of several scales).
@@ -44,8 +45,8 @@ class NVILAProcessor(ProcessorMixin):  # type: ignore[misc]
     def from_pretrained(cls, name: str, **kwargs: Any) -> NVILAProcessor:  # type: ignore[override]
         """Return the processor of the checkpoint `name`, a folder or a repository."""
         revision = {"revision": kwargs["revision"]} if kwargs.get("revision") else {}
-        with open(cached_file(name, SETTINGS_FILE, **revision)) as file:  # noqa: PTH123
-            settings = json.load(file)["settings"]
+        file = cached_file(name, SETTINGS_FILE, **revision)
+        settings = json.loads(Path(str(file)).read_text("utf-8"))["settings"]
         # Without this transformers asks whether to run the config's code, beside this file.
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True, **revision)
         return cls(tokenizer, settings)

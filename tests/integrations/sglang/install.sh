@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# install.sh VENV PYTHON: SGLang 0.5.23 for a CPU, and this checkout, in an environment of its own.
+set -euo pipefail
+venv=$1 python=$2
+here=tests/integrations/sglang
+if ! "$python" -c 'import platform, sys; sys.exit(platform.machine() != "x86_64" or sys.platform != "linux")'; then
+  mkdir -p "$venv" && echo "SGLang is run on Linux on x86-64 only" >"$venv/.skipped"
+  exit 0
+fi
+test -x "$venv/bin/pip" || "$python" -m venv "$venv"
+pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+"${pip[@]}" "$(grep ^torch== constraints.txt)"
+# What SGLang asks for would bring 5 GB of CUDA; torchvision's operators are declared by stand_in/.
+"${pip[@]}" --no-deps sglang==0.5.23 torchvision==0.28.0 triton==3.7.1
+"${pip[@]}" -r "$here/requirements.txt" pytest pytest-timeout click rich
+"${pip[@]}" --no-deps -e .
