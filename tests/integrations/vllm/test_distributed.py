@@ -83,8 +83,8 @@ def test_awq_tensor_parallel(quantized: Path, int4: list[str], tmp_path: Path) -
 
 
 def test_awq_pipeline_parallel(quantized: Path, int4: list[str], tmp_path: Path) -> None:
-    # vLLM 0.32 has no pipelines on a CPU with --enforce-eager; "eager" traces without compiling.
-    port, traced = free_port(), ("--compilation-config", '{"backend": "eager"}')
+    # vLLM 0.32 has no pipelines on a CPU with --enforce-eager; mode 2 traces without a compiler.
+    port, traced = free_port(), ("--compilation-config", '{"mode": 2, "backend": "eager"}')
     words = vila_serve(quantized, port, "--pp", 2, "--model-name", "m", "--", *traced)
     with serve(words, port, tmp_path / "log") as served:
         assert ask_all(served.url, CONVERSATIONS[:60]) == int4[:60]
