@@ -49,6 +49,7 @@ STAGES = {
     "quantize": Stage("quantize:measure_quantize", 30, 60),
     "llamacpp": Stage("baseline_llamacpp:measure_llamacpp", 50, 60),
     "gemlite": Stage("products:measure_gemlite", 60, 60),
+    "recheck": Stage("checks:measure_named_check", 20, 40, timed=False),
     "probe": Stage("machine:probe_device", 2, 10, timed=False),
     "pack": Stage("prepare:pack_cache", 5, 15, timed=False),
 }
@@ -63,7 +64,7 @@ CALLS = {
     "2": ("compile", "retry", "session", "quantize", "lookup", "llamacpp", "gemlite", "pack"),
 }  # fmt: skip
 LIMITS_S = {"1": 480.0, "2": 210.0}
-NOT_ALONE = ("retry", "pack", "tests", "probe")
+NOT_ALONE = ("retry", "recheck", "pack", "tests", "probe")
 # Without a call: all but what only a second call, or another machine, has a use for.
 OTHERWISE = tuple(name for name in STAGES if name not in NOT_ALONE)
 

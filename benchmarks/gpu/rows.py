@@ -57,17 +57,13 @@ def read(path: Path) -> list[Row]:
 
 
 def disagreeing(rows: Iterable[Row], kind: str, name: str) -> list[str]:
-    """Return the checks of this model's kernels that failed, of those that the row rests on."""
+    """Return the checks of this model's kernels that failed last, of those that a row rests on."""
     words = name.split()
     if kind in ("product", "step_products") and "ours" not in words:
         return []
+    last = {row["name"]: row.get("agrees") for row in rows if row["kind"] == "check"}
     return sorted(
-        {
-            row["name"]
-            for row in rows
-            if row["kind"] == "check"
-            and row.get("agrees") is False
-            and row["name"].split()[0] in TIMED[kind]
-            and row["name"].split()[-1] == words[0]
-        }
+        check
+        for check, agrees in last.items()
+        if agrees is False and check.split()[0] in TIMED[kind] and check.split()[-1] == words[0]
     )

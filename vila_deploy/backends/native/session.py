@@ -39,7 +39,7 @@ from vila_deploy.engine.target import get_target
 from vila_deploy.kernels.argmax import NO_TOKEN
 from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
 from vila_deploy.kernels.interpreter import INTERPRETED
-from vila_deploy.kernels.tile_config import prompt_widths, widest_gemm
+from vila_deploy.kernels.tile_config import widest_gemm
 from vila_deploy.model.vision import VisionEncoder
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
@@ -103,9 +103,9 @@ class NativeSession:
             compile_ahead([kernels], on_missing=_say_compiling)
         except Exception as error:
             raise cannot_compile([config.capability], str(error)) from error
-        widths = prompt_widths(config.capability, self.max_seq_len)
-        for tokens in {*widths, min(widest_gemm(config.capability) + 1, self.max_seq_len)}:
-            self._prefill(torch.zeros(tokens, config.llm.hidden_size, device=self._device))
+        # A prompt long enough for cuBLAS, which takes memory of its own when it is first called.
+        tokens = min(widest_gemm(config.capability) + 1, self.max_seq_len)
+        self._prefill(torch.zeros(tokens, config.llm.hidden_size, device=self._device))
         self._step.settings.fill_(1.0)
         self._step.draw()
         self.truncate(0)
