@@ -31,6 +31,7 @@ def build_engine(
     activations: str | None = None,
     gpu_layers: int | None = None,
     memory: float | None = None,
+    kl_bound: float | None = None,
 ) -> Manifest:
     """Write the engine folder `out` for `target`, "auto" for this computer; return its manifest.
 
@@ -65,7 +66,7 @@ def build_engine(
     options = BuildOptions(
         target_name(target)[0], backend, precision, max_batch_size, max_input_len, max_seq_len,
         prompt_template, tp, pp, jetpack, modules, eval_data, kernel_launch, activations,
-        gpu_layers, memory_bytes,
+        gpu_layers, memory_bytes, kl_bound,
     )  # fmt: skip
     return build(Path(checkpoint), Path(out), options)
 

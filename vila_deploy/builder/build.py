@@ -17,6 +17,7 @@ from vila_deploy.builder.finish import (
     finished_elsewhere,
     is_unfinished,
 )
+from vila_deploy.builder.head_choice import check_kl_bound, choose_lm_head
 from vila_deploy.builder.plan import check_fits
 from vila_deploy.builder.resolve import (
     BUILTIN_DATA,
@@ -55,13 +56,14 @@ def build_engine(root: Path, out: Path, options: BuildOptions) -> Manifest:
     """
     if is_unfinished(out):
         return finish_engine(out, options.target, options.backend)
+    check_kl_bound(options)
     root = fetch_checkpoint(
         root, lambda folder: _check(folder, out, options), options.prompt_template
     )
     build = resolve_build(root, options)
     build.backend.check_tools(build.request)
     check_fits(build)
-    manifest = _build(build, out)
+    manifest = _build(build, out, options.kl_bound)
     if manifest.pending_steps and can_finish_here(out, manifest):
         return finish_engine(out, manifest.target, manifest.backend)
     return manifest
@@ -111,13 +113,19 @@ def build_random_engine(
     return finish_only_here(out, manifest)
 
 
-def _build(build: ResolvedBuild, out: Path) -> Manifest:
-    # Before any work, for an engine that leaves nothing to measure.
-    measure = None if build.eval_data is None else _accuracy_measurement(build, build.eval_data)
+def _build(build: ResolvedBuild, out: Path, kl_bound: float | None) -> Manifest:
+    measure = None
+    if kl_bound is None:
+        # Before any work, for an engine that leaves nothing to measure.
+        measure = _accuracy_measurement(build)
     checkpoint = build.checkpoint
     tokenizer = load_tokenizer(checkpoint.layout.folder("llm"))
     with new_folder(out) as folder:
         _copy_tokenizer(checkpoint, folder / TOKENIZER_FOLDER)
+        if kl_bound is not None:
+            build = choose_lm_head(build, kl_bound, folder)
+            check_fits(build)
+            measure = _accuracy_measurement(build)
         manifest = _manifest(build, tokenizer, checkpoint.fingerprint())
         source = original_source(checkpoint.root)
         manifest = replace(manifest, source=source.to_json() if source else None)
@@ -127,18 +135,20 @@ def _build(build: ResolvedBuild, out: Path) -> Manifest:
         return _write(folder, build, parts, manifest, partial(builtin_prompts, checkpoint))
 
 
-def _accuracy_measurement(
-    build: ResolvedBuild, eval_data: Path
-) -> Callable[[Path], AccuracyImpact]:
+def _accuracy_measurement(build: ResolvedBuild) -> Callable[[Path], AccuracyImpact] | None:
     """A function that measures the build's accuracy impact in the folder that it is given.
+
+    None if nobody asked for that.
 
     Raises:
         VilaDeployError: there is nothing to measure, or no graph to measure it with.
     """
+    if build.eval_data is None:
+        return None
     from vila_deploy.builder.accuracy_impact import evaluated_dialect, measure_accuracy_impact
 
     dialect = evaluated_dialect(build)
-    data = None if eval_data in BUILTIN_DATA else eval_data
+    data = None if build.eval_data in BUILTIN_DATA else build.eval_data
     modules, activations = build.request.module_precision, build.request.activations
     return lambda folder: measure_accuracy_impact(
         build.checkpoint, modules, dialect, data, folder, activations

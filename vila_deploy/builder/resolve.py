@@ -45,6 +45,8 @@ class BuildOptions:
         activations: a name in ACTIVATIONS, of the 4-bit linears of backend onnxruntime.
         gpu_layers: of backend llamacpp, on the GPU; None: those that fit when it is opened.
         memory_bytes: of a target that is no one device; None means this computer's.
+        kl_bound: nats that an output head in fewer bits may cost where its dtype is AUTO; None: the
+            backend's default is taken and nothing measured.
     """
 
     target: str
@@ -63,6 +65,7 @@ class BuildOptions:
     activations: str | None = None
     gpu_layers: int | None = None
     memory_bytes: int | None = None
+    kl_bound: float | None = None
 
 
 @dataclass(frozen=True)
