@@ -15,6 +15,8 @@ import pytest
 from onnx import numpy_helper
 
 from tests.support.baseline_environment import make_model, round_checkpoint
+from tests.support.padded_llm import pad_llm
+from tests.support.paths import REPOSITORY
 from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.edge_llm import files
 from vila_deploy.backends.edge_llm.exporter import EXPORTER
@@ -23,6 +25,7 @@ from vila_deploy.builder.resolve import BuildOptions
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.formats.base import QuantizedLinear, QuantScheme
 from vila_deploy.formats.tinychat import TinychatV2
+from vila_deploy.model.vila import ReferenceSession
 
 pytestmark = [
     pytest.mark.skipif(shutil.which(EXPORTER) is None, reason=f"needs {EXPORTER}"),
@@ -41,11 +44,22 @@ def exported(root: Path, out: Path) -> onnx.ModelProto:
     return onnx.load(out / files.EXPORTED / files.LLM / files.GRAPH)
 
 
-@pytest.mark.parametrize(("qwen2", "vocab"), [(False, 401), (True, 384)])
-def test_repacked_values_and_scales_are_ours(tmp_path: Path, qwen2: bool, vocab: int) -> None:
+def quantized(name: str, folder: Path) -> Path:
+    """A checkpoint rounded to 4 bits, symmetric and in groups of 128."""
+    if name == "tiny-vila":
+        root = REPOSITORY / "examples" / "tiny-vila" / "checkpoint"
+    elif name == "SmolLM2, padded":
+        root = pad_llm(make_model("SmolLM2", folder / "smollm2"), folder / "fp16")
+    else:
+        sizes = {**SIZES, "vocab": 401} if name == "Llama, odd vocabulary" else SIZES
+        root = make_checkpoint(folder / "fp16", **sizes, qwen2=name == "Qwen2")
+    return round_checkpoint(root, folder / "int4", ["awq"], SYMMETRIC)
+
+
+@pytest.mark.parametrize("name", ["Llama, odd vocabulary", "Qwen2", "tiny-vila", "SmolLM2, padded"])
+def test_repacked_values_and_scales_are_ours(tmp_path: Path, name: str) -> None:
     """The plugin's layout is TinyChat's: [out/4, in] int16, viewed as int8 [out/2, in]."""
-    root = make_checkpoint(tmp_path / "fp16", **SIZES, qwen2=qwen2, vocab=vocab)
-    root = round_checkpoint(root, tmp_path / "int4", ["awq"], SYMMETRIC)
+    root = quantized(name, tmp_path)
     graph = exported(root, tmp_path / "e").graph
     stored = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
     found = []
@@ -64,7 +78,18 @@ def test_repacked_values_and_scales_are_ours(tmp_path: Path, qwen2: bool, vocab:
             expected.append((packed.numpy().tobytes(), scale.numpy().tobytes()))
     assert len(found) == 7 * config.num_layers
     assert sorted(found) == sorted(expected)
-    assert len(set(expected)) == len(expected)
+
+
+def test_padding_changes_no_logits(tmp_path: Path) -> None:
+    """Against the float16 that the weights are in."""
+    root = make_model("SmolLM2", tmp_path / "smollm2")
+    ids, logits = [1, 500, 600, 42, 7, 9, 1000], []
+    for folder in (root, pad_llm(root, tmp_path / "padded")):
+        session = ReferenceSession(open_checkpoint(folder))
+        logits.append(session.prefill(session.embed_tokens(ids)))
+    error = np.abs(logits[0] - logits[1]).max() / np.abs(logits[0]).max()
+    assert error < 2e-3
+    assert logits[0].argmax() == logits[1].argmax()
 
 
 def test_a_real_model_in_float16(tmp_path: Path) -> None:

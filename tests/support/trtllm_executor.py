@@ -103,6 +103,8 @@ class Engine:
     def __init__(self, embeddings: np.ndarray, head: torch.Tensor, max_input: int, max_seq: int):
         self.embeddings, self.head = embeddings, head
         self.max_input, self.max_seq = max_input, max_seq
+        # Whether a second pass waits until its request is cancelled.
+        self.stops_after_first_pass = False
 
     def logits(self, embeds: list[Any]) -> torch.Tensor:
         weights = 0.8 ** torch.arange(len(embeds)).flip(0)
@@ -172,7 +174,9 @@ class FakeExecutor:
             return self._responses.pop(id, [])
 
     def cancel_request(self, id: int) -> None:
-        self.cancelled.add(id)
+        with self._change:
+            self.cancelled.add(id)
+            self._change.notify_all()
 
     def shutdown(self) -> None:
         for thread in self._threads:
@@ -203,6 +207,9 @@ class FakeExecutor:
         embeds = self._prompt_embeds(request, ids)
         processors = self._processors()
         for step in range(count):
+            if step and engine.stops_after_first_pass:
+                with self._change:
+                    self._change.wait_for(lambda: number in self.cancelled)
             logits = engine.logits(embeds)[None, None].clone()
             result_logits = logits[0].clone()
             if request.logits_post_processor_name is not None:

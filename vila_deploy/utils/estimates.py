@@ -50,6 +50,11 @@ def available_memory_bytes() -> int:
     return min(limits)
 
 
+def free_swap_bytes() -> int:
+    """Return the swap space that is not in use."""
+    return _meminfo_bytes("SwapFree") or 0
+
+
 def _meminfo_bytes(key: str) -> int | None:
     if not MEMINFO.exists():
         return None

@@ -1,7 +1,4 @@
-"""An odd number of tokens, as one added token makes it: graphs and checkpoints of every head.
-
-Backend native is left out, since it compiles kernels for minutes; its own tests have odd widths.
-"""
+"""An odd number of tokens, as one added token makes it: graphs and checkpoints of every head."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.tiny import make_checkpoint
+from vila_deploy.backends.native import build as native_build
 from vila_deploy.backends.registry import get_backend
 from vila_deploy.backends.tensorrt.compilers import COMPILERS
 from vila_deploy.builder.build import build_engine
@@ -24,7 +22,6 @@ TITLES = {
     (target.name, backend): get_backend(backend).title(target)
     for target in load_targets().values()
     for backend in target.backends
-    if backend != "native"
 }
 
 
@@ -44,8 +41,17 @@ def cases() -> Iterator[tuple[str, str, str | None, str]]:
 
 @pytest.mark.parametrize(("target", "backend", "jetpack", "head"), [*cases()])
 def test_every_backend_builds_it(
-    tmp_path: Path, target: str, backend: str, jetpack: str | None, head: str
+    tmp_path: Path,
+    target: str,
+    backend: str,
+    jetpack: str | None,
+    head: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if backend == "native":
+        # Compiling takes minutes; its kernels' own tests have odd widths.
+        pytest.importorskip("triton")
+        monkeypatch.setattr(native_build, "compile_engine", lambda *arguments: [])
     if TITLES[target, backend] == "tensorrt-rtx" and not COMPILERS["tensorrt-rtx"].present:
         pytest.skip("needs the package tensorrt-rtx")
     # TensorRT-LLM and Edge-LLM have no zero points.

@@ -14,7 +14,7 @@ from vila_deploy.backends.tensorrt import files
 from vila_deploy.backends.tensorrt.compile_worker import CompileWorker, compile_module
 from vila_deploy.backends.tensorrt.compilers import COMPILERS, Compiler, host_platform
 from vila_deploy.backends.tensorrt.memory import (
-    CONTIGUOUS_FIX,
+    compile_warnings,
     compiler_memory_bytes,
     contiguous_block,
     estimate_memory,
@@ -29,7 +29,7 @@ from vila_deploy.engine.session import Session
 from vila_deploy.engine.target import Target, get_target
 from vila_deploy.formats.module_dtypes import FP16, INT4, INT8, head_group_size
 from vila_deploy.utils.errors import VilaDeployError
-from vila_deploy.utils.estimates import available_memory_bytes, total_contiguous_bytes
+from vila_deploy.utils.estimates import available_memory_bytes
 from vila_deploy.utils.files import canonical_json, read_json_object
 from vila_deploy.utils.progress import progress
 
@@ -195,8 +195,7 @@ class TensorRtBackend(Backend):
                 f"this GPU has {found}",
                 fix="run this on the device, or build again with its own --target",
             )
-
-        _check_contiguous_memory(folder, target)
+        _warn_of_memory(folder, manifest, target)
 
     def artifacts(self, step: PendingStep) -> Sequence[str]:
         return (f"{step.id}/{files.PLAN}",)
@@ -299,16 +298,13 @@ def _check_memory(folder: Path, manifest: Manifest, compiler: Compiler) -> None:
         )
 
 
-def _check_contiguous_memory(folder: Path, target: Target) -> None:
-    """Say so where the board's kernel keeps less in one piece than compiling asks for."""
+def _warn_of_memory(folder: Path, manifest: Manifest, target: Target) -> None:
+    """Say so where this board has less memory than compiling asks for."""
     described = read_json_object(folder / files.DESCRIPTION)
-    needed, given = described.get("contiguous_bytes"), total_contiguous_bytes()
-    if needed is not None and given is not None and needed > given:
-        print(
-            f"warning: compiling asks for {needed / 1e6:.0f} MB of memory in one piece, the kernel "
-            f"of this {target.title} keeps {given / 1e6:.0f} MB: {CONTIGUOUS_FIX}",
-            file=sys.stderr,
-        )
+    sizes = ((folder / step.id / files.WEIGHTS).stat().st_size for step in manifest.pending_steps)
+    block_bytes = described.get("contiguous_bytes")
+    for warning in compile_warnings(target.title, max(sizes), block_bytes):
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def _step(module: str) -> PendingStep:

@@ -27,15 +27,22 @@ from vila_deploy.onnx_export.matrix_pieces import (
     MAX_MATRIX_BYTES,
     largest_piece_bytes,
 )
-from vila_deploy.utils.estimates import MemoryItem, PlanStep, available_memory_bytes
+from vila_deploy.utils.estimates import (
+    MemoryItem,
+    PlanStep,
+    available_memory_bytes,
+    free_swap_bytes,
+    total_contiguous_bytes,
+)
 
 STORAGE = Storage()
 PRIMITIVE = "primitive"
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 # TensorRT's compiler at its peak, in weights of the graph that it compiles: measured with
 # tensorrt-rtx 1.7 (1.14 GB for 0.50 GB, 3.6 for 1.51, 10.0 for 4.76, 14.5 for 7.07). What it maps
-# of the weights' file comes on top, and leaves again where memory is short. On the device, assumed
-# with it.
+# of the weights' file comes on top, and leaves again where memory is short. On the device it is
+# assumed: by the source of 10.3's parser it copies the weights once, then there are those of the
+# builder and of the engine that it returns.
 COMPILER_FACTOR, COMPILER_BYTES = {"tensorrt-rtx": 2.0, "tensorrt": 3.2}, 400 << 20
 CONTIGUOUS_FIX = "start the kernel with a larger cma= (docs/orin.md)"
 # Weights of the largest graph, the LLM's.
@@ -129,6 +136,27 @@ def compiler_memory_bytes(package: str, weight_bytes: int) -> int:
     return COMPILER_BYTES + int(COMPILER_FACTOR[package] * weight_bytes)
 
 
+def compile_warnings(title: str, weight_bytes: int, block_bytes: int | None) -> Iterator[str]:
+    """Yield what compiling on this board may lack.
+
+    Args:
+        weight_bytes: of the largest graph.
+        block_bytes: memory in one piece that its matrices ask for; None: no limit is known.
+    """
+    given = total_contiguous_bytes()
+    if block_bytes is not None and given is not None and block_bytes > given:
+        yield (
+            f"compiling asks for {block_bytes / 1e6:.0f} MB of memory in one piece, the kernel "
+            f"of this {title} keeps {given / 1e6:.0f} MB: {CONTIGUOUS_FIX}"
+        )
+    needed, free = compiler_memory_bytes("tensorrt", weight_bytes), available_memory_bytes()
+    if needed > free + free_swap_bytes():
+        yield (
+            f"compiling is assumed to take {needed / 1e9:.1f} GB of memory, "
+            f"{free / 1e9:.1f} GB are available: close other programs and add swap (docs/orin.md)"
+        )
+
+
 def _activations(config: VilaConfig, request: BuildRequest) -> MemoryItem:
     """Those of tower and decoder, which TensorRT has memory for at the same time.
 
@@ -149,5 +177,5 @@ def _compile_step(target: Target, items: Items, limit_bytes: int) -> PlanStep:
     if package == "tensorrt-rtx":
         here = "this computer" if needed <= available_memory_bytes() else "one with more memory"
         return PlanStep(f"compile on {here}", needed)
-    swap = "" if needed <= limit_bytes else f": {(needed - limit_bytes) / 1e9:.0f} GB of swap"
-    return PlanStep(f"compile on {target.title}{swap}", needed)
+    swap = "" if needed <= limit_bytes else f", {(needed - limit_bytes) / 1e9:.0f} GB of it swap"
+    return PlanStep(f"compile on {target.title} (assumed{swap})", needed)

@@ -2,8 +2,8 @@
 
 One GPU: in this process. Several: TensorRT-LLM starts a worker for each, and this process asks
 them (orchestrator mode), so that nothing is started with mpirun. Names and arguments are those of
-tensorrt_llm.bindings.executor in branch v0.12.0-jetson (20a7cec) and in 0.16 to 1.2
-(cpp/tensorrt_llm/pybind/executor at 0396172, 24dfa89, 007a750, 6b25e1e).
+tensorrt_llm.bindings.executor in 0.12 (its type stubs; branch v0.12.0-jetson at 20a7cec) and in
+0.16 to 1.2 (cpp/tensorrt_llm/pybind/executor at 0396172, 24dfa89, 007a750, 6b25e1e).
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class LlmExecutor:
     def _process_logits(
         self, request_id: int, logits: Any, tokens: Any, stream: int, client_id: Any = None
     ) -> None:
-        """Called by the executor between a pass and its sampler; 0.12 has no `client_id`."""
+        """Called by the executor between a pass and its sampler; not always with `client_id`."""
         if self._stepped is not None:
             self._stepped.process_logits(logits, stream)
 

@@ -14,6 +14,7 @@ from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.tensorrt import backend as backend_module
 from vila_deploy.backends.tensorrt import compile_worker, compilers, cuda, files
 from vila_deploy.backends.tensorrt.compile_worker import growth_warning
+from vila_deploy.backends.tensorrt.memory import LLM_GRAPH
 from vila_deploy.builder.build import build_engine
 from vila_deploy.builder.resolve import BuildOptions, resolve_backend
 from vila_deploy.checkpoint.presets import PRESETS, preset
@@ -77,17 +78,21 @@ def test_matrices_of_the_graph_are_those_of_the_plan(tmp_path: Path) -> None:
     assert "contiguous_bytes" not in described
 
 
-@pytest.mark.parametrize("kept_kb", [1, 262_144])
-def test_a_board_with_less_in_one_piece_says_so(
+@pytest.mark.parametrize(("kept_kb", "free_kb"), [(1, 7_000_000), (262_144, 300_000)])
+def test_a_board_with_too_little_memory_says_so(
     tmp_path: Path,
     kept_kb: int,
+    free_kb: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     root = make_checkpoint(tmp_path / "c")
     manifest = build_engine(root, tmp_path / "e", BuildOptions("orin", max_seq_len=64))
     meminfo = tmp_path / "meminfo"
-    meminfo.write_text(f"MemTotal: 8000000 kB\nCmaTotal: {kept_kb} kB\nCmaFree: 0 kB\n")
+    meminfo.write_text(
+        f"MemTotal: 8000000 kB\nMemAvailable: {free_kb} kB\nSwapFree: 1000 kB\n"
+        f"CmaTotal: {kept_kb} kB\nCmaFree: 0 kB\n"
+    )
     monkeypatch.setattr(estimates, "MEMINFO", meminfo)
     monkeypatch.setattr(backend_module, "host_platform", lambda: "linux-aarch64")
     monkeypatch.setattr(cuda, "compute_capability", lambda: "8.7")
@@ -97,6 +102,20 @@ def test_a_board_with_less_in_one_piece_says_so(
     said = capsys.readouterr().err
     assert ("in one piece" in said) == (kept_kb == 1)
     assert ("cma= (docs/orin.md)" in said) == (kept_kb == 1)
+    assert ("compiling is assumed to take 0.4 GB of memory, 0.3 GB are" in said) == (kept_kb != 1)
+
+
+@pytest.mark.parametrize("target", ORINS)
+def test_what_compiling_on_a_board_takes_is_called_assumed(target: str) -> None:
+    """At least what its parser copies, and the builder's and the engine's own weights."""
+    for model in ("VILA1.5-3b", "NVILA-8B"):
+        request = BuildRequest(get_target(target), Limits(1, 256, 256))
+        estimate = backend_module.BACKEND.estimate_memory(
+            preset(model, "int4"), request, "int4", 8 << 30
+        )
+        step = estimate.build_steps[0]
+        assert "assumed" in step.name
+        assert step.memory_bytes > 3 * sum(estimate.items[row].bytes for row in LLM_GRAPH)
 
 
 def test_an_engine_that_has_grown_says_so(

@@ -239,6 +239,7 @@ def test_orins_engine_is_mapped_and_runs_with_its_own_names(tmp_path, monkeypatc
 def test_several_gpus_are_asked_from_one_process(tmp_path, monkeypatch):
     opened = open_session(tmp_path, monkeypatch, "2 GPUs")
     assert fake(opened).config.gather_generation_logits is True
+    fake(opened).engine.stops_after_first_pass = True
     opened.prefill(TABLE[[1]].astype(np.float32))
     opened.close()
     assert fake(opened).cancelled == {0}
@@ -311,3 +312,24 @@ def test_what_it_prints_stays_out_of_answers(tmp_path):
     assert json.loads(done.stdout) == {"text": "an answer"}, done.stderr
     assert "TensorRT LLM version: 1.2.1" in done.stderr
     assert "from C++" in done.stderr
+
+
+# Packages that TensorRT-LLM pins to older versions, or that its environment lacks.
+LEFT_OUT = ("transformers", "onnxruntime", "triton", "accelerate", "sentencepiece")
+CLOSURE = """
+import sys
+class LeftOut:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {left_out}:
+            raise ImportError(f"{{name}} was imported")
+sys.meta_path.insert(0, LeftOut())
+import vila_deploy.backends.tensorrt_llm.build, vila_deploy.backends.tensorrt_llm.session
+import vila_deploy.builder.finish, vila_deploy.cli.build_engine, vila_deploy.cli.chat
+import vila_deploy.runtime.generate, vila_deploy.runtime.open_engine
+"""
+
+
+def test_finishing_and_asking_import_nothing_that_tensorrt_llm_pins():
+    program = CLOSURE.format(left_out=LEFT_OUT)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
