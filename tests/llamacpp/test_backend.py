@@ -52,6 +52,30 @@ def test_the_contract_of_a_session(shape: str, tmp_path: Path) -> None:
         check_session(opened.session, reference, tolerance)
 
 
+IMAGES: dict[str, dict[str, Any]] = {
+    "S2": {
+        "image": 70,
+        "scales": 2,
+        "root_config": {"s2": True, "s2_scales": "70,140", "s2_max_split_size": 70},
+        "preprocessor_config": {"size": {"height": 140, "width": 140}},
+    },
+    "tiles": {
+        "root_config": {
+            "model_type": "vila", "image_aspect_ratio": "dynamic", "min_tiles": 2, "max_tiles": 6,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("images", IMAGES)
+def test_images_in_several_scales_and_tiles(images: str, tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "c", quantized=True, **IMAGES[images])
+    folder = engine(root, tmp_path / "e", max_seq_len=512)
+    prompts = [([noise(1)], "What is this?"), ([noise(2), noise(3)], "And these?")]
+    for expected, found in greedy_tokens_of_both(root, folder, prompts, tie=MARGIN):
+        assert expected == found
+
+
 def test_an_int8_cache(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "c", quantized=True, hidden=128, heads=4)
     folder = engine(root, tmp_path / "e", kv_cache="int8")

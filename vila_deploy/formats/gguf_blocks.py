@@ -1,8 +1,8 @@
-"""Blocks of quantized values as GGUF stores them: Q4_0, Q4_1, Q8_0 and Q6_K.
+"""Blocks of quantized values as GGUF stores them: Q4_0, Q4_1, Q5_0, Q8_0 and Q6_K.
 
-With d and m in float16, a block of 32 is w = d·(q − 8) in Q4_0, w = d·q + m in Q4_1, and w = d·q in
-Q8_0; Q6_K has 256 values w = d·s·(q − 32) with an int8 scale s for each 16 of them. Source:
-ggml-common.h and ggml-quants.c of github.com/ggml-org/llama.cpp.
+With d and m in float16, a block of 32 is w = d·(q − 8) in Q4_0, w = d·q + m in Q4_1, w = d·(q − 16)
+in Q5_0, and w = d·q in Q8_0; Q6_K has 256 values w = d·s·(q − 32) with an int8 scale s for each 16
+of them. Source: ggml-common.h and ggml-quants.c of github.com/ggml-org/llama.cpp.
 """
 
 from __future__ import annotations
@@ -35,6 +35,23 @@ def four_bit_blocks(q: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
     heads = [_bytes_of(part.repeat_interleave(repeats, 1)) for part in parts]
     nibbles = values[..., :HALF] | values[..., HALF:] << 4
     return torch.cat([*heads, nibbles], -1)
+
+
+def five_bit_blocks(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """Return blocks [rows, columns/32, 22] in bytes: Q5_0, which holds scale · (q − zero) exactly.
+
+    Args:
+        q: uint8 [rows, columns], 0..15.
+        scale: float16 [rows, columns/group], for a group of any multiple of 32.
+        zero: uint8, 0..15, like `scale`.
+    """
+    values = q.unflatten(1, (-1, BLOCK))
+    repeats = values.shape[1] // scale.shape[1]
+    values = values + 16 - zero.repeat_interleave(repeats, 1).unsqueeze(-1)
+    bits = (values >> 4).unflatten(2, (-1, 8)) << torch.arange(8, dtype=torch.uint8)
+    nibbles = (values & 15)[..., :HALF] | (values & 15)[..., HALF:] << 4
+    head = _bytes_of(scale.repeat_interleave(repeats, 1))
+    return torch.cat([head, bits.sum(-1).to(torch.uint8), nibbles], -1)
 
 
 def read_four_bit_blocks(blocks: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -13,9 +13,9 @@ from torch import Tensor
 from vila_deploy.checkpoint.gguf_layout import GgufSpec, row_order
 from vila_deploy.checkpoint.gguf_reader import shard_name
 from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.formats.base import QuantizedLinear, no_prequant_scale, only_4_bits
 from vila_deploy.formats.gguf import GGUF_BLOCKS, dtype
-from vila_deploy.formats.gguf_blocks import quantize_table
+from vila_deploy.formats.gguf_blocks import five_bit_blocks, quantize_table
 from vila_deploy.formats.gguf_file import (
     INT32,
     UINT16,
@@ -28,7 +28,7 @@ from vila_deploy.formats.gguf_file import (
 # Of one file; more are several, as llama.cpp splits them. The hub takes up to 50 GB.
 MAX_FILE_BYTES = 40 * 10**9
 # general.file_type, what most tensors are (llama.h's LLAMA_FTYPE_*).
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "BF16": 32}
+FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "BF16": 32}
 FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
@@ -109,12 +109,10 @@ def add_tensor(
     """
     order = row_order(config, name)
     if isinstance(value, QuantizedLinear):
-        zero_point = files.type_of(f"{name}.weight") == dtype(True)
-        packed = GGUF_BLOCKS.pack(value, zero_point)
-        blocks = packed["blocks"].flatten(1)
+        blocks = _blocks(value, files.type_of(f"{name}.weight")).flatten(1)
         files.write(f"{name}.weight", [blocks if order is None else blocks[order]])
-        if "bias" in packed:
-            add_tensor(files, config, f"{name}.bias", packed["bias"])
+        if value.bias is not None:
+            add_tensor(files, config, f"{name}.bias", value.bias)
         return
     tensor = value if order is None else value[order]
     stored = files.type_of(name)
@@ -124,6 +122,15 @@ def add_tensor(
         files.write(name, (part.to(target) for part in rows))
     else:
         files.write(name, quantize_table(tensor, stored))
+
+
+def _blocks(linear: QuantizedLinear, kind: str) -> Tensor:
+    """Return the blocks [rows, blocks, bytes] of a 4-bit linear in Q4_0, Q4_1 or Q5_0."""
+    if kind == "Q5_0":
+        only_4_bits(linear, "GGUF")
+        no_prequant_scale(linear, "GGUF")
+        return five_bit_blocks(linear.q, linear.scale, linear.zero)
+    return GGUF_BLOCKS.pack(linear, zero_point=kind == dtype(True))["blocks"]
 
 
 def _shards(specs: Sequence[GgufSpec]) -> Iterator[list[GgufSpec]]:

@@ -22,7 +22,7 @@ from vila_deploy.checkpoint.llm_config import (
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.formats.base import QuantizedLinear, to_float16
-from vila_deploy.formats.module_dtypes import FP16
+from vila_deploy.formats.module_dtypes import FP16, INT4
 from vila_deploy.utils.progress import Advance, progress
 from vila_deploy.utils.version import __version__
 from vila_deploy.writers.gguf_files import FILE_TYPES, GgufFiles, add_tensor
@@ -43,8 +43,8 @@ def build(
         (folder / files.LLM).mkdir()
         write_llm(folder / files.LLM, config, llm, request, advance)
     versions = {name: version(name) for name in ("onnx", "onnxruntime")}
-    head = request.module_precision.lm_head
-    return BuildResult(bytes_per_step(config.llm, head), versions, chosen=chosen)
+    kind, head = _linear_type(config.llm, request), request.module_precision.lm_head
+    return BuildResult(bytes_per_step(config.llm, kind, head), versions, chosen=chosen)
 
 
 def write_llm(
@@ -52,7 +52,7 @@ def write_llm(
 ) -> None:
     """Write the language model into `folder`, one decoder layer in memory at a time."""
     llm, head = config.llm, request.module_precision.lm_head
-    kind = linear_type(llm)
+    kind = _linear_type(llm, request)
     heads = () if head == FP16 else (HEAD_TYPES[head],)
     specs = list(tensor_specs(llm, ("F16",), (kind,), heads))
     metadata = _metadata(llm, request.limits.max_seq_len, kind)
@@ -69,6 +69,10 @@ def write_llm(
             add_tensor(file, llm, HEAD, table)
         file.finish()
         advance("lm_head")
+
+
+def _linear_type(config: LlmConfig, request: BuildRequest) -> str:
+    return linear_type(config, request.target, INT4 if config.quantization else FP16)
 
 
 def _add_layer(file: GgufFiles, config: LlmConfig, weights: WeightSource, prefix: str) -> None:

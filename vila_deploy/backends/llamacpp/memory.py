@@ -45,9 +45,16 @@ ON_HOST = (MemoryRow.EMBEDDINGS, MemoryRow.VISION, MemoryRow.PROJECTOR)
 IN_LAYERS = (MemoryRow.DECODER_LINEARS, MemoryRow.NORMS, MemoryRow.KV_CACHE)
 
 
-def linear_type(config: LlmConfig) -> str:
-    """Return the type in which the decoder's linears are stored."""
-    return "F16" if config.quantization is None else dtype(config.quantization.zero_point)
+def linear_type(config: LlmConfig, target: Target, precision: str) -> str:
+    """Return the type in which the decoder's linears are stored.
+
+    Zero points are exact in Q5_0, and a prompt takes 0.6 of Q4_1's time on a processor. On a GPU
+    the fewer bytes of Q4_1 count.
+    """
+    if precision == FP16:
+        return "F16"
+    zero_point = config.quantization is None or config.quantization.zero_point
+    return "Q5_0" if zero_point and gpu_kind(target) is None else dtype(zero_point)
 
 
 def bits(kind: str) -> float:
@@ -66,10 +73,15 @@ def gpu_kind(target: Target) -> str | None:
     return target.ggml_backend or ("CUDA" if target.compute_capability else None)
 
 
-def bytes_per_step(config: LlmConfig, head: str) -> int:
-    """Return the bytes of weights that a decoding step reads: all but the embedding table."""
+def bytes_per_step(config: LlmConfig, kind: str, head: str) -> int:
+    """Return the bytes of weights that a decoding step reads: all but the embedding table.
+
+    Args:
+        kind: the type of the decoder's linears.
+        head: a key of HEAD_TYPES, or FP16.
+    """
     heads = (HEAD_TYPES.get(head, "F16"),)
-    specs = tensor_specs(config, ("F16",), (linear_type(config),), heads)
+    specs = tensor_specs(config, ("F16",), (kind,), heads)
     return sum(
         tensor_bytes(spec.shape, spec.types[0]) for spec in specs if spec.source != EMBEDDING
     )
@@ -158,9 +170,8 @@ def _items(
     """Return all rows: vision as backend onnxruntime has it, the language model as llama.cpp."""
     llm, limits, modules = config.llm, request.limits, request.module_precision
     items = weight_items(config, precision, ONNX_STORAGE, modules)
-    kind = "F16" if precision == FP16 else linear_type(llm) if llm.quantization else dtype(True)
     types = {
-        MemoryRow.DECODER_LINEARS: kind,
+        MemoryRow.DECODER_LINEARS: linear_type(llm, request.target, precision),
         MemoryRow.HEAD: HEAD_TYPES.get(modules.lm_head, "F16"),
         MemoryRow.NORMS: "F32",
     }
