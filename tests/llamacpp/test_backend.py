@@ -62,6 +62,7 @@ IMAGES: dict[str, dict[str, Any]] = {
     "tiles": {
         "root_config": {
             "model_type": "vila", "image_aspect_ratio": "dynamic", "min_tiles": 2, "max_tiles": 6,
+            "prompt_template": "vicuna_v1",
         },
     },
 }  # fmt: skip
