@@ -80,7 +80,10 @@ def first_rates(folder: Path, bandwidth: float, gpu: bool) -> Rates:
 
 
 def disk_bytes_per_s(folder: Path, size: int = DISK_PROBE_BYTES) -> float:
-    """Return how many bytes a second reach the disk of `folder`, from one small file."""
+    """Return how many bytes a second reach the disk of `folder`, from one small file.
+
+    A disk without room for that file counts as one that is fast: rows then say that it is full.
+    """
     path = folder / "disk-probe"
     try:
         start = time.perf_counter()
@@ -90,6 +93,8 @@ def disk_bytes_per_s(folder: Path, size: int = DISK_PROBE_BYTES) -> float:
             file.flush()
             os.fsync(file.fileno())
         return size / max(time.perf_counter() - start, 1e-6)
+    except OSError:
+        return BUILD_BYTES_PER_S
     finally:
         path.unlink(missing_ok=True)
 

@@ -17,6 +17,7 @@ import click
 from vila_deploy.cli.bench_baselines import check_checkout, cpu_rows, run_on_gpu
 from vila_deploy.cli.common import EXIT_INTERRUPTED
 from vila_deploy.utils.errors import VilaDeployError, printable
+from vila_deploy.utils.files import replace_file
 
 if TYPE_CHECKING:
     from vila_deploy.bench.fill_table import Table
@@ -175,9 +176,21 @@ def _write_files(
     folder = results.folder
     markdown = "\n".join(filter(None, [render_table(rows), render_baselines(baselines)]))
     texts = {"md": markdown, **{s: render_rows(rows, s) + "\n" for s in ("csv", "json")}}
-    for ending, text in texts.items():
-        (folder / f"table.{ending}").write_text(text, "utf-8")
+    temporary = folder / ".table"
+    try:
+        for ending, text in texts.items():
+            temporary.write_text(text, "utf-8")
+            replace_file(temporary, folder / f"table.{ending}")
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise VilaDeployError(
+            f"cannot write the table: {error.strerror}",
+            where=folder,
+            fix="free some space; finished rows are kept, and the same command goes on",
+        ) from error
     try:
         write_plots(rows, folder)
     except VilaDeployError as error:
         click.echo(str(error), err=True)
+    except OSError as error:
+        click.echo(f"no plots: {error.strerror or error}", err=True)

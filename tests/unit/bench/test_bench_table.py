@@ -5,22 +5,27 @@ from __future__ import annotations
 import csv
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
+from tests.support.bench_table import measured_row
 from tests.support.paths import REPOSITORY
 from tests.support.tiny import make_checkpoint
+from vila_deploy.bench.estimates import BUILD_BYTES_PER_S, disk_bytes_per_s
 from vila_deploy.bench.fill_table import TimeLimit, TimeUp
 from vila_deploy.bench.measure_row import MeasureSettings
+from vila_deploy.bench.results_file import ResultsFile
 from vila_deploy.builder.build import build_engine
 from vila_deploy.builder.resolve import BuildOptions
-from vila_deploy.cli import bench_table_worker
+from vila_deploy.cli import bench_table, bench_table_worker
 from vila_deploy.cli.bench import main
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.module_command import module_command
@@ -215,3 +220,28 @@ def test_two_tables_in_one_folder_do_not_mix(tmp_path: Path) -> None:
         done = table("--minutes", 0, "--results", tmp_path)
     assert done.exit_code == 1
     assert "another vila-bench writes its results here" in done.stderr
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file can grow beyond 100 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_table_that_can_not_be_written_leaves_the_earlier_one(
+    tmp_path: Path, full_disk: None
+) -> None:
+    (tmp_path / "table.md").write_text("earlier")
+    rows = [{**measured_row(), "model": "VILA1.5-3b", "precision": "int4"}]
+    with pytest.raises(VilaDeployError, match="cannot write the table: File too large; free some"):
+        bench_table._write_files(rows, ResultsFile(tmp_path), [])
+    assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
+    assert (tmp_path / "table.md").read_text() == "earlier"
+
+
+def test_a_disk_without_room_for_its_trial_is_no_error(tmp_path: Path, full_disk: None) -> None:
+    assert disk_bytes_per_s(tmp_path) == BUILD_BYTES_PER_S
+    assert not list(tmp_path.iterdir())
