@@ -8,6 +8,7 @@ from pathlib import Path
 from vila_deploy.backends.base import Backend
 from vila_deploy.backends.onnxruntime.memory import estimate_memory, float_tower_bytes
 from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.tensor_schema import parameters, tower_tensor_specs
 from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.engine.manifest import Manifest
@@ -26,6 +27,8 @@ from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.estimates import available_memory_bytes
 
 HEAD_DIM_MULTIPLE = 8
+# Weights of a tower below which rounding its activations takes longer than int8 products save.
+SMALL_TOWER = 1 << 18
 # Figures of benchmarks/results/cpu-choices.jsonl and cpu-engine.jsonl; the defaults together add at
 # most 5% to the KL divergence that 4 bits cost. An int8 cache alone would add more.
 HEAD_REASON = "a quarter of float32's bytes, for 0.6% more KL divergence than 4 bits cost"
@@ -67,6 +70,8 @@ class OnnxRuntimeBackend(Backend):
     def default_dtype(self, module: str, config: VilaConfig, precision: str) -> DefaultChoice:
         if precision != INT4:
             return DefaultChoice(FP16)
+        if module == "vision" and parameters(tower_tensor_specs(config)) < SMALL_TOWER:
+            return DefaultChoice(FP16, "int8 would not be faster in so small a tower")
         if module == "vision" and available_memory_bytes() < float_tower_bytes(config):
             return DefaultChoice(FP16, "too little memory to check an int8 tower against float32")
         if module == "vision":

@@ -14,9 +14,13 @@ from vila_deploy.backends.onnxruntime import vision
 from vila_deploy.backends.onnxruntime.backend import OnnxRuntimeBackend
 from vila_deploy.builder import build_engine
 from vila_deploy.builder.resolve import BuildOptions, resolve_build
+from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.checkpoint.presets import preset
 from vila_deploy.engine.manifest import Manifest, load_manifest
 from vila_deploy.engine.precision import DefaultChoice
 from vila_deploy.runtime.open_engine import open_engine
+
+default_dtype = OnnxRuntimeBackend.default_dtype
 
 
 @pytest.fixture(autouse=True)
@@ -91,3 +95,12 @@ def test_random_weights_are_not_checked(tmp_path: Path, monkeypatch: pytest.Monk
     built_here = build_module.build(folder, build.config, *parts, request)
     assert built_here.chosen["vision"].value == "int8"
     assert "was not measured" in built_here.chosen["vision"].reason
+
+
+def test_int8_is_the_default_of_towers_that_it_makes_faster(tmp_path: Path) -> None:
+    small = open_checkpoint(make_checkpoint(tmp_path / "small")).config
+    choice = default_dtype(OnnxRuntimeBackend(), "vision", small, "int4")
+    assert choice.value == "fp16"
+    assert "so small a tower" in choice.reason
+    large = preset("VILA1.5-3b", "int4")
+    assert default_dtype(OnnxRuntimeBackend(), "vision", large, "int4").value == "int8"
