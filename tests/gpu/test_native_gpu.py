@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,18 @@ import pytest
 import torch
 
 from tests.support.paths import TINY_VILA
+from tiny_vila.questions import held_out
+from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.engine.model_info import ModelInfo
+from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
+from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chunks
+from vila_deploy.processing.tokenizer import load_tokenizer
+from vila_deploy.runtime.prompt import place_images
 
 NEW_TOKENS, RUNS = 64, 10
+# Whose repetitions prompt lookup takes for guesses, besides those of the answer.
 PROMPT = [1, 5, 9, 30, 31, 5, 9]
+EOS = 2
 PRODUCTS = {"norm_qkv_kernel", "add_residual_kernel", "gate_up_kernel"}
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 
@@ -54,7 +64,20 @@ def pair(tmp_path_factory: pytest.TempPathFactory, target: str) -> Iterator[tupl
 
 
 def prompt(session: Any) -> np.ndarray:
-    return session.embed_tokens(PROMPT)
+    """A question about an image that the model never saw, whose answer has several words."""
+    chunks, tiles = question()
+    return merge_embeddings(chunks, [*session.encode_images(tiles)], session.embed_tokens)
+
+
+@functools.cache
+def question() -> tuple[Any, np.ndarray]:
+    """The texts around the image of the question, and the image."""
+    asked = held_out(2, ["description"])[1]
+    tokenizer = load_tokenizer(TINY_VILA / "llm")
+    model = ModelInfo.from_config(open_checkpoint(TINY_VILA).config, tokenizer)
+    placed, (pixels,) = place_images(asked.prompt, asked.images, model)
+    text = render(PROMPT_TEMPLATES[model.prompt], [], placed)
+    return text_chunks(tokenizer, text, model.recipe), pixels.tiles
 
 
 def test_every_kernel_equals_its_reference(tmp_path: Path) -> None:
@@ -71,10 +94,13 @@ def test_same_tokens_as_the_reference(pair: tuple[Any, Any]) -> None:
     for each in pair:
         each.truncate(0)
     logits, expected = session.prefill(prompt(session)), reference.prefill(prompt(reference))
-    for _ in range(NEW_TOKENS):
-        token = int(expected.argmax())
-        assert int(logits.argmax()) == token
-        logits, expected = session.decode(token), reference.decode(token)
+    tokens: list[int] = []
+    # Behind the end of the answer all that follows is as good as equally likely.
+    while EOS not in tokens and len(tokens) < NEW_TOKENS:
+        tokens.append(int(expected.argmax()))
+        assert int(logits.argmax()) == tokens[-1]
+        logits, expected = session.decode(tokens[-1]), reference.decode(tokens[-1])
+    assert len(set(tokens)) > 5
 
 
 def test_ten_runs_give_equal_bytes_and_guessing_the_same_tokens(pair: tuple[Any, Any]) -> None:
@@ -90,6 +116,7 @@ def test_ten_runs_give_equal_bytes_and_guessing_the_same_tokens(pair: tuple[Any,
         tokens = session.decode_greedy(NEW_TOKENS)
         seen.add((logits.tobytes(), tuple(tokens), session.decode(7).tobytes()))
     assert len(seen) == 1
+    assert len(set(tokens)) > 5, "a constant would show nothing"
     session.truncate(0)
     session.prefill(prompt(session))
     wide = DecodeStep(session._config, session._llm, session._cache, TOKENS)
