@@ -147,23 +147,29 @@ def converse(chat: Chat) -> None:
 def _converse_at_terminal(chat: Chat) -> None:
     click.echo(HELP, err=True)
     reader = LineReader(COMMANDS)
-    while not chat.ended:
+    # Between a line and its answer, or behind that, there is nothing that Ctrl-C could end.
+    with on_ctrl_c(lambda: None):
+        while not chat.ended and (line := _next_line(reader)) is not None:
+            try:
+                with on_ctrl_c(chat.interrupt):
+                    chat.do(line)
+            except CtrlC:
+                click.echo(f"\n{STOPPED}", err=True)
+            except VilaDeployError as error:
+                # A wrong path or a full context must not end what a person types.
+                click.echo(f"error: {error}", err=True)
+
+
+def _next_line(reader: LineReader) -> str | None:
+    """Return what the person types, or None at its end; Ctrl-C throws a line away."""
+    while True:
         try:
             with on_ctrl_c(_raise_ctrl_c):
-                line = reader.read("> ")
+                return reader.read("> ")
         except CtrlC:
             click.echo(f"\n{AT_PROMPT}", err=True)
-            continue
         except EOFError:
-            return
-        try:
-            with on_ctrl_c(chat.interrupt):
-                chat.do(line)
-        except CtrlC:
-            click.echo(f"\n{STOPPED}", err=True)
-        except VilaDeployError as error:
-            # A wrong path or a full context must not end what a person types.
-            click.echo(f"error: {error}", err=True)
+            return None
 
 
 def _raise_ctrl_c() -> None:

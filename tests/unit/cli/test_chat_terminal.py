@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from tests.support.pseudo_terminal import (
     Terminal,
     terminal,
 )
+from vila_deploy.cli import chat_interactive
+from vila_deploy.cli.chat_lines import CtrlC, LineReader
 
 SHORT = ("--max-new-tokens", "3")
 AT_PROMPT = "/exit or Ctrl-D ends the chat"
@@ -89,6 +92,39 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(start: Start) -> None:
         chat.wait_for(PROMPT)
         chat.enter("/exit")
         assert chat.ends() == 0
+
+
+def test_ctrl_c_behind_a_stopped_answer_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a person who keeps pressing it."""
+    lines, shown, echo = iter(["What?", "/exit"]), [], chat_interactive.click.echo
+
+    class Reader(LineReader):
+        def read(self, prompt: str) -> str:
+            return next(lines)
+
+    class Stopped(chat_interactive.Chat):
+        def __init__(self) -> None:
+            self.ended = False
+
+        def do(self, text: str) -> None:
+            self.ended = text == "/exit"
+            if not self.ended:
+                raise CtrlC
+
+    def press_once_more(message: str, **options: bool) -> None:
+        shown.append(message.strip())
+        if message.strip() == chat_interactive.STOPPED:
+            os.kill(os.getpid(), signal.SIGINT)
+        echo(message, **options)
+
+    monkeypatch.setattr(chat_interactive, "is_terminal", lambda: True)
+    monkeypatch.setattr(chat_interactive, "LineReader", Reader)
+    monkeypatch.setattr(chat_interactive.click, "echo", press_once_more)
+    try:
+        chat_interactive.converse(Stopped())
+    except KeyboardInterrupt:
+        pytest.fail("the chat has ended")
+    assert shown[1:] == [chat_interactive.STOPPED]
 
 
 def test_a_stopped_answer_stays_in_the_conversation(start: Start) -> None:
