@@ -14,7 +14,7 @@ from tests.support.vllm_cases import CASES, picture, questions
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.integrations.vllm import served_model
 from vila_deploy.integrations.vllm.places import PLACE_MARKER, largest_place, with_places
-from vila_deploy.integrations.vllm.prompt_input import PromptInput
+from vila_deploy.integrations.vllm.prompt_input import PromptInput, plain_messages
 from vila_deploy.integrations.vllm.served_model import ServedModel, read_served_model
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.images import place_features
@@ -112,6 +112,12 @@ def test_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(VilaDeployError, match=message):
         maker.chat([{"role": "user", "content": content}])
     maker.close()
+
+
+def test_lists_that_can_be_read_once(tmp_path: Path) -> None:
+    messages = as_openai(questions("")[2])
+    once = [{**message, "content": iter(message["content"])} for message in messages]
+    assert plain_messages(once) == messages
 
 
 def test_bare_text(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ from vila_deploy.integrations.vllm.places import (
     Place,
     largest_place,
 )
-from vila_deploy.integrations.vllm.prompt_input import PromptInput
+from vila_deploy.integrations.vllm.prompt_input import PromptInput, plain_messages
 from vila_deploy.integrations.vllm.served_model import ServedModel, read_served_model
 from vila_deploy.model.vision import VisionEncoder
 from vila_deploy.processing.frame_windows import window_mean
@@ -124,12 +124,13 @@ class VilaRenderer(BaseRenderer):
             raise VLLMValidationError(f"token ids must be 0 to {rows - 1}", parameter=parameter)
 
     def render_messages(self, messages: list[Any], params: Any) -> tuple[list[Any], Any]:
-        tokens, places = _refusing(self._input.chat, messages)
+        conversation = plain_messages(messages)
+        tokens, places = _refusing(self._input.chat, conversation)
         prompt: dict[str, Any] = {"prompt_token_ids": tokens}
         if places:
             prompt["multi_modal_data"] = {"image": places}
             prompt["multi_modal_uuids"] = {"image": [place.key for place in places]}
-        return [dict(message) for message in messages], prompt
+        return conversation, prompt
 
     async def render_messages_async(
         self, messages: list[Any], params: Any

@@ -27,14 +27,16 @@ class PromptInput:
         limits = RequestLimits(images=max_images)
         self._prompts = PromptMaker(model.info, model.tokenizer, limits, max_tokens)
 
-    def chat(self, messages: Iterable[Mapping[str, Any]]) -> tuple[list[int], list[Place]]:
+    def chat(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[Place]]:
         """Return the tokens and places of a conversation.
+
+        Args:
+            messages: as JSON has them.
 
         Raises:
             VilaDeployError: messages or images that are refused; it names the field.
         """
-        values = {"messages": [_plain(message) for message in messages]}
-        request = parse_chat(RequestFields(values))
+        request = parse_chat(RequestFields({"messages": messages}))
         return with_places(self._prompts.render(request))
 
     def text(self, prompt: str) -> list[int]:
@@ -50,8 +52,12 @@ class PromptInput:
         self._prompts.close()
 
 
+def plain_messages(messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages as JSON has them: pydantic hands out lists as iterators, to be read once."""
+    return [_plain(message) for message in messages]
+
+
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message as JSON has it: pydantic hands out lists as iterators."""
     values = dict(message)
     content = values.get("content")
     if content is not None and not isinstance(content, str):
