@@ -13,7 +13,10 @@ from tests.support.paths import REPOSITORY
 
 ROWS = re.findall(r'^  "([\w-]+): (.*)"$', (REPOSITORY / ".ci" / "run").read_text(), re.M)
 ALL = ["test", *(target for target, _ in ROWS)]
-OF_THE_SERVER = ["test", *(target for target, paths in ROWS if "vila_deploy/server" in paths)]
+OF_THE_SERVER = [
+    "test",
+    *(target for target, paths in ROWS if "vila_deploy/server" in paths.split()),
+]
 MAKEFILE = "%:\n\t@echo ran $@\n"
 AS_SOMEBODY = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
 
