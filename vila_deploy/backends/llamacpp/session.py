@@ -15,7 +15,7 @@ from vila_deploy.backends.llamacpp.gpu_layers import resolve_gpu_layers
 from vila_deploy.backends.llamacpp.library import find_gpu, load_library
 from vila_deploy.backends.llamacpp.memory import PREFILL_TOKENS
 from vila_deploy.backends.onnxruntime.image_encoder import ImageEncoder
-from vila_deploy.backends.onnxruntime.session import threads_to_use
+from vila_deploy.backends.onnxruntime.session import ONE_THREAD_BYTES, threads_to_use
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import check_keep, check_room, check_slots
@@ -37,7 +37,9 @@ class LlamaCppSession:
     def __init__(self, folder: Path, manifest: Manifest, slots: int = 1):
         load_library()
         self.slots, self.max_seq_len = slots, manifest.limits.max_seq_len
-        llm, threads = folder / files.LLM, threads_to_use()
+        llm = folder / files.LLM
+        small = manifest.weight_bytes_per_token < ONE_THREAD_BYTES
+        threads = 1 if small else threads_to_use()
         gpu = find_gpu(get_target(manifest.target))
         options = DecoderOptions(
             slots,
