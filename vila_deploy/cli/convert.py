@@ -10,12 +10,15 @@ from vila_deploy.cli.common import command, echo_json
 from vila_deploy.cli.formats import FormatNames
 from vila_deploy.formats.registry import FORMATS
 
+REPOSITORY = "triton-repository"
+
 
 @command("vila-convert")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
-    "--to", "formats", type=FormatNames(), required=True,
-    help=f"Format to write: {', '.join(FORMATS)}; several come into OUT/NAME/.",
+    "--to", "formats", type=FormatNames(REPOSITORY), required=True,
+    help=f"Format to write: {', '.join(FORMATS)}; several come into OUT/NAME/. Or {REPOSITORY}: "
+    "a model repository for Triton Inference Server around an engine.",
 )  # fmt: skip
 @click.option(
     "-o", "--out", type=click.Path(path_type=Path), required=True,
@@ -34,7 +37,21 @@ def main(checkpoint: Path, formats: tuple[str, ...], out: Path, as_json: bool) -
     vila-convert VILA1.5-3b-AWQ --to awq -o VILA1.5-3b-autoawq
     vila-convert my-quantized --to tinychat -o my-tinychat
     vila-convert my-quantized --to gguf -o my-gguf
+    vila-convert my-engine --to triton-repository -o models
     """
+    if REPOSITORY in formats:
+        if len(formats) > 1:
+            raise click.UsageError(f"{REPOSITORY} is of an engine, the formats of a checkpoint")
+        from vila_deploy.integrations.triton.repository import write_repository
+
+        write_repository(checkpoint, out)
+        if as_json:
+            echo_json({"repository": str(out)})
+        else:
+            click.echo(
+                f"{out}: tritonserver --model-repository {out} --disable-auto-complete-config"
+            )
+        return
     from vila_deploy.writers.convert import convert
 
     convert(checkpoint, out, formats)

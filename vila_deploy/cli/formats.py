@@ -12,6 +12,10 @@ class FormatNames(click.ParamType):
 
     name = "formats"
 
+    def __init__(self, *others: str):
+        """`others` are names that are accepted too."""
+        self._others = others
+
     def convert(
         self,
         value: str | tuple[str, ...],
@@ -22,8 +26,9 @@ class FormatNames(click.ParamType):
             return value
         names = tuple(dict.fromkeys(value.split(",")))
         for name in names:
-            if name not in FORMATS:
-                self.fail(f"{name!r} is not one of {', '.join(FORMATS)}", param, ctx)
+            if name not in FORMATS and name not in self._others:
+                known = ", ".join((*FORMATS, *self._others))
+                self.fail(f"{name!r} is not one of {known}", param, ctx)
         return names
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:

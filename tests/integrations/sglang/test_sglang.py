@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,8 +144,3 @@ def test_log_probabilities(folder: Path, url: str, shapes: list[tuple[int, int]]
     (token,) = answer["choices"][0]["logprobs"]["content"]
     found = sorted((row["logprob"] for row in token["top_logprobs"]), reverse=True)
     assert np.abs(np.sort(expected)[::-1][:5] - found).max() < TOLERANCE
-
-
-def test_a_marker_typed_as_text_is_refused(url: str) -> None:
-    with pytest.raises(urllib.error.HTTPError):
-        ask(url, [{"type": "text", "text": "<image> What is it?"}])

@@ -1,0 +1,1 @@
+"""Our engines as models of Triton Inference Server, through its Python backend."""
