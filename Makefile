@@ -4,10 +4,11 @@ VENV   := .venv
 LMMS_VENV := .venv-lmms
 VLLM_VENV := .venv-vllm
 SGLANG_VENV := .venv-sglang
+TRITON_VENV := .venv-triton
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-ptx test-web test-serve test-integrations test-lmms-eval test-vllm test-sglang test-llamacpp bench lint format clean
+.PHONY: demo test test-ptx test-web test-serve test-integrations test-lmms-eval test-vllm test-sglang test-triton test-llamacpp bench lint format clean
 
 demo: $(VENV)/.installed  ## quantize, build, ask and time the small trained model in examples/tiny-vila
 	$(BIN)/python examples/tiny-vila/demo.py
@@ -30,7 +31,7 @@ test-serve: $(VENV)/.installed-dev  ## vila-serve: 1000 damaged requests, 200 cl
 	  tests/unit/server/test_mutated_requests.py tests/unit/server/test_many_clients.py \
 	  tests/unit/runtime/test_scheduler.py
 
-test-integrations: test-lmms-eval test-vllm test-sglang  ## other people's programs, each in an environment of its own
+test-integrations: test-lmms-eval test-vllm test-sglang test-triton  ## other people's programs, each in an environment of its own
 
 test-lmms-eval: $(LMMS_VENV)/.installed  ## lmms-eval on a local task
 	OMP_NUM_THREADS=1 $(LMMS_VENV)/bin/python -m pytest tests/integrations/test_lmms_eval.py
@@ -42,6 +43,10 @@ test-vllm: $(VLLM_VENV)/.installed  ## VILA under vLLM on the CPU: every kind of
 test-sglang: $(SGLANG_VENV)/.installed  ## format sglang on SGLang's server, its GPU kernels replaced by torch
 	if test -f $(SGLANG_VENV)/.skipped; then echo "test-sglang: skipped, $$(cat $(SGLANG_VENV)/.skipped)"; else \
 	  OMP_NUM_THREADS=1 PYTHONPATH=tests/integrations/sglang/stand_in $(SGLANG_VENV)/bin/python -m pytest tests/integrations/sglang; fi
+
+test-triton: $(VENV)/.installed-dev $(TRITON_VENV)/.installed  ## our engine in Triton Inference Server
+	if test -f $(TRITON_VENV)/.skipped; then echo "test-triton: skipped, $$(cat $(TRITON_VENV)/.skipped)"; else \
+	  OMP_NUM_THREADS=1 TRITON_VENV=$(TRITON_VENV) $(BIN)/pytest tests/integrations/triton; fi
 
 test-llamacpp: $(VENV)/.installed-llamacpp  ## GGUF files in llama.cpp itself, which is compiled once
 	OMP_NUM_THREADS=2 $(BIN)/pytest tests/llamacpp
@@ -56,7 +61,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LMMS_VENV) $(VLLM_VENV) $(SGLANG_VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LMMS_VENV) $(VLLM_VENV) $(SGLANG_VENV) $(TRITON_VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vila-deploy needs Python 3.11 or newer; if it is there: make PYTHON=python3.12 …")'
@@ -89,6 +94,10 @@ $(VLLM_VENV)/.installed: setup.py pyproject.toml tests/integrations/vllm/install
 
 $(SGLANG_VENV)/.installed: setup.py pyproject.toml tests/integrations/sglang/install.sh tests/integrations/sglang/requirements.txt
 	tests/integrations/sglang/install.sh $(SGLANG_VENV) $(PYTHON)
+	touch $@
+
+$(TRITON_VENV)/.installed: tests/integrations/triton/install.sh constraints.txt
+	tests/integrations/triton/install.sh $(TRITON_VENV) $(PYTHON)
 	touch $@
 
 $(VENV)/.installed-llamacpp: $(VENV)/.installed-dev
