@@ -40,7 +40,7 @@ START_S, QUESTION = 600, "What is it?"
 FLAGS = [
     "--trust-remote-code", "--device", "cpu", "--attention-backend", "torch_native",
     "--sampling-backend", "pytorch", "--disable-overlap-schedule", "--disable-cuda-graph",
-    "--skip-server-warmup", "--mem-fraction-static", "0.05", "--max-total-tokens", "8192",
+    "--skip-server-warmup", "--mem-fraction-static", "0.3", "--max-total-tokens", "8192",
     "--host", "127.0.0.1",
 ]  # fmt: skip
 
