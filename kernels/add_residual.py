@@ -26,7 +26,8 @@ def add_residual_kernel(
     residual_ptr: tl.tensor, out_ptr: tl.tensor, squares_ptr: tl.tensor, tokens: tl.tensor,
     columns: tl.tensor, rows: tl.tensor,
     BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+    EVEN_ROUNDS: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     tile = tl.program_id(0)
     if PDL:
@@ -36,7 +37,7 @@ def add_residual_kernel(
     add_residual_rows(
         tile, x_ptr, words_ptr, scale_zero_ptr, norm_ptr, residual_ptr, out_ptr, squares_ptr,
         tokens, columns, rows,
-        BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
+        BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES, EVEN_COLUMNS, EVEN_ROUNDS,
     )  # fmt: skip
 
 
@@ -46,7 +47,8 @@ def add_residual_rows(
     norm_ptr: tl.tensor, residual_ptr: tl.tensor, out_ptr: tl.tensor, squares_ptr: tl.tensor,
     tokens: tl.tensor, columns: tl.tensor, rows: tl.tensor,
     BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+    EVEN_ROUNDS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write rows tile · ROWS and on of the residual, and their sum of squares."""
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
@@ -57,7 +59,7 @@ def add_residual_rows(
     weight = tl.load(norm_ptr + row, mask=row < rows, other=0.0)
     total = before + packed_dot(
         x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns,
-        BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
+        BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES, EVEN_COLUMNS, EVEN_ROUNDS,
     )  # fmt: skip
     tl.store(residual_ptr + offset, total, mask=inside)
     tl.store(out_ptr + offset, (total * weight).to(tl.float16), mask=inside)
@@ -78,7 +80,7 @@ def add_residual(
         out: float16 [tokens, out], the new residual times `norm`.
         squares: float32 [gemv_programs(capability, out), 8].
     """
-    tile, programs = gemv_tile(capability, weight.out_features), squares.shape[0]
+    tile, programs = gemv_tile(capability, weight.out_features, weight.blocks), squares.shape[0]
     assert programs == gemv_programs(capability, weight.out_features)
     return Launch(
         add_residual_kernel,

@@ -28,7 +28,7 @@ def gate_up_kernel(
     epsilon: tl.tensor, prescale: tl.tensor,
     COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr, EVEN_ROUNDS: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     tile = tl.program_id(0)
     if PDL:
@@ -38,7 +38,7 @@ def gate_up_kernel(
     gate_up_rows(
         tile, x_ptr, squares_ptr, words_ptr, scale_zero_ptr, y_ptr, tokens, columns, rows, count,
         epsilon, prescale,
-        COUNT, BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
+        COUNT, BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES, EVEN_COLUMNS, EVEN_ROUNDS,
     )  # fmt: skip
 
 
@@ -49,12 +49,13 @@ def gate_up_rows(
     rows: tl.tensor, count: tl.tensor, epsilon: tl.tensor, prescale: tl.tensor,
     COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr, EVEN_ROUNDS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write the channels of y that rows tile · ROWS and on of the weight give."""
     squares = load_squares(squares_ptr, count, tokens, COUNT, TOKENS)
     total = packed_dot(
         x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns,
-        BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
+        BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES, EVEN_COLUMNS, EVEN_ROUNDS,
     )  # fmt: skip
     total *= (inverse_rms(squares, columns, epsilon) * prescale)[None, :]
     # 16 channels of gate, then the same 16 of up, and so on.
@@ -80,7 +81,8 @@ def gate_up(
     """
     return normed_launch(
         gate_up_kernel, x, squares, weight, epsilon, prescale,
-        gate_up_tile(capability, weight.out_features), {"y_ptr": y, "rows": y.shape[1]},
+        gate_up_tile(capability, weight.out_features, weight.blocks),
+        {"y_ptr": y, "rows": y.shape[1]},
     )  # fmt: skip
 
 

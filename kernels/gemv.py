@@ -20,11 +20,12 @@ def gemv_kernel(
     y_ptr: tl.tensor, tokens: tl.tensor, columns: tl.tensor, rows: tl.tensor,
     HAS_BIAS: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr, EVEN_ROUNDS: tl.constexpr,
 ) -> None:  # fmt: skip
     tile = tl.program_id(0)
     total = packed_dot(
         x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns,
-        BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
+        BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES, EVEN_COLUMNS, EVEN_ROUNDS,
     )  # fmt: skip
     row = tile * ROWS + tl.arange(0, ROWS)
     if HAS_BIAS:
@@ -45,7 +46,7 @@ def gemv(
         y: float16 or float32 [tokens, out].
         capability: the GPU's, for the tile.
     """
-    tile = gemv_tile(capability, weight.out_features)
+    tile = gemv_tile(capability, weight.out_features, weight.blocks)
     return Launch(
         gemv_kernel,
         (triton.cdiv(weight.out_features, tile.rows),),
@@ -92,4 +93,6 @@ def weight_constants(weight: PackedLinear, rows: int, split: int) -> dict[str, i
         "ROWS": rows,
         "SPLIT": split,
         "TOKENS": TOKENS,
+        "EVEN_COLUMNS": weight.in_features % weight.block == 0,
+        "EVEN_ROUNDS": triton.cdiv(weight.in_features, weight.block) % split == 0,
     }

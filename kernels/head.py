@@ -28,7 +28,7 @@ def head_kernel(
     columns: tl.tensor, rows: tl.tensor, count: tl.tensor, epsilon: tl.tensor, prescale: tl.tensor,
     COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr, EVEN_ROUNDS: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     tile = tl.program_id(0)
     if PDL:
@@ -38,7 +38,7 @@ def head_kernel(
     squares = load_squares(squares_ptr, count, tokens, COUNT, TOKENS)
     total = packed_dot(
         x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns,
-        BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
+        BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES, EVEN_COLUMNS, EVEN_ROUNDS,
     )  # fmt: skip
     total *= (inverse_rms(squares, columns, epsilon) * prescale)[None, :]
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
@@ -64,7 +64,7 @@ def head(
     """
     return normed_launch(
         head_kernel, x, squares, weight, epsilon, prescale,
-        gemv_tile(capability, weight.out_features),
+        gemv_tile(capability, weight.out_features, weight.blocks),
         {"logits_ptr": logits, "best_ptr": best, "index_ptr": index},
     )  # fmt: skip
 

@@ -28,7 +28,8 @@ def norm_qkv_kernel(
     count: tl.tensor, epsilon: tl.tensor, prescale: tl.tensor,
     HAS_BIAS: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+    EVEN_ROUNDS: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     tile = tl.program_id(0)
     if PDL:
@@ -38,7 +39,7 @@ def norm_qkv_kernel(
     norm_qkv_rows(
         tile, x_ptr, squares_ptr, words_ptr, scale_zero_ptr, bias_ptr, y_ptr, tokens, columns,
         rows, count, epsilon, prescale,
-        HAS_BIAS, COUNT, BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
+        HAS_BIAS, COUNT, BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES, EVEN_COLUMNS, EVEN_ROUNDS,
     )  # fmt: skip
 
 
@@ -49,7 +50,8 @@ def norm_qkv_rows(
     columns: tl.tensor, rows: tl.tensor, count: tl.tensor, epsilon: tl.tensor, prescale: tl.tensor,
     HAS_BIAS: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+    EVEN_ROUNDS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write rows tile · ROWS and on of y."""
     row = tile * ROWS + tl.arange(0, ROWS)
@@ -57,7 +59,7 @@ def norm_qkv_rows(
     squares = load_squares(squares_ptr, count, tokens, COUNT, TOKENS)
     total = packed_dot(
         x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns,
-        BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES,
+        BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES, EVEN_COLUMNS, EVEN_ROUNDS,
     )  # fmt: skip
     total *= (inverse_rms(squares, columns, epsilon) * prescale)[None, :]
     if HAS_BIAS:
@@ -80,7 +82,7 @@ def norm_qkv(
     """
     return normed_launch(
         norm_qkv_kernel, x, squares, weight, epsilon, prescale,
-        gemv_tile(capability, weight.out_features),
+        gemv_tile(capability, weight.out_features, weight.blocks),
         {"bias_ptr": squares if bias is None else bias, "y_ptr": y},
         {"HAS_BIAS": bias is not None},
     )  # fmt: skip

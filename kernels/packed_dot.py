@@ -66,17 +66,30 @@ def unpack_lane(
 
 
 @triton.jit
+def load_block(pointers: tl.tensor, inside: tl.tensor, EVEN_ROUNDS: tl.constexpr) -> tl.tensor:
+    """Load what belongs to a block of each warp, zeros where a warp has none in this round."""
+    if EVEN_ROUNDS:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=inside, other=0)
+
+
+@triton.jit
 def packed_dot(
     x_ptr: tl.tensor, words_ptr: tl.tensor, scale_zero_ptr: tl.tensor,
     tile: tl.tensor, tokens: tl.tensor, columns: tl.tensor,
     BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
+    SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+    EVEN_ROUNDS: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Return float32 [ROWS, TOKENS]: rows tile · ROWS and on of the weight times every token.
 
     Args:
         x_ptr: float16 [tokens, columns]; tokens ≤ TOKENS.
         words_ptr, scale_zero_ptr: the tensors of a PackedLinear with `columns` input channels.
+        EVEN_COLUMNS: they fill their last block.
+        EVEN_ROUNDS: every warp has as many blocks. With both, the loop has no mask but that of the
+            tokens, which saves a fifth of its instructions.
     """
     PACK_FACTOR: tl.constexpr = 16 // BITS
     WORDS: tl.constexpr = BLOCK // PACK_FACTOR
@@ -97,13 +110,13 @@ def packed_dot(
     total = tl.zeros((SPLIT, ROWS, TOKENS), tl.float32)
     for first in tl.range(0, blocks, SPLIT, num_stages=STAGES):
         block = first + warp
-        packed = tl.load(words_ptr + block * (TILE * WORDS), mask=block < blocks, other=0)
+        packed = load_block(words_ptr + block * (TILE * WORDS), block < blocks, EVEN_ROUNDS)
         for group in tl.static_range(GROUPS_PER_BLOCK):
             neg_zero_point, scale = 0.0, 1.0
             if BITS < 16:
-                scale_zero = tl.load(
+                scale_zero = load_block(
                     scale_zero_ptr + (block // BLOCKS_PER_GROUP * GROUPS_PER_BLOCK + group) * TILE,
-                    mask=block < blocks, other=0,
+                    block < blocks, EVEN_ROUNDS,
                 )  # fmt: skip
                 scale = scale_zero.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
                 neg_zero_point = (scale_zero >> 16).to(tl.int16).to(tl.float16, bitcast=True)
@@ -111,7 +124,11 @@ def packed_dot(
             partial = tl.zeros((SPLIT, ROWS, TOKENS), tl.float32)
             for index in tl.static_range(LANES_PER_GROUP):
                 channel = block * BLOCK + (group * LANES_PER_GROUP + index) * WORDS
-                inside = (channel + word[None, :, None] < columns) & (token < tokens)
+                inside = token < tokens
+                if not EVEN_COLUMNS:
+                    inside &= channel + word[None, :, None] < columns
+                elif not EVEN_ROUNDS:
+                    inside &= block < blocks
                 value = tl.load(x_ptr + channel, mask=inside, other=0.0)
                 weight = unpack_lane(packed, neg_zero_point, group * LANES_PER_GROUP + index, BITS)
                 partial = tl.dot(weight, value, partial)

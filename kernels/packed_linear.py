@@ -60,6 +60,11 @@ class PackedLinear:
         return self.words.shape[3] * PACK_FACTOR[self.bits]
 
     @property
+    def blocks(self) -> int:
+        """Blocks of a row."""
+        return self.words.shape[1]
+
+    @property
     def size_bytes(self) -> int:
         """Bytes that one pass over the weight reads."""
         scales = self.scale_zero.numel() * 4 if self.bits < 16 else 0

@@ -11,6 +11,12 @@ from dataclasses import dataclass
 from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
 
 TOKENS = 8  # tokens of the narrowest tensor core product; one to eight cost the same
+LEAST_STAGES = 3  # of a product's loads
+ROW_BYTES = 64  # of a row's int4 words in a block
+# Of a warp's blocks in a stage, by rows: words, scales in two layouts, activations (compiled size).
+SHARED_BYTES = {16: 2400, 32: 3168}
+# Warps → programs on a multiprocessor, as registers allow (72 and 80 a thread).
+RESIDENT = {4: 7, 8: 3}
 WIDEST_GEMM = 256  # tokens up to which `gemm` is used on a GPU
 GEMM_TOKENS = (16, 32, 64)  # of one of its programs
 
@@ -19,10 +25,14 @@ GEMM_TOKENS = (16, 32, 64)  # of one of its programs
 class Device:
     """A GPU as tiles depend on it: multiprocessors, and stages of loads in flight by kernel.
 
+    Of a multiprocessor: `shared_kib` of shared memory, and the `bytes_in_flight` that keep the
+    device's memory busy, its bytes/s · 800 ns / processors.
     `fused_layer_programs` of a fused layer share a multiprocessor, by registers and shared memory.
     """
 
     processors: int
+    bytes_in_flight: int
+    shared_kib: int
     gemv_stages: int
     gemm_stages: int
     attention_stages: int
@@ -31,23 +41,28 @@ class Device:
 
 # The GPU of each compute capability that the project targets.
 DEVICES = {
-    # A100
+    # A100, 2.0 TB/s
     ComputeCapability(8, 0): Device(
-        processors=108, gemv_stages=4, gemm_stages=4, attention_stages=3, fused_layer_programs=2
+        processors=108, bytes_in_flight=15 << 10, shared_kib=164,
+        gemv_stages=4, gemm_stages=4, attention_stages=3, fused_layer_programs=2,
     ),
-    # AGX Orin
+    # AGX Orin, 0.2 TB/s
     ComputeCapability(8, 7): Device(
-        processors=16, gemv_stages=4, gemm_stages=4, attention_stages=3, fused_layer_programs=2
+        processors=16, bytes_in_flight=10 << 10, shared_kib=164,
+        gemv_stages=4, gemm_stages=4, attention_stages=3, fused_layer_programs=2,
     ),
-    # The RTX 4090 has 99 KB of shared memory for a program; a third stage of attention is 100 KB.
+    # The RTX 4090 (1.0 TB/s) has 99 KB of shared memory for a program; a third stage of attention
+    # is 100 KB.
     ComputeCapability(8, 9): Device(
-        processors=128, gemv_stages=4, gemm_stages=3, attention_stages=2
+        processors=128, bytes_in_flight=7 << 10, shared_kib=100,
+        gemv_stages=4, gemm_stages=3, attention_stages=2,
     ),
-    # H100, H200
+    # H100, H200: 4.3 TB/s
     ComputeCapability(9, 0): Device(
-        processors=132, gemv_stages=4, gemm_stages=4, attention_stages=3, fused_layer_programs=2
+        processors=132, bytes_in_flight=26 << 10, shared_kib=228,
+        gemv_stages=4, gemm_stages=4, attention_stages=3, fused_layer_programs=2,
     ),
-}
+}  # fmt: skip
 # Other capabilities → the one whose tiles they take.
 NEAREST = {
     ComputeCapability(8, 6): ComputeCapability(8, 9),
@@ -81,27 +96,63 @@ def device(capability: ComputeCapability) -> Device:
     return DEVICES.get(known, DEVICES[ComputeCapability(8, 0)])
 
 
-def gemv_tile(capability: ComputeCapability, out_features: int) -> GemvTile:
-    """Return 32 rows where each multiprocessor then has two programs, else 16 and more warps."""
+def gemv_tile(capability: ComputeCapability, out_features: int, blocks: int) -> GemvTile:
+    """Return the tile of a product whose input channels make `blocks` blocks."""
     # Triton's interpreter pays per operation, not per element: few large programs.
     if capability == INTERPRETER:
         return GemvTile(rows=_divisor(out_features), split=4, stages=1)
-    gpu = device(capability)
-    if out_features >= 2 * 32 * gpu.processors:
-        return GemvTile(rows=32, split=4, stages=gpu.gemv_stages)
-    return GemvTile(rows=16, split=8, stages=gpu.gemv_stages)
+    rows = _gemv_rows(device(capability), out_features)
+    return _with_warps(device(capability), rows, -(-out_features // rows), blocks)
 
 
 def gemv_programs(capability: ComputeCapability, out_features: int) -> int:
     """Return how many programs a product over `gemv_tile` has."""
-    return -(-out_features // gemv_tile(capability, out_features).rows)
+    if capability == INTERPRETER:
+        return -(-out_features // _divisor(out_features))
+    return -(-out_features // _gemv_rows(device(capability), out_features))
 
 
-def gate_up_tile(capability: ComputeCapability, out_features: int) -> GemvTile:
+def gate_up_tile(capability: ComputeCapability, out_features: int, blocks: int) -> GemvTile:
     """Return the tile of `gate_up`: its channels come in pairs of 16, so it has 32 rows or more."""
     if capability == INTERPRETER:
         return GemvTile(rows=_divisor(out_features), split=4, stages=1)
-    return GemvTile(rows=32, split=4, stages=device(capability).gemv_stages)
+    return _with_warps(device(capability), 32, -(-out_features // 32), blocks)
+
+
+def _gemv_rows(gpu: Device, out_features: int) -> int:
+    """Return 32 rows where that makes a program for nearly every multiprocessor, else 16."""
+    return 32 if out_features >= 0.9 * 32 * gpu.processors else 16
+
+
+def _with_warps(gpu: Device, rows: int, programs: int, blocks: int) -> GemvTile:
+    """Return the tile of 4 or 8 warps that lacks least.
+
+    Lacks, the worst first: too few bytes on their way; a last wave less than half full; warps with
+    unequal numbers of blocks (masks, a fifth of the loop); fewer than two warps for each of a
+    multiprocessor's schedulers; stages that leave the next kernel no room.
+    """
+
+    def lacks(tile: GemvTile) -> tuple[bool, bool, bool, bool, int, int]:
+        on_their_way = (tile.stages - 1) * tile.split
+        in_flight = on_their_way * rows * ROW_BYTES * programs
+        shared_bytes = SHARED_BYTES[rows] * tile.split * tile.stages
+        resident = min(RESIDENT[tile.split], gpu.shared_kib * 1024 // shared_bytes)
+        waves = programs / (gpu.processors * max(resident, 1))
+        return (
+            in_flight < gpu.bytes_in_flight * gpu.processors and on_their_way < blocks,
+            waves > 1 and 0 < waves % 1 < 0.5,
+            blocks % tile.split != 0,
+            programs * tile.split < 8 * gpu.processors,
+            tile.stages,
+            tile.split,
+        )
+
+    tiles = (
+        GemvTile(rows, split, stages)
+        for split in RESIDENT
+        for stages in range(LEAST_STAGES, gpu.gemv_stages + 1)
+    )
+    return min(tiles, key=lacks)
 
 
 def _divisor(out_features: int) -> int:

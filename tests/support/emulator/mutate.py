@@ -51,6 +51,13 @@ def without(kernel: Kernel, index: int) -> Kernel:
     return _changed(kernel, [*kernel.code[:index], *kernel.code[index + 1 :]], labels)
 
 
+def moved(kernel: Kernel, index: int, behind: int) -> Kernel:
+    """Return the kernel with one instruction moved behind another, later one."""
+    code = [*kernel.code[:index], *kernel.code[index + 1 : behind + 1], kernel.code[index]]
+    labels = {name: at - (index < at <= behind) for name, at in kernel.labels.items()}
+    return _changed(kernel, [*code, *kernel.code[behind + 1 :]], labels)
+
+
 def without_mask(kernel: Kernel, index: int) -> Kernel:
     """Return the kernel with an access that every thread makes, wholly."""
     instruction = kernel.code[index]

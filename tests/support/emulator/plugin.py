@@ -1,6 +1,7 @@
 """pytest plugin: every test of the process finds an emulated GPU.
 
-EMULATED_CAPABILITY says which, by default 9.0. How much was executed stands below the results.
+EMULATED_CAPABILITY says which, by default 9.0; EMULATED_RACES=0 leaves out the checks for races,
+which halves the time. How much was executed stands below the results.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 os.environ.pop("TRITON_INTERPRET", None)
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ |= {"OMP_NUM_THREADS": "1", "VILA_DEPLOY_EMULATED": "1"}
 
 from tests.support.emulator.device import EmulatedDevice
 from tests.support.emulator.torch_cuda import install_torch_cuda
@@ -20,7 +21,10 @@ from tests.support.emulator.triton_driver import install
 from vila_deploy.kernels.capability import ComputeCapability
 
 EXECUTED = pytest.StashKey[Counter[str]]()
-DEVICE = EmulatedDevice(ComputeCapability.parse(os.environ.get("EMULATED_CAPABILITY", "9.0")))
+DEVICE = EmulatedDevice(
+    ComputeCapability.parse(os.environ.get("EMULATED_CAPABILITY", "9.0")),
+    races=os.environ.get("EMULATED_RACES", "1") != "0",
+)
 install(DEVICE)
 install_torch_cuda(DEVICE)
 

@@ -128,12 +128,13 @@ class AccessLog:
         self._check_write(cells, warp, copies=0)
         self._check_readers(cells, warp)
         self._writer[cells] = NOBODY
-        np.add.at(self._copies, cells, 1)
+        # Two threads that copy to one cell at once are noted as one, here and at the end.
+        self._copies[cells] += 1
 
     def end_copy(self, cells: Array, warp: Array) -> None:
         """Note that the copies' bytes are there for the threads that copied them."""
         self._check_write(cells, warp, copies=1)
-        np.subtract.at(self._copies, cells, 1)
+        self._copies[cells] -= 1
         self._set_writer(cells, warp)
 
     def _set_writer(self, cells: Array, warp: Array) -> None:

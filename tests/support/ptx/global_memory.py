@@ -83,12 +83,16 @@ class GlobalMemory:
             found.append((self._regions[at], which))
         return found
 
-    def load(self, address: Array, bits: int, warp: Array) -> Array:
-        """Return what stands at each address; `warp` is that of each thread, for the log."""
+    def load(self, address: Array, bits: int, warp: Array | None = None) -> Array:
+        """Return what stands at each address.
+
+        Args:
+            warp: of each thread, for the log; None logs nothing.
+        """
         size, out = bits // 8, np.empty(len(address), UNSIGNED[bits])
         for region, which in self.locate(address, size):
             offset = (address[which] - np.uint64(region.start)).astype(np.int64)
-            if region.log is not None:
+            if region.log is not None and warp is not None:
                 region.log.read(region.cells(offset, size), _each(warp[which], size, region.cell))
             out[which] = _numbers_at(region, offset, bits)
         return out

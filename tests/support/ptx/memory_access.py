@@ -51,11 +51,10 @@ def load(machine: Machine, instruction: Instruction, mask: Mask) -> None:
 
 
 def _load_acquire(machine: Machine, instruction: Instruction, mask: Mask, address: Array) -> None:
-    values = np.empty(len(address), np.uint32)
+    values = machine.memory.load(address.astype(np.uint64), 32)
     program = select(machine.grid_program, mask)
-    for index, at in enumerate(address.tolist()):
-        values[index] = machine.memory.add(at, 0)
-        machine.programs.acquire(int(program[index]), at)
+    for one, at in {*zip(program.tolist(), address.tolist(), strict=True)}:
+        machine.programs.acquire(one, at)
     machine.put(elements(instruction.operands[0])[0], spread(values, mask, machine.threads), mask)
 
 
