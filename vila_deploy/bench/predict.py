@@ -70,6 +70,7 @@ STREAM_OVERHEAD = 1.05  # of DRAM refresh and uneven channels: assumed
 ISSUE_PER_CYCLE = 4  # warp instructions of a multiprocessor: one of each scheduler
 ISSUE_SHARE = 0.8  # of issue slots that such a loop fills: assumed
 WARP = 32
+BLOCK = 128  # input channels that a warp takes at a time, in 4 bits
 
 # Machine instructions for a weight of a thread in the loop over blocks, by bits and rows of a tile:
 # counted in the code for 9.0 (docs/kernels.md); of 8 bits and of 16 rows in 16 bits assumed.
@@ -177,7 +178,7 @@ class StepModel:
     ) -> float:
         gpu, bits = self.gpu, bits or self.weight_bits
         choose = tile_config.gate_up_tile if pairs else tile_config.gemv_tile
-        tile = choose(gpu.capability, rows)
+        tile = choose(gpu.capability, rows, -(-columns // BLOCK))
         kind = bits, tile.rows
         programs = -(-rows // tile.rows)
         program_weights = tile.rows * columns

@@ -23,10 +23,6 @@ def copy_waits(kernel: Kernel) -> list[int]:
             *_with_opcode(kernel, ("cp", "async", "wait_all"))]  # fmt: skip
 
 
-def warpgroup_waits(kernel: Kernel) -> list[int]:
-    return _with_opcode(kernel, ("wgmma", "wait_group"))
-
-
 def grid_waits(kernel: Kernel) -> list[int]:
     return _with_opcode(kernel, ("griddepcontrol", "wait"))
 

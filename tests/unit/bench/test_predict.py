@@ -35,7 +35,7 @@ REVIEW_PARTS = {
 def _tiles_of_the_review(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles get better; what was worked out holds for those of then."""
 
-    def gemv_tile(capability: ComputeCapability, out_features: int) -> GemvTile:
+    def gemv_tile(capability: ComputeCapability, out_features: int, blocks: int) -> GemvTile:
         wide = out_features >= 2 * 32 * 132
         return GemvTile(32, 4, 4) if wide else GemvTile(16, 8, 4)
 
