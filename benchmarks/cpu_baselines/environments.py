@@ -14,6 +14,8 @@ FOLDER = Path(
     os.environ.get("VILA_DEPLOY_BASELINES", Path(__file__).resolve().parent / "baselines")
 )
 COMPLETE = "complete"
+# Why environments could not be made in this run, lest several rows wait for the same network.
+_unavailable: dict[str, str] = {}
 # A package index that can't be reached is given up after this.
 PIP_OPTIONS = ("--quiet", "--disable-pip-version-check", "--retries", "1", "--timeout", "15")
 NETWORK_SIGNS = ("connection", "resolution", "resolve", "timed out", "network", "no matching")
@@ -38,14 +40,18 @@ def environment(
     folder = FOLDER / name
     if (folder / COMPLETE).exists():
         return folder
+    if name in _unavailable:
+        raise Unavailable(_unavailable[name])
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         _run([sys.executable, "-m", "venv", str(folder)], {}, "python -m venv fails")
         install = [str(folder / "bin" / "python"), "-m", "pip", "install", *PIP_OPTIONS, *packages]
         _run(install, variables or {}, f"pip install {' '.join(packages)} fails")
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, Unavailable):
+            _unavailable[name] = str(error)
         raise
     (folder / COMPLETE).touch()
     return folder

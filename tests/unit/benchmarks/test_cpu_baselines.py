@@ -29,6 +29,7 @@ esac
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(environments, "FOLDER", tmp_path / "baselines")
+    monkeypatch.setattr(environments, "_unavailable", {})
     return tmp_path / "baselines"
 
 
@@ -61,6 +62,9 @@ def test_without_a_network_an_environment_is_unavailable(
         environment("openvino", ["openvino"])
     assert "\n" not in str(caught.value)
     assert not (folder / "openvino").exists()
+    monkeypatch.setattr(environments, "_run", lambda *_: pytest.fail("is not tried again"))
+    with pytest.raises(Unavailable, match="index has not been reached"):
+        environment("openvino", ["openvino"])
 
 
 def test_an_environment_is_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
