@@ -226,7 +226,7 @@ REFUSALS = {
     "JetPack of a PC": (BuildOptions("rtx4090", jetpack="6"), r"is for Jetson, .*; leave it out"),
     "another card": (
         BuildOptions("rtx3090"),
-        r"unknown target 'rtx3090'; choose from a100, .*, rtx4090; for another GPU copy the file",
+        r"unknown target 'rtx3090'; choose from a100, .*, vulkan; for another GPU copy the file",
     ),
     "FP8 on a CPU": (BuildOptions("cpu", precision="fp8"), r"processor has no FP8; quantize to 4"),
     "JetPack of another backend": (
@@ -235,7 +235,7 @@ REFUSALS = {
     ),
     "int8 tower on Orin": (
         BuildOptions("orin", module_precision=ModulePrecision(vision="int8")),
-        r"use --backend native, or leave --vision out",
+        r"use --backend native or llamacpp, or leave --vision out",
     ),
     "unknown JetPack": (BuildOptions("orin", jetpack="4"), r"unknown .*; choose from 6, 7"),
 }

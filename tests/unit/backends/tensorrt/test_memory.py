@@ -156,4 +156,4 @@ def test_the_default_of_each_target_is_supported_there() -> None:
     assert [name for name, note in notes.items() if note] == ["a100"]
     (note,) = notes["a100"]
     assert note.endswith("do not list compute capability 8.0; supported there: --backend "
-                         "tensorrt-llm or native")  # fmt: skip
+                         "tensorrt-llm or native or llamacpp")  # fmt: skip
