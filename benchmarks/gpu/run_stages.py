@@ -162,4 +162,5 @@ class _Runner:
 
 
 def _is_wrong(row: rows.Row) -> bool:
-    return row.get("agrees") is False
+    """Return whether a row is wrong by itself, and not only marked for what it rests on."""
+    return row.get("agrees") is False and "disagreeing" not in row

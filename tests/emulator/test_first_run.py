@@ -17,8 +17,8 @@ from benchmarks.gpu.rows import read
 from tests.support.paths import REPOSITORY
 
 SITE = REPOSITORY / "tests" / "support" / "emulated_site"
-# Times slower than an H200 may the emulator be; a stage that hangs is ended after its timeout.
-SLOWER, LIMIT_S = 6, 3000
+# How much slower than an H200 the emulator may be: the stage that hangs is ended after 15 · 20 s.
+SLOWER, LIMIT_S = 15, 7000
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(LIMIT_S + 300)]
 Rows = list[dict[str, Any]]
 
