@@ -31,7 +31,7 @@ def main(checkpoint: Path, formats: tuple[str, ...], out: Path, as_json: bool) -
     awq is AutoAWQ's GEMM layout in safetensors, which vila-quantize writes if not told otherwise;
     tinychat is the one *-v2.pt of llm-awq and of VILA's published AWQ repositories. CHECKPOINT may
     be in any of the formats; docs/formats.md says which tool reads which. gguf takes one that is
-    not quantized too.
+    not quantized too. For triton-repository give the folder of an engine.
 
     \b
     vila-convert VILA1.5-3b-AWQ --to awq -o VILA1.5-3b-autoawq
