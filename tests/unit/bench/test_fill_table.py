@@ -75,6 +75,8 @@ def test_what_does_not_fit_is_out_of_memory_before_any_work(
     assert {row["label"] for row in lines(tmp_path)[:4]} == {"oom"}, "written first"
     (row,) = (row for row in rows if row["model"] == AUTHORS_MODELS[2] and row["label"] == "oom")
     assert row["needed_bytes"] > row["limit_bytes"] == MEMORY_BYTES
+    assert "what would do: vila-build-engine --backend llamacpp" in row["reason"]
+    (row,) = (row for row in rows if row["model"] == AUTHORS_MODELS[3] and row["label"] == "oom")
     assert "int4 needs" in row["reason"]
     assert "decode" not in row
 
