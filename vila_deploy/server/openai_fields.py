@@ -86,6 +86,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "chat_template_kwargs": ({},),
     "mm_processor_kwargs": ({},),
+    # Written into every request by vllm-router, which knows the fields of other servers.
+    "no_stop_trim": (False,),
+    "return_hidden_states": (False,),
+    "separate_reasoning": (True, False),
+    "stream_reasoning": (True, False),
+    "include_reasoning": (True, False),
 }
 
 

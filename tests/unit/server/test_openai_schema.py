@@ -250,3 +250,14 @@ def test_error_in_the_form_of_the_api() -> None:
             "code": None,
         }
     }
+
+
+def test_fields_that_vllm_router_writes_into_every_request() -> None:
+    """As vllm-router 0.1.17 sends them on."""
+    written = {
+        "logprobs": False, "no_stop_trim": False, "ignore_eos": False,
+        "continue_final_message": False, "skip_special_tokens": True, "separate_reasoning": True,
+        "stream_reasoning": True, "return_hidden_states": False, "include_reasoning": True,
+    }  # fmt: skip
+    messages = [{"role": "user", "content": "x"}]
+    assert parse_chat(RequestFields({"messages": messages, **written})).options.logprobs is None
