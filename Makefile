@@ -18,9 +18,10 @@ test: $(VENV)/.installed-dev $(VENV)/boards/.made  ## lint, types and all tests 
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow' tests/emulator
 
-test-ptx: $(VENV)/.installed-dev  ## compiled kernels on an emulated GPU: four architectures, tests/gpu, mutations
+test-ptx: $(VENV)/.installed-dev  ## compiled kernels on an emulated GPU: four architectures, mutations, tiny-vila
 	OMP_NUM_THREADS=1 EMULATED=all $(BIN)/pytest -n 2 tests/emulator
-	OMP_NUM_THREADS=1 $(BIN)/pytest -p tests.support.emulator.plugin tests/gpu
+	OMP_NUM_THREADS=1 EMULATED_RACES=0 $(BIN)/pytest -p tests.support.emulator.plugin -k same_tokens \
+	  tests/gpu/test_native_gpu.py
 
 test-web: $(VENV)/.installed-web  ## vila-serve's page in Chromium
 	tests/web/install_chromium.sh

@@ -1,0 +1,140 @@
+"""A kernel of 9.0 without one of its barriers, or waits for copies or a grid, is found out.
+
+Each launch of the checks is executed again with a kernel that lacks one instruction; a fault or
+other bytes give it away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu.checks import CASES
+from benchmarks.gpu.environment import Run
+from benchmarks.gpu.inputs import config
+from tests.support.emulator import mutate
+from tests.support.emulator.capabilities import NEWEST
+from tests.support.emulator.device import EmulatedDevice, Record
+from tests.support.emulator.replay import difference
+from tests.support.emulator.steps import random_step
+from tests.support.ptx.parse import Instruction, Kernel
+
+pytestmark = pytest.mark.slow
+# Launches of one kernel that are tried, the least costly first.
+TRIED = 2
+PROGRAMS = 8
+# Kernel and line of its source that a barrier belongs to.
+NOT_SHOWN = {
+    (kernel, line)
+    for kernel, lines in {
+        "gemm_kernel": ("gemm.py:43",),
+        "attention_split_kernel": ("attention.py:127", "attention.py:186"),
+        "attention_kernel": ("attention.py:127", "attention.py:186"),
+    }.items()
+    for line in lines
+}
+DEPENDENT = {
+    "embed_kernel", "norm_qkv_kernel", "attention_kernel", "add_residual_kernel",
+    "gate_up_kernel", "head_kernel", "argmax_kernel",
+}  # fmt: skip
+
+
+def records(name: str, device: EmulatedDevice, folder: Path) -> dict[Kernel, list[Record]]:
+    """Execute a case of the checks, or a step in a launch mode; return its launches by kernel."""
+    torch.manual_seed(0)
+    device.capability, device.keep = NEWEST, True
+    try:
+        if name in CASES:
+            run = Run("cpu", NEWEST, 600.0, folder / "rows.jsonl")
+            for _ in CASES[name](run, config("3B", "int4", small=True)):
+                pass
+        else:
+            random_step(name).run()
+    finally:
+        device.keep = False
+    found: dict[Kernel, list[Record]] = {}
+    for record in device.records:
+        found.setdefault(record.kernel, []).append(record)
+    return found
+
+
+def survivors(
+    kernel: Kernel, launches: list[Record], indices: list[int]
+) -> Iterator[tuple[int, Instruction]]:
+    """Yield the instructions without which the kernel does the same, and nothing wrong."""
+    launches = sorted(launches, key=lambda record: record.machine.executed.total())[:TRIED]
+    for index in indices:
+        mutant = mutate.without(kernel, index)
+        for record in launches:
+            assert record.replay is not None
+            limit = 5 * max(record.machine.executed.total(), 1000)
+            if difference(record.replay, mutant, replace(record.replay.options, max_steps=limit)):
+                break
+        else:
+            yield index, kernel.code[index]
+
+
+def check(kernel: Kernel, launches: list[Record]) -> None:
+    """Every wait counts, and every barrier but those that are named."""
+    for indices in (mutate.copy_waits, mutate.grid_waits):
+        assert not list(survivors(kernel, launches, indices(kernel))), kernel.name
+    left = survivors(kernel, launches, mutate.barriers(kernel))
+    unknown = [f"{index}: {one}" for index, one in left if not is_named(kernel, index)]
+    assert not unknown, f"{kernel.name}: {unknown}"
+
+
+def is_named(kernel: Kernel, index: int) -> bool:
+    """Return whether nothing here depends on the barrier.
+
+    Ahead of a pipelined loop's first copies Triton puts one, though nothing has used their part of
+    shared memory before or since a barrier. Of the others that are named, the small shapes show
+    none: their loops have too few rounds.
+    """
+    waited_for = (("cp", "async"), ("bar", "sync"), ("ld", "shared"))
+    following = (one.opcode[:2] for one in kernel.code[index + 1 :])
+    first = next((one for one in following if one in waited_for), None)
+    line = ":".join(kernel.code[index].source_line.split(":")[:2])
+    return first == ("cp", "async") or (kernel.name, line) in NOT_SHOWN
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_missing_barrier_or_wait_is_found(
+    name: str, emulated_device: EmulatedDevice, tmp_path: Path
+) -> None:
+    for kernel, launches in records(name, emulated_device, tmp_path).items():
+        check(kernel, launches)
+
+
+def test_a_missing_grid_barrier_is_found(emulated_device: EmulatedDevice, tmp_path: Path) -> None:
+    found = records("fused", emulated_device, tmp_path)
+    (kernel,) = (kernel for kernel in found if kernel.name == "fused_layer_kernel")
+    (record,) = found[kernel]
+    assert record.replay is not None
+    # It computes the same with any number of programs, sooner with few.
+    few = replace(record, replay=replace(record.replay, grid=(PROGRAMS, 1, 1)))
+    assert difference(few.replay, kernel, few.replay.options) is None
+    check(kernel, [few])
+
+
+def test_a_missing_wait_for_the_kernel_before_is_found(
+    emulated_device: EmulatedDevice, tmp_path: Path
+) -> None:
+    found = records("pdl-merged-attention", emulated_device, tmp_path)
+    for kernel, launches in found.items():
+        (wait,) = mutate.grid_waits(kernel)
+        assert not list(survivors(kernel, launches, [wait])), kernel.name
+        # Nor may it stand behind the first load.
+        loads = (i for i, one in enumerate(kernel.code) if is_load(one) and i > wait)
+        late = mutate.moved(kernel, wait, next(loads))
+        replay = launches[0].replay
+        assert replay is not None
+        assert "before griddepcontrol.wait" in (difference(replay, late, replay.options) or "")
+    assert {kernel.name for kernel in found} == DEPENDENT
+
+
+def is_load(instruction: Instruction) -> bool:
+    return "global" in instruction.opcode and instruction.opcode[0] in ("ld", "cp")
