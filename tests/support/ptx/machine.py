@@ -110,7 +110,10 @@ class Machine:
         self.shared = SharedMemory(self.shared_bytes, count, watched)
         self.registers: dict[str, Array] = {}
         self.in_flight: set[str] = set()
-        self.warpgroup_reads: list[tuple[Array, Array]] = []
+        # Of wgmma: committed groups, and the open one: registers, and what they may still read.
+        self.warpgroups: list[tuple[set[str], list[tuple[Array, Array]]]] = []
+        self.open_registers: set[str] = set()
+        self.open_reads: list[tuple[Array, Array]] = []
         self._special = self._special_registers(lane % threads)
         groups = [Group(0, None)]
         steps = 0

@@ -28,14 +28,17 @@ def warpgroup_product(machine: Machine, instruction: Instruction, mask: Mask) ->
         raise Fault("only a part of a program executes a warp group's instruction")
     if step == "mma_async":
         _multiply(machine, instruction)
+    elif step == "commit_group":
+        machine.warpgroups.append((machine.open_registers, machine.open_reads))
+        machine.open_registers, machine.open_reads = set(), []
     elif step == "wait_group":
-        if instruction.operands[0] != "0":
-            raise Fault("unknown instruction: wgmma.wait_group of some groups")
-        for at, warp in machine.warpgroup_reads:
-            # It may have read until here.
-            machine.shared.note_read(at, 2, warp)
-        machine.warpgroup_reads.clear()
-        machine.in_flight.clear()
+        while len(machine.warpgroups) > int(instruction.operands[0]):
+            for at, warp in machine.warpgroups.pop(0)[1]:
+                # It may have read until here.
+                machine.shared.note_read(at, 2, warp)
+        machine.in_flight = set[str]().union(
+            machine.open_registers, *(registers for registers, _ in machine.warpgroups)
+        )
 
 
 def _multiply(machine: Machine, instruction: Instruction) -> None:
@@ -70,6 +73,7 @@ def _multiply(machine: Machine, instruction: Instruction) -> None:
     for name, (down, across) in zip(registers, places, strict=True):
         machine.put(name, result[:, ROW + down, COLUMN + across].reshape(-1), None)
     machine.in_flight.update(registers)
+    machine.open_registers.update(registers)
 
 
 def _described(machine: Machine, operand: str, rows: int, *, transposed: bool) -> Array:
@@ -88,7 +92,7 @@ def _described(machine: Machine, operand: str, rows: int, *, transposed: bool) -
         warp = np.repeat(machine.warp[group * GROUP : (group + 1) * GROUP : WARP], len(at))
         everywhere = np.tile(at, GROUP // WARP)
         machine.shared.note_read(everywhere, 2, warp)
-        machine.warpgroup_reads.append((everywhere, warp))
+        machine.open_reads.append((everywhere, warp))
         matrices.append(machine.shared.data.view(np.float16)[at // 2].reshape(rows, 16))
     return np.stack(matrices).astype(np.float64)
 
