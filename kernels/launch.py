@@ -100,8 +100,9 @@ class Launch:
         attributes: dict[Path, list[list[Any]]] = {}
         for path, value in self._leaves():
             kind = _type_of(value)
-            constant = kind == "constexpr" and CONSTANTS_ARE_LISTED and len(path) == 1
-            if constant or self._general(path[0]):
+            if self._general(path[0]):
+                continue  # of what isn't specialized Triton says nothing
+            if kind == "constexpr" and CONSTANTS_ARE_LISTED and len(path) == 1:
                 attributes[path] = []
             elif kind not in ("constexpr", "fp32"):
                 aligned = isinstance(value, Tensor) or value % ALIGNMENT == 0
