@@ -21,7 +21,7 @@ from PIL import Image
 
 pytest.importorskip("sglang", reason="needs SGLang: make test-integrations")
 
-from tests.support.sglang_cases import LITE, S2, make_nvila
+from tests.support.sglang_cases import LITE, make_nvila
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.model.vila import ReferenceSession
@@ -33,7 +33,7 @@ from vila_deploy.utils.arrays import Floats
 from vila_deploy.writers.convert import convert
 
 STAND_IN = Path(__file__).parent / "stand_in"
-CASES = {"lite": LITE, "s2": S2}
+CASES = {"lite": LITE}
 # Log-probabilities: float16 in SGLang, float32 in our reference.
 TOLERANCE = 0.005
 START_S, QUESTION = 600, "What is it?"
