@@ -8,7 +8,7 @@ TRITON_VENV := .venv-triton
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-ptx test-web test-serve test-integrations test-lmms-eval test-vllm test-sglang test-triton test-llamacpp bench lint format clean
+.PHONY: demo test test-ptx test-first-run test-web test-serve test-integrations test-lmms-eval test-vllm test-sglang test-triton test-llamacpp bench lint format clean
 
 demo: $(VENV)/.installed  ## quantize, build, ask and time the small trained model in examples/tiny-vila
 	$(BIN)/python examples/tiny-vila/demo.py
@@ -22,6 +22,9 @@ test-ptx: $(VENV)/.installed-dev  ## compiled kernels on an emulated GPU: four a
 	OMP_NUM_THREADS=1 EMULATED=all $(BIN)/pytest -n 2 tests/emulator
 	OMP_NUM_THREADS=1 EMULATED_RACES=0 $(BIN)/pytest -p tests.support.emulator.plugin -k same_tokens \
 	  tests/gpu/test_native_gpu.py
+
+test-first-run: $(VENV)/.installed-dev  ## the first quarter of an hour on a GPU, rehearsed on an emulated one: about an hour
+	OMP_NUM_THREADS=1 FIRST_RUN=1 $(BIN)/pytest tests/emulator/test_first_run.py
 
 test-web: $(VENV)/.installed-web  ## vila-serve's page in Chromium
 	tests/web/install_chromium.sh
