@@ -28,6 +28,7 @@ class VllmProcess:
     """A running vLLM; it writes to our stderr."""
 
     def __init__(self, command: Command, secrets: Mapping[str, str]):
+        self._ended_by_us = False
         # A session of its own, so that Ctrl-C reaches it through us, after running answers.
         self._popen = subprocess.Popen(
             command.words,
@@ -61,16 +62,18 @@ class VllmProcess:
             )
 
     def on_end(self, act: Callable[[], None]) -> None:
-        """Call `act` in a thread once it ends."""
+        """Call `act` in a thread once it ends without `end`."""
 
         def watch() -> None:
             self._popen.wait()
-            act()
+            if not self._ended_by_us:
+                act()
 
         threading.Thread(target=watch, daemon=True).start()
 
     def end(self) -> None:
         """End it and its processes."""
+        self._ended_by_us = True
         if self._popen.poll() is None:
             self._popen.terminate()
             with suppress(subprocess.TimeoutExpired):
