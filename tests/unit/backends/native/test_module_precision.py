@@ -128,6 +128,23 @@ def test_tokens_of_a_head_in_4_bits_are_the_references(
     assert deviation(session.decode(expected[-1]), wanted) < TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "int8", "int4"])
+def test_an_odd_number_of_tokens_has_the_references_logits(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_checkpoint(tmp_path / "c", quantized=True, kv_heads=2, layers=1, vocab=401)
+    checkpoint = open_checkpoint(root)
+    precision = ModulePrecision(lm_head=dtype)
+    manifest = built(tmp_path / "engine", checkpoint, monkeypatch, 16, precision)
+    session = open_session(tmp_path / "engine", manifest).sequence
+    head = unpack(pack_head(checkpoint.llm.tensor("lm_head.weight"), dtype))
+    reference = ReferenceSession(with_head(checkpoint, head[:401]))
+    found, wanted = (s.prefill(s.embed_tokens([1, 40, 400])) for s in (session, reference))
+    assert found.shape == wanted.shape == (401,)
+    assert deviation(found, wanted) < TOLERANCE
+    assert deviation(session.decode(400), reference.decode(400)) < TOLERANCE
+
+
 class RoundedCache(DynamicCache):
     """transformers' cache with what goes into it rounded to 8 bits."""
 
