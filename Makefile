@@ -94,15 +94,15 @@ $(LMMS_VENV)/.installed: setup.py pyproject.toml
 
 $(VLLM_VENV)/.installed: setup.py pyproject.toml tests/integrations/vllm/install.sh
 	tests/integrations/vllm/install.sh $(VLLM_VENV) $(PYTHON)
-	touch $@
+	grep -qs 'could not be installed' $(@D)/.skipped || touch $@
 
 $(SGLANG_VENV)/.installed: setup.py pyproject.toml tests/integrations/sglang/install.sh tests/integrations/sglang/requirements.txt
 	tests/integrations/sglang/install.sh $(SGLANG_VENV) $(PYTHON)
-	touch $@
+	grep -qs 'could not be installed' $(@D)/.skipped || touch $@
 
 $(TRITON_VENV)/.installed: tests/integrations/triton/install.sh constraints.txt
 	tests/integrations/triton/install.sh $(TRITON_VENV) $(PYTHON)
-	touch $@
+	grep -qs 'could not be installed' $(@D)/.skipped || touch $@
 
 $(VENV)/.installed-llamacpp: $(VENV)/.installed-dev
 	$(PIP) -e '.[llamacpp]'

