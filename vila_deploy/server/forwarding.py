@@ -37,7 +37,7 @@ from vila_deploy.server.openai_schema import (
     parse_json,
 )
 from vila_deploy.server.options import ServerOptions
-from vila_deploy.server.prompts import is_address
+from vila_deploy.server.prompts import check_image_count, is_address, no_fetching
 from vila_deploy.server.remote_images import Network, fetch_image
 from vila_deploy.server.security import check_json
 from vila_deploy.utils.errors import VilaDeployError, printable
@@ -197,22 +197,12 @@ class ForwardedEndpoint:
         network, limits = self._api.network, self._api.options.limits
         if not isinstance(forwarded.request, ChatRequest):
             return
-        if len(forwarded.request.images) > limits.images:
-            raise ApiError(
-                f"has {len(forwarded.request.images)} images and frames, at most {limits.images} "
-                "are allowed",
-                param="messages",
-                code="too_many_images",
-            )
+        check_image_count(forwarded.request.images, limits)
         for image in forwarded.request.images:
             if not is_address(image):
                 continue
             if network is None:
-                raise ApiError(
-                    "is an address, and this server fetches no images",
-                    param=image.param,
-                    fix="send a data: URI, or start the server with --allow-image-urls",
-                )
+                raise no_fetching(image)
             content = await fetch_image(image.url, image.param, limits.body_bytes, network)
             forwarded.replace(image.url, base64.b64encode(content).decode())
 

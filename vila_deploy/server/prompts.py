@@ -31,6 +31,7 @@ DECODER_THREADS = 2
 LONGEST_SPECIAL_TOKEN = 64  # in bytes; those are spelt in texts too
 Result = TypeVar("Result")
 REMOTE = ("http://", "https://")
+ALLOW_FETCHING = "send a data: URI, or start the server with --allow-image-urls"
 
 
 @dataclass
@@ -62,7 +63,7 @@ class PromptMaker:
         Raises:
             ApiError: an image that can't be had, too many, or messages that no template has.
         """
-        self._check_count(request.images)
+        check_image_count(request.images, self.limits)
         contents = [await self._content(image) for image in request.images]
         return await self.in_thread(self._chat, request, contents)
 
@@ -72,10 +73,10 @@ class PromptMaker:
         Raises:
             ApiError: as `chat`.
         """
-        self._check_count(request.images)
+        check_image_count(request.images, self.limits)
         for image in request.images:
             if is_address(image):
-                raise _no_fetching(image, "send a data: URI")
+                raise no_fetching(image, "send a data: URI")
         return self._chat(request, [None] * len(request.images))
 
     async def completion(self, request: CompletionRequest) -> Prompt:
@@ -95,18 +96,8 @@ class PromptMaker:
         if not is_address(image):
             return None
         if self.network is None:
-            raise _no_fetching(
-                image, "send a data: URI, or start the server with --allow-image-urls"
-            )
+            raise no_fetching(image)
         return await fetch_image(image.url, image.param, self.limits.body_bytes, self.network)
-
-    def _check_count(self, images: Sequence[ImagePart]) -> None:
-        if len(images) > self.limits.images:
-            raise ApiError(
-                f"has {len(images)} images and frames, at most {self.limits.images} are allowed",
-                param="messages",
-                code="too_many_images",
-            )
 
     def _chat(self, request: ChatRequest, contents: Sequence[bytes | None]) -> Prompt:
         texts = [
@@ -163,10 +154,21 @@ class PromptMaker:
             raise refused(error, "prompt") from None
 
 
+def check_image_count(images: Sequence[ImagePart], limits: RequestLimits) -> None:
+    """Raise ApiError where a request has more images and frames than are allowed."""
+    if len(images) > limits.images:
+        raise ApiError(
+            f"has {len(images)} images and frames, at most {limits.images} are allowed",
+            param="messages",
+            code="too_many_images",
+        )
+
+
 def is_address(image: ImagePart) -> bool:
     """Return whether an image has to be fetched."""
     return image.url[:8].lower().startswith(REMOTE)
 
 
-def _no_fetching(image: ImagePart, fix: str) -> ApiError:
+def no_fetching(image: ImagePart, fix: str = ALLOW_FETCHING) -> ApiError:
+    """Return what a server answers to an image that it may not fetch."""
     return ApiError("is an address, and this server fetches no images", param=image.param, fix=fix)
