@@ -15,7 +15,7 @@ Answer = bytes | Callable[[asyncio.StreamWriter], Awaitable[None]]
 class Internet:
     """Names with addresses, and answers by address; remembers each connection and request."""
 
-    timeout_s = 5.0
+    timeout_s = 60.0
 
     def __init__(self, names: dict[str, list[list[str]]], answers: dict[str, Answer]):
         self.names, self.answers = names, answers

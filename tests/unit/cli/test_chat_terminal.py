@@ -187,9 +187,7 @@ def test_sigterm_ends_the_chat(start: Start) -> None:
     with start("--max-new-tokens", "60000") as chat:
         chat.wait_for(PROMPT)
         # Python sees a signal that comes just before it waits for a key only with that key.
-        chat.type("x")
-        chat.wait_for("x")
-        time.sleep(0.3)
+        chat.wait_for_sleep()
         chat.signal(signal.SIGTERM)
         assert chat.ends() == 130
 

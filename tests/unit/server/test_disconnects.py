@@ -61,43 +61,46 @@ def test_while_it_is_answered(slow: Running, stream: bool) -> None:
     before = aborts(slow)
     with raw(slow, json.dumps({**LONG, "stream": stream}).encode()):
         wait_until(lambda: running(slow) == 1)
-    wait_until(lambda: is_idle(slow), timeout_s=5)
+    wait_until(lambda: is_idle(slow))
     assert aborts(slow) == before + 1
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_while_it_waits_for_a_slot(slow: Running, stream: bool) -> None:
     body = json.dumps({**LONG, "stream": stream}).encode()
-    slots = slow.engine.session.slots
+    slots, before = slow.engine.session.slots, aborts(slow)
     others = [raw(slow, body) for _ in range(slots)]
     wait_until(lambda: running(slow) == slots)
     with raw(slow, body):
         wait_until(lambda: waiting(slow) == 1)
-    wait_until(lambda: waiting(slow) == 0, timeout_s=5)
-    assert running(slow) == slots, "the others go on"
+    wait_until(lambda: waiting(slow) == 0)
+    assert aborts(slow) == before + 1, "the others go on"
     for other in others:
         other.close()
-    wait_until(lambda: is_idle(slow), timeout_s=5)
+    wait_until(lambda: is_idle(slow))
+    assert aborts(slow) == before + 1 + slots
 
 
 def test_in_the_middle_of_its_body(slow: Running) -> None:
     with raw(slow, b'{"messages": ', declared=1000):
         wait_until(lambda: not is_idle(slow))
-    wait_until(lambda: is_idle(slow), timeout_s=5)
+    wait_until(lambda: is_idle(slow))
 
 
 def test_a_client_that_only_closes_its_sending_half_is_gone(slow: Running) -> None:
+    before = aborts(slow)
     with raw(slow, json.dumps(LONG).encode()) as connection:
         wait_until(lambda: running(slow) == 1)
         connection.shutdown(socket.SHUT_WR)
-        wait_until(lambda: is_idle(slow), timeout_s=5)
+        wait_until(lambda: is_idle(slow))
+    assert aborts(slow) == before + 1
 
 
 def test_the_body_takes_no_room_while_it_is_answered(slow: Running) -> None:
     with raw(slow, json.dumps(LONG).encode()):
         wait_until(lambda: running(slow) == 1)
         assert slow.api.budget.free_bytes == slow.api.options.body_bytes_in_flight
-    wait_until(lambda: is_idle(slow), timeout_s=5)
+    wait_until(lambda: is_idle(slow))
 
 
 def test_many_that_come_and_go(slow: Running) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import time
+import threading
 from typing import Any
 
 import httpx
@@ -82,15 +82,22 @@ def test_a_stream_fails_in_the_middle(server: Running, monkeypatch: pytest.Monke
 
 def test_a_long_silence_is_filled(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answering, "KEEP_ALIVE_S", 0.05)
-    prefill = server.engine.session.prefill
+    prefill, heard = server.engine.session.prefill, threading.Event()
 
     def slowly(*args: Any, **options: Any) -> Any:
-        time.sleep(0.3)
+        assert heard.wait(60), "nothing came"
         return prefill(*args, **options)
 
     monkeypatch.setattr(server.engine.session, "prefill", slowly)
-    text = ask(server, stream=True).text
-    assert text.count(": waiting\n\n") >= 2
+    text = ""
+    with server.http().stream("POST", CHAT, json={**HI, "stream": True}) as response:
+        for piece in response.iter_text():
+            text += piece
+            if text.count(": waiting\n\n") >= 2:
+                heard.set()
+    assert text.endswith("data: [DONE]\n\n")
+    heard.clear()
+    threading.Timer(0.3, heard.set).start()
     chunks = server.openai().chat.completions.create(model=NAME, stream=True, **HI)
     assert [chunk.choices[0].finish_reason for chunk in chunks][-1] in ("stop", "length")
 

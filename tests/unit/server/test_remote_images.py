@@ -14,7 +14,6 @@ PNG = b"HTTP/1.1 200 OK\r\nContent-Type: image/png\r\nContent-Length: 3\r\n\r\na
 
 
 def fetch(url: str, internet: Internet, max_bytes: int = 100) -> bytes:
-    internet.timeout_s = 0.5
     return asyncio.run(fetch_image(url, "here", max_bytes, internet.network))
 
 
@@ -191,7 +190,9 @@ async def trickle(writer: asyncio.StreamWriter) -> None:
     ],
 )  # fmt: skip
 def test_answers_that_are_no_image(answer: Answer) -> None:
-    refused("http://a.org/", site(answer))
+    internet = site(answer)
+    internet.timeout_s = 0.5
+    refused("http://a.org/", internet)
 
 
 def test_a_name_that_is_not_there_sounds_as_one_that_may_not_be_asked() -> None:

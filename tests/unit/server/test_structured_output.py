@@ -100,7 +100,7 @@ def nested(depth: int) -> dict[str, Any]:
     return deep
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "schema",
     [
