@@ -156,13 +156,18 @@ def compare(
         torch.mm(teacher[rows], teacher_head.T, out=theirs)
         torch.mm(hidden[rows], head.T, out=ours)
         compare_logits(theirs, ours, targets, metrics[rows], scratch)
-    by_block = metrics.kl.reshape(len(tokens), -1).mean(1)
+    return loss_of(metrics, following, len(tokens))
+
+
+def loss_of(metrics: TokenMetrics, following: Tensor, blocks: int) -> Loss:
+    """Sum up the figures of all tokens; `following` is the next token, -1 at the end of a block."""
+    by_block = metrics.kl.reshape(blocks, -1).mean(1)
     predicted = metrics[following >= 0]
     return Loss(
         perplexity=perplexity(predicted.loss),
         fp32_perplexity=perplexity(predicted.expected_loss),
         kl_mean=float(by_block.mean()),
-        kl_stderr=float(by_block.std()) / math.sqrt(len(tokens)),
+        kl_stderr=float(by_block.std()) / math.sqrt(blocks),
         top1=top1_agreement(metrics.same_top1),
     )
 
@@ -178,7 +183,7 @@ def evaluate(scratch: Path, weights: dict[str, Tensor]) -> Iterator[tuple[str, L
     """Each text with what a model of these effective weights says on it."""
     model = load_model(scratch)
     teacher_head = model.lm_head.weight.detach().clone()
-    _replace(model, weights)
+    replace_weights(model, weights)
     tokens, teacher = (load_file(scratch / f"{n}.safetensors") for n in ("tokens", "teacher"))
     for text in TEXTS:
         hidden = final_hidden(model, tokens[text])
@@ -186,7 +191,7 @@ def evaluate(scratch: Path, weights: dict[str, Tensor]) -> Iterator[tuple[str, L
         yield text, compare(hidden, head, teacher[text], teacher_head, tokens[text])
 
 
-def _replace(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
+def replace_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     """Puts `weights` in; what is quantized or scaled must be there, the rest may be fp32's own."""
     own = dict(model.named_parameters())
     missing = [name for name in own if ".layers." in name and name not in weights]

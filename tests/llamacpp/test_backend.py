@@ -115,12 +115,12 @@ def test_attention_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     measured = []
     seconds = attention._seconds
     monkeypatch.setattr(attention, "_seconds", lambda *a: measured.append(a[2]) or seconds(*a))
-    for _ in range(2):
-        open_engine(folder).close()
-    assert measured == [True, False]
+    for slots in (1, 1, 3, 1, 3):
+        open_engine(folder, slots=slots).close()
+    assert measured == [True, False] * 2, "once for each number of slots"
     (folder / "llm" / files.ATTENTION_CHOICE).write_text("[]")
     open_engine(folder).close()
-    assert measured == [True, False] * 2, "a damaged choice is measured anew"
+    assert measured == [True, False] * 3, "a damaged choice is measured anew"
 
 
 @pytest.mark.parametrize("flash", [False, True])
