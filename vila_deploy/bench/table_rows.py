@@ -175,9 +175,13 @@ def plan_row(row: TableRow, target: Target) -> RowPlan:
     return RowPlan(build, plan_build(build))
 
 
-def engine_length(model: str) -> int:
-    """Return the longest sequence of an engine that is built for a row."""
-    needed = preset(model, "fp16").max_tokens_per_image + TEXT_TOKENS
+def engine_length(model: str, text_tokens: int = TEXT_TOKENS) -> int:
+    """Return the longest sequence of an engine that is built to be measured.
+
+    Args:
+        text_tokens: what it holds beside an image: the question and its answer.
+    """
+    needed = preset(model, "fp16").max_tokens_per_image + text_tokens
     return max(RANDOM_MAX_SEQ_LEN, -(-needed // LENGTH_STEP) * LENGTH_STEP)
 
 

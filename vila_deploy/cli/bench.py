@@ -10,7 +10,7 @@ import click
 
 from vila_deploy.cli import bench_worker
 from vila_deploy.cli.bench_table import RESULTS, TableOptions, run_table
-from vila_deploy.cli.common import command, no_nan
+from vila_deploy.cli.common import FilePath, command, no_nan
 from vila_deploy.engine.precision import LLM_PRECISIONS
 from vila_deploy.utils.errors import printable
 from vila_deploy.utils.files import check_new
@@ -35,7 +35,7 @@ def _numbers(
 
 
 @command("vila-bench")
-@click.argument("engines", type=click.Path(path_type=Path), nargs=-1)
+@click.argument("engines", type=FilePath(), nargs=-1)
 @click.option("--model", help="A released model's shapes, e.g. VILA1.5-3b; with --random-weights.")
 @click.option(
     "--precision", "precisions", type=click.Choice(LLM_PRECISIONS), multiple=True,
@@ -61,7 +61,7 @@ def _numbers(
     help="For --table: add NVILA's models and those of the first generation.",
 )  # fmt: skip
 @click.option(
-    "--results", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+    "--results", type=FilePath(file_okay=False), metavar="DIR",
     help="For --table: folder for rows, tables and plots, vila-bench-results if left out. "
     "The same command goes on with the rows that are missing there.",
 )  # fmt: skip
@@ -77,7 +77,7 @@ def _numbers(
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json: a list of rows.")
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), metavar="FILE",
+    "-o", "--out", type=FilePath(), metavar="FILE",
     help="File for the table, which must not exist; it is printed if left out.",
 )  # fmt: skip
 def main(
@@ -188,6 +188,7 @@ def _measure(
 
 def _measure_random(model: str, precisions: Sequence[str], target: str) -> list[dict[str, Any]]:
     from vila_deploy.bench import gpu
+    from vila_deploy.bench.random_engine import random_engine_length
     from vila_deploy.builder.build import build_random_engine
     from vila_deploy.engine.target import get_target
 
@@ -195,9 +196,11 @@ def _measure_random(model: str, precisions: Sequence[str], target: str) -> list[
     # Before minutes of building: an engine runs only where its GPU is. Building says it of Jetson.
     if not (device.tensorrt and device.tensorrt.jetpacks):
         gpu.gpu_name(device, device.default_backend)
-    for precision in precisions:
+    disk = Path(tempfile.gettempdir())
+    lengths = {name: random_engine_length(model, name, target, disk) for name in precisions}
+    for precision, length in lengths.items():
         with tempfile.TemporaryDirectory(prefix="vila-bench-") as scratch:
             engine = Path(scratch) / "engine"
-            build_random_engine(model, precision, target, engine)
+            build_random_engine(model, precision, target, engine, max_seq_len=length)
             rows.append(bench_worker.measure_in_subprocess(engine))
     return rows

@@ -10,6 +10,7 @@ import click
 
 from vila_deploy.cli.common import (
     EXIT_INTERRUPTED,
+    FilePath,
     command,
     download_json,
     echo_json,
@@ -45,12 +46,12 @@ def _gpu_layers(context: click.Context, option: click.Parameter, value: str) -> 
 
 
 @command("vila-build-engine")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=FilePath())
 @click.option(
     "--target", required=True, callback=named_target,
     help="Device: a file of engines/, e.g. cpu or orin; auto: this computer.",
 )  # fmt: skip
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder to write; new or empty.")
+@click.option("-o", "--out", type=FilePath(), help="Folder to write; new or empty.")
 @click.option(
     "--backend", help="Library that compiles and runs it; the target's default if left out."
 )
@@ -83,7 +84,7 @@ def _gpu_layers(context: click.Context, option: click.Parameter, value: str) -> 
     "onnxruntime only.",
 )  # fmt: skip
 @click.option(
-    "--eval", "eval_data", type=click.Path(path_type=Path), metavar="FILE_OR_DIR",
+    "--eval", "eval_data", type=FilePath(), metavar="FILE_OR_DIR",
     help="Measure how these four change the logits, on own held-out data as vila-quantize --eval "
     "takes it, or on the built-in data: the word builtin. Takes minutes with a large model.",
 )  # fmt: skip

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vila_deploy.cli.common import command, echo_json, no_nan
+from vila_deploy.cli.common import FilePath, command, echo_json, no_nan
 
 if TYPE_CHECKING:
     from vila_deploy.runtime.conversation import Answer
 
 
 @command("vila-chat")
-@click.argument("engine", type=click.Path(path_type=Path))
+@click.argument("engine", type=FilePath())
 @click.option(
-    "--image", "images", type=click.Path(), multiple=True,
+    "--image", "images", type=FilePath(path_type=str), multiple=True,
     help="Image; repeatable. - reads one from stdin.",
 )  # fmt: skip
 @click.option(
-    "--video", "videos", type=click.Path(path_type=Path), multiple=True,
+    "--video", "videos", type=FilePath(), multiple=True,
     help="Video, sampled as images at even distances; repeatable. Videos come after all images.",
 )  # fmt: skip
 @click.option(
@@ -58,12 +58,12 @@ if TYPE_CHECKING:
     help="Ends the answer where this text would come; repeatable.",
 )  # fmt: skip
 @click.option(
-    "--batch", type=click.Path(path_type=Path), metavar="FILE_OR_DIR",
+    "--batch", type=FilePath(), metavar="FILE_OR_DIR",
     help="Answer each row of a .jsonl file (text, image, video), or ask -p, a description if left "
     "out, about each image in a folder.",
 )  # fmt: skip
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), metavar="FILE",
+    "-o", "--out", type=FilePath(), metavar="FILE",
     help="With --batch: .jsonl file to write, a line for each row.",
 )  # fmt: skip
 @click.option(

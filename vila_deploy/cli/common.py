@@ -28,6 +28,20 @@ P = ParamSpec("P")
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
 
 
+class FilePath(click.Path):
+    """A path that isn't empty, as that of an unset variable is: pathlib reads it as this folder."""
+
+    def __init__(self, path_type: type = Path, **options: Any):
+        super().__init__(path_type=path_type, **options)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        if value == "":
+            self.fail("is empty; give a path, which is . for this folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 def command(name: str) -> Callable[[Callable[P, None]], click.Command]:
     """Declare a function as the command `name`, with -h, --version and `command_errors`."""
 

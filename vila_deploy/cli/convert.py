@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from vila_deploy.cli.common import command, echo_json
+from vila_deploy.cli.common import FilePath, command, echo_json
 from vila_deploy.cli.formats import FormatNames
 from vila_deploy.formats.registry import FORMATS
 
@@ -14,14 +14,14 @@ REPOSITORY = "triton-repository"
 
 
 @command("vila-convert")
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("checkpoint", type=FilePath())
 @click.option(
     "--to", "formats", type=FormatNames(REPOSITORY), required=True,
     help=f"Format to write: {', '.join(FORMATS)}; several come into OUT/NAME/. Or {REPOSITORY}: "
     "a model repository for Triton Inference Server around an engine.",
 )  # fmt: skip
 @click.option(
-    "-o", "--out", type=click.Path(path_type=Path), required=True,
+    "-o", "--out", type=FilePath(), required=True,
     help="Folder to write; new or empty.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the folder of each format as JSON.")

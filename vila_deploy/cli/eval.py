@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vila_deploy.cli.common import EXIT_INTERRUPTED, command, echo_json, fail, no_nan
+from vila_deploy.cli.common import EXIT_INTERRUPTED, FilePath, command, echo_json, fail, no_nan
 
 if TYPE_CHECKING:
     from vila_deploy.cli.eval_run import Evaluation
 
-FILE = click.Path(path_type=Path)
+FILE = FilePath()
 # As in harness/, which takes longer to import than --help may.
 TASKS = ("own", "mmmu", "textvqa", "pope", "scienceqa-img", "gqa", "mmbench")
 METRICS = ("exact", "vqa", "choice", "anls")

@@ -12,6 +12,7 @@ import click
 
 from vila_deploy.cli.common import (
     EXIT_INTERRUPTED,
+    FilePath,
     command,
     download_json,
     echo_json,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from vila_deploy.quantize.estimate.plan import QuantizePlan
     from vila_deploy.quantize.options import QuantizeOptions
 
-FILE = click.Path(path_type=Path)
+FILE = FilePath()
 
 
 @command("vila-quantize")

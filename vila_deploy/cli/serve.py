@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vila_deploy.cli.common import command, no_nan
+from vila_deploy.cli.common import FilePath, command, no_nan
 from vila_deploy.cli.serve_vllm import (
     VllmOptions,
     serve_with_vllm,
@@ -30,7 +30,7 @@ MIN_KEY_CHARACTERS = 8
 
 
 @command("vila-serve")
-@click.argument("engine", type=click.Path(path_type=Path))
+@click.argument("engine", type=FilePath())
 @click.option(
     "--host", default="127.0.0.1", show_default=True,
     help="Address to listen on; any but this computer's own needs an API key.",
@@ -42,9 +42,7 @@ MIN_KEY_CHARACTERS = 8
     "--api-key", "api_keys", multiple=True, envvar="VILA_API_KEY",
     help="Key that clients must send; repeatable. Also from VILA_API_KEY.",
 )  # fmt: skip
-@click.option(
-    "--api-key-file", type=click.Path(path_type=Path), help="File with a key in each line."
-)
+@click.option("--api-key-file", type=FilePath(), help="File with a key in each line.")
 @click.option(
     "--model-name", "model_names", multiple=True,
     help="What clients call the model; repeatable. The folder's name if left out.",
@@ -97,8 +95,8 @@ MIN_KEY_CHARACTERS = 8
     "--cors-origin", "cors_origins", multiple=True,
     help="Origin of web pages that may use this server, e.g. https://chat.example; repeatable.",
 )  # fmt: skip
-@click.option("--tls-cert", type=click.Path(path_type=Path), help="Certificate chain, PEM.")
-@click.option("--tls-key", type=click.Path(path_type=Path), help="Its key, PEM.")
+@click.option("--tls-cert", type=FilePath(), help="Certificate chain, PEM.")
+@click.option("--tls-key", type=FilePath(), help="Its key, PEM.")
 @vllm_options
 def main(
     engine: Path,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from vila_deploy.utils.errors import VilaDeployError, short
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from vila_deploy.server.options import ServerOptions
 
 GIGABYTE = 1e9
+# Of our own engines: vLLM queues, decodes and caches by itself.
+OWN_FLAGS = ("queue_size", "image_cache_mb", "max_image_megapixels")
 VLLM_FLAGS = {"tp": 1, "pp": 1, "nnodes": 1, "node_rank": 0, "master": None, "plan": False}
 
 
@@ -71,6 +74,7 @@ def vllm_options(function: Callable[..., None]) -> Callable[..., None]:
         if backend is None:
             _refuse_without_backend(given, extra)
         else:
+            _refuse_with_backend()
             from vila_deploy.integrations.vllm.parallel import Parallel
 
             master = _master(given["master"]) if given["master"] else None
@@ -207,11 +211,22 @@ def _master(value: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def _refuse_with_backend() -> None:
+    """Refuse options that nothing would look at where vLLM runs."""
+    context = click.get_current_context()
+    for name in OWN_FLAGS:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"{_flag(name)} does nothing with --backend vllm; leave it out")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _refuse_without_backend(given: dict[str, Any], extra: tuple[str, ...]) -> None:
     """Refuse options of vLLM where our own engines run."""
     changed = [name for name, default in VLLM_FLAGS.items() if given[name] != default]
     if changed:
-        flag = f"--{changed[0].replace('_', '-')}"
-        raise click.UsageError(f"{flag} goes with --backend vllm")
+        raise click.UsageError(f"{_flag(changed[0])} goes with --backend vllm")
     if extra:
         raise click.UsageError(f"unexpected argument {extra[0]!r}")

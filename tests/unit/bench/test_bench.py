@@ -24,15 +24,20 @@ from vila_deploy.backends.tensorrt.compile import Job
 from vila_deploy.bench import conditions, gpu
 from vila_deploy.bench import measure as measure_module
 from vila_deploy.bench.conditions import device_name, versions
+from vila_deploy.bench.first_token import UNTOKENIZED_CHUNKS, noise_image
 from vila_deploy.bench.gpu import gpu_name
-from vila_deploy.bench.measure import measure
+from vila_deploy.bench.measure import DECODE_TOKENS, measure
+from vila_deploy.bench.random_engine import random_engine_length
 from vila_deploy.bench.table import render_rows
 from vila_deploy.builder.build import build_engine, build_random_engine
 from vila_deploy.builder.resolve import BuildOptions
 from vila_deploy.checkpoint import open_checkpoint
+from vila_deploy.checkpoint.presets import PRESETS, preset
 from vila_deploy.cli.bench import main
 from vila_deploy.engine.manifest import load_manifest
+from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.target import get_target
+from vila_deploy.processing.images import preprocess
 from vila_deploy.runtime.open_engine import OpenedEngine, open_engine
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -238,3 +243,42 @@ def test_random_weights_that_memory_is_too_small_for(
     assert "for rtx4090 can't be finished here (compiling takes about 0.4 GB of memory, " in last
     assert "finish it on a computer with more memory" in last
     assert "vila-bench-" not in last, "names a folder that has gone"
+
+
+@pytest.mark.parametrize("model", PRESETS)
+def test_random_engines_hold_the_benchmark(model: str, tmp_path: Path, roomy: None) -> None:
+    info = ModelInfo.from_config(preset(model, "int4"), None)
+    (pixels,) = preprocess([noise_image()], info.image, info.tiling)
+    image_tokens = info.image_tokens(pixels)
+    needed = sum(map(len, UNTOKENIZED_CHUNKS)) + sum(image_tokens) + DECODE_TOKENS
+    assert random_engine_length(model, "int4", "cpu", tmp_path) >= needed
+
+
+@pytest.fixture
+def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vila_deploy.engine.memory.available_memory_bytes", lambda: 10**13)
+    free = SimpleNamespace(free=10**13)
+    monkeypatch.setattr("vila_deploy.bench.random_engine.shutil.disk_usage", lambda _: free)
+
+
+@pytest.mark.parametrize(
+    ("where", "small", "message"),
+    [
+        ("vila_deploy.engine.memory.available_memory_bytes", 10**9, "VILA1.5-40b in fp16 needs 16"),
+        (
+            "vila_deploy.bench.random_engine.shutil.disk_usage", SimpleNamespace(free=10**9),
+            "VILA1.5-40b in fp16 needs 8",
+        ),
+    ],
+    ids=["memory", "disk"],
+)  # fmt: skip
+def test_random_weights_without_room_are_refused_before_any_work(
+    where: str, small: object, message: str, roomy: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vila_deploy.builder.build.new_folder", lambda out: pytest.fail("began"))
+    monkeypatch.setattr(where, lambda *_: small)
+    flags = ["--model", "VILA1.5-40b", "--random-weights", "--precision", "fp16"]
+    done = CliRunner().invoke(main, flags)
+    assert done.exit_code == 1
+    (line,) = done.stderr.splitlines()
+    assert message in line

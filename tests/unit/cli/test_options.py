@@ -16,7 +16,7 @@ from vila_deploy.quantize.options import ALGORITHMS, DEVICES, QuantizeOptions, q
 
 COMMANDS = {
     name: import_module(f"vila_deploy.cli.{name}").main
-    for name in ("quantize", "convert", "build_engine", "chat", "bench")
+    for name in ("quantize", "convert", "build_engine", "chat", "bench", "eval", "serve")
 }
 
 
@@ -31,7 +31,8 @@ def options_of(name: str) -> dict[str, click.Option]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_version_and_json(name: str) -> None:
-    assert {"--version", "--json"} <= options_of(name).keys()
+    assert "--version" in options_of(name)
+    assert "--json" in options_of(name) or name == "serve"
     printed = CliRunner().invoke(COMMANDS[name], ["--version"]).stdout
     assert printed == f"vila-{name.replace('_', '-')} {vila_deploy.__version__}\n"
 
@@ -41,6 +42,16 @@ def test_out_is_always_a_path(name: str) -> None:
     out = options_of(name)
     assert out["-o"] is out["--out"]
     assert isinstance(out["-o"].type, click.Path)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_empty_path_is_not_this_folder(name: str) -> None:
+    """As that of an unset variable in a script."""
+    paths = [param for param in COMMANDS[name].params if isinstance(param.type, click.Path)]
+    assert paths
+    for param in paths:
+        with pytest.raises(click.BadParameter, match="is empty"):
+            param.type.convert("", param, None)
 
 
 def test_choices_are_the_lists_that_the_package_has() -> None:

@@ -169,6 +169,7 @@ def test_plan_needs_no_vllm(tmp_path: Path) -> None:
         (("--tp", "2"), "--tp goes with --backend vllm"),
         (("--", "--max-num-seqs"), "unexpected argument"),
         (("--backend", "vllm", "--master", "x"), "no HOST:PORT"),
+        (("--backend", "vllm", "--image-cache-mb", "9"), "--image-cache-mb does nothing with"),
         (("--backend", "vllm", "--tp", "3", "--plan"), "4 heads"),
     ],
 )
