@@ -3,6 +3,10 @@
 Weights are the left operand of the tensor core's 16 × 8 × 16 product and up to 8 tokens the right
 one, so one to eight tokens cost the same. Each warp takes every SPLIT-th block of input channels;
 the sums of the warps are added in one fixed order, so results repeat bit for bit.
+
+Quantized values enter the product as the float16 numbers that have their bits: subnormal, and as
+small as they are exact. The zero point of a group comes in behind it, by the sum of the group's
+activations, which is a product with ones.
 """
 
 from __future__ import annotations
@@ -15,6 +19,9 @@ from vila_deploy.kernels import interpreter
 # Triton's interpreter has no inline assembly; there the same bits come from plain operators.
 INTERPRETED = tl.constexpr(interpreter.INTERPRETED)
 MANTISSA_UNIT = tl.constexpr(512.0)  # 1 / packed_linear.ZERO_UNIT
+BITS_UNIT = tl.constexpr(2.0**24)  # a quantized value over the float16 number that has its bits
+ZERO_SCALE = tl.constexpr(2.0**-15)  # from units of 2⁻⁹, in which zero points are stored, to 2⁻²⁴
+HIGH_SCALE = tl.constexpr(2.0**-4)  # an odd lane's values lie 4 bits up
 TILE = tl.constexpr(16)  # packed_linear.ROWS
 
 
@@ -41,6 +48,24 @@ def bits_as_half(
 
 
 @triton.jit
+def lane_as_half(words: tl.tensor, LANE: tl.constexpr, BITS: tl.constexpr) -> tl.tensor:
+    """Return q · 2⁻²⁴ of lane LANE of the words as float16, of odd lanes in 4 bits q · 2⁻²⁰."""
+    if BITS == 8:
+        if LANE == 0:
+            return bits_as_half(words, 0xFF, 0, LOW_8)
+        else:
+            return bits_as_half(words, 0xFF, 8, HIGH_8)
+    elif LANE == 0:
+        return bits_as_half(words, 0x0F, 0, LOW_4)
+    elif LANE == 1:
+        return bits_as_half(words, 0xF0, 0, LOW_4_HIGH)
+    elif LANE == 2:
+        return bits_as_half(words, 0x0F, 8, HIGH_4)
+    else:
+        return bits_as_half(words, 0xF0, 8, HIGH_4_HIGH)
+
+
+@triton.jit
 def unpack_lane(
     words: tl.tensor, neg_zero_point: tl.tensor, LANE: tl.constexpr, BITS: tl.constexpr
 ) -> tl.tensor:
@@ -50,28 +75,10 @@ def unpack_lane(
     """
     if BITS == 16:
         return words
-    elif BITS == 8:
-        if LANE == 0:
-            return bits_as_half(words, 0xFF, 0, LOW_8) * 32768.0 + neg_zero_point
-        else:
-            return bits_as_half(words, 0xFF, 8, HIGH_8) * 32768.0 + neg_zero_point
-    elif LANE == 0:
-        return bits_as_half(words, 0x0F, 0, LOW_4) * 32768.0 + neg_zero_point
-    elif LANE == 1:
-        return bits_as_half(words, 0xF0, 0, LOW_4_HIGH) * 2048.0 + neg_zero_point
-    elif LANE == 2:
-        return bits_as_half(words, 0x0F, 8, HIGH_4) * 32768.0 + neg_zero_point
+    elif BITS == 4 and LANE % 2 == 1:
+        return lane_as_half(words, LANE, BITS) * 2048.0 + neg_zero_point
     else:
-        return bits_as_half(words, 0xF0, 8, HIGH_4_HIGH) * 2048.0 + neg_zero_point
-
-
-@triton.jit
-def load_block(pointers: tl.tensor, inside: tl.tensor, EVEN_ROUNDS: tl.constexpr) -> tl.tensor:
-    """Load what belongs to a block of each warp, zeros where a warp has none in this round."""
-    if EVEN_ROUNDS:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=inside, other=0)
+        return lane_as_half(words, LANE, BITS) * 32768.0 + neg_zero_point
 
 
 @triton.jit
@@ -88,8 +95,7 @@ def packed_dot(
         x_ptr: float16 [tokens, columns]; tokens ≤ TOKENS.
         words_ptr, scale_zero_ptr: the tensors of a PackedLinear with `columns` input channels.
         EVEN_COLUMNS: they fill their last block.
-        EVEN_ROUNDS: every warp has as many blocks. With both, the loop has no mask but that of the
-            tokens, which saves a fifth of its instructions.
+        EVEN_ROUNDS: every warp has as many blocks.
     """
     PACK_FACTOR: tl.constexpr = 16 // BITS
     WORDS: tl.constexpr = BLOCK // PACK_FACTOR
@@ -110,28 +116,67 @@ def packed_dot(
     total = tl.zeros((SPLIT, ROWS, TOKENS), tl.float32)
     for first in tl.range(0, blocks, SPLIT, num_stages=STAGES):
         block = first + warp
-        packed = load_block(words_ptr + block * (TILE * WORDS), block < blocks, EVEN_ROUNDS)
+        if not EVEN_ROUNDS:
+            # A warp without a block in the last round takes the last one again, at a scale of 0.
+            has_block = block < blocks
+            block = tl.minimum(block, blocks - 1)
+        packed = tl.load(words_ptr + block * (TILE * WORDS))
         for group in tl.static_range(GROUPS_PER_BLOCK):
-            neg_zero_point, scale = 0.0, 1.0
-            if BITS < 16:
-                scale_zero = load_block(
-                    scale_zero_ptr + (block // BLOCKS_PER_GROUP * GROUPS_PER_BLOCK + group) * TILE,
-                    block < blocks, EVEN_ROUNDS,
-                )  # fmt: skip
+            low, sums = lanes_dot(
+                packed, x_ptr, block * BLOCK, word, token, tokens, columns,
+                group * LANES_PER_GROUP, LANES_PER_GROUP, BITS, TOKENS, EVEN_COLUMNS,
+            )  # fmt: skip
+            if BITS == 16:
+                total += low if EVEN_ROUNDS else tl.where(has_block, low, 0.0)
+            else:
+                scale_zero = tl.load(
+                    scale_zero_ptr + (block // BLOCKS_PER_GROUP * GROUPS_PER_BLOCK + group) * TILE
+                )
                 scale = scale_zero.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
                 neg_zero_point = (scale_zero >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-                neg_zero_point = tl.broadcast_to(neg_zero_point, (SPLIT, ROWS, WORDS))
-            partial = tl.zeros((SPLIT, ROWS, TOKENS), tl.float32)
-            for index in tl.static_range(LANES_PER_GROUP):
-                channel = block * BLOCK + (group * LANES_PER_GROUP + index) * WORDS
-                inside = token < tokens
-                if not EVEN_COLUMNS:
-                    inside &= channel + word[None, :, None] < columns
-                elif not EVEN_ROUNDS:
-                    inside &= block < blocks
-                value = tl.load(x_ptr + channel, mask=inside, other=0.0)
-                weight = unpack_lane(packed, neg_zero_point, group * LANES_PER_GROUP + index, BITS)
-                partial = tl.dot(weight, value, partial)
-            total += partial * scale
+                if not EVEN_ROUNDS:
+                    scale = tl.where(has_block, scale, 0.0)
+                total += (low + neg_zero_point.to(tl.float32) * ZERO_SCALE * sums) * scale
     total = tl.sum(total, 0)
-    return total * MANTISSA_UNIT if BITS < 16 else total
+    return total * BITS_UNIT if BITS < 16 else total
+
+
+@triton.jit
+def lanes_dot(
+    packed: tl.tensor, x_ptr: tl.tensor, channel: tl.tensor, word: tl.tensor, token: tl.tensor,
+    tokens: tl.tensor, columns: tl.tensor,
+    FIRST: tl.constexpr, LANES: tl.constexpr, BITS: tl.constexpr, TOKENS: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
+    """Return lanes FIRST and on of a block times every token, and their sums of activations.
+
+    Both [warps, rows, tokens]; quantized values are in units of 2⁻²⁴, sums the same for every row.
+
+    Args:
+        channel: the block's first input channel.
+    """
+    SPLIT: tl.constexpr = packed.shape[0]
+    ROWS: tl.constexpr = packed.shape[1]
+    WORDS: tl.constexpr = packed.shape[2]
+    low = tl.zeros((SPLIT, ROWS, TOKENS), tl.float32)
+    high = tl.zeros((SPLIT, ROWS, TOKENS), tl.float32)
+    sums = tl.zeros((SPLIT, TILE, TOKENS), tl.float32)
+    ones = tl.full((SPLIT, TILE, WORDS), 1.0, tl.float16)
+    for lane in tl.static_range(FIRST, FIRST + LANES):
+        inside = token < tokens
+        if not EVEN_COLUMNS:
+            inside &= channel + lane * WORDS + word[None, :, None] < columns
+        value = tl.load(x_ptr + channel + lane * WORDS, mask=inside, other=0.0)
+        if BITS == 16:
+            low = tl.dot(packed, value, low)
+        else:
+            weight = lane_as_half(packed, lane, BITS)
+            if BITS == 4 and lane % 2 == 1:
+                high = tl.dot(weight, value, high)
+            else:
+                low = tl.dot(weight, value, low)
+            sums = tl.dot(ones, value, sums)
+    if BITS == 4:
+        low += high * HIGH_SCALE
+    sums = tl.broadcast_to(sums[:, None], (SPLIT, ROWS // TILE, TILE, TOKENS))
+    return low, sums.reshape(SPLIT, ROWS, TOKENS)

@@ -12,11 +12,12 @@ from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
 
 TOKENS = 8  # tokens of the narrowest tensor core product; one to eight cost the same
 LEAST_STAGES = 3  # of a product's loads
-ROW_BYTES = 64  # of a row's int4 words in a block
-# Of a warp's blocks in a stage, by rows: words, scales in two layouts, activations (compiled size).
-SHARED_BYTES = {16: 2400, 32: 3168}
-# Warps → programs on a multiprocessor, as registers allow (72 and 80 a thread).
-RESIDENT = {4: 7, 8: 3}
+ROW_BYTES = 68  # of a row's int4 words and scale in a block
+# Of a warp's blocks in each stage but one, by rows: words, scales, activations (compiled size).
+SHARED_BYTES = {16: 3136, 32: 4224}
+RESERVED_SHARED_BYTES = 1024  # of each program, by CUDA
+# Warps → programs on a multiprocessor, as registers allow (80 and 92 a thread).
+RESIDENT = {4: 6, 8: 2}
 WIDEST_GEMM = 256  # tokens up to which `gemm` is used on a GPU
 GEMM_TOKENS = (16, 32, 64)  # of one of its programs
 
@@ -119,24 +120,33 @@ def gate_up_tile(capability: ComputeCapability, out_features: int, blocks: int) 
     return _with_warps(device(capability), 32, -(-out_features // 32), blocks)
 
 
+def shared_bytes(tile: GemvTile) -> int:
+    """Return the shared memory of a program of an int4 product."""
+    return SHARED_BYTES[tile.rows] * tile.split * (tile.stages - 1)
+
+
 def _gemv_rows(gpu: Device, out_features: int) -> int:
-    """Return 32 rows where that makes a program for nearly every multiprocessor, else 16."""
-    return 32 if out_features >= 0.9 * 32 * gpu.processors else 16
+    """Return 32 rows where that leaves few multiprocessors without a program, else 16.
+
+    Activations and their sums are shared by all rows of a program. 16 rows for twice as many
+    programs help no more where the busiest multiprocessor has two of those.
+    """
+    return 32 if out_features >= 0.6 * 32 * gpu.processors else 16
 
 
 def _with_warps(gpu: Device, rows: int, programs: int, blocks: int) -> GemvTile:
     """Return the tile of 4 or 8 warps that lacks least.
 
     Lacks, the worst first: too few bytes on their way; a last wave less than half full; warps with
-    unequal numbers of blocks (masks, a fifth of the loop); fewer than two warps for each of a
+    unequal numbers of blocks, of which some then wait; fewer than two warps for each of a
     multiprocessor's schedulers; stages that leave the next kernel no room.
     """
 
     def lacks(tile: GemvTile) -> tuple[bool, bool, bool, bool, int, int]:
         on_their_way = (tile.stages - 1) * tile.split
         in_flight = on_their_way * rows * ROW_BYTES * programs
-        shared_bytes = SHARED_BYTES[rows] * tile.split * tile.stages
-        resident = min(RESIDENT[tile.split], gpu.shared_kib * 1024 // shared_bytes)
+        room = gpu.shared_kib * 1024 // (shared_bytes(tile) + RESERVED_SHARED_BYTES)
+        resident = min(RESIDENT[tile.split], room)
         waves = programs / (gpu.processors * max(resident, 1))
         return (
             in_flight < gpu.bytes_in_flight * gpu.processors and on_their_way < blocks,

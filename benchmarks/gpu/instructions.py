@@ -26,14 +26,14 @@ from vila_deploy.backends.native.compile import engine_launches
 from vila_deploy.kernels.aot import compile_launch
 from vila_deploy.kernels.capability import ComputeCapability
 from vila_deploy.kernels.launch import Launch
-from vila_deploy.kernels.tile_config import device
+from vila_deploy.kernels.tile_config import ROW_BYTES, device
 
 RESULTS = REPOSITORY / "benchmarks" / "results" / "gpu-instructions.jsonl"
 CAPABILITY, MAX_SEQ_LEN = ComputeCapability(9, 0), 1024
 # An H200: what a copy moves, its clock under load, and four schedulers of an instruction a clock.
 BYTES_PER_S, CLOCK_HZ, SCHEDULERS = 4.3e12, 1.98e9, 4
 WEIGHT_BYTES = 4.25 / 8  # 4 bits, and 32 of scale and zero point for 128 weights
-BLOCK, WARP, ROW_BYTES = 128, 32, 64
+BLOCK, WARP = 128, 32
 PRODUCTS = {
     "norm_qkv_kernel": ("qkv",), "add_residual_kernel": ("o", "down"),
     "gate_up_kernel": ("gate_up",),

@@ -33,7 +33,7 @@ REVIEW_PARTS = {
 
 @pytest.fixture
 def _tiles_of_the_review(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles get better; what was worked out holds for those of then."""
+    """Tiles and loops get better; what was worked out holds for those of then."""
 
     def gemv_tile(capability: ComputeCapability, out_features: int, blocks: int) -> GemvTile:
         wide = out_features >= 2 * 32 * 132
@@ -45,6 +45,12 @@ def _tiles_of_the_review(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict.tile_config, "gemv_tile", gemv_tile)
     monkeypatch.setattr(predict.tile_config, "gate_up_tile", lambda *_: GemvTile(32, 4, 4))
     monkeypatch.setattr(predict.tile_config, "attention_splits", splits)
+    monkeypatch.setattr(
+        predict.tile_config, "shared_bytes", lambda t: {16: 75, 32: 50}[t.rows] << 10
+    )
+    instructions = {(4, 16): 3.47, (4, 32): 2.34, (16, 32): 1.45}
+    monkeypatch.setattr(predict, "INSTRUCTIONS", instructions)
+    monkeypatch.setattr(predict, "issued_rounds", lambda tile, blocks: 1.0)
 
 
 @pytest.mark.usefixtures("_tiles_of_the_review")

@@ -8,6 +8,7 @@ from tests.support.kernel_cases import model_table
 from vila_deploy.kernels.capability import ComputeCapability
 from vila_deploy.kernels.tile_config import (
     DEVICES,
+    ROW_BYTES,
     GemvTile,
     gate_up_tile,
     gemv_programs,
@@ -41,7 +42,7 @@ def test_the_memory_is_kept_busy(capability: ComputeCapability) -> None:
     for (rows, columns), tile in tiles(capability).items():
         programs, blocks = -(-rows // tile.rows), columns // BLOCK
         on_their_way = min((tile.stages - 1) * tile.split, blocks)
-        in_flight = on_their_way * tile.rows * 64 * programs / gpu.processors
+        in_flight = on_their_way * tile.rows * ROW_BYTES * programs / gpu.processors
         assert in_flight >= gpu.bytes_in_flight or on_their_way == blocks, (rows, columns, tile)
 
 
