@@ -1,4 +1,4 @@
-"""Plots of a filled table as SVG and PNG; needs matplotlib (pip install 'vila-deploy[plots]')."""
+"""Plots of a filled table as SVG and PNG; needs matplotlib, which extra [plots] has."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from vila_deploy.bench.published import published_speed
 from vila_deploy.bench.roofline import DEVICES, roofline
 from vila_deploy.checkpoint.presets import PRESETS
 from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.extras import install_extra
 
 Row = dict[str, Any]
 FORMATS = ("svg", "png")
@@ -30,7 +31,7 @@ def write_plots(rows: Sequence[Row], folder: Path) -> list[Path]:
         import matplotlib
     except ImportError:
         raise VilaDeployError(
-            "no plots: matplotlib is not installed", fix="pip install 'vila-deploy[plots]'"
+            "no plots: matplotlib is not installed", fix=install_extra("plots")
         ) from None
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "vila-deploy"  # equal figures are equal files

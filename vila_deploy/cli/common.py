@@ -73,6 +73,14 @@ def command_errors(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt as interrupt:
             click.echo(f"interrupted: {str(interrupt) or 'nothing was left behind'}", err=True)
             sys.exit(EXIT_INTERRUPTED)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package in ("", "vila_deploy"):
+                raise
+            fail(
+                f"the Python package {package} is missing in {sys.prefix}; "
+                "install vila-deploy into this environment again"
+            )
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise

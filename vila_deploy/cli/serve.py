@@ -17,6 +17,7 @@ from vila_deploy.cli.serve_vllm import (
     without_server,
 )
 from vila_deploy.utils.errors import VilaDeployError, printable, short
+from vila_deploy.utils.extras import install_extra
 
 if TYPE_CHECKING:
     import socket
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from vila_deploy.server.options import ServerOptions
 
 PACKAGES = ("starlette", "uvicorn", "prometheus_client", "llguidance")
-INSTALL = "pip install 'vila-deploy[serve]'"
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 MIN_KEY_CHARACTERS = 8
 
@@ -191,7 +191,7 @@ def _serve(
 def _check_installed() -> None:
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        raise VilaDeployError(f"vila-serve needs {', '.join(missing)}", fix=INSTALL)
+        raise VilaDeployError(f"vila-serve needs {', '.join(missing)}", fix=install_extra("serve"))
 
 
 def _tls(certificate: Path | None, key: Path | None) -> tuple[Path, Path] | None:

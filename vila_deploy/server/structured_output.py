@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from vila_deploy.processing.tokenizer import Tokenizer
 from vila_deploy.server.errors import ApiError
 from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.extras import install_extra
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -42,7 +43,7 @@ class StructuredOutput:
             from llguidance import LLTokenizer
         except ImportError:
             raise VilaDeployError(
-                "JSON answers need llguidance", fix="pip install 'vila-deploy[serve]'"
+                "JSON answers need llguidance", fix=install_extra("serve")
             ) from None
         self._vocab_size = vocab_size
         stops = sorted(stop_token_ids)

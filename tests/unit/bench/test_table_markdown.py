@@ -113,5 +113,5 @@ def test_without_matplotlib_one_line_says_how_to_get_plots(
     rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(VilaDeployError, match=r"matplotlib.*pip install 'vila-deploy\[plots\]'"):
+    with pytest.raises(VilaDeployError, match=r"matplotlib.*pip install '\.\[plots\]'"):
         write_plots(rows, tmp_path)

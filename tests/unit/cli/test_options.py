@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 import vila_deploy
+from vila_deploy.cli.common import command_errors
 from vila_deploy.cli.quantize import _unknown_texts
 from vila_deploy.formats.registry import FORMATS
 from vila_deploy.quantize.options import ALGORITHMS, DEVICES, QuantizeOptions, quantize_options
@@ -121,3 +122,17 @@ def test_perplexity_above_guessing_is_said(quality: dict, kinds: list[str]) -> N
     assert [line.partition(":")[0] for line in lines] == kinds
     assert all("above the 368 of guessing" in line and "--eval" in line for line in lines)
     assert list(_unknown_texts({"evaluation": None}, 368)) == []
+
+
+def test_a_missing_package_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    @command_errors
+    def fails(module: str) -> None:
+        raise ModuleNotFoundError(name=module)
+
+    with pytest.raises(SystemExit) as ended:
+        fails("onnxruntime.capi")
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the Python package onnxruntime is missing in ")
+    with pytest.raises(ModuleNotFoundError):
+        fails("vila_deploy.nothing")

@@ -160,7 +160,7 @@ def test_usage(tmp_path: Path) -> None:
 def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     done = invoke("vila-serve", tmp_path)
-    assert "pip install 'vila-deploy[serve]'" in assert_one_line(done)
+    assert "pip install '.[serve]'" in assert_one_line(done)
 
 
 def test_help_is_quick_and_imports_nothing_heavy() -> None:

