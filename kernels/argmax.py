@@ -18,7 +18,8 @@ NO_TOKEN = -1
 def argmax_kernel(
     best_ptr: tl.tensor, index_ptr: tl.tensor, token_ptr: tl.tensor, history_ptr: tl.tensor,
     position_ptr: tl.tensor, count: tl.tensor, history_len: tl.tensor,
-    COUNT: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
+    COUNT: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr, HISTORY: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     if PDL:
         wait()
@@ -32,16 +33,18 @@ def argmax_kernel(
     token = tl.where(token == 2147483647, -1, token)
     tl.store(token_ptr + column, token)
     if STEP:
-        position = tl.load(position_ptr) + 1
+        position = tl.load(position_ptr + column) + 1
         # All warps read the position before one of them writes it.
         tl.debug_barrier()
-        tl.store(history_ptr + tl.minimum(position, history_len - 1), token)
-        tl.store(position_ptr, position)
+        if HISTORY:
+            tl.store(history_ptr + tl.minimum(position, history_len - 1), token)
+        tl.store(position_ptr + column, position)
 
 
 def argmax(
-    best: Tensor, index: Tensor, token: Tensor, history: Tensor, position: Tensor, *, step: bool
-) -> Launch:
+    best: Tensor, index: Tensor, token: Tensor, history: Tensor | None, position: Tensor, *,
+    step: bool,
+) -> Launch:  # fmt: skip
     """Return a launch that writes the greedy token of each column into `token`.
 
     Logits that are all NaN give NO_TOKEN.
@@ -49,20 +52,23 @@ def argmax(
     Args:
         best, index: as `head` fills them.
         token: int32 [tokens].
-        history: int32 [positions]; with `step`, the token goes to its position there.
-        position: int32 [1]; with `step` (one token only) it grows by one.
+        history: int32 [positions]; with `step`, the only token goes to its position there. None
+            where each token is of another sequence.
+        position: int32, one a sequence; with `step` each grows by one.
     """
-    assert not step or token.shape[0] == 1
+    assert not step or len(position) == len(token)
+    assert history is None or len(position) == 1
+    kept = token if history is None else history
     return Launch(
         argmax_kernel,
         (token.shape[0],),
         {
-            "best_ptr": best, "index_ptr": index, "token_ptr": token, "history_ptr": history,
-            "position_ptr": position, "count": best.shape[0], "history_len": history.shape[0],
+            "best_ptr": best, "index_ptr": index, "token_ptr": token, "history_ptr": kept,
+            "position_ptr": position, "count": best.shape[0], "history_len": kept.shape[0],
         },
         {
             "COUNT": next_power_of_2(best.shape[0]), "TOKENS": TOKENS, "STEP": step,
-            "PDL": False,
+            "HISTORY": history is not None, "PDL": False,
         },
         4,
     )  # fmt: skip

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vila_deploy.kernels.cached_vectors import append_token, load_vectors, rotate
 from vila_deploy.kernels.capability import ComputeCapability
-from vila_deploy.kernels.kv_int8 import dequantize_int8, int8_scale, quantize_int8
 from vila_deploy.kernels.launch import Launch, next_power_of_2
 from vila_deploy.kernels.pdl import prefetch, wait
 from vila_deploy.kernels.tile_config import attention_block, device
@@ -29,26 +29,48 @@ Scales = tuple[Tensor, Tensor]
 @triton.jit
 def attention_split_kernel(
     q_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor, key_scales_ptr: tl.tensor,
-    value_scales_ptr: tl.tensor, position_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor,
-    sums_ptr: tl.tensor, maxima_ptr: tl.tensor, weights_ptr: tl.tensor,
+    value_scales_ptr: tl.tensor, position_ptr: tl.tensor, slot_ptr: tl.tensor, cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor, sums_ptr: tl.tensor, maxima_ptr: tl.tensor, weights_ptr: tl.tensor,
     heads: tl.tensor, kv_heads: tl.tensor, cache_len: tl.tensor, splits: tl.tensor,
     scale: tl.tensor,
     ROPE: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    SLOTS: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         prefetch_cache(
-            token, kv_head, split, keys_ptr, values_ptr, position_ptr, cache_len, splits, DIM, BLOCK
+            token, kv_head, split, keys_ptr, values_ptr, position_ptr, slot_ptr, kv_heads,
+            cache_len, splits, DIM, BLOCK, SLOTS,
         )  # fmt: skip
         wait()
+    if SLOTS and tl.load(slot_ptr + token) < 0:
+        return
+    newest, cache_row, of_row = locate(
+        token, kv_head, position_ptr, slot_ptr, heads, kv_heads, DIM, SLOTS
+    )  # fmt: skip
     attend_split(
-        token, kv_head, split, q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
-        position_ptr, cos_ptr, sin_ptr, sums_ptr, maxima_ptr, weights_ptr,
+        token, kv_head, split, newest, cache_row, q_ptr + of_row, keys_ptr, values_ptr,
+        key_scales_ptr, value_scales_ptr, cos_ptr, sin_ptr, sums_ptr, maxima_ptr, weights_ptr,
         heads, kv_heads, cache_len, splits, scale,
         ROPE, INT8, GROUP, DIM, DIM_BLOCK, QUERIES, BLOCK, STAGES,
     )  # fmt: skip
+
+
+@triton.jit
+def locate(
+    token: tl.tensor, kv_head: tl.tensor, position_ptr: tl.tensor, slot_ptr: tl.tensor,
+    heads: tl.tensor, kv_heads: tl.tensor, DIM: tl.constexpr, SLOTS: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
+    """Return a token's position, the row of its key head in the cache, and where its q begins.
+
+    With SLOTS each token is the newest of a sequence of its own, whose cache is that of its slot.
+    """
+    if SLOTS:
+        cache_row = tl.load(slot_ptr + token) * kv_heads + kv_head
+        return tl.load(position_ptr + token), cache_row, token * (heads + 2 * kv_heads) * DIM
+    else:
+        return tl.load(position_ptr) + token, kv_head, 0
 
 
 @triton.jit
@@ -64,41 +86,49 @@ def split_range(
 @triton.jit
 def prefetch_cache(
     token: tl.tensor, kv_head: tl.tensor, split: tl.tensor, keys_ptr: tl.tensor,
-    values_ptr: tl.tensor, position_ptr: tl.tensor, cache_len: tl.tensor, splits: tl.tensor,
-    DIM: tl.constexpr, BLOCK: tl.constexpr,
+    values_ptr: tl.tensor, position_ptr: tl.tensor, slot_ptr: tl.tensor, kv_heads: tl.tensor,
+    cache_len: tl.tensor, splits: tl.tensor,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr,
 ) -> None:  # fmt: skip
     """Prefetch the first keys and values of a split."""
     # Past the L1, which could give the kernel's own load this value again: a step too old.
-    newest = tl.load(position_ptr, cache_modifier=".cg") + token
+    if SLOTS:
+        newest = tl.load(position_ptr + token, cache_modifier=".cg")
+        slot = tl.load(slot_ptr + token, cache_modifier=".cg")
+        cache_row = slot * kv_heads + kv_head
+    else:
+        newest = tl.load(position_ptr, cache_modifier=".cg") + token
+        cache_row = kv_head
     start, end = split_range(newest, split, splits, BLOCK)
+    if SLOTS:
+        end = tl.where(slot >= 0, end, start)
     if start < end:
-        first = (kv_head.to(tl.int64) * cache_len + start) * DIM
+        first = (cache_row.to(tl.int64) * cache_len + start) * DIM
         prefetch(keys_ptr + first, (end - start) * DIM, CACHE_LINES)
         prefetch(values_ptr + first, (end - start) * DIM, CACHE_LINES)
 
 
 @triton.jit
 def attend_split(
-    token: tl.tensor, kv_head: tl.tensor, split: tl.tensor, q_ptr: tl.tensor, keys_ptr: tl.tensor,
-    values_ptr: tl.tensor, key_scales_ptr: tl.tensor, value_scales_ptr: tl.tensor,
-    position_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, sums_ptr: tl.tensor,
-    maxima_ptr: tl.tensor, weights_ptr: tl.tensor, heads: tl.tensor, kv_heads: tl.tensor,
-    cache_len: tl.tensor, splits: tl.tensor, scale: tl.tensor,
+    token: tl.tensor, kv_head: tl.tensor, split: tl.tensor, newest: tl.tensor,
+    cache_row: tl.tensor, q_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor,
+    key_scales_ptr: tl.tensor, value_scales_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor,
+    sums_ptr: tl.tensor, maxima_ptr: tl.tensor, weights_ptr: tl.tensor, heads: tl.tensor,
+    kv_heads: tl.tensor, cache_len: tl.tensor, splits: tl.tensor, scale: tl.tensor,
     ROPE: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write sums, maxima and weights of the query heads of `kv_head` over one split."""
-    newest = tl.load(position_ptr) + token
     start, end = split_range(newest, split, splits, BLOCK)
     query, offset, dim = tl.arange(0, QUERIES), tl.arange(0, BLOCK), tl.arange(0, DIM_BLOCK)
     head = kv_head * GROUP + query
     in_group, in_dim = query < GROUP, dim < DIM
     rows = (token * heads + head)[:, None]
     inside = in_group[:, None] & in_dim[None, :]
-    keys_ptr += kv_head.to(tl.int64) * cache_len * DIM
-    values_ptr += kv_head.to(tl.int64) * cache_len * DIM
-    key_scales_ptr += kv_head * cache_len
-    value_scales_ptr += kv_head * cache_len
+    keys_ptr += cache_row.to(tl.int64) * cache_len * DIM
+    values_ptr += cache_row.to(tl.int64) * cache_len * DIM
+    key_scales_ptr += cache_row * cache_len
+    value_scales_ptr += cache_row * cache_len
     if ROPE:
         # One token, straight from the product: q, k and v of all heads in a row.
         vectors = rotate(
@@ -141,92 +171,33 @@ def attend_split(
 
 
 @triton.jit
-def append_token(
-    source_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor, key_scales_ptr: tl.tensor,
-    value_scales_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, newest: tl.tensor,
-    start: tl.tensor, end: tl.tensor, kv_heads: tl.tensor, dim: tl.tensor, in_dim: tl.tensor,
-    INT8: tl.constexpr, DIM: tl.constexpr,
-) -> tl.tuple:  # fmt: skip
-    """Return the new token's key, rotated, and value; write them if they belong to this split."""
-    key = rotate(source_ptr, dim, cos_ptr, sin_ptr, newest, in_dim, DIM)
-    value = tl.load(source_ptr + kv_heads * DIM + dim, mask=in_dim, other=0.0)
-    in_split = (start <= newest) & (newest < end)
-    key = append_vector(key, keys_ptr, key_scales_ptr, newest, dim, in_dim, in_split, INT8, DIM)
-    value = append_vector(
-        value, values_ptr, value_scales_ptr, newest, dim, in_dim, in_split, INT8, DIM
-    )  # fmt: skip
-    return key, value
-
-
-@triton.jit
-def append_vector(
-    vector: tl.tensor, cache_ptr: tl.tensor, scales_ptr: tl.tensor, newest: tl.tensor,
-    dim: tl.tensor, in_dim: tl.tensor, in_split: tl.tensor, INT8: tl.constexpr, DIM: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Write the new token's vector to its position if `in_split`; return it as it is read later."""
-    if INT8:
-        scale = int8_scale(tl.max(tl.abs(vector.to(tl.float32)), 0))
-        quantized = quantize_int8(vector, scale)
-        if in_split:
-            tl.store(cache_ptr + newest * DIM + dim, quantized, mask=in_dim)
-            tl.store(scales_ptr + newest, scale)
-        return dequantize_int8(quantized, scale)
-    else:
-        if in_split:
-            tl.store(cache_ptr + newest * DIM + dim, vector, mask=in_dim)
-        return vector
-
-
-@triton.jit
-def load_vectors(
-    cells_ptr: tl.tensor, scales_ptr: tl.tensor, filled: tl.tensor, in_dim: tl.tensor,
-    INT8: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Return float16 vectors of the cache; zeros at positions that aren't `filled`."""
-    vectors = tl.load(cells_ptr, mask=filled & in_dim, other=0)
-    if INT8:
-        vectors = dequantize_int8(vectors, tl.load(scales_ptr, mask=filled, other=0.0))
-    return vectors
-
-
-@triton.jit
-def rotate(
-    source_ptr: tl.tensor, dim: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor,
-    position: tl.tensor, inside: tl.tensor, DIM: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Return float16 vectors at `source_ptr` after rotary embedding at `position`."""
-    HALF: tl.constexpr = DIM // 2
-    partner_dim = tl.where(dim < HALF, dim + HALF, dim - HALF)
-    value = tl.load(source_ptr + dim, mask=inside, other=0.0).to(tl.float32)
-    partner = tl.load(source_ptr + partner_dim, mask=inside, other=0.0).to(tl.float32)
-    angle = position * HALF + dim % HALF
-    c = tl.load(cos_ptr + angle, mask=dim < DIM, other=0.0)
-    s = tl.load(sin_ptr + angle, mask=dim < DIM, other=0.0)
-    return (value * c + tl.where(dim < HALF, -partner, partner) * s).to(tl.float16)
-
-
-@triton.jit
 def attention_kernel(
     q_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor, key_scales_ptr: tl.tensor,
-    value_scales_ptr: tl.tensor, position_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor,
-    sums_ptr: tl.tensor, maxima_ptr: tl.tensor, weights_ptr: tl.tensor, done_ptr: tl.tensor,
-    out_ptr: tl.tensor,
+    value_scales_ptr: tl.tensor, position_ptr: tl.tensor, slot_ptr: tl.tensor, cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor, sums_ptr: tl.tensor, maxima_ptr: tl.tensor, weights_ptr: tl.tensor,
+    done_ptr: tl.tensor, out_ptr: tl.tensor,
     heads: tl.tensor, kv_heads: tl.tensor, cache_len: tl.tensor, splits: tl.tensor,
     scale: tl.tensor,
     ROPE: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    SPLITS: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """Attend to one split; the last program of a key head to finish merges them all."""
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
         prefetch_cache(
-            token, kv_head, split, keys_ptr, values_ptr, position_ptr, cache_len, splits, DIM, BLOCK
+            token, kv_head, split, keys_ptr, values_ptr, position_ptr, slot_ptr, kv_heads,
+            cache_len, splits, DIM, BLOCK, SLOTS,
         )  # fmt: skip
         wait()
+    if SLOTS and tl.load(slot_ptr + token) < 0:
+        return
+    newest, cache_row, of_row = locate(
+        token, kv_head, position_ptr, slot_ptr, heads, kv_heads, DIM, SLOTS
+    )  # fmt: skip
     attend_split(
-        token, kv_head, split, q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
-        position_ptr, cos_ptr, sin_ptr, sums_ptr, maxima_ptr, weights_ptr,
+        token, kv_head, split, newest, cache_row, q_ptr + of_row, keys_ptr, values_ptr,
+        key_scales_ptr, value_scales_ptr, cos_ptr, sin_ptr, sums_ptr, maxima_ptr, weights_ptr,
         heads, kv_heads, cache_len, splits, scale,
         ROPE, INT8, GROUP, DIM, DIM_BLOCK, QUERIES, BLOCK, STAGES,
     )  # fmt: skip
@@ -244,10 +215,14 @@ def attention_kernel(
 @triton.jit
 def attention_merge_kernel(
     sums_ptr: tl.tensor, maxima_ptr: tl.tensor, weights_ptr: tl.tensor, out_ptr: tl.tensor,
-    SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    slot_ptr: tl.tensor, heads: tl.tensor,
+    SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, SLOTS: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     if PDL:
         wait()
+    if SLOTS and tl.load(slot_ptr + tl.program_id(0) // heads) < 0:
+        return
     row = tl.program_id(0) + tl.arange(0, 1)
     merge_splits(row, row >= 0, sums_ptr, maxima_ptr, weights_ptr, out_ptr, SPLITS, DIM, DIM_BLOCK)
 
@@ -298,7 +273,7 @@ def attention(
 def rope_attention(
     qkv: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, position: Tensor,
     out: Tensor, scratch: SplitScratch, capability: ComputeCapability,
-    scales: Scales | None = None, *, merged: bool = False,
+    scales: Scales | None = None, *, merged: bool = False, slot: Tensor | None = None,
 ) -> tuple[Launch, ...]:  # fmt: skip
     """Return `rope_kv` and `attention` of one token in a launch less, with the same bits.
 
@@ -307,25 +282,26 @@ def rope_attention(
         angles: cos and sin, float32 [positions, dim / 2].
         keys, values, scales: also written, at `position`.
         merged: the last program of a key head merges its splits: one launch instead of two.
+        slot: int32 [rows]: rows of `qkv`, `position` and `out` belong to different sequences, and
+            keys, values and scales have a first dimension of slots. A row of slot -1 is left out.
     """
     return _launches(
-        qkv, angles, keys, values, position, out, scratch, capability, scales, merged=merged
+        qkv, angles, keys, values, position, out, scratch, capability, scales, merged=merged,
+        slot=slot,
     )  # fmt: skip
 
 
 def _launches(
     q: Tensor, angles: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor,
     position: Tensor, out: Tensor, scratch: SplitScratch, capability: ComputeCapability,
-    scales: Scales | None, *, merged: bool,
+    scales: Scales | None, *, merged: bool, slot: Tensor | None = None,
 ) -> tuple[Launch, ...]:  # fmt: skip
-    kv_heads, cache_len, dim = keys.shape
+    kv_heads, cache_len, dim = keys.shape[-3:]
     tokens, heads = out.shape[0], out.shape[1] // dim
     assert heads // kv_heads <= QUERIES
-    assert angles is None or tokens == 1
+    assert angles is None or len(position) == tokens
+    assert slot is None or (angles is not None and keys.ndim == 4 and len(slot) == tokens)
     block = max(16, next_power_of_2(dim))
-    partial = {
-        "sums_ptr": scratch.sums, "maxima_ptr": scratch.maxima, "weights_ptr": scratch.weights,
-    }  # fmt: skip
     cos, sin = angles or (scratch.maxima, scratch.maxima)
     assert (keys.dtype == torch.int8) == (scales is not None)
     key_scales, value_scales = scales or (out, out)
@@ -334,25 +310,38 @@ def _launches(
         (tokens, kv_heads, scratch.splits),
         {
             "q_ptr": q, "keys_ptr": keys, "values_ptr": values, "key_scales_ptr": key_scales,
-            "value_scales_ptr": value_scales, "position_ptr": position, "cos_ptr": cos,
-            "sin_ptr": sin, **partial, "heads": heads, "kv_heads": kv_heads,
+            "value_scales_ptr": value_scales, "position_ptr": position,
+            "slot_ptr": position if slot is None else slot, "cos_ptr": cos, "sin_ptr": sin,
+            "sums_ptr": scratch.sums, "maxima_ptr": scratch.maxima,
+            "weights_ptr": scratch.weights, "heads": heads, "kv_heads": kv_heads,
             "cache_len": cache_len, "splits": scratch.splits, "scale": dim**-0.5 * LOG2_E,
         },
         {
             "ROPE": angles is not None, "INT8": scales is not None, "GROUP": heads // kv_heads,
             "DIM": dim, "DIM_BLOCK": block, "QUERIES": QUERIES,
             "BLOCK": attention_block(capability), "STAGES": device(capability).attention_stages,
-            "PDL": False,
+            "SLOTS": slot is not None, "PDL": False,
         },
         4,
     )  # fmt: skip
+    return _with_merging(splits, out, scratch, merged)
+
+
+def _with_merging(
+    splits: Launch, out: Tensor, scratch: SplitScratch, merged: bool
+) -> tuple[Launch, ...]:
+    """Return the launch of all splits with their merging in it, or in a second one."""
     if merged:
         args = splits.args | {"done_ptr": scratch.done, "out_ptr": out}
         constants = splits.constants | {"SPLITS": scratch.splits}
         return (replace(splits, kernel=attention_kernel, args=args, constants=constants),)
-    constants = {"SPLITS": scratch.splits, "DIM": dim, "DIM_BLOCK": block, "PDL": False}
+    shared = ("sums_ptr", "maxima_ptr", "weights_ptr", "slot_ptr", "heads")
+    args = {name: splits.args[name] for name in shared} | {"out_ptr": out}
+    constants = {name: splits.constants[name] for name in ("DIM", "DIM_BLOCK", "SLOTS", "PDL")}
+    tokens, _, _ = splits.grid
     merge = Launch(
-        attention_merge_kernel, (tokens * heads,), {**partial, "out_ptr": out}, constants, 1
+        attention_merge_kernel, (tokens * splits.args["heads"],), args,
+        constants | {"SPLITS": scratch.splits}, 1,
     )  # fmt: skip
     return splits, merge
 

@@ -43,6 +43,41 @@ def sample_kernel(
 ) -> None:  # fmt: skip
     if PDL:
         wait()
+    draw(
+        logits_ptr, uniform_ptr, settings_ptr, token_ptr, history_ptr, position_ptr, rows,
+        history_len, CHUNK, ROUNDS, LOWEST, STEP,
+    )  # fmt: skip
+
+
+@triton.jit
+def sample_rows_kernel(
+    logits_ptr: tl.tensor, uniform_ptr: tl.tensor, settings_ptr: tl.tensor, token_ptr: tl.tensor,
+    position_ptr: tl.tensor, slot_ptr: tl.tensor, rows: tl.tensor, history_len: tl.tensor,
+    CHUNK: tl.constexpr, ROUNDS: tl.constexpr, LOWEST: tl.constexpr, PDL: tl.constexpr,
+) -> None:  # fmt: skip
+    if PDL:
+        wait()
+    row = tl.program_id(0)
+    slot = tl.load(slot_ptr + row)
+    if slot < 0:
+        return
+    settings_ptr += slot * 2
+    if tl.load(settings_ptr) == 0.0:
+        return
+    draw(
+        logits_ptr + row.to(tl.int64) * rows, uniform_ptr + slot.to(tl.int64) * history_len,
+        settings_ptr, token_ptr + row, token_ptr, position_ptr + row, rows, history_len,
+        CHUNK, ROUNDS, LOWEST, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def draw(
+    logits_ptr: tl.tensor, uniform_ptr: tl.tensor, settings_ptr: tl.tensor, token_ptr: tl.tensor,
+    history_ptr: tl.tensor, position_ptr: tl.tensor, rows: tl.tensor, history_len: tl.tensor,
+    CHUNK: tl.constexpr, ROUNDS: tl.constexpr, LOWEST: tl.constexpr, STEP: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write one token; with STEP also to the history, and the position moves on."""
     inverse, top_p = tl.load(settings_ptr), tl.load(settings_ptr + 1)
     position = tl.load(position_ptr)
     if STEP:
@@ -116,6 +151,31 @@ def sample(
             "rows": logits.shape[1], "history_len": history.shape[0],
         },
         {"CHUNK": chunk, "ROUNDS": ROUNDS, "LOWEST": LOWEST, "STEP": step, "PDL": False},
+        8,
+    )  # fmt: skip
+
+
+def sample_rows(
+    logits: Tensor, uniform: Tensor, settings: Tensor, token: Tensor, position: Tensor, slot: Tensor
+) -> Launch:
+    """Return a launch that draws the next token of several sequences, each as `sample` would.
+
+    Args:
+        logits: float32 [rows, vocabulary].
+        uniform: float32 [slots, positions].
+        settings: float32 [slots, 2]; where 1 / temperature is 0, the row's token stays.
+        token, position, slot: int32 [rows]; a row of slot -1 is left out.
+    """
+    chunk = min(CHUNK, next_power_of_2(logits.shape[1]))
+    return Launch(
+        sample_rows_kernel,
+        (len(token),),
+        {
+            "logits_ptr": logits, "uniform_ptr": uniform, "settings_ptr": settings,
+            "token_ptr": token, "position_ptr": position, "slot_ptr": slot,
+            "rows": logits.shape[1], "history_len": uniform.shape[1],
+        },
+        {"CHUNK": chunk, "ROUNDS": ROUNDS, "LOWEST": LOWEST, "PDL": False},
         8,
     )  # fmt: skip
 

@@ -50,3 +50,43 @@ def check_rope_attention(run: Run, sizes: LlmConfig) -> Iterator[tuple[Tensor, T
             yield out, expected
         # Merging leaves its counters as it found them.
         yield scratch.done, torch.zeros_like(scratch.done)
+
+
+def check_slots_attention(run: Run, sizes: LlmConfig) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the same of rows of different sequences in one launch, and what it must not touch."""
+    heads, kv_heads, dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
+    device, tables = run.device, rotary_tables(sizes, MAX_SEQ_LEN)
+    cos, sin = (table.to(device) for table in tables)
+    splits = attention_splits(H100 if run.rehearsed else run.capability, kv_heads, MAX_SEQ_LEN)
+    # The row in between has no sequence; slot 1 belongs to none of the rows.
+    slots, lengths = [2, -1, 0], [100 if run.small else 777, 5, 0]
+    slot, position = (
+        torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (slots, lengths)
+    )
+    rows = len(slots)
+    scratch = SplitScratch(rows, heads, dim, splits, device)
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * dim, device=device).half()
+    old = torch.randn(2, 3, kv_heads, MAX_SEQ_LEN, dim, device=device).half()
+    for merged, pdl in ((False, False), (True, run.capability >= PDL_CAPABILITY)):
+        keys, values = old.clone()
+        out = torch.full((rows, heads * dim), torch.nan, device=device).half()
+        for launch in rope_attention(
+            qkv, (cos, sin), keys, values, position, out, scratch, run.capability,
+            merged=merged, slot=slot,
+        ):  # fmt: skip
+            (launch.with_pdl() if pdl else launch)()
+        untouched = torch.ones(3, MAX_SEQ_LEN, dtype=torch.bool, device=device)
+        for row, (index, at) in enumerate(zip(slots, lengths, strict=True)):
+            if index < 0:
+                yield out[row].isnan().int(), torch.ones_like(out[row]).int()
+                continue
+            untouched[index, at] = False
+            one = position[row : row + 1]
+            q, key, value = rope_kv_reference(qkv[row : row + 1], cos, sin, one, heads, kv_heads)
+            yield keys[index, :, at : at + 1], key
+            yield values[index, :, at : at + 1], value
+            expected = attention_reference(q.half(), keys[index], values[index], one)
+            yield out[row : row + 1], expected
+        for new, before in zip((keys, values), old, strict=True):
+            yield (new != before).any(3).any(1)[untouched].int(), untouched[untouched].int() * 0
+    yield scratch.done, torch.zeros_like(scratch.done)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.check_attention import check_rope_attention
+from benchmarks.gpu.check_attention import check_rope_attention, check_slots_attention
 from benchmarks.gpu.check_step import STEP_LIMIT, check_step
 from benchmarks.gpu.environment import Run, reason_of
 from benchmarks.gpu.inputs import config, linears, random_packed
@@ -292,6 +292,7 @@ CASES: dict[str, Callable[..., Iterator[Pair]]] = {
     "head": _head,
     "embed": _embed,
     "rope_attention": check_rope_attention,
+    "slots_attention": check_slots_attention,
     "kv_int8": _kv_int8,
     "sample": _sample,
     "step": check_step,

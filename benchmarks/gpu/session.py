@@ -13,7 +13,8 @@ from benchmarks.gpu.environment import Run
 from benchmarks.gpu.inputs import MODELS, config, random_llm
 from benchmarks.gpu.memory_limit import small_vila, vision_tensors
 from vila_deploy.backends.native.decode_step import StepConfig
-from vila_deploy.backends.native.session import NativeSession, vision_dtype
+from vila_deploy.backends.native.loading import vision_dtype
+from vila_deploy.backends.native.session import NativeSession
 from vila_deploy.backends.native.tower import load_encoder
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.presets import preset

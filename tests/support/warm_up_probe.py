@@ -17,6 +17,8 @@ from vila_deploy.backends.native import compile_ahead as module
 from vila_deploy.backends.native.compile_ahead import KernelSet, compile_ahead
 from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
 from vila_deploy.backends.native.prefill import prefill
+from vila_deploy.backends.native.rows_step import RowsStep
+from vila_deploy.backends.native.slot_caches import SlotCaches
 from vila_deploy.backends.native.weights import empty_llm
 from vila_deploy.checkpoint.presets import preset
 from vila_deploy.engine.precision import ModulePrecision
@@ -28,22 +30,29 @@ H100, MAX_SEQ_LEN = ComputeCapability(9, 0), 1024
 LENGTHS = (1, 2, 9, 17, 33, 48, 213, 256, 300)
 
 
-def missing(model: str, modules: ModulePrecision) -> list[str]:
+def missing(model: str, modules: ModulePrecision, *, several: bool = False) -> list[str]:
     config = preset(model, "int4").llm
-    compiled = KernelSet(config, MAX_SEQ_LEN, H100, modules).launches()
+    compiled = KernelSet(config, MAX_SEQ_LEN, H100, modules, several=several).launches()
     launched: list[Launch] = []
     call, Launch.__call__ = Launch.__call__, lambda self: launched.append(self)
     config = replace(config, num_layers=2)
     llm = empty_llm(config, MAX_SEQ_LEN, lm_head=modules.lm_head)
-    cache = Cache(config, MAX_SEQ_LEN, "meta", modules.kv_cache)
     step_config = StepConfig(config, MAX_SEQ_LEN, H100, "meta")
-    step = DecodeStep(step_config, llm, cache)
+    steps: list[DecodeStep]
+    if several:
+        caches = SlotCaches(config, MAX_SEQ_LEN, 8, "meta", modules.kv_cache)
+        cache = caches.sequence(7)
+        steps = [RowsStep(step_config, llm, caches, rows) for rows in (1, 2, 4, 8)]
+    else:
+        cache = Cache(config, MAX_SEQ_LEN, "meta", modules.kv_cache)
+        steps = [DecodeStep(step_config, llm, cache)]
     for tokens in LENGTHS:
         embeds = torch.empty(tokens, config.hidden_size, device="meta")
-        step.finish(prefill(step_config, llm, cache, embeds, 0))
-    step.draw()
-    step()
-    step(sampled=True)
+        steps[0].finish(prefill(step_config, llm, cache, embeds, 0))
+    steps[0].draw()
+    for step in steps:
+        step()
+        step(sampled=True)
     Launch.__call__ = call
     known = len(distinct(compiled))
     return [launch.name for launch in distinct([*compiled, *launched])[known:]]
@@ -52,7 +61,7 @@ def missing(model: str, modules: ModulePrecision) -> list[str]:
 def counts() -> list[list[int]]:
     few = KernelSet(preset("VILA1.5-3b", "int4").llm, MAX_SEQ_LEN, H100)
     launches = [one for one in few.launches() if one.name in ("argmax_kernel", "embed_kernel")]
-    module.session_launches = lambda *_: launches
+    module.session_launches = lambda *_, several: launches
     said: list[int] = []
     found = []
     with tempfile.TemporaryDirectory() as folder:
@@ -65,5 +74,9 @@ def counts() -> list[list[int]]:
 
 if __name__ == "__main__":
     small = ModulePrecision(lm_head="int4", kv_cache="int8")
-    rows = [missing("VILA1.5-3b", ModulePrecision()), missing("NVILA-8B", small)]
+    rows = [
+        missing("VILA1.5-3b", ModulePrecision()),
+        missing("NVILA-8B", small),
+        missing("NVILA-8B", small, several=True),
+    ]
     print(json.dumps({"missing": rows, "counts": counts()}))

@@ -167,6 +167,33 @@ class CopiesSlots(Protocol):
 
 
 @runtime_checkable
+class ChoosesTokens(Protocol):
+    """What a Session of several slots has beside the rest if it chooses tokens on the device.
+
+    What a slot draws depends on its sampling and seed alone, not on the other slots.
+    """
+
+    def first_token(self, slot: int, sampling: SamplingParams) -> int:
+        """Return the first token behind the prompt; the last call was `prefill` of `slot`.
+
+        Later tokens of the slot are chosen by the same `sampling`, until its next prefill.
+        """
+        ...
+
+    def next_tokens(
+        self, slots: Sequence[int], tokens: Sequence[int], logits_of: Sequence[int] = ()
+    ) -> tuple[list[int], Floats]:
+        """Do what `decode` does, and return the token that each slot's sampling chooses.
+
+        Greedy ones for a slot that had no `first_token`.
+
+        Args:
+            logits_of: rows of `slots` whose logits are returned too, [len(logits_of), vocab].
+        """
+        ...
+
+
+@runtime_checkable
 class EncodesTiles(Protocol):
     """What a Session has beside the rest if others may decode between two tiles of an image.
 

@@ -140,7 +140,7 @@ def test_what_is_not_installed_is_not_listed(monkeypatch: pytest.MonkeyPatch) ->
 def test_each_backend_asks_its_own_library(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from vila_deploy.backends.native import session
+    from vila_deploy.backends.native import loading
     from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
 
     assert gpu_name(get_target("cpu"), "onnxruntime") is None
@@ -148,9 +148,9 @@ def test_each_backend_asks_its_own_library(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(cuda, "runtime", lambda: pytest.fail("not of this backend"))
     assert gpu_name(target, "tensorrt-llm") == "NVIDIA H100 80GB HBM3"
-    monkeypatch.setattr(session, "find_device", lambda: ("cuda", ComputeCapability(9, 0)))
+    monkeypatch.setattr(loading, "find_device", lambda: ("cuda", ComputeCapability(9, 0)))
     assert gpu_name(target, "native") == "NVIDIA H100 80GB HBM3"
-    monkeypatch.setattr(session, "find_device", lambda: ("cpu", INTERPRETER))
+    monkeypatch.setattr(loading, "find_device", lambda: ("cpu", INTERPRETER))
     assert gpu_name(target, "native") is None, "Triton's interpreter"
 
 
@@ -215,7 +215,7 @@ def test_random_weights_without_a_gpu_are_refused_before_any_work(
     target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vila_deploy.builder.build.new_folder", lambda out: pytest.fail("began"))
-    monkeypatch.setattr("vila_deploy.backends.native.session.INTERPRETED", False)
+    monkeypatch.setattr("vila_deploy.backends.native.loading.INTERPRETED", False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
     def no_driver() -> None:

@@ -13,17 +13,26 @@ if TYPE_CHECKING:
     from vila_deploy.engine.session import Session
 
 
-def open_session(folder: Path, manifest: Manifest) -> Session:
+def open_session(folder: Path, manifest: Manifest, slots: int = 1) -> Session:
     """Open the engine in `folder`, whose files have been checked against `manifest`.
 
+    Args:
+        slots: sequences that it holds at once.
+
     Raises:
-        VilaDeployError: triton is missing, or no CUDA GPU is here.
+        VilaDeployError: triton is missing, no CUDA GPU is here, or too little of its memory is
+            free.
     """
     require_triton()
+    from vila_deploy.backends.native.loading import check_memory
     from vila_deploy.backends.native.session import NativeSession
+    from vila_deploy.backends.native.slotted_session import SlottedSession
     from vila_deploy.engine.session import OneSlot
 
-    return OneSlot(NativeSession(folder, manifest))
+    check_memory(folder, manifest, slots)
+    if slots == 1:
+        return OneSlot(NativeSession(folder, manifest))
+    return SlottedSession(folder, manifest, slots)
 
 
 def require_triton() -> None:

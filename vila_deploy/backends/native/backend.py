@@ -87,10 +87,10 @@ class NativeBackend(Backend):
     def open(self, folder: Path, manifest: Manifest, slots: int = 1) -> Session:
         from vila_deploy.backends.native import open_session
 
-        return open_session(folder, manifest)
+        return open_session(folder, manifest, slots)
 
     def gpu_name(self) -> str | None:
-        from vila_deploy.backends.native.session import find_device
+        from vila_deploy.backends.native.loading import find_device
 
         device, _ = find_device()
         # Triton's interpreter runs on the CPU.

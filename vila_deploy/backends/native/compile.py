@@ -143,8 +143,14 @@ def session_launches(
     capability: ComputeCapability,
     module_precision: ModulePrecision,
     launch_mode: LaunchMode,
+    *,
+    several: bool = False,
 ) -> list[Launch]:
-    """Return `engine_launches`, and every form that prompts of some length launch besides."""
+    """Return `engine_launches`, and every form that prompts of some length launch besides.
+
+    Args:
+        several: add those of steps over several sequences.
+    """
     from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
     from vila_deploy.backends.native.weights import empty_llm
     from vila_deploy.kernels.linear import product
@@ -156,6 +162,8 @@ def session_launches(
     cache = Cache(config, max_seq_len, "meta", module_precision.kv_cache)
     step_config = StepConfig(config, max_seq_len, capability, "meta", launch_mode)
     launches += DecodeStep(step_config, llm, cache).after_prompt()
+    if several:
+        launches += _rows_launches(replace(config, num_layers=2), step_config, module_precision)
     launches += _prompt_launches(step_config, llm, cache, min(TOKENS, max_seq_len))
     layer, f16, f32 = llm.layers[0], torch.float16, torch.float32
     products = (
@@ -168,6 +176,22 @@ def session_launches(
             y = torch.empty((tokens, weight.out_features), dtype=dtype, device="meta")
             launches.append(product(x, weight, bias, y, capability))
     return launches
+
+
+def _rows_launches(
+    config: LlmConfig, step_config: StepConfig, module_precision: ModulePrecision
+) -> list[Launch]:
+    """Return what steps over one and over more sequences launch, and what follows their prompts."""
+    from vila_deploy.backends.native.rows_step import RowsStep
+    from vila_deploy.backends.native.slot_caches import SlotCaches
+    from vila_deploy.backends.native.weights import empty_llm
+
+    max_seq_len = step_config.max_seq_len
+    llm = empty_llm(config, max_seq_len, lm_head=module_precision.lm_head)
+    caches = SlotCaches(config, max_seq_len, 2, "meta", module_precision.kv_cache)
+    # Kernels of 2, 4 and 8 rows are the same.
+    alone, together = (RowsStep(replace(step_config, llm=config), llm, caches, n) for n in (1, 2))
+    return [*alone.sampled, *together.sampled, *alone.after_prompt()]
 
 
 def _prompt_launches(

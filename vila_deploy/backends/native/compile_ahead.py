@@ -35,19 +35,25 @@ MOST_HELPERS = 15
 
 @dataclass(frozen=True)
 class KernelSet:
-    """The kernels of one engine."""
+    """The kernels of one engine.
+
+    Args:
+        several: those of several sequences at once instead of those of one.
+    """
 
     config: LlmConfig
     max_seq_len: int
     capability: ComputeCapability
     module_precision: ModulePrecision = ALL_FP16
     launch_mode: LaunchMode = field(default_factory=LaunchMode)
+    several: bool = False
 
     def launches(self) -> list[Launch]:
         """Return what a session of the engine launches, over tensors without values."""
         return session_launches(
-            self.config, self.max_seq_len, self.capability, self.module_precision, self.launch_mode
-        )
+            self.config, self.max_seq_len, self.capability, self.module_precision,
+            self.launch_mode, several=self.several,
+        )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
@@ -60,6 +66,7 @@ class KernelSet:
             "capability": list(self.capability),
             "module_precision": self.module_precision.to_json(),
             "launch_mode": vars(self.launch_mode),
+            "several": self.several,
         }
 
     @classmethod
@@ -77,6 +84,7 @@ class KernelSet:
             ComputeCapability(*values["capability"]),
             ModulePrecision(**values["module_precision"]),
             LaunchMode(**values["launch_mode"]),
+            values["several"],
         )
 
 

@@ -27,6 +27,17 @@ from vila_deploy.kernels.sample import sample
 from vila_deploy.kernels.tile_config import TOKENS, attention_splits, gemv_programs
 
 
+def zero_vectors(
+    shape: tuple[int, ...], device: str, dtype: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Return keys and values [..., dim], and in int8 scales of both, float16 [2, ...]."""
+    kind = torch.float16 if dtype == FP16 else torch.int8
+    keys, values = (torch.zeros(shape, dtype=kind, device=device) for _ in range(2))
+    if dtype == FP16:
+        return keys, values, None
+    return keys, values, torch.zeros((2, *shape[:-1]), dtype=torch.float16, device=device)
+
+
 class Cache:
     """Keys and values of one sequence, float16 [layers, kv_heads, max_seq_len, dim].
 
@@ -36,15 +47,25 @@ class Cache:
 
     def __init__(self, config: LlmConfig, max_seq_len: int, device: str, dtype: str = FP16):
         shape = (config.num_layers, config.num_kv_heads, max_seq_len, config.head_dim)
-        kind = torch.float16 if dtype == FP16 else torch.int8
-        self.keys = torch.zeros(shape, dtype=kind, device=device)
-        self.values = torch.zeros(shape, dtype=kind, device=device)
-        self.scales: torch.Tensor | None = None
-        if dtype != FP16:
-            self.scales = torch.zeros((2, *shape[:-1]), dtype=torch.float16, device=device)
-        self.position = torch.zeros(1, dtype=torch.int32, device=device)
+        self._take(*zero_vectors(shape, device, dtype))
+
+    @classmethod
+    def of_vectors(
+        cls, keys: torch.Tensor, values: torch.Tensor, scales: torch.Tensor | None
+    ) -> Cache:
+        """Return a cache over vectors that lie elsewhere."""
+        cache = cls.__new__(cls)
+        cache._take(keys, values, scales)
+        return cache
+
+    def _take(
+        self, keys: torch.Tensor, values: torch.Tensor, scales: torch.Tensor | None
+    ) -> None:  # fmt: skip
+        self.keys, self.values, self.scales = keys, values, scales
+        self.position = torch.zeros(1, dtype=torch.int32, device=keys.device)
         # The token that follows the last position is kept too.
-        self.history = torch.zeros(max_seq_len + 1, dtype=torch.int32, device=device)
+        history_len = keys.shape[2] + 1
+        self.history = torch.zeros(history_len, dtype=torch.int32, device=keys.device)
 
     @property
     def bytes_per_token(self) -> int:
@@ -107,7 +128,7 @@ class DecodeStep:
         def buffer(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.token = buffer(tokens, dtype=torch.int32)
+        self._allocate_inputs(tokens)
         self.logits = buffer(tokens, sizes.vocab_size, dtype=torch.float32)
         self._residual = buffer(tokens, hidden, dtype=torch.float32)
         self._x, self._attended = buffer(tokens, hidden), buffer(tokens, heads * dim)
@@ -120,12 +141,22 @@ class DecodeStep:
         head_programs = gemv_programs(capability, sizes.vocab_size)
         self._best = buffer(head_programs, TOKENS, dtype=torch.float32)
         self._index = buffer(head_programs, TOKENS, dtype=torch.int32)
-        self.uniform = buffer(len(cache.history), dtype=torch.float32)
-        self.settings = buffer(2, dtype=torch.float32)
         self._arrivals = buffer(1, dtype=torch.int32)
-        self.launches = tuple(self._launches(tokens))
-        drawn = self._with_pdl([self._sample(step=True)])
-        self.sampled = (*self.launches[:-1], *drawn) if tokens == 1 else ()
+        self.launches = tuple(self._launches())
+        self.sampled = self._sampled_launches()
+
+    def _allocate_inputs(self, tokens: int) -> None:
+        device = self._config.device
+        self.token = torch.zeros(tokens, dtype=torch.int32, device=device)
+        self.uniform = torch.zeros(len(self._cache.history), device=device)
+        self.settings = torch.zeros(2, device=device)
+        # Whether a step moves the position on and attends without `rope_kv`.
+        self._advances = tokens == 1
+
+    def _sampled_launches(self) -> tuple[Launch, ...]:
+        if not self._advances:
+            return ()
+        return (*self.launches[:-1], *self._with_pdl([self._sample(step=True)]))
 
     def __call__(self, *, sampled: bool = False) -> None:
         for launch in self.sampled if sampled else self.launches:
@@ -152,7 +183,7 @@ class DecodeStep:
         for launch in (self._head(), self._argmax(step=False)):
             launch()
 
-    def _launches(self, tokens: int) -> list[Launch]:
+    def _launches(self) -> list[Launch]:
         llm = self._llm
         norm = llm.layers[0].input_norm
         launches = [
@@ -161,9 +192,9 @@ class DecodeStep:
         next_norms = [layer.input_norm for layer in llm.layers[1:]] + [llm.norm]
         for index, (layer, next_norm) in enumerate(zip(llm.layers, next_norms, strict=True)):
             launches += self._layer(index, layer, next_norm)
-        if tokens == 1 and self._config.launch_mode.fuse_layers:
+        if self._advances and self._config.launch_mode.fuse_layers:
             launches = self._fuse_layers(launches)
-        return self._with_pdl([*launches, self._head(), self._argmax(step=tokens == 1)])
+        return self._with_pdl([*launches, self._head(), self._argmax(step=self._advances)])
 
     def _with_pdl(self, launches: list[Launch]) -> list[Launch]:
         if not self._config.launch_mode.pdl:
@@ -230,7 +261,7 @@ class DecodeStep:
         """Write the cache before several tokens attend, since they see each other in it."""
         llm, cache, capability = self._llm, self._cache, self._config.capability
         (keys, values, scales), position = cache.layer(index), cache.position
-        if len(self.token) == 1:
+        if self._advances:
             return rope_attention(
                 self._qkv, (llm.cos, llm.sin), keys, values, position, self._attended,
                 self._scratch, capability, scales,

@@ -5,49 +5,46 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from vila_deploy.backends.native import files
 from vila_deploy.backends.native.compile import cannot_compile
 from vila_deploy.backends.native.compile_ahead import KernelSet, compile_ahead
 from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
-from vila_deploy.backends.native.memory import EMBEDDINGS, VISION
-from vila_deploy.backends.native.model_file import Prescales, read_model
-from vila_deploy.backends.native.offload import stream_layers
-from vila_deploy.backends.native.pinned import pinned
+from vila_deploy.backends.native.loading import load_weights, vision_dtype
 from vila_deploy.backends.native.prefill import prefill
-from vila_deploy.backends.native.tower import load_encoder
-from vila_deploy.backends.native.weights import (
-    PackedLlm,
-    Shard,
-    empty_llm,
-    map_tensors,
-    shard_names,
-    with_prescales,
-)
+from vila_deploy.backends.native.weights import PackedLlm
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import check_room
-from vila_deploy.engine.target import get_target
 from vila_deploy.kernels.argmax import NO_TOKEN
-from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
-from vila_deploy.kernels.interpreter import INTERPRETED
 from vila_deploy.kernels.tile_config import widest_gemm
 from vila_deploy.model.vision import VisionEncoder
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 
-HOST = "host"
+
+class PromptInputs:
+    """What every session of loaded weights does alike: images and tokens become embeddings."""
+
+    _llm: PackedLlm
+    _vision: VisionEncoder
+    _device: str
+
+    def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
+        tiles = torch.from_numpy(pixels).to(self._device, vision_dtype(self._device))
+        return self._vision(tiles, grid).float().cpu().numpy()
+
+    def embed_tokens(self, tokens: Sequence[int]) -> Floats:
+        ids = torch.tensor(list(tokens), dtype=torch.int64, device=self._llm.table.device)
+        return self._llm.table[ids].float().cpu().numpy()
 
 
-class NativeSession:
+class NativeSession(PromptInputs):
     """Implements `vila_deploy.engine.session.SequenceSession` and `DeviceSampling`.
 
     Raises:
@@ -55,18 +52,7 @@ class NativeSession:
     """
 
     def __init__(self, folder: Path, manifest: Manifest):
-        device, capability = find_device()
-        _check_capability(manifest.target, capability)
-        max_seq_len, modules = manifest.limits.max_seq_len, manifest.module_precision
-        model = read_model(folder / files.MODEL)
-        config, in_host_memory = model.config, model.in_host_memory
-        empty = empty_llm(config.llm, max_seq_len, lm_head=modules.lm_head)
-        table_at = HOST if EMBEDDINGS in in_host_memory else device
-        llm = _load_llm(folder, empty, model.norm_prescales, device, table_at)
-        encoder = load_encoder(load_file(folder / files.VISION), config, vision_dtype(device))
-        move = stream_layers if VISION in in_host_memory else VisionEncoder.to
-        step_config = StepConfig(config.llm, max_seq_len, capability, device, model.launch_mode)
-        self._begin(step_config, llm, move(encoder, device), modules)
+        self._begin(*load_weights(folder, manifest), manifest.module_precision)
 
     @classmethod
     def of_parts(
@@ -99,10 +85,7 @@ class NativeSession:
         kernels = KernelSet(
             config.llm, self.max_seq_len, config.capability, module_precision, config.launch_mode
         )
-        try:
-            compile_ahead([kernels], on_missing=_say_compiling)
-        except Exception as error:
-            raise cannot_compile([config.capability], str(error)) from error
+        compile_kernels(kernels)
         # A prompt long enough for cuBLAS, which takes memory of its own when it is first called.
         tokens = min(widest_gemm(config.capability) + 1, self.max_seq_len)
         self._prefill(torch.zeros(tokens, config.llm.hidden_size, device=self._device))
@@ -112,14 +95,6 @@ class NativeSession:
         for sampled in (False, True):
             self._graphs[sampled] = self._capture(sampled=sampled)
         self.truncate(0)
-
-    def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
-        tiles = torch.from_numpy(pixels).to(self._device, vision_dtype(self._device))
-        return self._vision(tiles, grid).float().cpu().numpy()
-
-    def embed_tokens(self, tokens: Sequence[int]) -> Floats:
-        ids = torch.tensor(list(tokens), dtype=torch.int64, device=self._llm.table.device)
-        return self._llm.table[ids].float().cpu().numpy()
 
     @torch.inference_mode()
     def prefill(self, embeds: Floats) -> Floats:
@@ -154,7 +129,7 @@ class NativeSession:
         self.position += tokens
         decoded: list[int] = self._cache.history[start + 1 : self.position + 1].tolist()
         if NO_TOKEN in decoded:
-            raise self._not_numbers(start + decoded.index(NO_TOKEN))
+            raise not_numbers(start + decoded.index(NO_TOKEN))
         return decoded
 
     @torch.inference_mode()
@@ -178,7 +153,7 @@ class NativeSession:
                     read.append(self._read_token())
                 token = read.popleft()()
                 if token == NO_TOKEN:
-                    raise self._not_numbers(start + taken)
+                    raise not_numbers(start + taken)
                 yield token
                 if token in stop_token_ids or taken == steps:
                     return
@@ -190,28 +165,15 @@ class NativeSession:
 
     def _begin_sampling(self, sampling: SamplingParams) -> None:
         """Draw the random numbers of all positions, and the first token."""
-        random = torch.Generator()
-        random.seed() if sampling.seed is None else random.manual_seed(sampling.seed)
         step = self._step
-        step.uniform.copy_(torch.rand(len(step.uniform), generator=random))
+        step.uniform.copy_(draw_uniform(len(step.uniform), sampling.seed))
         step.settings.copy_(torch.tensor([1 / sampling.temperature, sampling.top_p]))
         step.draw()
 
     def _read_token(self) -> Callable[[], int]:
         """Begin to copy the newest token; return a call that waits for it."""
-        if self._device == "cpu":
-            value = int(self._step.token)
-            return lambda: value
-        copy = torch.empty(1, dtype=torch.int32, pin_memory=True)
-        copy.copy_(self._step.token, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-
-        def wait() -> int:
-            done.synchronize()
-            return int(copy)
-
-        return wait
+        read = read_later(self._step.token, self._device)
+        return lambda: read()[0]
 
     @property
     def _ahead(self) -> int:
@@ -250,76 +212,54 @@ class NativeSession:
     def _logits(self) -> Floats:
         logits = self._step.logits[0].cpu().numpy().copy()
         if not np.isfinite(logits.max()):
-            raise self._not_numbers(self.position)
+            raise not_numbers(self.position)
         return logits
 
-    def _not_numbers(self, position: int) -> VilaDeployError:
-        return VilaDeployError(
-            f"the logits behind {position} tokens are not numbers",
-            fix="a weight of the checkpoint isn't finite, or an activation exceeds float16: ask "
-            "the same of an engine of another backend",
-        )
+
+def read_later(tokens: Tensor, device: str) -> Callable[[], list[int]]:
+    """Begin to copy tokens from the device; return a call that waits for them."""
+    if device == "cpu":
+        values = tokens.tolist()
+        return lambda: values
+    copy = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    copy.copy_(tokens, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> list[int]:
+        done.synchronize()
+        return list(map(int, copy))
+
+    return wait
+
+
+def draw_uniform(count: int, seed: int | None) -> Tensor:
+    """Return random numbers in 0..1 of `count` positions; a seed of None draws new ones."""
+    random = torch.Generator()
+    random.seed() if seed is None else random.manual_seed(seed)
+    return torch.rand(count, generator=random)
+
+
+def not_numbers(position: int) -> VilaDeployError:
+    """Return the error for logits of NaN or infinity behind so many tokens."""
+    return VilaDeployError(
+        f"the logits behind {position} tokens are not numbers",
+        fix="a weight of the checkpoint isn't finite, or an activation exceeds float16: ask "
+        "the same of an engine of another backend",
+    )
+
+
+def compile_kernels(kernels: KernelSet) -> None:
+    """Bring an engine's kernels into Triton's cache; say so if that takes long.
+
+    Raises:
+        VilaDeployError: one does not compile.
+    """
+    try:
+        compile_ahead([kernels], on_missing=_say_compiling)
+    except Exception as error:
+        raise cannot_compile([kernels.capability], str(error)) from error
 
 
 def _say_compiling(kernels: int) -> None:
     print(f"compiling {kernels} kernels, once for this GPU", file=sys.stderr, flush=True)
-
-
-def vision_dtype(device: str) -> torch.dtype:
-    """Return the precision that the tower is fast in there."""
-    return torch.float32 if device == "cpu" else torch.float16
-
-
-def find_device() -> tuple[str, ComputeCapability]:
-    """Return torch's name of the device and its compute capability, or INTERPRETER.
-
-    Raises:
-        VilaDeployError: torch has no CUDA, or finds no GPU.
-    """
-    if INTERPRETED:
-        return "cpu", INTERPRETER
-    if torch.version.cuda is None:
-        raise VilaDeployError(
-            f"backend native needs torch with CUDA, {torch.__version__} is built without",
-            fix="install it on the target, or set TRITON_INTERPRET=1 to try it slowly on the CPU",
-        )
-    if not torch.cuda.is_available():
-        raise VilaDeployError(
-            "backend native needs a CUDA GPU, and torch finds none here",
-            fix="open it on the target (nvidia-smi says whether the driver works and how new it "
-            "is), or set TRITON_INTERPRET=1 to try it slowly on the CPU",
-        )
-    return "cuda", ComputeCapability(*torch.cuda.get_device_capability())
-
-
-def _check_capability(target: str, here: ComputeCapability) -> None:
-    if here == INTERPRETER:
-        return
-    asked = get_target(target).compute_capability
-    if str(here) != asked:
-        raise VilaDeployError(
-            f"was built for target {target} with compute capability {asked}, this GPU has {here}",
-            fix="build it with the --target of this GPU",
-        )
-
-
-def _load_llm(
-    folder: Path, empty: PackedLlm, prescales: Prescales, device: str, table_at: str
-) -> PackedLlm:
-    """Return the decoder on `device`, its embedding table there or in HOST memory."""
-
-    def load(name: str, shard: Shard) -> Shard:
-        # What isn't for the device must not pass through its memory either.
-        stored = load_file(folder / files.LLM / files.shard_file(name))
-
-        def take(tensor: str, _: Tensor) -> Tensor:
-            value = stored.pop(tensor)
-            if tensor == "table" and table_at == HOST:
-                return pinned(value, device)
-            return value.to(device)
-
-        return with_prescales(map_tensors(shard, take), prescales[name])
-
-    *names, rest = shard_names(len(empty.layers))
-    layers = tuple(load(name, layer) for name, layer in zip(names, empty.layers, strict=True))
-    return replace(load(rest, replace(empty, layers=())), layers=layers)

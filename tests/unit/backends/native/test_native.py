@@ -13,11 +13,11 @@ import torch
 from tests.support.native_cases import TOLERANCE, built, deviation, pack_llm
 from tests.support.session_contract import check_session
 from tests.support.tiny import make_checkpoint
-from vila_deploy.backends.native import files, open_session
-from vila_deploy.backends.native import session as session_module
+from vila_deploy.backends.native import files, loading, open_session
 from vila_deploy.backends.native.backend import BACKEND
 from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
 from vila_deploy.backends.native.model_file import ModelFile, read_model, write_model
+from vila_deploy.backends.native.session import NativeSession
 from vila_deploy.backends.native.weights import (
     Norm,
     empty_llm,
@@ -165,18 +165,18 @@ def test_what_has_no_kernel_is_refused() -> None:
 
 
 def test_without_a_gpu_the_session_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session_module, "INTERPRETED", False)
+    monkeypatch.setattr(loading, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(VilaDeployError, match="TRITON_INTERPRET=1"):
-        session_module.find_device()
+        loading.find_device()
 
 
 def test_another_gpu_than_the_targets_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session_module, "find_device", lambda: ("cuda", ComputeCapability(8, 9)))
+    monkeypatch.setattr(loading, "find_device", lambda: ("cuda", ComputeCapability(8, 9)))
     with pytest.raises(VilaDeployError, match=r"h100 with compute capability 9\.0, .* has 8\.9"):
-        session_module.NativeSession(tmp_path, SimpleNamespace(target="h100"))
+        NativeSession(tmp_path, SimpleNamespace(target="h100"))
 
 
 def test_equal_checkpoints_give_equal_files(

@@ -30,7 +30,7 @@ def probed() -> dict[str, Any]:
 
 
 def test_no_prompt_or_step_launches_another_kernel(probed: dict[str, Any]) -> None:
-    assert probed["missing"] == [[], []]
+    assert probed["missing"] == [[], [], []]
 
 
 def test_what_is_in_the_cache_is_found_and_said_nothing_about(probed: dict[str, Any]) -> None:
@@ -47,5 +47,6 @@ def test_helpers_are_told_what_to_compile() -> None:
         kernels = KernelSet(
             preset(model, precision).llm, 512, ComputeCapability(8, 9),
             ModulePrecision(lm_head="int4"), LaunchMode(merge_attention=True),
+            several=True,
         )  # fmt: skip
         assert KernelSet.from_json(json.loads(json.dumps(kernels.to_json()))) == kernels
