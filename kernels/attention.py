@@ -338,9 +338,8 @@ def _with_merging(
     shared = ("sums_ptr", "maxima_ptr", "weights_ptr", "slot_ptr", "heads")
     args = {name: splits.args[name] for name in shared} | {"out_ptr": out}
     constants = {name: splits.constants[name] for name in ("DIM", "DIM_BLOCK", "SLOTS", "PDL")}
-    tokens, _, _ = splits.grid
     merge = Launch(
-        attention_merge_kernel, (tokens * splits.args["heads"],), args,
+        attention_merge_kernel, (len(out) * scratch.sums.shape[1],), args,
         constants | {"SPLITS": scratch.splits}, 1,
     )  # fmt: skip
     return splits, merge

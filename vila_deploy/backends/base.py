@@ -17,6 +17,7 @@ from vila_deploy.engine.precision import FP16, DefaultChoice, ModulePrecision
 from vila_deploy.engine.session import Session
 from vila_deploy.engine.target import Target
 from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.estimates import available_memory_bytes
 
 
 class Backend(ABC):
@@ -216,6 +217,14 @@ class Backend(ABC):
         Raises:
             VilaDeployError: a library, GPU or memory that it needs is not here.
         """
+
+    def free_memory_bytes(self) -> int:
+        """Return the free bytes of what an engine's weights and caches lie in.
+
+        Raises:
+            VilaDeployError: this computer lacks the GPU.
+        """
+        return available_memory_bytes()
 
     def gpu_name(self) -> str | None:
         """Return the name of the GPU that this backend runs on here; None if it is a CPU.

@@ -10,9 +10,10 @@ from functools import partial
 
 import numpy as np
 
-from vila_deploy.engine.session import Session
+from vila_deploy.engine.session import ChoosesTokens, Session
 from vila_deploy.processing.tokenizer import Tokenizer
 from vila_deploy.runtime.answer_text import AnswerText
+from vila_deploy.runtime.decode_rows import decode_rows
 from vila_deploy.runtime.image_cache import ImageCache
 from vila_deploy.runtime.prefill import PrefillStep, prefill_steps
 from vila_deploy.runtime.prefix_cache import prefix_cache_of
@@ -63,7 +64,7 @@ class Waiting:
 
 @dataclass(eq=False)
 class _Running:
-    """A request in its slot: what it has said, and when."""
+    """A request in its slot, and what it has said; `stream` or `on_device`: the engine chose it."""
 
     waiting: Waiting
     slot: int
@@ -77,8 +78,8 @@ class _Running:
     pieces: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     vision_s: float = 0.0
-    # Tokens that the engine chooses itself, where it can.
     stream: Iterator[int] | None = None
+    on_device: bool = False
 
     @property
     def request(self) -> GenerationRequest:
@@ -258,8 +259,15 @@ class ContinuousBatcher:
     def _begin(self, sequence: _Running, logits: Floats) -> None:
         """Choose the first token, or let the engine do it from now on."""
         request = sequence.request
-        plain = request.sampling.on_device and request.logprobs is None
-        if self.session.slots == 1 and plain and request.constraint is None:
+        plain = request.sampling.on_device and (request.logprobs, request.constraint) == (
+            None,
+            None,
+        )
+        if plain and isinstance(self.session, ChoosesTokens):
+            sequence.on_device = True
+            self._accept(sequence, self.session.first_token(sequence.slot, request.sampling))
+            return
+        if plain and self.session.slots == 1:
             stops = () if request.ignore_stop_tokens else self._stops
             sequence.stream = self.session.stream(sequence.slot, stops, request.sampling)
         if sequence.stream is not None:
@@ -279,30 +287,33 @@ class ContinuousBatcher:
         if not decoding:
             return
         try:
-            rows = self._decode_rows(decoding)
+            found = self._decode_rows(decoding)
         except Exception:
             # One of them may be to blame alone.
             for sequence in decoding:
                 self.prefixes.trim(sequence.slot)
-                self._guard(sequence, self._decode_alone)
+                self._guard(sequence, lambda s: self._go_on(s, *self._decode_rows([s])))
             return
-        for sequence, logits in zip(decoding, rows, strict=True):
-            self._guard(sequence, partial(self._choose, logits=logits))
+        for sequence, following in zip(decoding, found, strict=True):
+            self._guard(sequence, partial(self._go_on, following=following))
 
-    def _decode_alone(self, sequence: _Running) -> None:
-        (logits,) = self._decode_rows([sequence])
-        self._choose(sequence, logits)
+    def _go_on(self, sequence: _Running, following: int | Floats) -> None:
+        if isinstance(following, int):
+            self._accept(sequence, following)
+        else:
+            self._choose(sequence, following)
 
-    def _decode_rows(self, sequences: list[_Running]) -> Floats:
-        """Append each sequence's last token to its slot; return the next logits [rows, vocab]."""
+    def _decode_rows(self, sequences: list[_Running]) -> list[int | Floats]:
+        """Append each sequence's last token to its slot; return its next token or logits."""
         slots = [sequence.slot for sequence in sequences]
         tokens = [sequence.tokens[-1] for sequence in sequences]
-        rows = self.session.decode(slots, tokens)
+        by_host = [row for row, sequence in enumerate(sequences) if not sequence.on_device]
+        found = decode_rows(self.session, slots, tokens, by_host)
         for slot, token in zip(slots, tokens, strict=True):
             self.prefixes.extend(slot, [token])
         self.counters.decode_steps += 1
         self.counters.decoded_rows += len(slots)
-        return rows
+        return found
 
     def _next_of_stream(self, sequence: _Running) -> None:
         assert sequence.stream is not None

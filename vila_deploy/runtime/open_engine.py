@@ -22,7 +22,6 @@ from vila_deploy.formats.module_dtypes import FP16
 from vila_deploy.processing.tokenizer import Tokenizer, load_tokenizer
 from vila_deploy.runtime.conversation import Conversation
 from vila_deploy.utils.errors import VilaDeployError
-from vila_deploy.utils.estimates import available_memory_bytes
 
 MAX_SLOTS, DEFAULT_SLOTS = 64, 8
 # Of the free memory; prompts, images and other programs need some too.
@@ -104,11 +103,14 @@ def slots_that_fit(folder: Path, most: int = DEFAULT_SLOTS) -> int:
     """Return how many full slots the free memory holds beside the engine's files, 1 to `most`.
 
     Raises:
-        VilaDeployError: no engine.
+        VilaDeployError: no engine, or this computer lacks the GPU that it is for.
     """
     manifest = read_manifest(folder)
+    if manifest.backend not in BACKENDS:
+        return 1  # `open_engine` says why it can't be opened
+    backend = get_backend(manifest.backend)
     files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    room = SLOTS_SHARE * available_memory_bytes() - files
+    room = SLOTS_SHARE * backend.free_memory_bytes() - files
     each = _cache_bytes(manifest, manifest.limits.max_seq_len)
     return max(1, min(most, int(room / each)))
 

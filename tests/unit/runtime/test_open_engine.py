@@ -15,6 +15,7 @@ from PIL import Image
 from tests.support.commands import assert_one_line, invoke, succeed
 from tests.support.tiny import make_checkpoint
 from vila_deploy import Conversation, SamplingParams, build_engine, open_engine, quantize
+from vila_deploy.backends import base
 from vila_deploy.runtime import open_engine as opening
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -178,5 +179,5 @@ def test_slots_that_fit(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = sum(path.stat().st_size for path in engine.rglob("*") if path.is_file())
     for free, expected in ((0, 1), (3.5, 3), (8.5, 8), (100, 8)):
         room = int((files + free * each) / opening.SLOTS_SHARE)
-        monkeypatch.setattr(opening, "available_memory_bytes", lambda room=room: room)
+        monkeypatch.setattr(base, "available_memory_bytes", lambda room=room: room)
         assert opening.slots_that_fit(engine) == expected

@@ -29,6 +29,8 @@ class NativeBackend(Backend):
     """Implements `Backend` for CUDA GPUs of every target."""
 
     name = "native"
+    # Slots of a session; a decoding step takes 8 sequences at a time.
+    max_batch_size = 64
     offloads = True
     takes_kernel_launch = True
 
@@ -88,6 +90,12 @@ class NativeBackend(Backend):
         from vila_deploy.backends.native import open_session
 
         return open_session(folder, manifest, slots)
+
+    def free_memory_bytes(self) -> int:
+        from vila_deploy.backends.native.loading import find_device, free_memory_bytes
+
+        device, _ = find_device()
+        return free_memory_bytes(device)
 
     def gpu_name(self) -> str | None:
         from vila_deploy.backends.native.loading import find_device
