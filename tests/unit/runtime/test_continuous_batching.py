@@ -398,36 +398,3 @@ def test_an_engine_that_chooses_tokens_itself_does_so_where_it_can(tokenizer: To
     run(batcher)
     assert cut.finished.finish_reason == "cancelled"
     assert session.length(0) == 2 + len(cut.finished.tokens) - 1
-
-
-def test_tokens_of_several_slots_are_chosen_on_the_device_where_it_can(
-    tokenizer: Tokenizer,
-) -> None:
-    """In one step with those that the host chooses, whose logits alone are asked for."""
-
-    class Device(EchoSession):
-        """Says 5, 6, 7, … from the device."""
-
-        def first_token(self, slot: int, sampling: SamplingParams) -> int:
-            return 5
-
-        def next_tokens(
-            self, slots: Sequence[int], tokens: Sequence[int], logits_of: Sequence[int] = ()
-        ) -> tuple[list[int], Floats]:
-            rows = self.decode(slots, tokens)
-            self.calls[-1] = ("next", len(logits_of))
-            return [token + 1 for token in tokens], rows[list(logits_of)]
-
-    session = Device(3)
-    batcher = batcher_of(session, tokenizer)
-    plain = [submit(batcher, text_of(10 + n, 11, 12), 6) for n in range(2)]
-    host = submit(batcher, text_of(20, 21, 22), 6, logprobs=1)
-    run(batcher)
-    assert [client.finished.tokens for client in plain] == [tuple(range(5, 11))] * 2
-    assert host.finished.tokens == (20, 21, 22) * 2
-    assert ("next", 1) in session.calls
-    session.calls.clear()
-    alone = submit(batcher, text_of(30, 31), 3, sampling={"repetition_penalty": 1.01})
-    run(batcher)
-    assert alone.finished.tokens == (30, 31, 30)
-    assert ("decode", 1) in session.calls
