@@ -21,9 +21,9 @@ from vila_deploy.utils.errors import VilaDeployError, short
 if TYPE_CHECKING:
     import socket
 
+    from vila_deploy.integrations.served_model import ServedModel
     from vila_deploy.integrations.vllm.command import Command, Installed
     from vila_deploy.integrations.vllm.parallel import Parallel
-    from vila_deploy.integrations.vllm.served_model import ServedModel
     from vila_deploy.server.options import ServerOptions
 
 GIGABYTE = 1e9
@@ -140,9 +140,9 @@ def serve_with_vllm(
 
 def _checked(checkpoint: Path, vllm: VllmOptions) -> tuple[ServedModel, Installed]:
     from vila_deploy.checkpoint.hub import fetch_checkpoint
+    from vila_deploy.integrations.served_model import read_served_model
     from vila_deploy.integrations.vllm.command import Installed, find_vllm
     from vila_deploy.integrations.vllm.parallel import check_divides
-    from vila_deploy.integrations.vllm.served_model import read_served_model
 
     # A plan needs no vLLM; a GPU's is the one to plan for.
     installed = Installed("", False, True) if vllm.plan else find_vllm()

@@ -4,66 +4,22 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import re
-import shutil
-import socket
-import subprocess
-import sys
-import sysconfig
-import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.paths import REPOSITORY, TINY_VILA
+from tests.support.paths import TINY_VILA
+from tests.support.triton_server import Server, joined, needs_triton, triton_server
 from vila_deploy import SamplingParams, build_engine, open_engine
 from vila_deploy.integrations.triton.repository import write_repository
 
-VENV = Path(os.environ.get("TRITON_VENV", ".venv-triton"))
-PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-SITE = VENV.absolute() / "lib" / f"python{PYTHON}" / "site-packages"
 IMAGE = TINY_VILA.parent / "pictures" / "three.png"
-QUESTION, START_S = "Describe the picture.", 300
-
-pytestmark = [
-    pytest.mark.skipif(
-        not (SITE / "pytriton").is_dir(), reason="needs nvidia-pytriton: make test-triton"
-    ),
-    pytest.mark.timeout(600),
-]
-
-
-@dataclass(frozen=True)
-class Server:
-    """Addresses of a running server."""
-
-    http: str
-    metrics: str
-
-    def generate(self, path: str = "generate_stream", **inputs: Any) -> list[dict[str, Any]]:
-        """Return the responses to one request."""
-        request = urllib.request.Request(
-            f"{self.http}/v2/models/vila/{path}",
-            json.dumps(inputs).encode(),
-            {"content-type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            text = answer.read().decode()
-        if path == "generate":
-            return [json.loads(text)]
-        return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
-
-    def requests_done(self) -> int:
-        with urllib.request.urlopen(self.metrics, timeout=30) as answer:
-            text = answer.read().decode()
-        return int(re.findall(r'nv_inference_request_success\{model="vila"[^}]*\} (\d+)', text)[0])
+QUESTION = "Describe the picture."
+pytestmark = needs_triton
 
 
 @pytest.fixture(scope="module")
@@ -84,60 +40,13 @@ def expected(engine: Path) -> str:
 def server(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("triton")
     write_repository(engine, folder / "models")
-    triton = SITE / "pytriton" / "tritonserver"
-    shutil.copytree(triton / "backends", folder / "backends")
-    stub = triton / "python_backend_stubs" / PYTHON / "triton_python_backend_stub"
-    shutil.copy(stub, folder / "backends" / "python")
-    http, grpc, metrics = free_ports(3)
-    environment = os.environ | {
-        "PYTHONPATH": f"{SITE}:{REPOSITORY}",
-        "LD_LIBRARY_PATH": f"{sysconfig.get_config_var('LIBDIR')}:{SITE / 'nvidia_pytriton.libs'}",
-    }
-    command = [
-        triton / "bin" / "tritonserver", "--disable-auto-complete-config",
-        f"--model-repository={folder / 'models'}", f"--backend-directory={folder / 'backends'}",
-        "--http-address=127.0.0.1", f"--http-port={http}", "--grpc-address=127.0.0.1",
-        f"--grpc-port={grpc}", "--metrics-address=127.0.0.1", f"--metrics-port={metrics}",
-    ]  # fmt: skip
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        try:
-            found = Server(f"http://127.0.0.1:{http}", f"http://127.0.0.1:{metrics}/metrics")
-            wait_until_ready(process, found, folder / "log")
-            yield found
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
-def free_ports(count: int) -> list[int]:
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], server: Server, log: Path) -> None:
-    end = time.monotonic() + START_S
-    while time.monotonic() < end:
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            with urllib.request.urlopen(f"{server.http}/v2/health/ready", timeout=10) as answer:
-                assert answer.status == 200
-                return
-        except OSError:
-            time.sleep(1)
-    pytest.fail(log.read_text()[-3000:])
+    with triton_server(folder, folder / "models") as found:
+        yield found
 
 
 def body(**more: Any) -> dict[str, Any]:
     image = base64.b64encode(IMAGE.read_bytes()).decode()
     return {"text_input": QUESTION, "image": image, "max_tokens": 64, **more}
-
-
-def joined(responses: list[dict[str, Any]]) -> str:
-    return "".join(response["text_output"] for response in responses)
 
 
 def test_a_stream_is_the_answer_in_pieces(server: Server, expected: str) -> None:

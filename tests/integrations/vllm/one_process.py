@@ -11,7 +11,7 @@ import pytest
 from tests.support.openai_messages import as_openai
 from tests.support.vllm_cases import questions
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.integrations.vllm.served_model import ServedModel
+from vila_deploy.integrations.served_model import ServedModel
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.images import place_features
 from vila_deploy.processing.multimodal_prompt import merge_embeddings

@@ -9,7 +9,7 @@ import pytest
 from tests.integrations.vllm.one_process import answers, check_answers
 from tests.support.tiny import make_checkpoint
 from tests.support.vllm_cases import CASES
-from vila_deploy.integrations.vllm.served_model import read_served_model
+from vila_deploy.integrations.served_model import read_served_model
 
 # Logits that are closer than this may change places between two orders of summation.
 NEAR_TIE = 1e-3

@@ -11,7 +11,7 @@ from tests.integrations.vllm.one_process import answers, check_answers
 from tests.support.commands import succeed
 from tests.support.tiny import make_checkpoint
 from tests.support.vllm_cases import CASES, QWEN2
-from vila_deploy.integrations.vllm.served_model import read_served_model
+from vila_deploy.integrations.served_model import read_served_model
 
 # fp16 against float32, of logits whose spread is about 1.
 HALF_PRECISION = 0.03

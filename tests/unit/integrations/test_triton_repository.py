@@ -79,7 +79,9 @@ def test_what_is_no_engine_is_refused(arguments: list[str], message: str, tmp_pa
 )
 def test_a_bad_request_gets_one_line(engine: Path, inputs: dict[str, Any], message: str) -> None:
     with open_engine(engine) as opened, pytest.raises(VilaDeployError, match=message) as caught:
-        parse_request({"text_input": strings("Hi"), **inputs}, opened)
+        parse_request(
+            {"text_input": strings("Hi"), **inputs}, opened.model, opened.require_tokenizer()
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -87,7 +89,11 @@ def test_image_bytes_and_base64_are_the_same(engine: Path) -> None:
     content = IMAGE.read_bytes()
     with open_engine(engine) as opened:
         first, second = (
-            parse_request({"text_input": strings("Hi"), "image": strings(value)}, opened)
+            parse_request(
+                {"text_input": strings("Hi"), "image": strings(value)},
+                opened.model,
+                opened.require_tokenizer(),
+            )
             for value in (content, base64.b64encode(content))
         )
     assert first.request.prompt.keys == second.request.prompt.keys

@@ -1,21 +1,23 @@
-"""Write a Triton model repository around an engine: config.pbtxt and the Python backend's model.
-
-Source: docs/user_guide/model_configuration.md of triton-inference-server/server.
-"""
+"""Write a Triton model repository around an engine: config.pbtxt and the Python backend's model."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
-from vila_deploy.engine.manifest import read_manifest
+from vila_deploy.backends.tensorrt_llm.releases import release_for
+from vila_deploy.engine.manifest import Manifest, read_manifest
+from vila_deploy.engine.target import get_target
+from vila_deploy.integrations.triton.pbtxt import Tensor, parameters_text, tensors_text
+from vila_deploy.integrations.triton.trtllm_config import LLM_MODEL, llm_config
 from vila_deploy.utils.errors import VilaDeployError, check_at_least
 from vila_deploy.utils.files import new_folder
 
-MODEL, VERSION, ENGINE = "vila", "1", "engine"
+MODEL, VERSION, ENGINE, SLOTS = "vila", "1", "engine", "slots"
 CPU_BACKENDS = ("onnxruntime",)
 DEFAULT_SLOTS = 8
+# Modules with the class that Triton's Python backend calls.
+OWN_SCHEDULER = "vila_deploy.integrations.triton.python_model"
+BEFORE_TRTLLM = "vila_deploy.integrations.triton.trtllm_model"
 MODEL_PY = '''\
 """Triton loads this file; the model itself is vila-deploy's."""
 
@@ -25,31 +27,13 @@ import sys
 # The server's Python does not look there by itself.
 sys.path[:0] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
 
-from vila_deploy.integrations.triton.python_model import TritonPythonModel
+from {module} import TritonPythonModel
 
 __all__ = ["TritonPythonModel"]
 '''
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """An input or output: Triton's type, and whether it has any number of values or one."""
-
-    name: str
-    data_type: str
-    several: bool = False
-    optional: bool = True
-
-    def text(self) -> str:
-        """Return it as config.pbtxt has it."""
-        optional = " optional: true" if self.optional else ""
-        size = -1 if self.several else 1
-        return f'{{ name: "{self.name}" data_type: {self.data_type} dims: [ {size} ]{optional} }}'
-
-
 INPUTS = (
     Tensor("text_input", "TYPE_STRING", optional=False),
-    Tensor("image", "TYPE_STRING", several=True),
+    Tensor("image", "TYPE_STRING", (-1,)),
     Tensor("system", "TYPE_STRING"),
     Tensor("stream", "TYPE_BOOL"),
     Tensor("max_tokens", "TYPE_INT32"),
@@ -57,7 +41,7 @@ INPUTS = (
     Tensor("top_p", "TYPE_FP32"),
     Tensor("top_k", "TYPE_INT32"),
     Tensor("seed", "TYPE_INT64"),
-    Tensor("stop", "TYPE_STRING", several=True),
+    Tensor("stop", "TYPE_STRING", (-1,)),
 )
 OUTPUTS = (
     Tensor("text_output", "TYPE_STRING", optional=False),
@@ -66,7 +50,10 @@ OUTPUTS = (
 
 
 def write_repository(engine: Path, out: Path, slots: int = DEFAULT_SLOTS) -> None:
-    """Write the model repository `out`, whose one model answers with the engine where it lies.
+    """Write the model repository `out`, whose model `vila` answers with the engine where it lies.
+
+    Engines of TensorRT-LLM for GPUs that Triton's backend for TensorRT-LLM runs on get a second
+    model, in which that backend runs the LLM.
 
     Args:
         slots: sequences that are answered at once.
@@ -84,13 +71,37 @@ def write_repository(engine: Path, out: Path, slots: int = DEFAULT_SLOTS) -> Non
             "has random weights and no tokenizer", where=engine, fix="build one of a checkpoint"
         )
     check_at_least("slots", slots, 1)
-    kind = "KIND_CPU" if manifest.backend in CPU_BACKENDS else "KIND_GPU"
     with new_folder(out) as folder:
-        version = folder / MODEL / VERSION
-        version.mkdir(parents=True)
-        (version / "model.py").write_text(MODEL_PY, "utf-8")
-        config = model_config(engine.resolve(), slots, kind)
-        (folder / MODEL / "config.pbtxt").write_text(config, "utf-8")
+        write_models(engine.resolve(), manifest, folder, slots)
+
+
+def write_models(engine: Path, manifest: Manifest, folder: Path, slots: int) -> None:
+    """Write the models of a repository into `folder`."""
+    kind = "KIND_CPU" if manifest.backend in CPU_BACKENDS else "KIND_GPU"
+    config = model_config(engine, slots, kind)
+    if not in_trtllm_backend(manifest):
+        _write_model(folder / MODEL, config, OWN_SCHEDULER)
+        return
+    _write_model(folder / MODEL, config, BEFORE_TRTLLM)
+    release = release_for(get_target(manifest.target).compute_capability, manifest.target)
+    _write_model(folder / LLM_MODEL, llm_config(engine, manifest.limits, release))
+
+
+def in_trtllm_backend(manifest: Manifest) -> bool:
+    """Return whether Triton's own backend for TensorRT-LLM runs the LLM; Jetsons have none."""
+    if manifest.backend != "tensorrt-llm":
+        return False
+    target = get_target(manifest.target)
+    return release_for(target.compute_capability, target.name).reuses_cache
+
+
+def _write_model(folder: Path, config: str, module: str | None = None) -> None:
+    """Write a model whose version is empty, or names `module` to the Python backend."""
+    version = folder / VERSION
+    version.mkdir(parents=True)
+    if module is not None:
+        (version / "model.py").write_text(MODEL_PY.format(module=module), "utf-8")
+    (folder / "config.pbtxt").write_text(config, "utf-8")
 
 
 def model_config(engine: Path, slots: int, kind: str) -> str:
@@ -100,17 +111,11 @@ def model_config(engine: Path, slots: int, kind: str) -> str:
         engine: folder; where it lies relative to the model's folder will do too.
         kind: of instance, KIND_CPU or KIND_GPU.
     """
-    inputs = ",\n".join(f"  {tensor.text()}" for tensor in INPUTS)
-    outputs = ",\n".join(f"  {tensor.text()}" for tensor in OUTPUTS)
-    parameters = {ENGINE: str(engine), "slots": str(slots)}
-    entries = ",\n".join(
-        f'  {{ key: "{name}" value: {{ string_value: {json.dumps(value)} }} }}'
-        for name, value in parameters.items()
-    )
     return (
         f'name: "{MODEL}"\nbackend: "python"\nmax_batch_size: 0\n'
         "model_transaction_policy { decoupled: true }\n"
-        f"input [\n{inputs}\n]\noutput [\n{outputs}\n]\nparameters [\n{entries}\n]\n"
+        f"{tensors_text('input', INPUTS)}{tensors_text('output', OUTPUTS)}"
+        f"{parameters_text({ENGINE: str(engine), SLOTS: str(slots)})}"
         # Several sequences share one engine: its scheduler batches them, not several instances.
         f"instance_group [ {{ count: 1 kind: {kind} }} ]\n"
     )

@@ -11,9 +11,10 @@ from typing import Any
 from numpy.typing import NDArray
 from PIL import Image
 
+from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.processing.images import read_image_bytes
-from vila_deploy.runtime.open_engine import OpenedEngine
+from vila_deploy.processing.tokenizer import Tokenizer
 from vila_deploy.runtime.prompt import Message, prepare_prompt
 from vila_deploy.runtime.request import GenerationRequest
 from vila_deploy.utils.errors import VilaDeployError
@@ -39,7 +40,9 @@ class Answer:
     streams: bool
 
 
-def parse_request(inputs: Mapping[str, NDArray[Any]], engine: OpenedEngine) -> Answer:
+def parse_request(
+    inputs: Mapping[str, NDArray[Any]], model: ModelInfo, tokenizer: Tokenizer
+) -> Answer:
     """Return the request that input tensors, by name, ask for.
 
     Raises:
@@ -58,7 +61,7 @@ def parse_request(inputs: Mapping[str, NDArray[Any]], engine: OpenedEngine) -> A
     stops = tuple(_text(value, "stop") for value in _several(inputs, "stop"))
     if len(stops) > MAX_STOPS or "" in stops:
         raise VilaDeployError("stop is empty or too long", fix=f"give at most {MAX_STOPS} strings")
-    prompt = prepare_prompt(messages, engine.model, engine.require_tokenizer(), "refuse")
+    prompt = prepare_prompt(messages, model, tokenizer, "refuse")
     streams = bool(_one(inputs, "stream")) if "stream" in inputs else True
     return Answer(GenerationRequest(prompt, SamplingParams(**numbers), stops), streams)
 

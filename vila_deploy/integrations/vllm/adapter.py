@@ -45,15 +45,15 @@ from vllm.transformers_utils.config import register_config_parser
 from vllm.transformers_utils.config_parser_base import ConfigParserBase
 
 from vila_deploy.checkpoint.checkpoint import open_vision
-from vila_deploy.integrations.vllm.command import ARCHITECTURE, MODE, VLLM_VERSION
-from vila_deploy.integrations.vllm.places import (
+from vila_deploy.integrations.places import (
     FILLER_TOKEN,
     PLACE_MARKER,
     Place,
     largest_place,
 )
-from vila_deploy.integrations.vllm.prompt_input import PromptInput, plain_messages
-from vila_deploy.integrations.vllm.served_model import ServedModel, read_served_model
+from vila_deploy.integrations.prompt_input import PromptInput, plain_messages
+from vila_deploy.integrations.served_model import ServedModel, read_served_model
+from vila_deploy.integrations.vllm.command import ARCHITECTURE, MODE, VLLM_VERSION
 from vila_deploy.model.vision import VisionEncoder
 from vila_deploy.processing.frame_windows import window_mean
 from vila_deploy.utils.errors import VilaDeployError

@@ -1,4 +1,4 @@
-"""Read what vLLM needs to know of a checkpoint, and say early what it could not load."""
+"""Read what vLLM or SGLang needs to know of a checkpoint, and say early what it could not load."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 
 from vila_deploy.checkpoint.config import VilaConfig, config_of
 from vila_deploy.checkpoint.folder_layout import Layout, find_layout, llm_config_values
+from vila_deploy.checkpoint.gguf_reader import gguf_files
+from vila_deploy.checkpoint.reader import find_tensors
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.formats.registry import FORMATS, format_of
 from vila_deploy.processing.own_template import follow_tokenizer
 from vila_deploy.processing.tokenizer import Tokenizer, load_tokenizer
 from vila_deploy.utils.errors import VilaDeployError
 
-# Formats of llm/ that vLLM's own loaders read.
+# Formats of llm/ that the loaders of both read.
 READABLE = ("awq", "compressed-tensors", "sglang")
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,30 @@ class ServedModel:
 
     @property
     def weight_pattern(self) -> str:
-        """Return which files below the root hold the LLM's weights."""
+        """Return which files below the root hold the LLM's weights.
+
+        Raises:
+            VilaDeployError: there are none, a header is damaged, or they are pickles.
+        """
         folder = self.layout.folder("llm")
-        suffix = next((s for s in WEIGHT_SUFFIXES if any(folder.glob(f"*{s}"))), None)
-        if suffix is None:
+        if gguf_files(folder):
             raise VilaDeployError(
-                f"holds no weights that vLLM reads ({' or '.join(WEIGHT_SUFFIXES)})",
+                "holds the LLM as GGUF, which is read by vila-quantize and vila-convert only",
                 where=folder,
-                fix="download the whole checkpoint, or quantize it with --format awq",
+                fix="vila-quantize it with --format awq",
             )
-        return f"*{suffix}" if self.layout.flat else f"llm/*{suffix}"
+        find_tensors(folder)
+        return "*.safetensors" if self.layout.flat else "llm/*.safetensors"
 
 
-def read_served_model(root: Path) -> ServedModel:
+def read_served_model(root: Path, program: str = "vLLM") -> ServedModel:
     """Read and check a checkpoint's configs and tokenizer.
 
+    Args:
+        program: that loads the weights, for messages.
+
     Raises:
-        VilaDeployError: what is wrong with it, or a format of weights that vLLM doesn't read.
+        VilaDeployError: what is wrong with it, or a format of weights that isn't read.
     """
     layout = find_layout(root)
     folder = layout.folder("llm")
@@ -66,7 +74,7 @@ def read_served_model(root: Path) -> ServedModel:
         used = format_of(config.llm.quantization)
         if used not in [FORMATS[name] for name in READABLE]:
             raise VilaDeployError(
-                f"is quantized as {used.title}, which vLLM doesn't read for VILA",
+                f"is quantized as {used.title}, which {program} doesn't read for VILA",
                 where=root,
                 fix="vila-convert it --to awq, or quantize it with --format awq",
             )

@@ -1,4 +1,4 @@
-"""What takes one place in a prompt: the unit that vLLM schedules, encodes and caches."""
+"""What takes one place in a prompt: the unit that vLLM and SGLang encode and cache."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vila_deploy.processing.frame_windows import frame_windows
 from vila_deploy.processing.images import Pixels, preprocess
 from vila_deploy.runtime.prompt import Prompt, PromptImage
 
-# Stands for a place in a prompt on its way to vLLM's processor; no text has such a token.
+# Stands for a place in a prompt on its way to the program's processor; no text has such a token.
 PLACE_MARKER = -1
 # What the positions of a place hold in the end: their embeddings come from the image.
 FILLER_TOKEN = 0

@@ -1,4 +1,4 @@
-"""What vLLM is given of a chat: tokens, places and pixels, without vLLM itself."""
+"""What vLLM and SGLang are given of a chat: tokens, places and pixels, without them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.support.openai_messages import as_openai
 from tests.support.tiny import flatten, make_checkpoint
 from tests.support.vllm_cases import CASES, picture, questions
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.integrations.vllm import served_model
-from vila_deploy.integrations.vllm.places import PLACE_MARKER, largest_place, with_places
-from vila_deploy.integrations.vllm.prompt_input import PromptInput, plain_messages
-from vila_deploy.integrations.vllm.served_model import ServedModel, read_served_model
+from vila_deploy.integrations import served_model
+from vila_deploy.integrations.places import PLACE_MARKER, largest_place, with_places
+from vila_deploy.integrations.prompt_input import PromptInput, plain_messages
+from vila_deploy.integrations.served_model import ServedModel, read_served_model
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.images import place_features
 from vila_deploy.runtime.prompt import prepare_prompt
@@ -134,9 +134,13 @@ def test_where_the_weights_lie(tmp_path: Path) -> None:
     assert read_served_model(folders).weight_pattern == "llm/*.safetensors"
     (file,) = (folders / "llm").glob("*.safetensors")
     file.rename(file.with_name("pytorch_model.bin"))
-    assert read_served_model(folders).weight_pattern == "llm/*.bin"
-    (folders / "llm" / "pytorch_model.bin").unlink()
-    with pytest.raises(VilaDeployError, match="holds no weights"):
+    with pytest.raises(VilaDeployError, match=r"pytorch_model.bin is a pickle.* is never read"):
+        _ = read_served_model(folders).weight_pattern
+    (folders / "llm" / "pytorch_model.bin").rename(folders / "llm" / "ggml-model-Q8_0.gguf")
+    with pytest.raises(VilaDeployError, match="holds the LLM as GGUF"):
+        _ = read_served_model(folders).weight_pattern
+    (folders / "llm" / "ggml-model-Q8_0.gguf").unlink()
+    with pytest.raises(VilaDeployError, match=r"model\.safetensors: is missing"):
         _ = read_served_model(folders).weight_pattern
     tower = "openai/clip-vit-large-patch14-336"
     one = make_checkpoint(tmp_path / "one", projector="linear", root_config={

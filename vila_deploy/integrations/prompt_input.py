@@ -1,12 +1,12 @@
-"""Turn the messages of a chat request into the tokens and places that vLLM takes."""
+"""Turn the messages of a chat request into the tokens and places that vLLM and SGLang take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vila_deploy.integrations.vllm.places import Place, with_places
-from vila_deploy.integrations.vllm.served_model import ServedModel
+from vila_deploy.integrations.places import Place, with_places
+from vila_deploy.integrations.served_model import ServedModel
 from vila_deploy.runtime.prompt import prepare_text
 from vila_deploy.server.openai_fields import RequestFields
 from vila_deploy.server.openai_schema import parse_chat
