@@ -121,6 +121,8 @@ class VilaForConditionalGeneration(nn.Module):
         "gate_up_proj": ["gate_proj", "up_proj"],
     }
 
+    pad_input_ids = staticmethod(pad_mm_tokens)
+
     def __init__(self, config: VilaSglangConfig, quant_config: Any = None, prefix: str = ""):
         super().__init__()
         self.config = config
@@ -147,9 +149,6 @@ class VilaForConditionalGeneration(nn.Module):
             mean = window_mean(encoded.float().cpu().numpy(), tuple(item.pool))
             encoded = torch.from_numpy(mean).to(weight.device, weight.dtype)
         return encoded.flatten(0, 1)
-
-    def pad_input_ids(self, input_ids: Any, mm_inputs: Any) -> Any:
-        return pad_mm_tokens(input_ids, mm_inputs)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, forward_batch: Any, **given: Any
