@@ -92,18 +92,36 @@ def without_server(checkpoint: Path, vllm: VllmOptions) -> bool:
     """Print the plan, or run a node that answers no requests; False if neither is asked for."""
     from vila_deploy.integrations.vllm.process import running
 
-    if not vllm.plan and vllm.parallel.node_rank == 0:
+    if vllm.plan:
+        _show_plan(checkpoint, vllm)
+        return True
+    if vllm.parallel.node_rank == 0:
         return False
     model, installed = _checked(checkpoint, vllm)
-    command = _command(model, vllm, installed)
+    command = _command(model, model.layout.root.absolute(), vllm, installed)
     click.echo(str(command))
-    if vllm.plan:
-        _show_memory(model, vllm.parallel)
-        return True
     with running(command) as process:
         if process.wait() != 0:
             process.check_running()
     return True
+
+
+def _show_plan(checkpoint: Path, vllm: VllmOptions) -> None:
+    """Print command and memory; of a repository on the hub only config files are fetched."""
+    from vila_deploy.checkpoint.hub import planned_checkpoint
+    from vila_deploy.integrations.served_model import read_served_model
+    from vila_deploy.integrations.vllm.command import Installed
+    from vila_deploy.integrations.vllm.parallel import check_divides
+
+    # A plan needs no vLLM; a GPU's is the one to plan for.
+    installed = Installed("", False, True)
+    with planned_checkpoint(checkpoint) as (folder, download):
+        model = read_served_model(folder)
+        check_divides(model.config.llm, vllm.parallel, installed.on_cpu)
+        # What a repository is downloaded to is known when it has been.
+        root = checkpoint if download else folder.absolute()
+        click.echo(str(_command(model, root, vllm, installed)))
+        _show_memory(model, vllm.parallel)
 
 
 def serve_with_vllm(
@@ -122,7 +140,7 @@ def serve_with_vllm(
     model, installed = _checked(checkpoint, vllm)
     with bind("127.0.0.1", 0) as probe:
         port = probe.getsockname()[1]
-    command = _command(model, vllm, installed, port, options, slots)
+    command = _command(model, model.layout.root.absolute(), vllm, installed, port, options, slots)
     click.echo(str(command))
     inner = f"http://127.0.0.1:{port}"
     # Others on this computer reach its port too.
@@ -141,21 +159,21 @@ def serve_with_vllm(
 def _checked(checkpoint: Path, vllm: VllmOptions) -> tuple[ServedModel, Installed]:
     from vila_deploy.checkpoint.hub import fetch_checkpoint
     from vila_deploy.integrations.served_model import read_served_model
-    from vila_deploy.integrations.vllm.command import Installed, find_vllm
+    from vila_deploy.integrations.vllm.command import find_vllm
     from vila_deploy.integrations.vllm.parallel import check_divides
 
-    # A plan needs no vLLM; a GPU's is the one to plan for.
-    installed = Installed("", False, True) if vllm.plan else find_vllm()
+    installed = find_vllm()
     model = read_served_model(fetch_checkpoint(checkpoint))
     _ = model.weight_pattern
     check_divides(model.config.llm, vllm.parallel, installed.on_cpu)
-    if not vllm.plan and not installed.supported:
+    if not installed.supported:
         click.echo(f"note: not tried with vLLM {installed.version}", err=True)
     return model, installed
 
 
 def _command(
     model: ServedModel,
+    root: Path,
     vllm: VllmOptions,
     installed: Installed,
     port: int = 8000,
@@ -169,8 +187,8 @@ def _command(
         tiles = model.info.tiling.max_tiles + 1 if model.info.tiling.mode == "dynamic" else 1
         places = options.limits.images * tiles
     return vllm_command(
-        model.layout.root.absolute(),
-        model.layout.folder("llm").absolute(),
+        root,
+        root if model.layout.flat else root / "llm",
         vllm.parallel,
         installed,
         port=port,

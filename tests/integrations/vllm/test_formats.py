@@ -9,6 +9,7 @@ import pytest
 
 from tests.integrations.vllm.one_process import answers, check_answers
 from tests.support.commands import succeed
+from tests.support.first_generation import make_first_generation, shrink_clip
 from tests.support.tiny import make_checkpoint
 from tests.support.vllm_cases import CASES, QWEN2
 from vila_deploy.integrations.served_model import read_served_model
@@ -37,3 +38,10 @@ def test_formats(row: str, tmp_path: Path) -> None:
     served = read_served_model(tmp_path / "q")
     found = answers(served, "Llama-3", dtype="float16")
     check_answers(served, "Llama-3", found, HALF_PRECISION)
+
+
+def test_the_first_generations_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink_clip(monkeypatch)
+    served = read_served_model(make_first_generation(tmp_path / "c"))
+    assert served.layout.flat
+    check_answers(served, "CLIP", answers(served, "CLIP", dtype="float16"), HALF_PRECISION)

@@ -14,11 +14,11 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.support.tiny import PREPROCESSORS, TOWERS, flatten, make_checkpoint
+from tests.support.first_generation import FIELDS, make_first_generation, shrink_clip
+from tests.support.tiny import make_checkpoint
 from vila_deploy.builder.build import build_engine
 from vila_deploy.builder.resolve import BuildOptions
 from vila_deploy.checkpoint import open_checkpoint
-from vila_deploy.checkpoint.variants import KNOWN_TOWERS
 from vila_deploy.engine.precision import ALL_FP16
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import OneSlot
@@ -30,22 +30,10 @@ from vila_deploy.runtime.conversation import Conversation
 from vila_deploy.runtime.open_engine import open_engine
 from vila_deploy.utils.errors import VilaDeployError
 
-CLIP = "openai/clip-vit-large-patch14-336"
-
 
 @pytest.fixture(autouse=True)
 def small_clip(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tower that checkpoints name, at a size for tests."""
-    tower: dict[str, Any] = {
-        **TOWERS["clip"], "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "intermediate_size": 128, "patch_size": 14, "image_size": 70,
-    }  # fmt: skip
-    monkeypatch.setitem(KNOWN_TOWERS, CLIP, (tower, PREPROCESSORS["clip"](70)))
-
-
-def make(root: Path) -> Path:
-    mode = {"image_aspect_ratio": "pad"}
-    return make_checkpoint(root, tower="clip", image=70, projector="mlp2x_gelu", root_config=mode)
+    shrink_clip(monkeypatch)
 
 
 def pixels() -> np.ndarray:
@@ -53,8 +41,8 @@ def pixels() -> np.ndarray:
 
 
 def test_it_is_the_same_model(tmp_path: Path) -> None:
-    whole = open_checkpoint(make(tmp_path / "three"))
-    flat = open_checkpoint(flatten(make(tmp_path / "flat"), CLIP))
+    whole = open_checkpoint(make_checkpoint(tmp_path / "three", **FIELDS))
+    flat = open_checkpoint(make_first_generation(tmp_path / "flat"))
     assert flat.config == whole.config
     expected = ReferenceSession(whole)
     found = ReferenceSession(flat)
@@ -66,7 +54,7 @@ def test_it_is_the_same_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("algorithm", ["rtn", "awq"])
 def test_quantized_it_has_three_folders_and_answers(algorithm: str, tmp_path: Path) -> None:
-    root = flatten(make(tmp_path / "flat"), CLIP)
+    root = make_first_generation(tmp_path / "flat")
     texts = tmp_path / "texts.txt"
     texts.write_text("the king saw the red house on the hill.\n\n" * 8, "utf-8")
     quantize(root, tmp_path / "q", QuantizeOptions(QuantScheme(64), algorithm, texts))
@@ -89,7 +77,7 @@ def test_quantized_it_has_three_folders_and_answers(algorithm: str, tmp_path: Pa
 
 
 def test_fp16_engine_from_one_folder(tmp_path: Path) -> None:
-    root = flatten(make(tmp_path / "flat"), CLIP)
+    root = make_first_generation(tmp_path / "flat")
     manifest = build_engine(root, tmp_path / "e", BuildOptions("cpu"))
     assert manifest.model.image.mode == "pad"
     assert manifest.model.max_tokens_per_image == 25
@@ -144,7 +132,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_flat_refuses(case: str, tmp_path: Path) -> None:
     damage, message = CASES[case]
-    root = flatten(make(tmp_path / "c"), CLIP)
+    root = make_first_generation(tmp_path / "c")
     damage(root)
     with pytest.raises(VilaDeployError) as caught:
         open_checkpoint(root)

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from tests.support.commands import invoke
+from tests.support.hub import serve_hub, use_hub
 from tests.support.paths import REPOSITORY
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint.config import VilaConfig, load_config
 from vila_deploy.checkpoint.presets import preset
+from vila_deploy.cli.serve_vllm import VllmOptions, without_server
 from vila_deploy.integrations.vllm.command import Installed, vllm_command
 from vila_deploy.integrations.vllm.memory import rank_memory
 from vila_deploy.integrations.vllm.parallel import Parallel, check_divides
@@ -155,12 +157,27 @@ def test_the_40b_model_has_its_tower_in_each_rank() -> None:
     assert 10e9 < ranks[0].vision_bytes < 12.5e9
 
 
-def test_plan_needs_no_vllm(tmp_path: Path) -> None:
+def test_plan_needs_no_vllm_and_no_weights(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "c", quantized=True)
+    for file in root.glob("*/*.safetensors"):
+        file.unlink()
     done = invoke("vila-serve", root, "--backend", "vllm", "--plan", "--tp", 2)
     assert done.returncode == 0, done.stderr
     assert "--tensor-parallel-size 2" in done.stdout
     assert "each of 2 processes: 2 layers" in done.stdout
+
+
+def test_plan_of_a_repository_fetches_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    large = make_checkpoint(tmp_path / "large", vocab=8192, hidden=512)
+    size = sum(file.stat().st_size for file in large.glob("*/*.safetensors"))
+    with serve_hub() as hub, use_hub(hub, tmp_path / "cache"):
+        hub.repositories["Lab/Large"] = large
+        assert without_server(Path("Lab/Large"), VllmOptions(Parallel(2), True, ()))
+        assert hub.sent_weights() < size / 10
+    assert "serve Lab/Large --tokenizer Lab/Large/llm" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
