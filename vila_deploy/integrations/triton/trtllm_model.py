@@ -150,7 +150,7 @@ class TritonPythonModel:
         features = [
             place
             for image in prompt.images
-            for place in place_features(self._encode(image.pixels.tiles), image.pixels)
+            for place in place_features(list(self._encode(image.pixels.tiles)), image.pixels)
         ]
         first, *rest = prompt.chunks
         sequence.ids += first
