@@ -96,7 +96,7 @@ def _encode_messages(
 ) -> list[int] | None:
     """Return a chat's token ids, and add the places of its images to the `image_data` given."""
     if chat.chat_encoding_spec != ENCODING:
-        return original(chat, messages, request, *rest, **given)  # type: ignore[no-any-return]
+        return original(chat, messages, request, *rest, **given)
     manager, dump = chat.tokenizer_manager, {"exclude_unset": True, "exclude_none": True}
     asked = [message.model_dump(**dump) for message in request.messages]
     try:
