@@ -36,7 +36,7 @@ START_S, ANSWER_S, TOP = 900, 1500, 5
 FLAGS = [
     "--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch",
     "--disable-overlap-schedule", "--disable-cuda-graph", "--skip-server-warmup",
-    "--mem-fraction-static", "0.3", "--max-total-tokens", "8192", "--host", "127.0.0.1",
+    "--mem-fraction-static", "0.95", "--max-total-tokens", "8192", "--host", "127.0.0.1",
 ]  # fmt: skip
 
 
