@@ -71,8 +71,7 @@ def built(
         module_precision=module_precision,
         kernel_launch=kernel_launch,
     )
-    parts = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
-    found = build_module.build(folder, checkpoint.config, *parts, request)
+    found = build_module.build(folder, checkpoint.config, checkpoint.weights, request)
     mode = get_launch_mode(kernel_launch or DEFAULT_LAUNCH_MODE)
     assert asked == [
         (checkpoint.config.llm, max_seq_len, [ComputeCapability(9, 0)], module_precision, mode)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.checkpoint.weight_source import ModelWeights
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.engine.manifest import Manifest, PendingStep
 from vila_deploy.engine.memory import MemoryEstimate
@@ -145,9 +145,7 @@ class Backend(ABC):
         self,
         folder: Path,
         config: VilaConfig,
-        llm: WeightSource,
-        tower: WeightSource,
-        projector: WeightSource,
+        weights: ModelWeights,
         request: BuildRequest,
     ) -> BuildResult:
         """Write the engine's files into the empty `folder`, with memory for about one layer."""

@@ -27,7 +27,7 @@ from vila_deploy.builder.resolve import (
     resolve_random_build,
 )
 from vila_deploy.checkpoint.hub import fetch_checkpoint, original_source
-from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.checkpoint.weight_source import ModelWeights
 from vila_deploy.engine.manifest import TOKENIZER_FOLDER, Manifest, write_manifest
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.precision import DEFAULT_MODULES, ModulePrecision
@@ -92,7 +92,7 @@ def build_random_engine(
         VilaDeployError: unknown `model` or target, a backend that can't build it, or an engine that
             can't be finished on this computer.
     """
-    from vila_deploy.model.random_weights import random_parts
+    from vila_deploy.model.random_weights import random_weights
 
     options = BuildOptions(
         target,
@@ -107,9 +107,9 @@ def build_random_engine(
     if reason:
         raise finished_elsewhere(manifest, reason)
     with new_folder(out) as folder:
-        parts = random_parts(build.config)
-        prompts = partial(random_prompts, build.config.llm, parts[0])
-        manifest = _write(folder, build, parts, manifest, prompts)
+        weights = random_weights(build.config)
+        prompts = partial(random_prompts, build.config.llm, weights.llm)
+        manifest = _write(folder, build, weights, manifest, prompts)
     return finish_only_here(out, manifest)
 
 
@@ -131,8 +131,9 @@ def _build(build: ResolvedBuild, out: Path, kl_bound: float | None) -> Manifest:
         manifest = replace(manifest, source=source.to_json() if source else None)
         if measure is not None:
             manifest = replace(manifest, accuracy_impact=measure(folder).to_json())
-        parts = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
-        return _write(folder, build, parts, manifest, partial(builtin_prompts, checkpoint))
+        return _write(
+            folder, build, checkpoint.weights, manifest, partial(builtin_prompts, checkpoint)
+        )
 
 
 def _accuracy_measurement(build: ResolvedBuild) -> Callable[[Path], AccuracyImpact] | None:
@@ -180,12 +181,12 @@ def _manifest(
 def _write(
     folder: Path,
     build: ResolvedBuild,
-    parts: tuple[WeightSource, WeightSource, WeightSource],
+    weights: ModelWeights,
     manifest: Manifest,
     prompts: Callable[[], Sequence[Floats]],
 ) -> Manifest:
     request = replace(build.request, prompts=prompts, random_weights=build.root is None)
-    result = build.backend.build(folder, build.config, *parts, request)
+    result = build.backend.build(folder, build.config, weights, request)
     manifest = replace(
         manifest,
         weight_bytes_per_token=result.weight_bytes_per_token,

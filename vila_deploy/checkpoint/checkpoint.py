@@ -16,7 +16,7 @@ from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.reader import TensorReader, find_tensors, llm_reader
 from vila_deploy.checkpoint.safetensors_header import TensorInfo
 from vila_deploy.checkpoint.tensor_schema import check_projector, check_tower
-from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.checkpoint.weight_source import ModelWeights, WeightSource
 from vila_deploy.formats.registry import format_of
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import sha256_file
@@ -52,6 +52,11 @@ class Checkpoint:
         self.layout, self.root, self.config = layout, layout.root, config
         self.llm, self.vision, self.projector = llm, vision, projector
         self._digests = digests
+
+    @property
+    def weights(self) -> ModelWeights:
+        """What reads the tensors of all its parts."""
+        return ModelWeights(self.llm, self.vision, self.projector)
 
     def fingerprint(self) -> str:
         """Return SHA-256 over the names and contents of configs, tokenizer and weights.

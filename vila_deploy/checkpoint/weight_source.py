@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from vila_deploy.formats.base import QuantizedLinear
 
@@ -20,3 +20,11 @@ class WeightSource(Protocol):
     def linear(self, prefix: str) -> Tensor | QuantizedLinear:
         """Return the weight [out, in] of a linear layer, e.g. `model.layers.0.mlp.up_proj`."""
         ...
+
+
+class ModelWeights(NamedTuple):
+    """The tensors of a whole model, each read when it is asked for."""
+
+    llm: WeightSource
+    tower: WeightSource
+    projector: WeightSource

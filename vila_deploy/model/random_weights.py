@@ -16,6 +16,7 @@ from vila_deploy.checkpoint.tensor_schema import (
     projector_tensor_specs,
     tower_tensor_specs,
 )
+from vila_deploy.checkpoint.weight_source import ModelWeights
 from vila_deploy.formats.base import MAX_VALUE, QuantizedLinear
 
 # A prime, so that the rows of a weight differ although the block repeats.
@@ -62,9 +63,9 @@ class RandomWeights:
         )
 
 
-def random_parts(config: VilaConfig) -> tuple[RandomWeights, RandomWeights, RandomWeights]:
+def random_weights(config: VilaConfig) -> ModelWeights:
     """Return sources for llm, vision tower and projector of `config`."""
-    return (
+    return ModelWeights(
         RandomWeights(llm_tensor_specs(config.llm), config.llm),
         RandomWeights(tower_tensor_specs(config)),
         RandomWeights(projector_tensor_specs(config)),

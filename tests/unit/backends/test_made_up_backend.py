@@ -51,7 +51,7 @@ class MadeUpBackend(Backend):
         items = weight_items(config, precision, Storage(), request.module_precision)
         return MemoryEstimate({MemoryRow.HEAD: items[MemoryRow.HEAD]}, program_bytes=1000)
 
-    def build(self, folder, config, llm, tower, projector, request):
+    def build(self, folder, config, weights, request):
         content = {"vocab_size": config.llm.vocab_size, "hidden_size": config.llm.hidden_size}
         (folder / QUESTIONS).write_text(json.dumps(content))
         return BuildResult(1 << 20, {"made-up": "7.0"}, (STEP,))

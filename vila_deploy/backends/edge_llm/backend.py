@@ -9,7 +9,7 @@ from vila_deploy.backends.base import Backend
 from vila_deploy.backends.edge_llm import files
 from vila_deploy.backends.tensorrt.memory import contiguous_step, max_matrix_bytes
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.checkpoint.weight_source import ModelWeights
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.engine.manifest import TOKENIZER_FOLDER, Manifest, PendingStep
 from vila_deploy.engine.memory import (
@@ -98,9 +98,7 @@ class EdgeLlmBackend(Backend):
         self,
         folder: Path,
         config: VilaConfig,
-        llm: WeightSource,
-        tower: WeightSource,
-        projector: WeightSource,
+        weights: ModelWeights,
         request: BuildRequest,
     ) -> BuildResult:
         """Write llm_checkpoint/, the vision encoder's graphs and EDGE_LLM.md.
@@ -119,6 +117,7 @@ class EdgeLlmBackend(Backend):
                 "TensorRT-Edge-LLM's exporter needs a tokenizer, random weights have none",
                 fix="build from a checkpoint",
             )
+        llm, tower, projector = weights
         llm_config, largest = config.llm, max_matrix_bytes(request.target)
         steps = config.vision_layers_used + llm_config.num_layers + 2
         with progress(steps, "building") as advance:

@@ -10,7 +10,7 @@ from vila_deploy.backends.llamacpp.memory import BLOCK, estimate_memory, gpu_kin
 from vila_deploy.backends.onnxruntime.backend import HEAD_REASON, VISION_REASON
 from vila_deploy.backends.onnxruntime.memory import float_tower_bytes
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.checkpoint.weight_source import ModelWeights
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.memory import MemoryEstimate
@@ -79,14 +79,12 @@ class LlamaCppBackend(Backend):
         self,
         folder: Path,
         config: VilaConfig,
-        llm: WeightSource,
-        tower: WeightSource,
-        projector: WeightSource,
+        weights: ModelWeights,
         request: BuildRequest,
     ) -> BuildResult:
         from vila_deploy.backends.llamacpp.build import build
 
-        return build(folder, config, llm, tower, projector, request)
+        return build(folder, config, weights, request)
 
     def open(self, folder: Path, manifest: Manifest, slots: int = 1) -> Session:
         from vila_deploy.backends.llamacpp.session import LlamaCppSession

@@ -19,7 +19,7 @@ from vila_deploy.checkpoint.llm_config import (
     LlmConfig,
     layer_prefix,
 )
-from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.checkpoint.weight_source import ModelWeights, WeightSource
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.formats.base import QuantizedLinear, to_float16
 from vila_deploy.formats.module_dtypes import FP16, INT4
@@ -31,17 +31,15 @@ from vila_deploy.writers.gguf_files import FILE_TYPES, GgufFiles, add_tensor
 def build(
     folder: Path,
     config: VilaConfig,
-    llm: WeightSource,
-    tower: WeightSource,
-    projector: WeightSource,
+    weights: ModelWeights,
     request: BuildRequest,
 ) -> BuildResult:
     """Write vision/ and llm/ into `folder`, with the memory of one decoder layer."""
     steps = config.vision_layers_used + 1 + config.llm.num_layers + 1
     with progress(steps, "building") as advance:
-        chosen = write_chosen_vision(folder, config, tower, projector, request, advance)
+        chosen = write_chosen_vision(folder, config, weights, request, advance)
         (folder / files.LLM).mkdir()
-        write_llm(folder / files.LLM, config, llm, request, advance)
+        write_llm(folder / files.LLM, config, weights.llm, request, advance)
     versions = {name: version(name) for name in ("onnx", "onnxruntime")}
     kind, head = _linear_type(config.llm, request), request.module_precision.lm_head
     return BuildResult(bytes_per_step(config.llm, kind, head), versions, chosen=chosen)

@@ -9,7 +9,7 @@ from vila_deploy.backends.base import Backend
 from vila_deploy.backends.native.capability import capability_of
 from vila_deploy.backends.native.memory import estimate_memory
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.checkpoint.weight_source import ModelWeights
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.memory import MemoryEstimate
@@ -70,14 +70,12 @@ class NativeBackend(Backend):
         self,
         folder: Path,
         config: VilaConfig,
-        llm: WeightSource,
-        tower: WeightSource,
-        projector: WeightSource,
+        weights: ModelWeights,
         request: BuildRequest,
     ) -> BuildResult:
         from vila_deploy.backends.native.build import build
 
-        return build(folder, config, llm, tower, projector, request)
+        return build(folder, config, weights, request)
 
     def evaluated_dialect(self, request: BuildRequest) -> str:
         """Return a dialect of TensorRT, whose graphs hold the same towers and int4 heads."""

@@ -25,7 +25,7 @@ from vila_deploy.backends.native.weights import (
     tensors,
 )
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.checkpoint.weight_source import ModelWeights
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.engine.memory import memory_limit_bytes
 from vila_deploy.kernels.launch_mode import DEFAULT_LAUNCH_MODE, get_launch_mode
@@ -36,9 +36,7 @@ from vila_deploy.utils.progress import progress
 def build(
     folder: Path,
     config: VilaConfig,
-    llm: WeightSource,
-    tower: WeightSource,
-    projector: WeightSource,
+    weights: ModelWeights,
     request: BuildRequest,
 ) -> BuildResult:
     """Write packed weights, tower, sizes and the compiler's report into `folder`.
@@ -49,6 +47,7 @@ def build(
     kernel_launch = kernel_launch or DEFAULT_LAUNCH_MODE
     capability, launch_mode = capability_of(request.target), get_launch_mode(kernel_launch)
     module_precision, in_host_memory = request.module_precision, host_parts(config, request)
+    llm, tower, projector = weights
     steps = config.llm.num_layers + 1
     if in_host_memory:
         print(f"to fit, {' and '.join(in_host_memory)} stay in host memory", file=sys.stderr)

@@ -9,7 +9,7 @@ from vila_deploy.backends.base import Backend
 from vila_deploy.backends.onnxruntime.memory import estimate_memory, float_tower_bytes
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.tensor_schema import parameters, tower_tensor_specs
-from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.checkpoint.weight_source import ModelWeights
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.memory import MemoryEstimate
@@ -92,14 +92,12 @@ class OnnxRuntimeBackend(Backend):
         self,
         folder: Path,
         config: VilaConfig,
-        llm: WeightSource,
-        tower: WeightSource,
-        projector: WeightSource,
+        weights: ModelWeights,
         request: BuildRequest,
     ) -> BuildResult:
         from vila_deploy.backends.onnxruntime.build import build
 
-        return build(folder, config, llm, tower, projector, request)
+        return build(folder, config, weights, request)
 
     def evaluated_dialect(self, request: BuildRequest) -> str:
         return self.name

@@ -21,7 +21,7 @@ from vila_deploy.backends.onnxruntime.vision import (
 from vila_deploy.checkpoint import llm_config
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.checkpoint.weight_source import ModelWeights
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.engine.precision import DefaultChoice
 from vila_deploy.formats.module_dtypes import FP16, INT8X2
@@ -38,14 +38,12 @@ from vila_deploy.utils.progress import Advance, progress
 def build(
     folder: Path,
     config: VilaConfig,
-    llm: WeightSource,
-    tower: WeightSource,
-    projector: WeightSource,
+    weights: ModelWeights,
     request: BuildRequest,
 ) -> BuildResult:
     """Write vision/, llm/ and the embedding table into `folder`.
 
-    The LLM's linears are 4-bit where `llm` gives them so, float16 otherwise. It takes the memory of
+    The LLM's linears are 4-bit where the weights are so, float16 otherwise. It takes the memory of
     one layer; for an int8 tower or cache, that of running the tower or the LLM.
 
     Raises:
@@ -53,14 +51,14 @@ def build(
     """
     steps = config.vision_layers_used + 1 + config.llm.num_layers + 2
     with progress(steps, "building") as advance:
-        chosen = write_chosen_vision(folder, config, tower, projector, request, advance)
+        chosen = write_chosen_vision(folder, config, weights, request, advance)
 
         (folder / files.LLM).mkdir()
         with WeightFile(folder / files.LLM / files.WEIGHTS) as file:
             dialect = OnnxRuntimeDialect()
             stored = store_llm(
                 config.llm,
-                llm,
+                weights.llm,
                 request.limits.max_seq_len,
                 file,
                 dialect,
@@ -71,7 +69,7 @@ def build(
         stored = replace(stored, cache_scales=scales)
         _save_llm(folder / files.LLM, config.llm, stored, request.activations)
 
-        table = float16(llm.tensor(llm_config.EMBEDDING), llm_config.EMBEDDING)
+        table = float16(weights.llm.tensor(llm_config.EMBEDDING), llm_config.EMBEDDING)
         np.save(folder / files.EMBEDDING, table)
         advance("embedding table")
     versions = {name: version(name) for name in ("onnx", "onnxruntime")}
@@ -81,13 +79,12 @@ def build(
 def write_chosen_vision(
     folder: Path,
     config: VilaConfig,
-    tower: WeightSource,
-    projector: WeightSource,
+    weights: ModelWeights,
     request: BuildRequest,
     advance: Advance,
 ) -> dict[str, DefaultChoice]:
     """Write vision/ and return its dtype with the reason, where the choice was left open."""
-    dtype = request.module_precision.vision
+    dtype, (_, tower, projector) = request.module_precision.vision, weights
     if request.random_weights:
         options = cpu_options(dtype)
         write_graphs(folder / files.VISION, config, tower, projector, options, advance)

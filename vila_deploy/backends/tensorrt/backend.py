@@ -21,7 +21,7 @@ from vila_deploy.backends.tensorrt.memory import (
     max_matrix_bytes,
 )
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.checkpoint.weight_source import ModelWeights
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.engine.manifest import Manifest, PendingStep
 from vila_deploy.engine.memory import MemoryEstimate
@@ -116,9 +116,7 @@ class TensorRtBackend(Backend):
         self,
         folder: Path,
         config: VilaConfig,
-        llm: WeightSource,
-        tower: WeightSource,
-        projector: WeightSource,
+        weights: ModelWeights,
         request: BuildRequest,
     ) -> BuildResult:
         """Write the graphs module by module, and compile each at once where this computer can.
@@ -136,6 +134,7 @@ class TensorRtBackend(Backend):
         versions = {"onnx": version("onnx")}
         steps = graphs.graph_steps(config) + len(modules) * bool(compiler.ahead_of_time)
         with progress(steps, "building") as advance, ExitStack() as stack:
+            llm, tower, projector = weights
             vision, largest = dtypes.vision, max_matrix_bytes(request.target)
             graphs.write_vision(folder, config, tower, projector, dialect, advance, vision, largest)
             here = _compiled_here(folder, modules[:-1], compiler)

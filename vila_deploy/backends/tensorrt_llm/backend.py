@@ -9,7 +9,7 @@ from vila_deploy.backends.base import Backend
 from vila_deploy.backends.tensorrt_llm.memory import estimate_memory
 from vila_deploy.backends.tensorrt_llm.releases import release_for
 from vila_deploy.checkpoint.config import VilaConfig
-from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.checkpoint.weight_source import ModelWeights
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.engine.manifest import Manifest, PendingStep
 from vila_deploy.engine.memory import MemoryEstimate
@@ -56,14 +56,12 @@ class TensorRtLlmBackend(Backend):
         self,
         folder: Path,
         config: VilaConfig,
-        llm: WeightSource,
-        tower: WeightSource,
-        projector: WeightSource,
+        weights: ModelWeights,
         request: BuildRequest,
     ) -> BuildResult:
         from vila_deploy.backends.tensorrt_llm.build import build
 
-        return build(folder, config, llm, tower, projector, request)
+        return build(folder, config, weights, request)
 
     def check_device(self, folder: Path, manifest: Manifest) -> None:
         from vila_deploy.backends.tensorrt_llm.build import check_device

@@ -28,7 +28,7 @@ from vila_deploy.backends.tensorrt_llm.vision import compile_vision, write_visio
 from vila_deploy.checkpoint import llm_config
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.trtllm_sharding import Parallel, rank_tensors
-from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.checkpoint.weight_source import ModelWeights
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.engine.manifest import Manifest, PendingStep
 from vila_deploy.engine.target import get_target
@@ -47,9 +47,7 @@ PACKAGES = ("tensorrt_llm", "tensorrt-llm")
 def build(
     folder: Path,
     config: VilaConfig,
-    llm: WeightSource,
-    tower: WeightSource,
-    projector: WeightSource,
+    weights: ModelWeights,
     request: BuildRequest,
 ) -> BuildResult:
     """Write vision/, llm_checkpoint/, the embedding table and instructions for the device.
@@ -58,13 +56,13 @@ def build(
     """
     release = release_for(request.target.compute_capability, request.target.name)
     with progress(config.vision_layers_used + 2, "writing the vision encoder") as advance:
-        write_vision(folder, config, tower, projector, release, advance)
+        write_vision(folder, config, weights.tower, weights.projector, release, advance)
         name = llm_config.EMBEDDING
-        np.save(folder / files.EMBEDDING, float16(llm.tensor(name), name))
+        np.save(folder / files.EMBEDDING, float16(weights.llm.tensor(name), name))
         advance("embedding table")
     (folder / files.CHECKPOINT).mkdir()
     parallel = Parallel(request.tp, request.pp)
-    write_trtllm(config.llm, llm, folder / files.CHECKPOINT, parallel)
+    write_trtllm(config.llm, weights.llm, folder / files.CHECKPOINT, parallel)
     precision = "fp16" if config.llm.quantization is None else "int4"
     text = instructions(release, request, precision, config.vision.image_size)
     (folder / files.INSTRUCTIONS).write_text(text, "utf-8")

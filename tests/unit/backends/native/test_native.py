@@ -34,7 +34,7 @@ from vila_deploy.engine.precision import ALL_FP16
 from vila_deploy.engine.target import get_target
 from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
 from vila_deploy.kernels.launch_mode import LaunchMode
-from vila_deploy.model.random_weights import random_parts
+from vila_deploy.model.random_weights import random_weights
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -93,7 +93,7 @@ def test_several_tokens_of_a_step_see_those_before(tmp_path: Path) -> None:
 def test_packed_llm_is_described_by_its_sizes() -> None:
     whole = preset("NVILA-8B", "int4")
     config = replace(whole.llm, num_layers=1, vocab_size=64, intermediate_size=1152)
-    weights = random_parts(replace(whole, llm=config))[0]
+    weights = random_weights(replace(whole, llm=config)).llm
     llm = pack_llm(config, weights, 8)
     real, empty = tensors(llm), tensors(empty_llm(config, 8))
     assert real.keys() == empty.keys()
@@ -158,7 +158,7 @@ def test_what_has_no_kernel_is_refused() -> None:
     wide = replace(config.llm, num_heads=34, num_kv_heads=2)
     with pytest.raises(VilaDeployError, match="17"):
         BACKEND.check(replace(config, llm=wide), request)
-    linear = random_parts(config)[0].linear("model.layers.0.mlp.up_proj")
+    linear = random_weights(config).llm.linear("model.layers.0.mlp.up_proj")
     scaled = replace(linear, prequant_scale=torch.ones(2560, dtype=torch.float16))
     with pytest.raises(VilaDeployError, match=r"model\.layers\.0"):
         pack_concatenated([scaled], "model.layers.0")

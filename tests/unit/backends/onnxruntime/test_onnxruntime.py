@@ -24,12 +24,13 @@ from vila_deploy.builder.build import build_engine
 from vila_deploy.builder.resolve import BuildOptions
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.presets import preset
+from vila_deploy.checkpoint.weight_source import ModelWeights
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.manifest import Limits, Manifest
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.target import get_target
 from vila_deploy.formats.base import SYMMETRIC_ZERO
-from vila_deploy.model.random_weights import random_parts
+from vila_deploy.model.random_weights import random_weights
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.utils.errors import VilaDeployError
 
@@ -67,8 +68,8 @@ def build(
     config = checkpoint.config
     asked = activations if config.llm.quantization else None
     folder.mkdir()
-    parts = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
-    built = build_module.build(folder, config, *parts, request(max_seq_len, asked))
+    weights = ModelWeights(checkpoint.llm, checkpoint.vision, checkpoint.projector)
+    built = build_module.build(folder, config, weights, request(max_seq_len, asked))
     return folder, Manifest(
         name="tiny",
         target="cpu",
@@ -330,7 +331,7 @@ def test_random_weights_run_with_logits_that_differ(tmp_path: Path, precision: s
         image_size=42,
     )  # fmt: skip
     config = replace(config, llm=llm, vision=vision)
-    sources = dict(zip(("llm", "vision", "projector"), random_parts(config), strict=True))
+    sources = dict(zip(("llm", "vision", "projector"), random_weights(config), strict=True))
     checkpoint = SimpleNamespace(config=config, **sources)
     session, reference = opened(tmp_path / "engine", checkpoint), ReferenceSession(checkpoint)
     embeds = prompt(session, 42)
@@ -344,12 +345,14 @@ def test_random_weights_run_with_logits_that_differ(tmp_path: Path, precision: s
 def test_random_layers_differ() -> None:
     """Equal layers would be kept once and be measured faster than trained ones."""
     config = preset("VILA1.5-3b", "int4")
-    llm = random_parts(config)[0]
+    llm = random_weights(config).llm
     first, second = (llm.linear(f"model.layers.{i}.self_attn.k_proj") for i in (0, 1))
     assert (first.q == second.q).float().mean() < 0.1
     assert not torch.equal(first.zero, second.zero)
-    assert torch.equal(first.q, random_parts(config)[0].linear("model.layers.0.self_attn.k_proj").q)
-    dense = random_parts(preset("VILA1.5-3b", "fp16"))[0]
+    assert torch.equal(
+        first.q, random_weights(config).llm.linear("model.layers.0.self_attn.k_proj").q
+    )
+    dense = random_weights(preset("VILA1.5-3b", "fp16")).llm
     names = [f"model.layers.{i}.self_attn.k_proj" for i in (0, 1)]
     assert not torch.equal(dense.linear(names[0]), dense.linear(names[1]))
 

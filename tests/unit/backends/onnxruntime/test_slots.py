@@ -43,8 +43,7 @@ def build(
         get_target("cpu"), limits, activations=activations, module_precision=modules
     )
     folder.mkdir()
-    parts = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
-    built = build_module.build(folder, checkpoint.config, *parts, request)
+    built = build_module.build(folder, checkpoint.config, checkpoint.weights, request)
     return folder, Manifest(
         name="tiny", target="cpu", backend="onnxruntime",
         precision="int4" if activations else "fp16", weights="trained",
