@@ -22,6 +22,7 @@ test-ptx: $(VENV)/.installed-dev  ## compiled kernels on an emulated GPU: four a
 	OMP_NUM_THREADS=1 EMULATED=all $(BIN)/pytest -n 2 tests/emulator
 	OMP_NUM_THREADS=1 EMULATED_RACES=0 $(BIN)/pytest -p tests.support.emulator.plugin -k same_tokens \
 	  tests/gpu/test_native_gpu.py
+	OMP_NUM_THREADS=1 SLOTS_CONTRACT=1 $(BIN)/pytest tests/unit/backends/native/test_slotted_session.py
 
 test-first-run: $(VENV)/.installed-dev  ## the first quarter of an hour on a GPU, rehearsed on an emulated one: about an hour
 	OMP_NUM_THREADS=1 FIRST_RUN=1 $(BIN)/pytest tests/emulator/test_first_run.py

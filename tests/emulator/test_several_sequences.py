@@ -58,7 +58,7 @@ def sessions(request: pytest.FixtureRequest) -> Iterator[Sessions]:
 
     DEVICE.capability = request.param
     torch.manual_seed(0)
-    llm_config = replace(config("8B", "int4", small=True), num_layers=2)
+    llm_config = replace(config("8B", "int4", small=True), num_layers=1)
     mode = get_launch_mode("pdl-merged-attention" if request.param >= (9, 0) else "separate")
     step_config = StepConfig(llm_config, MAX_SEQ_LEN, request.param, "cuda", mode)
     parts = step_config, random_llm(llm_config, MAX_SEQ_LEN, "cuda"), torch.nn.Identity()
@@ -81,7 +81,7 @@ def prompts(count: int) -> list[list[int]]:
     return [[3 + index, *range(20, 22 + (67 if index == 1 else index))] for index in range(count)]
 
 
-@pytest.mark.parametrize("count", [1, 2, 5, 8])
+@pytest.mark.parametrize("count", [2, 8])
 def test_each_one_answers_as_alone(sessions: Sessions, count: int) -> None:
     answers = {i: [sessions.begin(i, prompt)] for i, prompt in enumerate(prompts(count))}
     sessions.go_on(answers, 3)

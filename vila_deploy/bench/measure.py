@@ -13,6 +13,7 @@ from vila_deploy.bench.bandwidth import read_bandwidth_bytes_per_s
 from vila_deploy.bench.conditions import commit, device_name, versions
 from vila_deploy.bench.first_token import check_room, measure_first_token, noise_image
 from vila_deploy.bench.gpu import gpu_name
+from vila_deploy.bench.several_sequences import measure_several
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import Session
 from vila_deploy.engine.target import get_target
@@ -30,7 +31,8 @@ def measure(folder: Path) -> dict[str, Any]:
 
     Decoding: 256 greedy tokens, batch 1, after one image; the first 4 are not timed. Time to first
     token: median of up to five runs. Memory: the largest resident set of this process up to the end
-    of decoding. Bandwidth: of this computer's memory, measured; on a GPU the published one.
+    of decoding. Bandwidth: of this computer's memory, measured; on a GPU the published one. On a
+    GPU also up to 8 sequences decoded together, where the engine holds several.
     """
     with open_engine(folder) as engine:
         target = get_target(engine.manifest.target)
@@ -44,6 +46,7 @@ def measure(folder: Path) -> dict[str, Any]:
         decode_s = time_decoding(engine.session, first_token.logits, DECODE_TOKENS)[WARM_UP_TOKENS:]
         prompt_tokens = engine.session.length(0) - DECODE_TOKENS
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    several = measure_several(folder, prompt_tokens) if gpu else None
     manifest = engine.manifest
     weight_bytes = manifest.weight_bytes_per_token
     if gpu is None:
@@ -62,6 +65,7 @@ def measure(folder: Path) -> dict[str, Any]:
         "weights": manifest.weights,
         "decode_tokens_per_s": tokens_per_s,
         "decode_ms_median": statistics.median(decode_s) * 1e3,
+        **({} if several is None else {"several_sequences": several}),
         "ttft_ms": first_token.medians_ms,
         "prompt_tokens": prompt_tokens,
         "peak_memory_bytes": peak_bytes,

@@ -4,7 +4,8 @@ A decoding step is a row of kernels. One that reads weights takes the longer of 
 its bytes and that of its instructions on the multiprocessor with the most programs, and what a
 kernel costs besides: the gap before it, filling its pipeline, draining it. Programs beyond the
 first wave come after it; where they are few, the latency of DRAM limits them, and they fill their
-pipeline anew. Attention is limited by the latency of one program's instructions.
+pipeline anew. Attention is limited by the latency of one program's instructions. Up to 8 sequences
+decoded together share the products' time; their attention is as many programs more.
 
 None of this was measured on a GPU of ours: constants come from data sheets, from the machine code
 of the kernels for capability 9.0 (docs/kernels.md), or are assumptions, and each says which.
@@ -121,15 +122,15 @@ class StepModel:
     head_bits: int
     cache_bits: int
 
-    def seconds(self, context: int) -> float:
-        """Return seconds of a step with `context` tokens in the cache."""
-        parts = self.layer_seconds(context)
+    def seconds(self, context: int, sequences: int = 1) -> float:
+        """Return seconds of a step with `context` tokens in the cache of each sequence, 1 to 8."""
+        parts = self.layer_seconds(context, sequences)
         layer = sum(parts.values())
         # The embedding and the choice of the token.
         small = 2 * (self._gap + SMALL_KERNEL_S)
         return layer * self.llm.num_layers + self.head_seconds() + small
 
-    def layer_seconds(self, context: int) -> dict[str, float]:
+    def layer_seconds(self, context: int, sequences: int = 1) -> dict[str, float]:
         """Return seconds of each product of a layer, and of its attention."""
         llm = self.llm
         hidden, inner, queries = (
@@ -140,7 +141,7 @@ class StepModel:
         width = queries + 2 * llm.num_kv_heads * llm.head_dim
         return {
             "qkv": self._product(width, hidden),
-            "attention": self.attention_seconds(context),
+            "attention": self.attention_seconds(context, sequences),
             "o": self._product(hidden, queries),
             "gate_up": self._product(2 * inner, hidden, pairs=True),
             "down": self._product(hidden, inner),
@@ -150,17 +151,17 @@ class StepModel:
         """Return seconds of the output head."""
         return self._product(self.llm.vocab_size, self.llm.hidden_size, bits=self.head_bits)
 
-    def attention_seconds(self, context: int) -> float:
+    def attention_seconds(self, context: int, sequences: int = 1) -> float:
         """Return seconds of attention, with the merge as the mode has it."""
         llm, gpu = self.llm, self.gpu
         splits = tile_config.attention_splits(gpu.capability, llm.num_kv_heads, MAX_SEQ_LEN)
         blocks = -(-(context + 1) // tile_config.attention_block(gpu.capability))
         rounds = -(-blocks // splits)
         # More programs than a multiprocessor has room for at once take turns.
-        turns = -(-llm.num_kv_heads * splits // (2 * gpu.processors))
+        turns = -(-sequences * llm.num_kv_heads * splits // (2 * gpu.processors))
         instructions = turns * (PROLOGUE + BLOCK_INSTRUCTIONS * rounds) + MERGE
         latency = instructions * CYCLES_AN_INSTRUCTION / gpu.clock_hz
-        values = 2 * (context + 1) * llm.num_kv_heads * llm.head_dim
+        values = 2 * sequences * (context + 1) * llm.num_kv_heads * llm.head_dim
         stream = values * self.cache_bits / 8 / gpu.bandwidth * STREAM_OVERHEAD
         seconds = max(latency, stream) + self._boundary
         if not self.mode.merge_attention:

@@ -126,6 +126,8 @@ def cache_item(llm: LlmConfig, limits: Limits, storage: Storage, dtype: str) -> 
     if dtype != FP16:
         bits = BITS[dtype] + storage.scale_bits / llm.head_dim
     name = f"{MemoryRow.KV_CACHE.value} of {limits.max_seq_len} tokens"
+    if limits.max_batch_size > 1:
+        name += f" for each of {limits.max_batch_size} sequences"
     return MemoryItem.of(name, count, bits)
 
 

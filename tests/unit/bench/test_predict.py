@@ -53,6 +53,15 @@ def _tiles_of_the_review(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict, "issued_rounds", lambda tile, blocks: 1.0)
 
 
+def test_eight_sequences_share_what_the_products_cost() -> None:
+    for model in MODELS.values():
+        step = step_model(preset(model, "int4").llm, "h200")
+        alone, together = (step.layer_seconds(544, sequences) for sequences in (1, 8))
+        assert {name for name in PARTS if together[name] != alone[name]} == {"attention"}
+        assert alone["attention"] < together["attention"] < 8 * alone["attention"]
+        assert 4 < 8 * step.seconds(544) / step.seconds(544, 8) < 8
+
+
 @pytest.mark.usefixtures("_tiles_of_the_review")
 @pytest.mark.parametrize("mode", REVIEW)
 def test_whole_steps_are_those_of_the_review(mode: str) -> None:

@@ -71,6 +71,8 @@ def free_memory_bytes(device: str) -> int:
     """Return the free bytes of the GPU, or of the computer for device cpu."""
     if device == "cpu":
         return available_memory_bytes()
+    # What torch keeps of an engine that was closed is free too.
+    torch.cuda.empty_cache()
     free: int = torch.cuda.mem_get_info()[0]
     return free
 

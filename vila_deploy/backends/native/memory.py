@@ -22,7 +22,7 @@ from vila_deploy.engine.memory import (
 )
 from vila_deploy.formats.base import TensorSpec
 from vila_deploy.formats.module_dtypes import FP16, is_tower_linear
-from vila_deploy.kernels.tile_config import WIDEST_GEMM
+from vila_deploy.kernels.tile_config import TOKENS, WIDEST_GEMM
 from vila_deploy.utils.estimates import MemoryItem, PlanStep
 
 # Tokens that go through the decoder at a time.
@@ -73,7 +73,10 @@ def _activations(config: VilaConfig, request: BuildRequest, precision: str) -> M
     count = tokens * (5 * llm.hidden_size + 3 * queries + 2 * keys + 5 * llm.intermediate_size)
     if precision == "int4" and tokens > WIDEST_GEMM:
         count += 2 * llm.intermediate_size * llm.hidden_size
-    tower = tower_activations(config) + llm.vocab_size
+    # Logits in float32, of each number of rows that a step may have.
+    logits = 2 * llm.vocab_size * sum(row_counts(request.limits.max_batch_size))
+    count += logits
+    tower = tower_activations(config) + logits
     if request.module_precision.vision != FP16:
         tower += max(
             math.prod(tensor.shape)
@@ -81,6 +84,14 @@ def _activations(config: VilaConfig, request: BuildRequest, precision: str) -> M
             if is_tower_linear(tensor.name, tensor.shape)
         )
     return activation_item(max(count, tower), STORAGE)
+
+
+def row_counts(slots: int) -> list[int]:
+    """Return the numbers of rows that steps over up to `slots` sequences have."""
+    counts = [1]
+    while counts[-1] < min(slots, TOKENS):
+        counts.append(2 * counts[-1])
+    return counts
 
 
 def _offload(

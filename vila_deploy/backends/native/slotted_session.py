@@ -12,7 +12,7 @@ import torch
 from vila_deploy.backends.native.compile_ahead import KernelSet
 from vila_deploy.backends.native.decode_step import StepConfig
 from vila_deploy.backends.native.loading import load_weights
-from vila_deploy.backends.native.memory import PREFILL_TOKENS
+from vila_deploy.backends.native.memory import PREFILL_TOKENS, row_counts
 from vila_deploy.backends.native.prefill import prefill
 from vila_deploy.backends.native.rows_step import RowsStep
 from vila_deploy.backends.native.session import (
@@ -315,14 +315,6 @@ class SlottedSession(PromptInputs):
             if not np.isfinite(row.max()):
                 raise not_numbers(end)
         return logits
-
-
-def row_counts(slots: int) -> list[int]:
-    """Return the numbers of rows that steps over up to `slots` sequences have."""
-    counts = [1]
-    while counts[-1] < min(slots, TOKENS):
-        counts.append(2 * counts[-1])
-    return counts
 
 
 def _groups(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ MAX_SEQ_LEN = 24
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     root = tmp_path_factory.mktemp("slotted")
-    checkpoint = open_checkpoint(make_checkpoint(root / "c", kv_heads=2, layers=1))
+    checkpoint = open_checkpoint(make_checkpoint(root / "c", heads=2, kv_heads=1, layers=1))
     with pytest.MonkeyPatch.context() as patch:
         return root / "engine", built(root / "engine", checkpoint, patch, MAX_SEQ_LEN)
 
@@ -53,10 +54,10 @@ def alone(lone: NativeSession, prompt: list[int], steps: int) -> tuple[list[int]
     return [int(row.argmax()) for row in rows], np.stack(rows)
 
 
+@pytest.mark.skipif(not os.environ.get("SLOTS_CONTRACT"), reason="long; a part of make test-ptx")
 def test_it_keeps_the_contract(engine: Engine) -> None:
     session = open_session(*engine, slots=2)
-    reference = ReferenceSession(open_checkpoint(engine[0].parent / "c"))
-    check_session(session, reference, TOLERANCE)
+    check_session(session, ReferenceSession(open_checkpoint(engine[0].parent / "c")), TOLERANCE)
     session.close()
 
 
@@ -65,7 +66,7 @@ def test_two_answer_as_each_would_alone_and_a_third_takes_the_place_of_one(
 ) -> None:
     session = SlottedSession(*engine, 2)
     first, second, third = prompts(3)
-    expected, logits = alone(lone, first, 3)
+    expected, logits = alone(lone, first, 2)
     for slot, prompt in ((1, second), (0, first)):
         session.prefill(slot, session.embed_tokens(prompt))
     found = [session.first_token(0, SamplingParams())]
@@ -73,14 +74,11 @@ def test_two_answer_as_each_would_alone_and_a_third_takes_the_place_of_one(
     np.testing.assert_array_equal(rows, logits[1:2])
     found.append(tokens[1])
     session.keep(1, 0)
-    again = [int(session.prefill(1, session.embed_tokens(third)).argmax())]
-    for _ in range(2):
-        rows = session.decode([0, 1], [found[-1], again[-1]])
-        found.append(int(rows[0].argmax()))
-        again.append(int(rows[1].argmax()))
-    assert found == expected
+    prefilled = session.prefill(1, session.embed_tokens(third))
+    rows = session.decode([0, 1], [found[-1], int(prefilled.argmax())])
+    assert [*found, int(rows[0].argmax())] == expected
     np.testing.assert_array_equal(rows[0], logits[-1])
-    assert again == alone(lone, third, 2)[0]
+    np.testing.assert_array_equal(np.stack([prefilled, rows[1]]), alone(lone, third, 1)[1])
 
 
 def test_what_does_not_fit_is_refused_in_one_line(
