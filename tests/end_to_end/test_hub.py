@@ -19,6 +19,7 @@ from tests.support.commands import BIN, assert_one_line, invoke, succeed
 from tests.support.hub import Hub, serve_hub, use_hub
 from tests.support.paths import TINY_VILA
 from tests.support.released_configs import RELEASED, write_configs
+from tests.support.serving import wait_until
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.config import load_config
@@ -132,13 +133,18 @@ def test_a_killed_download_goes_on(hub: Hub, tmp_path: Path) -> None:
     served = make_checkpoint(tmp_path / "served", vocab=8192, hidden=512)
     hub.repositories["Lab/Large"] = served
     size = sum(file.stat().st_size for file in served.rglob("*.safetensors"))
-    hub.pause = 0.01
+    hub.pause = 0.02
     fetch = "from vila_deploy.checkpoint.hub import *; fetch_checkpoint('Lab/Large')"
     process = start(hub, sys.executable, "-c", fetch)
-    wait_for_weights(hub, size // 3)
+
+    def begun() -> list[Path]:
+        return list(Path("hf").rglob("*.incomplete"))
+
+    # What has been sent may not have come yet: what counts lies on the disk.
+    wait_until(lambda: process.poll() is not None or sum(map(_size, begun())) > size // 5)
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
-    kept = sum(file.stat().st_size for file in Path("hf").rglob("*.incomplete"))
+    kept = sum(map(_size, begun()))
     assert kept > size // 5
     hub.forget()
     hub.pause = 0.0
@@ -146,6 +152,10 @@ def test_a_killed_download_goes_on(hub: Hub, tmp_path: Path) -> None:
     assert hub.sent_weights() <= size - kept + 3 * header_copy.FIRST_BYTES
     assert not list(Path("hf").rglob("*.incomplete"))
     assert open_checkpoint(root).fingerprint() == open_checkpoint(served).fingerprint()
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def test_ctrl_c_says_that_what_was_fetched_is_kept(hub: Hub) -> None:
