@@ -136,6 +136,10 @@ def test_what_is_drawn_depends_on_its_own_seed_alone(sessions: Sessions) -> None
     answers[0] = [sessions.begin(0, third, DRAWN)]
     sessions.go_on(answers, 2)
     assert (answers[6], answers[1], answers[0]) == (*expected[:2], expected[2][:3])
+    # Beside one that is drawn, the next prompt in a slot is greedy again.
+    sessions.several.prefill(6, sessions.several.embed_tokens(second))
+    chosen, (logits,) = sessions.several.next_tokens([0, 6], [answers[0][-1], 7], logits_of=[1])
+    assert chosen[1] == int(logits.argmax())
 
 
 def test_a_copied_slot_goes_on_like_its_source(sessions: Sessions) -> None:

@@ -168,6 +168,35 @@ def test_tokens_chosen_on_the_device_are_those_of_the_host(
     assert session.position == int(session._cache.position)
 
 
+def test_eight_sequences_answer_as_each_would_alone(pair: tuple[Any, Any]) -> None:
+    """One of them drawn; and one in a slot that another had before."""
+    from vila_deploy.backends.native.slotted_session import SlottedSession
+    from vila_deploy.engine.precision import ALL_FP16
+    from vila_deploy.engine.sampling import SamplingParams
+
+    lone = pair[0]
+    parts = lone._config, lone._llm, lone._vision, ALL_FP16
+    several = SlottedSession.of_parts(*parts, slots=8)
+    greedy = SamplingParams(NEW_TOKENS)
+    asked = [greedy] * 7 + [SamplingParams(NEW_TOKENS, temperature=1.0, top_p=0.9, seed=1)]
+    prompts, expected = [[*PROMPT, *range(40, 40 + 3 * n)] for n in range(8)], []
+    for tokens, sampling in zip(prompts, asked, strict=True):
+        lone.truncate(0)
+        lone.prefill(lone.embed_tokens(tokens))
+        expected.append(list(lone.stream((), sampling)))
+    several.prefill(3, several.embed_tokens(prompts[7]))
+    several.keep(3, 0)
+    answers = []
+    for slot, (tokens, sampling) in enumerate(zip(prompts, asked, strict=True)):
+        several.prefill(slot, several.embed_tokens(tokens))
+        answers.append([several.first_token(slot, sampling)])
+    for _ in range(NEW_TOKENS - 1):
+        chosen, _ = several.next_tokens(range(8), [answer[-1] for answer in answers])
+        for answer, token in zip(answers, chosen, strict=True):
+            answer.append(token)
+    assert answers == expected
+
+
 def after_a_step(session: Any, mode: Any, *, fused_warps: bool = False) -> list[torch.Tensor]:
     """What steps leave behind 20 tokens of noise: once launch by launch, then twice as a graph.
 

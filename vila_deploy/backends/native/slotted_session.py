@@ -148,6 +148,7 @@ class SlottedSession(PromptInputs):
         check_slots(self, [source, target])
         check_keep(self, source, tokens)
         self._change(target)
+        self._choose_greedily(target)
         self._caches.copy(source, target, tokens)
         self._lengths[target] = tokens
 
@@ -156,7 +157,7 @@ class SlottedSession(PromptInputs):
     ) -> Floats:
         check_room(self.length(slot), len(embeds), self.max_seq_len)
         self._change(slot)
-        self._samples[slot] = False
+        self._choose_greedily(slot)
         if all_logits:
             return np.stack([self._append(slot, embed[None]) for embed in embeds])
         return self._append(slot, embeds, more)
@@ -307,6 +308,12 @@ class SlottedSession(PromptInputs):
             self._ahead = None
         if slot == self._prompted:
             self._prompted = -1
+
+    def _choose_greedily(self, slot: int) -> None:
+        """Forget how the tokens of what was in `slot` before are chosen."""
+        if self._samples[slot]:
+            self._samples[slot] = False
+            self._caches.settings[slot].zero_()
 
     def _checked(self, step: RowsStep, rows: Sequence[int], ends: Sequence[int]) -> Floats:
         """Return the logits of `rows`; `ends` says behind how many tokens each is."""
