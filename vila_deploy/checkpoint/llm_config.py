@@ -81,7 +81,7 @@ def load_llm_config(fields: Fields, generation: Fields) -> LlmConfig:
     if not isinstance(name, str) or name not in LLM_FAMILIES:
         raise fields.error(
             "architectures",
-            f"unknown LLM family {short(name)}",
+            f"unknown LLM family {short(architectures if name is None else name)}",
             f"this version supports {', '.join(sorted(LLM_FAMILIES))}",
         )
     family = LLM_FAMILIES[name]

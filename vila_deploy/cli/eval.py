@@ -162,7 +162,7 @@ def _judge(
     if report["failed"]:
         again = "mend it and repeat with --resume" if evaluation.out else "mend it and repeat"
         first = report["failed"][0]
-        fail(f"{len(report['failed'])} questions could not be asked: {first}; {again}")
+        fail(f"questions that could not be asked: {len(report['failed'])}, one: {first}; {again}")
     score = report["task"] and report["task"]["score"]["value"]
     if min_score is not None and not score >= min_score:
         fail(f"{evaluation.model}: scores {score:.2f}, below --min-score {min_score:g}")

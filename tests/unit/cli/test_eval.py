@@ -99,7 +99,7 @@ def test_a_question_that_fails_is_asked_again(engine: Path, tmp_path: Path) -> N
     write_lines(tmp_path / "questions.jsonl", rows)
     out = tmp_path / "out.jsonl"
     failed = invoke("vila-eval", engine, "--data", tmp_path, "-o", out)
-    assert "1 questions could not be asked" in assert_one_line(failed)
+    assert "questions that could not be asked: 1, one: " in assert_one_line(failed)
     assert "is not an image" in failed.stderr
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     succeed("vila-eval", engine, "--data", tmp_path, "-o", out, "--resume")
