@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from typing import Any
 
 import torch
 from cpu_choices import final_states
+from gguf import GGUFReader
 from safetensors.torch import load_file
 from smollm2 import (
     BLOCK,
@@ -52,7 +52,6 @@ from vila_deploy.checkpoint.gguf_layout import ENDS, hyperparameters, tensor_spe
 from vila_deploy.checkpoint.gguf_reader import gguf_files
 from vila_deploy.checkpoint.llm_config import EMBEDDING
 from vila_deploy.eval.metrics import TokenMetrics, compare_logits
-from vila_deploy.formats.gguf_file import read_header
 from vila_deploy.onnx_export.dialects.onnxruntime import INT8_TERMS, OnnxRuntimeDialect
 from vila_deploy.onnx_export.graph_writer import WeightFile
 from vila_deploy.onnx_export.llm import store_llm
@@ -147,15 +146,14 @@ class Ours:
 
 def stored(file: Path) -> dict[str, Any]:
     """Return how a file stores its weights: types and bits a weight."""
-    tensors = read_header(file).tensors
-    matrices = {name: t for name, t in tensors.items() if len(t.shape) == 2}
-    tables = {name: t for name, t in matrices.items() if not name.startswith("blk.")}
-    linears = [t for name, t in matrices.items() if name not in tables]
-    bits = 8 * sum(t.bytes for t in linears) / sum(math.prod(t.shape) for t in linears)
+    matrices = [tensor for tensor in GGUFReader(file).tensors if len(tensor.shape) == 2]
+    linears = [tensor for tensor in matrices if tensor.name.startswith("blk.")]
+    (table,) = (tensor for tensor in matrices if tensor.name == ENDS[EMBEDDING])
+    bits = 8 * sum(int(t.n_bytes) for t in linears) / sum(int(t.n_elements) for t in linears)
     return {
-        "linear_types": dict(Counter(t.dtype for t in linears).most_common()),
+        "linear_types": dict(Counter(t.tensor_type.name for t in linears).most_common()),
         "linear_bits": round(bits, 3),
-        "table_type": tables[ENDS[EMBEDDING]].dtype,
+        "table_type": table.tensor_type.name,
         "file_bytes": file.stat().st_size,
     }
 

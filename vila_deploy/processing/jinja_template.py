@@ -87,5 +87,15 @@ def ollama_template(template: PromptTemplate, bos: str = "") -> str:
     return (
         f"{{{{ if .System }}}}{before}{{{{ .System }}}}{after}{{{{ end }}}}"
         f"{template.user}{{{{ .Prompt }}}}{template.assistant}"
-        f"{{{{ .Response }}}}{template.end_of_answer}"
+        f"{_ollama_answer(template.before_answer)}{template.end_of_answer}"
     )
+
+
+def _ollama_answer(before: str) -> str:
+    """Return what writes an answer; Ollama ends a prompt where the answer is first mentioned."""
+    if not before:
+        return "{{ .Response }}"
+    assert len(before) == 1, "the template compares one letter"
+    # Ollama returns a first answer with the space that its first token has, other clients trim it.
+    missing = f'{{{{ if ne (slice .Response 0 1) "{before}" }}}}{before}{{{{ end }}}}'
+    return f"{{{{ if .Response }}}}{missing}{{{{ .Response }}}}{{{{ end }}}}"

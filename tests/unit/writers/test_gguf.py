@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from vila_deploy.checkpoint.checksums import CHECKSUM_FILE
 from vila_deploy.checkpoint.config import load_config
 from vila_deploy.checkpoint.gguf_reader import gguf_files
 from vila_deploy.formats.base import QuantizedLinear
-from vila_deploy.processing.chat_template import PROMPT_TEMPLATES
+from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, render
 from vila_deploy.processing.jinja_template import jinja_template, ollama_template
 from vila_deploy.processing.own_template import recognize
 from vila_deploy.utils.errors import VilaDeployError
@@ -191,7 +192,37 @@ def test_tokenizers_that_llama_cpp_lacks_are_refused(tmp_path: Path) -> None:
 def test_templates_write_the_same_conversation(name: str, tmp_path: Path) -> None:
     template = PROMPT_TEMPLATES[name]
     assert name in recognize(jinja_template(template), tmp_path)
-    assert template.user + "{{ .Prompt }}" in ollama_template(template)
+
+
+@pytest.mark.parametrize("trimmed", [True, False])
+@pytest.mark.parametrize("name", PROMPT_TEMPLATES)
+def test_ollama_renders_what_we_render(name: str, trimmed: bool) -> None:
+    """Turn by turn, the last up to where the answer is mentioned, as Ollama's template.go does."""
+    template = PROMPT_TEMPLATES[name]
+    written = ollama_template(template)
+    answer = "A cat." if trimmed else f"{template.before_answer}A cat."
+    first = {"System": "Be brief.", "Prompt": "What is it?", "Response": answer}
+    last = {"System": "", "Prompt": "Sure?", "Response": ""}
+    begun = written[: written.index("{{", written.index("{{ .Prompt }}") + 1)]
+    expected = render(template, [("What is it?", "A cat.")], "Sure?", "Be brief.")
+    assert rendered_by_go(written, first) + rendered_by_go(begun, last) == expected
+
+
+def rendered_by_go(text: str, values: dict[str, str]) -> str:
+    """The output of the few actions of Go's templates that a Modelfile of ours has."""
+    out, shown = "", [True]
+    for literal, action in re.findall(r"([^{]*)(?:\{\{ (.+?) \}\})?", text):
+        out += literal if all(shown) else ""
+        if condition := re.fullmatch(r"if \.(\w+)", action):
+            shown.append(bool(values[condition[1]]))
+        elif condition := re.fullmatch(r'if ne \(slice \.(\w+) 0 1\) "(.)"', action):
+            shown.append(values[condition[1]][:1] != condition[2])
+        elif action == "end":
+            shown.pop()
+        elif action:
+            out += values[action.removeprefix(".")] if all(shown) else ""
+    assert shown == [True]
+    return out
 
 
 def test_damaged_files_end_in_one_line(tmp_path: Path) -> None:
