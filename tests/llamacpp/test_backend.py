@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.comparison import greedy_tokens_of_both, noise
+from tests.support.comparison import Prompt, greedy_tokens_of_both, noise
 from tests.support.paths import TINY_VILA
 from tests.support.session_contract import check_session
 from tests.support.tiny import make_checkpoint
@@ -20,6 +20,7 @@ from vila_deploy.builder import build_engine
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.engine.session import CopiesSlots, EncodesTiles
 from vila_deploy.model.vila import ReferenceSession
+from vila_deploy.processing.video import VideoFrames
 from vila_deploy.quantize import quantize_checkpoint
 from vila_deploy.runtime.open_engine import open_engine
 
@@ -73,6 +74,29 @@ def test_images_in_several_scales_and_tiles(images: str, tmp_path: Path) -> None
     root = make_checkpoint(tmp_path / "c", quantized=True, **IMAGES[images])
     folder = engine(root, tmp_path / "e", max_seq_len=512)
     prompts = [([noise(1)], "What is this?"), ([noise(2), noise(3)], "And these?")]
+    for expected, found in greedy_tokens_of_both(root, folder, prompts, tie=MARGIN):
+        assert expected == found
+
+
+VIDEOS: dict[str, dict[str, Any]] = {
+    "frames": {},
+    "frames averaged in fours": {
+        "root_config": {
+            "model_type": "vila", "num_video_frames": 8, "prompt_template": "vicuna_v1",
+            "video_encoder": {
+                "_target_": "llava.model.encoders.TSPVideoEncoder", "pool_sizes": [[4, 1, 1]],
+            },
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("video", VIDEOS)
+def test_frames_of_a_video(video: str, tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "c", quantized=True, **VIDEOS[video])
+    folder = engine(root, tmp_path / "e", max_seq_len=512)
+    frames = VideoFrames([noise(number) for number in range(8)])
+    prompts: list[Prompt] = [([frames], "What happens?"), ([noise(9), frames], "Is it in both?")]
     for expected, found in greedy_tokens_of_both(root, folder, prompts, tie=MARGIN):
         assert expected == found
 

@@ -18,10 +18,10 @@ from vila_deploy.processing.multimodal_prompt import merge_embeddings, text_chun
 from vila_deploy.runtime.conversation import encode_images
 from vila_deploy.runtime.generate import generate
 from vila_deploy.runtime.open_engine import open_engine
-from vila_deploy.runtime.prompt import place_images
+from vila_deploy.runtime.prompt import Media, place_images
 from vila_deploy.utils.arrays import Floats
 
-Prompt = tuple[list[Image.Image], str]
+Prompt = tuple[Sequence[Media], str]
 NEW_TOKENS = 64
 SAMPLING = SamplingParams(NEW_TOKENS)
 # Share of the standard deviation of a token's logits. Seen so far: logits 0.0005 apart, for one
