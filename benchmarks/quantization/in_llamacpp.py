@@ -167,7 +167,11 @@ def rows(args: argparse.Namespace, candidate: Path) -> Iterator[dict[str, Any]]:
     for text in TEXTS:
         blocks = tokens[text][: args.blocks]
         exact = teacher[text][: blocks.numel()], teacher_head
-        row = {"candidate": candidate.name, "text": text, "tokens": blocks.numel()} | stored(file)
+        row = {
+            "candidate": "/".join(candidate.parts[-2:]),
+            "text": text,
+            "tokens": blocks.numel(),
+        } | stored(file)
         if ours is None:
             (loss,) = losses(file, args.threads, [exact], blocks)
             yield row | asdict(loss)
@@ -179,7 +183,7 @@ def rows(args: argparse.Namespace, candidate: Path) -> Iterator[dict[str, Any]]:
         row["float32"] = asdict(compare(*own, *exact, blocks))
         row["cpu_engine"] = asdict(compare(*engine, *own, blocks))
         with tempfile.TemporaryDirectory() as name:
-            for kind in OTHER_TYPES:
+            for kind in OTHER_TYPES if args.other_types else ():
                 written = ours.write(Path(name), kind)
                 row[f"{kind}_from_float32"] = asdict(
                     losses(written, args.threads, [own], blocks)[0]
@@ -215,6 +219,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("scratch", type=Path)
     parser.add_argument("candidates", type=Path, nargs="+", help="GGUF files or folders")
     parser.add_argument("--blocks", type=int, default=16, help="of 512 tokens, of each text")
+    parser.add_argument(
+        "--other-types", action="store_true", help="a folder's values in F32 and Q5_0 too"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, help="append the rows to this file")
     return parser.parse_args()

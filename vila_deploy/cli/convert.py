@@ -11,12 +11,14 @@ from vila_deploy.cli.formats import FormatNames
 from vila_deploy.formats.registry import FORMATS
 
 REPOSITORY = "triton-repository"
+# Refused with a reason, which depends on the model.
+MMPROJ = "mmproj"
 
 
 @command("vila-convert")
 @click.argument("checkpoint", type=FilePath())
 @click.option(
-    "--to", "formats", type=FormatNames(REPOSITORY), required=True,
+    "--to", "formats", type=FormatNames(REPOSITORY, hidden=(MMPROJ,)), required=True,
     help=f"Format to write: {', '.join(FORMATS)}; several come into OUT/NAME/. Or {REPOSITORY}: "
     "a model repository for Triton Inference Server around an engine.",
 )  # fmt: skip
@@ -52,6 +54,11 @@ def main(checkpoint: Path, formats: tuple[str, ...], out: Path, as_json: bool) -
                 f"{out}: tritonserver --model-repository {out} --disable-auto-complete-config"
             )
         return
+    if MMPROJ in formats:
+        from vila_deploy.checkpoint.config import load_config
+        from vila_deploy.writers.mmproj import refuse_mmproj
+
+        refuse_mmproj(load_config(checkpoint))
     from vila_deploy.writers.convert import convert
 
     convert(checkpoint, out, formats)

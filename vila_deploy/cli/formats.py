@@ -12,9 +12,9 @@ class FormatNames(click.ParamType):
 
     name = "formats"
 
-    def __init__(self, *others: str):
-        """`others` are names that are accepted too."""
-        self._others = others
+    def __init__(self, *others: str, hidden: tuple[str, ...] = ()):
+        """`others` and `hidden` are names that are accepted too; messages list no hidden ones."""
+        self._others, self._hidden = others, hidden
 
     def convert(
         self,
@@ -26,7 +26,7 @@ class FormatNames(click.ParamType):
             return value
         names = tuple(dict.fromkeys(value.split(",")))
         for name in names:
-            if name not in FORMATS and name not in self._others:
+            if name not in (*FORMATS, *self._others, *self._hidden):
                 known = ", ".join((*FORMATS, *self._others))
                 self.fail(f"{name!r} is not one of {known}", param, ctx)
         return names
