@@ -77,7 +77,7 @@ def llama_rows(
     figures: dict[str, Any] = {}
     build = None
     for test in tests:
-        for row in _run(bench, [*common, *test]):
+        for row in run_tool(bench, [*common, *test]):
             if row["n_gen"]:
                 figures[f"decode_{row['n_depth']}_ms"] = row["avg_ns"] / 1e6 / row["n_gen"]
             else:
@@ -93,7 +93,7 @@ def llama_rows(
     }
 
 
-def _run(bench: Path, arguments: Iterable[object]) -> Iterable[dict[str, Any]]:
+def run_tool(bench: Path, arguments: Iterable[object]) -> Iterable[dict[str, Any]]:
     folder = str(bench.parent)
     libraries = ":".join(filter(None, [folder, os.environ.get("LD_LIBRARY_PATH")]))
     done = subprocess.run(
@@ -105,4 +105,4 @@ def _run(bench: Path, arguments: Iterable[object]) -> Iterable[dict[str, Any]]:
     )
     if done.returncode:
         raise Unavailable(f"{BENCH} ends with {done.returncode}: {last_line(done.stderr)}")
-    return map(json.loads, done.stdout.splitlines())
+    return map(json.loads, filter(str.strip, done.stdout.splitlines()))

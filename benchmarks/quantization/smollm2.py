@@ -217,7 +217,8 @@ def read_weights(candidate: Path) -> dict[str, Tensor]:
 
     llm = open_checkpoint(candidate).llm
     weights = {name: llm.tensor(name) for name in llm.names() if name.endswith("norm.weight")}
-    prefixes = ["model.embed_tokens", *(["lm_head"] if "lm_head.weight" in llm.names() else [])]
+    weights["model.embed_tokens.weight"] = llm.tensor("model.embed_tokens.weight")
+    prefixes = ["lm_head"] if "lm_head.weight" in llm.names() else []
     layers = {name.split(".")[2] for name in llm.names() if name.startswith("model.layers.")}
     prefixes += [f"model.layers.{i}.{linear}" for i in sorted(layers) for linear in LINEARS]
     for prefix in prefixes:
