@@ -52,6 +52,7 @@ from vila_deploy.checkpoint.gguf_layout import ENDS, hyperparameters, tensor_spe
 from vila_deploy.checkpoint.gguf_reader import gguf_files
 from vila_deploy.checkpoint.llm_config import EMBEDDING
 from vila_deploy.eval.metrics import TokenMetrics, compare_logits
+from vila_deploy.formats.registry import FORMATS
 from vila_deploy.onnx_export.dialects.onnxruntime import INT8_TERMS, OnnxRuntimeDialect
 from vila_deploy.onnx_export.graph_writer import WeightFile
 from vila_deploy.onnx_export.llm import store_llm
@@ -158,6 +159,13 @@ def stored(file: Path) -> dict[str, Any]:
     }
 
 
+def name_of(candidate: Path) -> str:
+    """Return what rows call a candidate: its file's name, or its folder's without the format."""
+    if candidate.is_file():
+        return candidate.stem
+    return (candidate.parent if candidate.name in FORMATS else candidate).name
+
+
 def rows(args: argparse.Namespace, candidate: Path) -> Iterator[dict[str, Any]]:
     """Yield a row for each text."""
     ours = Ours(args.scratch, candidate) if candidate.is_dir() else None
@@ -168,7 +176,7 @@ def rows(args: argparse.Namespace, candidate: Path) -> Iterator[dict[str, Any]]:
         blocks = tokens[text][: args.blocks]
         exact = teacher[text][: blocks.numel()], teacher_head
         row = {
-            "candidate": "/".join(candidate.parts[-2:]),
+            "candidate": name_of(candidate),
             "text": text,
             "tokens": blocks.numel(),
         } | stored(file)

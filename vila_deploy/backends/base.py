@@ -32,10 +32,6 @@ class Backend(ABC):
     device: ClassVar[str] = "GPU"
     max_batch_size: ClassVar[int] = 1
     takes_several_gpus: ClassVar[bool] = False
-    takes_jetpack: ClassVar[bool] = False
-    takes_kernel_launch: ClassVar[bool] = False
-    takes_activations: ClassVar[bool] = False
-    takes_gpu_layers: ClassVar[bool] = False
     # Whether modules that don't fit on the GPU stay in its host's memory.
     offloads: ClassVar[bool] = False
     # Whether an engine may be opened while its large files of numbers are still being checked.
@@ -47,23 +43,6 @@ class Backend(ABC):
 
     def check(self, config: VilaConfig, request: BuildRequest) -> None:
         """Raise VilaDeployError for what can't be built, whatever is installed; before any work."""
-        if request.jetpack is not None and not self.takes_jetpack:
-            raise VilaDeployError(
-                f"--jetpack is for backend tensorrt, not for {self.name}", fix="leave it out"
-            )
-        if request.kernel_launch is not None and not self.takes_kernel_launch:
-            raise VilaDeployError(
-                f"--kernel-launch is for backend native, not for {self.name}", fix="leave it out"
-            )
-        if request.activations is not None and not self.takes_activations:
-            raise VilaDeployError(
-                f"--activations is for backend onnxruntime, not for {self.name}",
-                fix="leave it out",
-            )
-        if request.gpu_layers is not None and not self.takes_gpu_layers:
-            raise VilaDeployError(
-                f"--gpu-layers is for backend llamacpp, not for {self.name}", fix="leave it out"
-            )
         batch = request.limits.max_batch_size
         if batch > self.max_batch_size:
             raise VilaDeployError(
@@ -114,7 +93,7 @@ class Backend(ABC):
         return DefaultChoice(FP16)
 
     def default_activations(self) -> DefaultChoice:
-        """Return a name in ACTIVATIONS for 4-bit linears, if it `takes_activations`."""
+        """Return a name in ACTIVATIONS for 4-bit linears, if it takes that option."""
         raise NotImplementedError(f"backend {self.name} has no choice of activations")
 
     def supports(self, target: Target, module: str, dtype: str) -> bool:

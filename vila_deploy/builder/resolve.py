@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from vila_deploy.backends.base import Backend
-from vila_deploy.backends.registry import ALIASES, get_backend
+from vila_deploy.backends.registry import ALIASES, BACKENDS, check_options, get_backend
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import VilaConfig, config_of
 from vila_deploy.checkpoint.folder_layout import find_layout
@@ -204,6 +204,7 @@ def check_module_precision(target: Target, backend: Backend, asked: ModulePrecis
 
 def _resolve(build: ResolvedBuild) -> ResolvedBuild:
     check_module_precision(build.target, build.backend, build.request.module_precision)
+    check_options(build.backend.name, build.request)
     build.backend.check(build.config, build.request)
     for note in build.backend.notes(build.request):
         print(f"note: {note}", file=sys.stderr)
@@ -220,10 +221,11 @@ def _request(
     for module in (name for name, dtype in modules.to_json().items() if dtype == AUTO):
         defaults[module] = backend.default_dtype(module, config, precision)
         modules = replace(modules, **{module: defaults[module].value})
-    if activations is None and backend.takes_activations and precision != FP16:
+    takes_activations = "activations" in BACKENDS[backend.name].options
+    if activations is None and takes_activations and precision != FP16:
         defaults["activations"] = backend.default_activations()
         activations = defaults["activations"].value
-    elif activations is not None and backend.takes_activations and precision == FP16:
+    elif activations is not None and takes_activations and precision == FP16:
         raise VilaDeployError(
             "--activations is for 4-bit linears, this language model is fp16", fix="leave it out"
         )

@@ -13,7 +13,7 @@ import pytest
 from tests.support.commands import assert_one_line, invoke, succeed
 from tests.support.paths import REPOSITORY
 from tests.support.tiny import make_checkpoint
-from vila_deploy.backends.registry import BACKENDS
+from vila_deploy.backends.registry import BACKENDS, BackendRow
 from vila_deploy.cli import bench_worker
 from vila_deploy.engine import target as target_module
 from vila_deploy.engine.manifest import load_manifest
@@ -126,7 +126,7 @@ def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     (package / "__init__.py").write_text('"""A backend that has its answers ready."""\n')
     (package / "backend.py").write_text(SOURCE)
     monkeypatch.syspath_prepend(package.parent)
-    monkeypatch.setitem(BACKENDS, "made-up", "made_up_backend.backend:BACKEND")
+    monkeypatch.setitem(BACKENDS, "made-up", BackendRow("made_up_backend.backend:BACKEND"))
     cpu = target_module.get_target("cpu")
     board = replace(cpu, name="board", default_backend="made-up", backends={"made-up": "paper"})
     targets = {"board": board, "cpu": cpu}

@@ -27,7 +27,6 @@ class LlamaCppBackend(Backend):
 
     name, device = "llamacpp", "GPU or processor"
     offloads = True
-    takes_gpu_layers = True
 
     def check_model(self, config: VilaConfig, request: BuildRequest) -> None:
         llm = config.llm

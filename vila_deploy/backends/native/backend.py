@@ -32,7 +32,6 @@ class NativeBackend(Backend):
     # Slots of a session; a decoding step takes 8 sequences at a time.
     max_batch_size = 64
     offloads = True
-    takes_kernel_launch = True
 
     def check_model(self, config: VilaConfig, request: BuildRequest) -> None:
         llm = config.llm

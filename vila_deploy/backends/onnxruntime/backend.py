@@ -45,7 +45,6 @@ class OnnxRuntimeBackend(Backend):
 
     name, device = "onnxruntime", "processor"
     cache_bits = 32
-    takes_activations = True
     opens_while_checking = True
 
     def check_model(self, config: VilaConfig, request: BuildRequest) -> None:

@@ -48,7 +48,6 @@ class TensorRtBackend(Backend):
 
     name = "tensorrt"
     max_batch_size = 64
-    takes_jetpack = True
 
     def title(self, target: Target) -> str:
         return self.name if target.tensorrt is None else target.tensorrt.package
