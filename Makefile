@@ -18,8 +18,10 @@ test: $(VENV)/.installed-dev $(VENV)/boards/.made  ## lint, types and all tests 
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --no-loadscope-reorder
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not slow' tests/emulator
 
-test-ptx: $(VENV)/.installed-dev  ## compiled kernels on an emulated GPU: four architectures, mutations, tiny-vila
-	OMP_NUM_THREADS=1 EMULATED=all $(BIN)/pytest -n 2 tests/emulator
+# With TRITON=3.6.0 they are compiled and launched by that version of Triton, out of a folder of its own.
+test-ptx: export PYTHONPATH := $(if $(TRITON),$(CURDIR)/.triton-$(TRITON))
+test-ptx: $(VENV)/.installed-dev $(if $(TRITON),.triton-$(TRITON)/.installed)  ## compiled kernels on an emulated GPU: four architectures, mutations, tiny-vila
+	OMP_NUM_THREADS=1 EMULATED=all $(BIN)/pytest -n 2 $(if $(TRITON),$(addprefix tests/emulator/,test_kernels.py test_decode_step.py),tests/emulator)
 	OMP_NUM_THREADS=1 EMULATED_RACES=0 $(BIN)/pytest -p tests.support.emulator.plugin -k same_tokens \
 	  tests/gpu/test_native_gpu.py
 	OMP_NUM_THREADS=1 SLOTS_CONTRACT=1 $(BIN)/pytest tests/unit/backends/native/test_slotted_session.py
@@ -67,7 +69,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(LMMS_VENV) $(VLLM_VENV) $(SGLANG_VENV) $(TRITON_VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LMMS_VENV) $(VLLM_VENV) $(SGLANG_VENV) $(TRITON_VENV) .triton-*.* .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vila-deploy needs Python 3.11 or newer; if it is there: make PYTHON=python3.12 …")'
@@ -105,6 +107,10 @@ $(SGLANG_VENV)/.installed: setup.py pyproject.toml tests/integrations/sglang/ins
 $(TRITON_VENV)/.installed: tests/integrations/triton/install.sh constraints.txt
 	tests/integrations/triton/install.sh $(TRITON_VENV) $(PYTHON)
 	grep -qs 'could not be installed' $(@D)/.skipped || touch $@
+
+.triton-%/.installed: | $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) triton==$*
+	touch $@
 
 $(VENV)/.installed-llamacpp: $(VENV)/.installed-dev
 	if $(PIP) -e '.[llamacpp]'; then touch $@; fi
