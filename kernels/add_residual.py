@@ -14,6 +14,7 @@ from torch import Tensor
 from vila_deploy.kernels.capability import ComputeCapability
 from vila_deploy.kernels.gemv import weight_arguments, weight_constants
 from vila_deploy.kernels.launch import Launch
+from vila_deploy.kernels.next_weights import NO_NEXT, NO_NEXT_CONSTANTS
 from vila_deploy.kernels.packed_dot import packed_dot
 from vila_deploy.kernels.packed_linear import PackedLinear, unpack
 from vila_deploy.kernels.pdl import wait_and_prefetch
@@ -24,10 +25,11 @@ from vila_deploy.kernels.tile_config import gemv_programs, gemv_tile
 def add_residual_kernel(
     x_ptr: tl.tensor, words_ptr: tl.tensor, scale_zero_ptr: tl.tensor, norm_ptr: tl.tensor,
     residual_ptr: tl.tensor, out_ptr: tl.tensor, squares_ptr: tl.tensor, tokens: tl.tensor,
-    columns: tl.tensor, rows: tl.tensor,
+    columns: tl.tensor, rows: tl.tensor, next_weights: tl.tuple,
     BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    EVEN_ROUNDS: tl.constexpr, PDL: tl.constexpr,
+    EVEN_ROUNDS: tl.constexpr, NEXT_TILES: tl.constexpr,
+    NEXT_LINES: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     tile = tl.program_id(0)
     if PDL:
@@ -36,8 +38,9 @@ def add_residual_kernel(
         )  # fmt: skip
     add_residual_rows(
         tile, x_ptr, words_ptr, scale_zero_ptr, norm_ptr, residual_ptr, out_ptr, squares_ptr,
-        tokens, columns, rows,
+        tokens, columns, rows, next_weights,
         BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES, EVEN_COLUMNS, EVEN_ROUNDS,
+        NEXT_TILES, NEXT_LINES,
     )  # fmt: skip
 
 
@@ -45,10 +48,11 @@ def add_residual_kernel(
 def add_residual_rows(
     tile: tl.tensor, x_ptr: tl.tensor, words_ptr: tl.tensor, scale_zero_ptr: tl.tensor,
     norm_ptr: tl.tensor, residual_ptr: tl.tensor, out_ptr: tl.tensor, squares_ptr: tl.tensor,
-    tokens: tl.tensor, columns: tl.tensor, rows: tl.tensor,
+    tokens: tl.tensor, columns: tl.tensor, rows: tl.tensor, next_weights: tl.tuple,
     BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    EVEN_ROUNDS: tl.constexpr,
+    EVEN_ROUNDS: tl.constexpr, NEXT_TILES: tl.constexpr,
+    NEXT_LINES: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write rows tile · ROWS and on of the residual, and their sum of squares."""
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]
@@ -58,8 +62,9 @@ def add_residual_rows(
     before = tl.load(residual_ptr + offset, mask=inside, other=0.0)
     weight = tl.load(norm_ptr + row, mask=row < rows, other=0.0)
     total = before + packed_dot(
-        x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns,
+        x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns, next_weights,
         BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES, EVEN_COLUMNS, EVEN_ROUNDS,
+        NEXT_TILES, NEXT_LINES,
     )  # fmt: skip
     tl.store(residual_ptr + offset, total, mask=inside)
     tl.store(out_ptr + offset, (total * weight).to(tl.float16), mask=inside)
@@ -91,10 +96,12 @@ def add_residual(
             "residual_ptr": residual,
             "out_ptr": out,
             "squares_ptr": squares,
+            **NO_NEXT,
         },
         {
             **weight_constants(weight, tile.rows, tile.split),
             "STAGES": tile.stages,
+            **NO_NEXT_CONSTANTS,
             "PDL": False,
         },
         tile.split,

@@ -17,6 +17,7 @@ from torch import Tensor
 from vila_deploy.kernels.cached_vectors import append_token, load_vectors, rotate
 from vila_deploy.kernels.capability import ComputeCapability
 from vila_deploy.kernels.launch import Launch, next_power_of_2
+from vila_deploy.kernels.next_weights import NO_NEXT, NO_NEXT_CONSTANTS, prefetch_next
 from vila_deploy.kernels.pdl import prefetch, wait
 from vila_deploy.kernels.tile_config import attention_block, device
 
@@ -32,10 +33,10 @@ def attention_split_kernel(
     value_scales_ptr: tl.tensor, position_ptr: tl.tensor, slot_ptr: tl.tensor, cos_ptr: tl.tensor,
     sin_ptr: tl.tensor, sums_ptr: tl.tensor, maxima_ptr: tl.tensor, weights_ptr: tl.tensor,
     heads: tl.tensor, kv_heads: tl.tensor, cache_len: tl.tensor, splits: tl.tensor,
-    scale: tl.tensor,
+    scale: tl.tensor, next_weights: tl.tuple,
     ROPE: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    SLOTS: tl.constexpr, PDL: tl.constexpr,
+    SLOTS: tl.constexpr, NEXT_TILES: tl.constexpr, NEXT_LINES: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if PDL:
@@ -44,6 +45,10 @@ def attention_split_kernel(
             cache_len, splits, DIM, BLOCK, SLOTS,
         )  # fmt: skip
         wait()
+    # Attention waits more than it reads: the memory has time for the product behind it.
+    program = (token * kv_heads + kv_head) * splits + split
+    programs = tl.num_programs(0) * kv_heads * splits
+    prefetch_next(next_weights, program, programs, NEXT_TILES, NEXT_LINES)
     if SLOTS and tl.load(slot_ptr + token) < 0:
         return
     newest, cache_row, of_row = locate(
@@ -177,10 +182,11 @@ def attention_kernel(
     sin_ptr: tl.tensor, sums_ptr: tl.tensor, maxima_ptr: tl.tensor, weights_ptr: tl.tensor,
     done_ptr: tl.tensor, out_ptr: tl.tensor,
     heads: tl.tensor, kv_heads: tl.tensor, cache_len: tl.tensor, splits: tl.tensor,
-    scale: tl.tensor,
+    scale: tl.tensor, next_weights: tl.tuple,
     ROPE: tl.constexpr, INT8: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    SPLITS: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, SLOTS: tl.constexpr, NEXT_TILES: tl.constexpr,
+    NEXT_LINES: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     """Attend to one split; the last program of a key head to finish merges them all."""
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -190,6 +196,10 @@ def attention_kernel(
             cache_len, splits, DIM, BLOCK, SLOTS,
         )  # fmt: skip
         wait()
+    # Attention waits more than it reads: the memory has time for the product behind it.
+    program = (token * kv_heads + kv_head) * splits + split
+    programs = tl.num_programs(0) * kv_heads * splits
+    prefetch_next(next_weights, program, programs, NEXT_TILES, NEXT_LINES)
     if SLOTS and tl.load(slot_ptr + token) < 0:
         return
     newest, cache_row, of_row = locate(
@@ -315,12 +325,13 @@ def _launches(
             "sums_ptr": scratch.sums, "maxima_ptr": scratch.maxima,
             "weights_ptr": scratch.weights, "heads": heads, "kv_heads": kv_heads,
             "cache_len": cache_len, "splits": scratch.splits, "scale": dim**-0.5 * LOG2_E,
+            **NO_NEXT,
         },
         {
             "ROPE": angles is not None, "INT8": scales is not None, "GROUP": heads // kv_heads,
             "DIM": dim, "DIM_BLOCK": block, "QUERIES": QUERIES,
             "BLOCK": attention_block(capability), "STAGES": device(capability).attention_stages,
-            "SLOTS": slot is not None, "PDL": False,
+            "SLOTS": slot is not None, **NO_NEXT_CONSTANTS, "PDL": False,
         },
         4,
     )  # fmt: skip

@@ -124,5 +124,6 @@ def programs(capability: ComputeCapability, arrivals: Tensor) -> int:
 def _arguments(function: Any, launch: Launch) -> tuple[Any, ...]:
     """Return the arguments of `function` behind the tile, by the names of the launch's kernel."""
     constants = {name: tl.constexpr(value) for name, value in launch.constants.items()}
-    values = launch.args | constants
+    # It prefetches by itself; and there are no tuples in tuples.
+    values = launch.args | constants | {"next_weights": 0}
     return tuple(values[name] for name in function.arg_names[1:])

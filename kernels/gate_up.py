@@ -25,10 +25,11 @@ from vila_deploy.kernels.tile_config import gate_up_tile
 def gate_up_kernel(
     x_ptr: tl.tensor, squares_ptr: tl.tensor, words_ptr: tl.tensor, scale_zero_ptr: tl.tensor,
     y_ptr: tl.tensor, tokens: tl.tensor, columns: tl.tensor, rows: tl.tensor, count: tl.tensor,
-    epsilon: tl.tensor, prescale: tl.tensor,
+    epsilon: tl.tensor, prescale: tl.tensor, next_weights: tl.tuple,
     COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr, EVEN_ROUNDS: tl.constexpr, PDL: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr, EVEN_ROUNDS: tl.constexpr, NEXT_TILES: tl.constexpr,
+    NEXT_LINES: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     tile = tl.program_id(0)
     if PDL:
@@ -37,8 +38,9 @@ def gate_up_kernel(
         )  # fmt: skip
     gate_up_rows(
         tile, x_ptr, squares_ptr, words_ptr, scale_zero_ptr, y_ptr, tokens, columns, rows, count,
-        epsilon, prescale,
+        epsilon, prescale, next_weights,
         COUNT, BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES, EVEN_COLUMNS, EVEN_ROUNDS,
+        NEXT_TILES, NEXT_LINES,
     )  # fmt: skip
 
 
@@ -47,15 +49,18 @@ def gate_up_rows(
     tile: tl.tensor, x_ptr: tl.tensor, squares_ptr: tl.tensor, words_ptr: tl.tensor,
     scale_zero_ptr: tl.tensor, y_ptr: tl.tensor, tokens: tl.tensor, columns: tl.tensor,
     rows: tl.tensor, count: tl.tensor, epsilon: tl.tensor, prescale: tl.tensor,
+    next_weights: tl.tuple,
     COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr, EVEN_ROUNDS: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr, EVEN_ROUNDS: tl.constexpr, NEXT_TILES: tl.constexpr,
+    NEXT_LINES: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write the channels of y that rows tile · ROWS and on of the weight give."""
     squares = load_squares(squares_ptr, count, tokens, COUNT, TOKENS)
     total = packed_dot(
-        x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns,
+        x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns, next_weights,
         BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES, EVEN_COLUMNS, EVEN_ROUNDS,
+        NEXT_TILES, NEXT_LINES,
     )  # fmt: skip
     total *= (inverse_rms(squares, columns, epsilon) * prescale)[None, :]
     # 16 channels of gate, then the same 16 of up, and so on.

@@ -24,8 +24,8 @@ def gemv_kernel(
 ) -> None:  # fmt: skip
     tile = tl.program_id(0)
     total = packed_dot(
-        x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns,
-        BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES, EVEN_COLUMNS, EVEN_ROUNDS,
+        x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns, (0,),
+        BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES, EVEN_COLUMNS, EVEN_ROUNDS, 0, 0,
     )  # fmt: skip
     row = tile * ROWS + tl.arange(0, ROWS)
     if HAS_BIAS:

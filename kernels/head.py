@@ -26,9 +26,11 @@ def head_kernel(
     x_ptr: tl.tensor, squares_ptr: tl.tensor, words_ptr: tl.tensor, scale_zero_ptr: tl.tensor,
     logits_ptr: tl.tensor, best_ptr: tl.tensor, index_ptr: tl.tensor, tokens: tl.tensor,
     columns: tl.tensor, rows: tl.tensor, count: tl.tensor, epsilon: tl.tensor, prescale: tl.tensor,
+    next_weights: tl.tuple,
     COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-    EVEN_COLUMNS: tl.constexpr, EVEN_ROUNDS: tl.constexpr, PDL: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr, EVEN_ROUNDS: tl.constexpr, NEXT_TILES: tl.constexpr,
+    NEXT_LINES: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     tile = tl.program_id(0)
     if PDL:
@@ -37,8 +39,9 @@ def head_kernel(
         )  # fmt: skip
     squares = load_squares(squares_ptr, count, tokens, COUNT, TOKENS)
     total = packed_dot(
-        x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns,
+        x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns, next_weights,
         BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES, EVEN_COLUMNS, EVEN_ROUNDS,
+        NEXT_TILES, NEXT_LINES,
     )  # fmt: skip
     total *= (inverse_rms(squares, columns, epsilon) * prescale)[None, :]
     row = tile * ROWS + tl.arange(0, ROWS)[:, None]

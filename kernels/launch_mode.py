@@ -21,11 +21,14 @@ class LaunchMode:
         pdl: programmatic dependent launch: a kernel begins while the one before it still runs.
         merge_attention: the last program of a key head merges the splits: one launch less.
         fuse_layers: everything between two layers' attention in one launch of persistent programs.
+        prefetch_next: a kernel asks for the weights of the next product while it ends, attention
+            while it runs.
     """
 
     pdl: bool = False
     merge_attention: bool = False
     fuse_layers: bool = False
+    prefetch_next: bool = False
 
     def check(self, capability: ComputeCapability) -> None:
         """Raise VilaDeployError where a GPU of this compute capability lacks what it takes."""
@@ -48,6 +51,8 @@ LAUNCH_MODES = {
     "merged-attention": LaunchMode(merge_attention=True),
     "pdl": LaunchMode(pdl=True),
     "pdl-merged-attention": LaunchMode(pdl=True, merge_attention=True),
+    "merged-attention-prefetch": LaunchMode(merge_attention=True, prefetch_next=True),
+    "pdl-merged-attention-prefetch": LaunchMode(pdl=True, merge_attention=True, prefetch_next=True),
     "fused": LaunchMode(fuse_layers=True),
     "fused-merged-attention": LaunchMode(fuse_layers=True, merge_attention=True),
 }

@@ -25,11 +25,12 @@ from vila_deploy.kernels.tile_config import gemv_tile
 def norm_qkv_kernel(
     x_ptr: tl.tensor, squares_ptr: tl.tensor, words_ptr: tl.tensor, scale_zero_ptr: tl.tensor,
     bias_ptr: tl.tensor, y_ptr: tl.tensor, tokens: tl.tensor, columns: tl.tensor, rows: tl.tensor,
-    count: tl.tensor, epsilon: tl.tensor, prescale: tl.tensor,
+    count: tl.tensor, epsilon: tl.tensor, prescale: tl.tensor, next_weights: tl.tuple,
     HAS_BIAS: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
     STAGES: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    EVEN_ROUNDS: tl.constexpr, PDL: tl.constexpr,
+    EVEN_ROUNDS: tl.constexpr, NEXT_TILES: tl.constexpr,
+    NEXT_LINES: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     tile = tl.program_id(0)
     if PDL:
@@ -38,8 +39,9 @@ def norm_qkv_kernel(
         )  # fmt: skip
     norm_qkv_rows(
         tile, x_ptr, squares_ptr, words_ptr, scale_zero_ptr, bias_ptr, y_ptr, tokens, columns,
-        rows, count, epsilon, prescale,
+        rows, count, epsilon, prescale, next_weights,
         HAS_BIAS, COUNT, BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES, EVEN_COLUMNS, EVEN_ROUNDS,
+        NEXT_TILES, NEXT_LINES,
     )  # fmt: skip
 
 
@@ -48,18 +50,21 @@ def norm_qkv_rows(
     tile: tl.tensor, x_ptr: tl.tensor, squares_ptr: tl.tensor, words_ptr: tl.tensor,
     scale_zero_ptr: tl.tensor, bias_ptr: tl.tensor, y_ptr: tl.tensor, tokens: tl.tensor,
     columns: tl.tensor, rows: tl.tensor, count: tl.tensor, epsilon: tl.tensor, prescale: tl.tensor,
+    next_weights: tl.tuple,
     HAS_BIAS: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, TOKENS: tl.constexpr,
     STAGES: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    EVEN_ROUNDS: tl.constexpr,
+    EVEN_ROUNDS: tl.constexpr, NEXT_TILES: tl.constexpr,
+    NEXT_LINES: tl.constexpr,
 ) -> None:  # fmt: skip
     """Write rows tile · ROWS and on of y."""
     row = tile * ROWS + tl.arange(0, ROWS)
     # Loaded before the weights and summed after them, so that nothing waits for it.
     squares = load_squares(squares_ptr, count, tokens, COUNT, TOKENS)
     total = packed_dot(
-        x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns,
+        x_ptr, words_ptr, scale_zero_ptr, tile, tokens, columns, next_weights,
         BITS, BLOCK, GROUP, ROWS, SPLIT, TOKENS, STAGES, EVEN_COLUMNS, EVEN_ROUNDS,
+        NEXT_TILES, NEXT_LINES,
     )  # fmt: skip
     total *= (inverse_rms(squares, columns, epsilon) * prescale)[None, :]
     if HAS_BIAS:

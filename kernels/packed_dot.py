@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from vila_deploy.kernels import interpreter
+from vila_deploy.kernels.next_weights import prefetch_next
 
 # Triton's interpreter has no inline assembly; there the same bits come from plain operators.
 INTERPRETED = tl.constexpr(interpreter.INTERPRETED)
@@ -84,10 +85,10 @@ def unpack_lane(
 @triton.jit
 def packed_dot(
     x_ptr: tl.tensor, words_ptr: tl.tensor, scale_zero_ptr: tl.tensor,
-    tile: tl.tensor, tokens: tl.tensor, columns: tl.tensor,
+    tile: tl.tensor, tokens: tl.tensor, columns: tl.tensor, next_weights: tl.tuple,
     BITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
     SPLIT: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    EVEN_ROUNDS: tl.constexpr,
+    EVEN_ROUNDS: tl.constexpr, NEXT_TILES: tl.constexpr, NEXT_LINES: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Return float32 [ROWS, TOKENS]: rows tile · ROWS and on of the weight times every token.
 
@@ -96,6 +97,7 @@ def packed_dot(
         words_ptr, scale_zero_ptr: the tensors of a PackedLinear with `columns` input channels.
         EVEN_COLUMNS: they fill their last block.
         EVEN_ROUNDS: every warp has as many blocks.
+        next_weights, NEXT_TILES, NEXT_LINES: of `prefetch_next`, when all of its own are here.
     """
     PACK_FACTOR: tl.constexpr = 16 // BITS
     WORDS: tl.constexpr = BLOCK // PACK_FACTOR
@@ -137,6 +139,7 @@ def packed_dot(
                 if not EVEN_ROUNDS:
                     scale = tl.where(has_block, scale, 0.0)
                 total += (low + neg_zero_point.to(tl.float32) * ZERO_SCALE * sums) * scale
+    prefetch_next(next_weights, tile, tl.num_programs(0), NEXT_TILES, NEXT_LINES)
     total = tl.sum(total, 0)
     return total * BITS_UNIT if BITS < 16 else total
 

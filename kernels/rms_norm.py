@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vila_deploy.kernels.gemv import weight_arguments, weight_constants
 from vila_deploy.kernels.launch import Argument, Launch, next_power_of_2
+from vila_deploy.kernels.next_weights import NO_NEXT, NO_NEXT_CONSTANTS
 from vila_deploy.kernels.packed_linear import PackedLinear
 from vila_deploy.kernels.tile_config import GemvTile
 
@@ -58,12 +59,14 @@ def normed_launch(
             "count": squares.shape[0],
             "epsilon": epsilon,
             "prescale": prescale,
+            **NO_NEXT,
             **args,
         },
         {
             **weight_constants(weight, tile.rows, tile.split),
             "COUNT": next_power_of_2(squares.shape[0]),
             "STAGES": tile.stages,
+            **NO_NEXT_CONSTANTS,
             "PDL": False,
             **(constants or {}),
         },

@@ -28,12 +28,14 @@ class Device:
 
     Of a multiprocessor: `shared_kib` of shared memory, and the `bytes_in_flight` that keep the
     device's memory busy, its bytes/s · 800 ns / processors.
+    `next_bytes` are what the memory can give between two kernels: its bytes/s · 2 µs.
     `fused_layer_programs` of a fused layer share a multiprocessor, by registers and shared memory.
     """
 
     processors: int
     bytes_in_flight: int
     shared_kib: int
+    next_bytes: int
     gemv_stages: int
     gemm_stages: int
     attention_stages: int
@@ -45,22 +47,23 @@ DEVICES = {
     # A100, 2.0 TB/s
     ComputeCapability(8, 0): Device(
         processors=108, bytes_in_flight=15 << 10, shared_kib=164,
+        next_bytes=4 << 20,
         gemv_stages=4, gemm_stages=4, attention_stages=3, fused_layer_programs=2,
     ),
     # AGX Orin, 0.2 TB/s
     ComputeCapability(8, 7): Device(
-        processors=16, bytes_in_flight=10 << 10, shared_kib=164,
+        processors=16, bytes_in_flight=10 << 10, shared_kib=164, next_bytes=400 << 10,
         gemv_stages=4, gemm_stages=4, attention_stages=3, fused_layer_programs=2,
     ),
     # The RTX 4090 (1.0 TB/s) has 99 KB of shared memory for a program; a third stage of attention
     # is 100 KB.
     ComputeCapability(8, 9): Device(
-        processors=128, bytes_in_flight=7 << 10, shared_kib=100,
+        processors=128, bytes_in_flight=7 << 10, shared_kib=100, next_bytes=2 << 20,
         gemv_stages=4, gemm_stages=3, attention_stages=2,
     ),
     # H100, H200: 4.3 TB/s
     ComputeCapability(9, 0): Device(
-        processors=132, bytes_in_flight=26 << 10, shared_kib=228,
+        processors=132, bytes_in_flight=26 << 10, shared_kib=228, next_bytes=8 << 20,
         gemv_stages=4, gemm_stages=4, attention_stages=3, fused_layer_programs=2,
     ),
 }  # fmt: skip

@@ -23,7 +23,9 @@ def same(found: list[Tensor], expected: list[Tensor]) -> bool:
     return all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["merged-attention", "pdl", "pdl-merged-attention"])
+@pytest.mark.parametrize(
+    "name", [name for name, mode in LAUNCH_MODES.items() if not mode.fuse_layers][1:]
+)
 def test_other_launch_modes_give_the_same_bits(name: str, device: EmulatedDevice) -> None:
     expected = random_step("separate").run()
     device.records.clear()

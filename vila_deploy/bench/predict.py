@@ -67,6 +67,7 @@ GAP_S, PDL_GAP_S = 1.15e-6, 0.55e-6
 FILL_S, PDL_FILL_S = 1.0e-6, 0.5e-6
 DRAIN_S = 0.45e-6  # from the last byte to the last store: assumed
 DRAM_LATENCY_S = 0.8e-6  # under load: published measurements of an H100
+L2_SPEEDUP = 1.5  # of reads from the L2 over those from memory: published measurements of an H100
 STREAM_OVERHEAD = 1.05  # of DRAM refresh and uneven channels: assumed
 ISSUE_PER_CYCLE = 4  # warp instructions of a multiprocessor: one of each scheduler
 ISSUE_SHARE = 0.8  # of issue slots that such a loop fills: assumed
@@ -130,6 +131,14 @@ class StepModel:
         small = 2 * (self._gap + SMALL_KERNEL_S)
         return layer * self.llm.num_layers + self.head_seconds() + small
 
+    @property
+    def _next_bytes(self) -> float:
+        """Bytes that come from memory while one kernel ends and the next one begins."""
+        if not self.mode.prefetch_next:
+            return 0.0
+        most = tile_config.device(self.gpu.capability).next_bytes
+        return min(most, (self._boundary - DRAM_LATENCY_S) * self.gpu.bandwidth)
+
     def layer_seconds(self, context: int, sequences: int = 1) -> dict[str, float]:
         """Return seconds of each product of a layer, and of its attention."""
         llm = self.llm
@@ -139,10 +148,12 @@ class StepModel:
             llm.num_heads * llm.head_dim,
         )
         width = queries + 2 * llm.num_kv_heads * llm.head_dim
+        attention = self.attention_seconds(context, sequences)
         return {
             "qkv": self._product(width, hidden),
-            "attention": self.attention_seconds(context, sequences),
-            "o": self._product(hidden, queries),
+            "attention": attention,
+            # Asked for when attention begins.
+            "o": self._product(hidden, queries, early=attention),
             "gate_up": self._product(2 * inner, hidden, pairs=True),
             "down": self._product(hidden, inner),
         }
@@ -178,8 +189,10 @@ class StepModel:
         return self._gap + (PDL_FILL_S if self.mode.pdl else FILL_S) + DRAIN_S
 
     def _product(
-        self, rows: int, columns: int, *, pairs: bool = False, bits: int | None = None
-    ) -> float:
+        self, rows: int, columns: int, *, pairs: bool = False, bits: int | None = None,
+        early: float = 0.0,
+    ) -> float:  # fmt: skip
+        """Return seconds of a product whose first weights were asked for so much `early`."""
         gpu, bits = self.gpu, bits or self.weight_bits
         choose = tile_config.gate_up_tile if pairs else tile_config.gemv_tile
         blocks = -(-columns // BLOCK)
@@ -191,7 +204,13 @@ class StepModel:
         shared = tile_config.shared_bytes(tile) if bits == 4 else PROGRAM_SHARED_BYTES[kind]
         room = shared + tile_config.RESERVED_SHARED_BYTES
         first = min(programs, gpu.processors * max(1, gpu.shared_bytes // room))
-        stream = first * program_bytes / gpu.bandwidth * STREAM_OVERHEAD
+        there = self._next_bytes
+        if there:
+            most = tile_config.device(gpu.capability).next_bytes
+            there = min(first * program_bytes, most, there + early * gpu.bandwidth)
+        # The rest comes from memory meanwhile.
+        stream = (first * program_bytes - there) / gpu.bandwidth * STREAM_OVERHEAD
+        stream = max(stream, first * program_bytes / gpu.bandwidth / L2_SPEEDUP)
         busiest = -(-first // gpu.processors)
         per_weight = INSTRUCTIONS[kind] * issued_rounds(tile, blocks)
         slots = busiest * program_weights / WARP * per_weight / ISSUE_PER_CYCLE

@@ -1,8 +1,8 @@
-"""The kernels of a layer of 3B and 8B at their true shapes, compiled and executed on the emulated GPU.
+"""The kernels of a layer of 3B and 8B at their true shapes, compiled and executed without a GPU.
 
-$ python -m tests.support.emulator.true_shapes     # writes a results file; takes about an hour
+$ python -m tests.support.emulator.true_shapes     # writes a results file; about half an hour
 
-Each row is one kernel for one compute capability against its float32 reference, without race checks.
+A row is one kernel for one compute capability against its float32 reference, without race checks.
 """
 
 from __future__ import annotations

@@ -80,6 +80,29 @@ def test_what_a_step_launches(model: Model) -> None:
     assert len(names(model, LaunchMode(merge_attention=True))) == 5 * 4 + 3
 
 
+@pytest.mark.parametrize("capability", [ComputeCapability(8, 7), ComputeCapability(9, 0)], ids=str)
+def test_each_kernel_asks_for_the_weights_of_the_product_behind_it(
+    model: Model, capability: ComputeCapability
+) -> None:
+    mode = LaunchMode(merge_attention=True, prefetch_next=True)
+    launches = make(model, mode, capability)[0].launches
+    plain = make(model, LaunchMode(merge_attention=True), capability)[0].launches
+    products = [launch.args["words_ptr"] for launch in launches if "words_ptr" in launch.args]
+    # embed and argmax ask for nothing, and the head has nobody behind it.
+    for launch, before in zip(launches[1:-2], plain[1:-2], strict=True):
+        words, _, tiles, tile_words, asked, *_ = launch.args["next_weights"]
+        if "words_ptr" in launch.args:
+            products.pop(0)
+        assert words is products[0]
+        assert tiles * tile_words == words.numel()
+        assert 0 < asked <= tile_words
+        share = launch.constants["NEXT_TILES"] * launch.grid[0] * (launch.grid[1:] or (1,))[0]
+        assert share >= tiles
+        assert before.constants["NEXT_TILES"] == 0
+    assert [launch.name for launch in launches[-2:]] == ["head_kernel", "argmax_kernel"]
+    assert launches[-2].constants["NEXT_TILES"] == 0
+
+
 def test_what_a_gpu_lacks_is_refused(model: Model) -> None:
     for capability in (INTERPRETER, ComputeCapability(9, 0), ComputeCapability(12, 0)):
         LaunchMode(pdl=True, merge_attention=True).check(capability)

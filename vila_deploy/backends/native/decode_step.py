@@ -21,6 +21,7 @@ from vila_deploy.kernels.head import head
 from vila_deploy.kernels.kv_int8 import dequantize_vectors
 from vila_deploy.kernels.launch import Launch
 from vila_deploy.kernels.launch_mode import LaunchMode
+from vila_deploy.kernels.next_weights import link_weights
 from vila_deploy.kernels.norm_qkv import norm_qkv
 from vila_deploy.kernels.rope_kv import Scales, rope_kv
 from vila_deploy.kernels.sample import sample
@@ -194,7 +195,10 @@ class DecodeStep:
             launches += self._layer(index, layer, next_norm)
         if self._advances and self._config.launch_mode.fuse_layers:
             launches = self._fuse_layers(launches)
-        return self._with_pdl([*launches, self._head(), self._argmax(step=self._advances)])
+        launches = [*launches, self._head(), self._argmax(step=self._advances)]
+        if self._config.launch_mode.prefetch_next:
+            launches = link_weights(launches, self._config.capability)
+        return self._with_pdl(launches)
 
     def _with_pdl(self, launches: list[Launch]) -> list[Launch]:
         if not self._config.launch_mode.pdl:
