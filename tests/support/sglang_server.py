@@ -37,6 +37,8 @@ FLAGS = [
     "--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch",
     "--disable-overlap-schedule", "--disable-cuda-graph", "--skip-server-warmup",
     "--mem-fraction-static", "0.95", "--max-total-tokens", "8192", "--host", "127.0.0.1",
+    # Else it ends itself when a pass takes 5 minutes, as on a computer that others use too.
+    "--watchdog-timeout", "3600",
 ]  # fmt: skip
 
 
