@@ -32,8 +32,8 @@ NOT_SHOWN = {
     (kernel, line)
     for kernel, lines in {
         "gemm_kernel": ("gemm.py:43",),
-        "attention_split_kernel": ("attention.py:157", "cached_vectors.py:54"),
-        "attention_kernel": ("attention.py:157", "cached_vectors.py:54"),
+        "attention_split_kernel": ("attention.py:162", "cached_vectors.py:54"),
+        "attention_kernel": ("attention.py:162", "cached_vectors.py:54"),
     }.items()
     for line in lines
 }
