@@ -12,6 +12,7 @@ torch, transformers, safetensors and the tool (vila_deploy isn't imported here):
 | candidate | environment |
 |---|---|
 | autoawq-* | autoawq 0.2.9, transformers 4.51.3 |
+| autoround-* | auto-round 0.16.1 |
 | llmcompressor-* | llmcompressor 0.14.0.1 |
 | modelopt-* | nvidia-modelopt 0.47.0, requests, transformers 4.57 |
 """
@@ -150,6 +151,31 @@ def autoawq(scratch: Path, tokens: Tensor, cost: Cost, *, symmetric: bool) -> di
     return dense(baseline.model, effective)
 
 
+def autoround(
+    scratch: Path, tokens: Tensor, cost: Cost, *, symmetric: bool, light: bool
+) -> dict[str, Tensor]:
+    """AutoRound by its default recipe, or by its light one: a quarter of the steps."""
+    from auto_round import AutoRound
+    from transformers import AutoTokenizer
+
+    model, blocks = load_model(scratch), len(tokens)
+    recipe = {"iters": 50, "lr": 5e-3} if light else {}
+    rounding = AutoRound(
+        model,
+        AutoTokenizer.from_pretrained(scratch / "model"),
+        scheme="W4A16",
+        group_size=GROUP_SIZE,
+        sym=symmetric,
+        dataset=list(tokens[:, None]),
+        nsamples=blocks,
+        seqlen=tokens.shape[1],
+        device_map="cpu",
+        **recipe,
+    )
+    quantized = cost.of(rounding.quantize)[0]
+    return dense(quantized, lambda linear: linear.weight)
+
+
 def llmcompressor(
     scratch: Path, tokens: Tensor, cost: Cost, *, awq: bool, gptq: bool, symmetric: bool
 ) -> dict[str, Tensor]:
@@ -227,6 +253,10 @@ def _autoawq(symmetric: bool) -> Callable[..., dict[str, Tensor]]:
     return lambda *args: autoawq(*args, symmetric=symmetric)
 
 
+def _autoround(symmetric: bool, light: bool) -> Callable[..., dict[str, Tensor]]:
+    return lambda *args: autoround(*args, symmetric=symmetric, light=light)
+
+
 def _stacked(awq: bool, gptq: bool, symmetric: bool) -> Callable[..., dict[str, Tensor]]:
     return lambda *args: llmcompressor(*args, awq=awq, gptq=gptq, symmetric=symmetric)
 
@@ -239,6 +269,10 @@ def _simulated(algorithm: str) -> Callable[..., dict[str, Tensor]]:
 CANDIDATES: dict[str, tuple[str, bool, Callable[..., dict[str, Tensor]]]] = {
     "autoawq-asym": ("autoawq", False, _autoawq(False)),
     "autoawq-sym": ("autoawq", True, _autoawq(True)),
+    "autoround-asym": ("auto-round", False, _autoround(False, light=False)),
+    "autoround-sym": ("auto-round", True, _autoround(True, light=False)),
+    "autoround-light-asym": ("auto-round", False, _autoround(False, light=True)),
+    "autoround-light-sym": ("auto-round", True, _autoround(True, light=True)),
     "llmcompressor-awq-asym": ("llmcompressor", False, _stacked(True, False, False)),
     "llmcompressor-gptq-asym": ("llmcompressor", False, _stacked(False, True, False)),
     "llmcompressor-awq-gptq-asym": ("llmcompressor", False, _stacked(True, True, False)),

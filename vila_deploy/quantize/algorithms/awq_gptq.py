@@ -47,6 +47,7 @@ from vila_deploy.quantize.algorithms.base import (
 from vila_deploy.quantize.algorithms.gptq import gptq_quantize
 from vila_deploy.quantize.algorithms.hessian import HessianAccumulator, HessianFactor
 from vila_deploy.quantize.algorithms.learned_scales import learn_scales
+from vila_deploy.quantize.algorithms.output_hessian import OutputFactor, output_factors
 from vila_deploy.quantize.calibrate import Calibration
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.limits import CHUNK_TOKENS
@@ -68,7 +69,8 @@ class QuantizedLayer:
         norms: float32 weights, scales folded in, exact in float16.
         errors: for each linear: mean square error of its output over its mean square, by round to
             nearest and as stored; both on the inputs behind the quantized layers before, and
-            against the weights after error correction.
+            against the weights after error correction; of q_proj and k_proj as far as it changes
+            attention's output.
         relative_error: of the hidden states behind the layer, per token: square of the difference
             between quantized and fp over the square of fp; mean over the tokens.
     """
@@ -149,6 +151,7 @@ def quantize_layer(
         _fold_output_scales(layer, group, group_scales)
 
     on_step("attention")
+    linears.outputs.update(output_factors(layer, quantized))
     _quantize_behind_norm(ATTENTION_GROUP, layer, quantized, scheme, linears)
 
     on_step("attention output")
@@ -312,6 +315,7 @@ class _LinearQuantizer:
     where: str
     results: dict[str, QuantizedLinear] = field(default_factory=dict)
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    outputs: dict[str, OutputFactor] = field(default_factory=dict)
 
     def quantize(self, name: str, factor: HessianFactor, error_correction: bool = False) -> None:
         weight, bias = weight_of(self.layer, name), bias_of(self.layer, name)
@@ -319,23 +323,27 @@ class _LinearQuantizer:
         # A linear without any weight was pruned on purpose and stays so.
         if error_correction and bool(weight.any()):
             target = weight + ERROR_CORRECTION * factor.least_squares_update(weight)
-        linear = gptq_quantize(target, factor, self.scheme, f"{self.where}.{name}", bias)
+        where, outputs = f"{self.where}.{name}", self.outputs.get(name)
+        linear = gptq_quantize(target, factor, self.scheme, where, bias, outputs)
         stored = linear.dequantize()
-        self.errors[name] = self._relative_errors(target, stored, factor)
+        self.errors[name] = self._relative_errors(name, target, stored, factor)
         self.results[name] = linear
         weight.copy_(stored)
         if bias is not None and linear.bias is not None:
             bias.copy_(linear.bias)
 
     def _relative_errors(
-        self, target: Tensor, stored: Tensor, factor: HessianFactor
+        self, name: str, target: Tensor, stored: Tensor, factor: HessianFactor
     ) -> tuple[float, float]:
         """Return the relative output error by round to nearest and as stored, on sampled rows."""
         rows = torch.linspace(0, len(target) - 1, min(ERROR_ROWS, len(target))).long()
-        sample = target[rows]
-        mean_square = factor.output_error(sample)
-        rtn = factor.output_error(fake_quantize(sample, self.scheme) - sample)
-        error = factor.output_error(stored[rows] - sample)
+        outputs = self.outputs.get(name)
+        if outputs is None:
+            target, stored, rows = target[rows], stored[rows], torch.arange(len(rows))
+        differences = [target, fake_quantize(target, self.scheme) - target, stored - target]
+        if outputs is not None:
+            differences = [outputs.weigh(part) for part in differences]
+        mean_square, rtn, error = (factor.output_error(part[rows]) for part in differences)
         return (rtn / mean_square, error / mean_square) if mean_square else (0.0, 0.0)
 
 

@@ -7,6 +7,7 @@ and coordinate descent on the quantized values in turn.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,13 +17,17 @@ from torch import Tensor
 from vila_deploy.formats.base import MAX_VALUE, QuantizedLinear, QuantScheme, to_float16
 from vila_deploy.formats.rtn import check_scale, quantize_clipped
 from vila_deploy.quantize.algorithms.hessian import HessianFactor
+from vila_deploy.quantize.algorithms.output_hessian import OutputFactor
 from vila_deploy.utils.limits import ROWS_AT_A_TIME, SOLVE_BYTES, TILE_ROWS
 
 # Shares of a group's range that are tried. Above 1 pays off where the ends matter least.
 CLIPPING_RATIOS = tuple(1.05 - 0.05 * step for step in range(11))
+# Tried on top of the best ratio where there are zero points, so that the two ends of a range are
+# clipped by different shares.
+SCALE_FACTORS, ZERO_SHIFTS = (1.0, 0.9, 0.95, 1.05), (-1, 0, 1)
 # Weights that stay in a processor's cache from one clipping ratio to the next.
 SEARCHED_NUMBERS = 1 << 18
-REFINEMENTS = 1
+REFINEMENTS = 3
 # A refitted scale further away belongs to a group that hardly matters; the old one is safer.
 MAX_REFIT_FACTOR = 2.0
 # Channels that are rounded one by one before their errors reach the rest of a block, and steps that
@@ -32,6 +37,8 @@ STEP = 64
 BLOCK_STEPS, BLOCK_FROM = 8, 2048
 # Channels in a product of TILE_ROWS columns whose result a processor keeps in its cache.
 TILE_CHANNELS = 1024
+# Rows of a head that are quantized together.
+HEAD_ROWS = 8
 
 
 @dataclass
@@ -62,13 +69,20 @@ def gptq_quantize(
     scheme: QuantScheme,
     name: str,
     bias: Tensor | None = None,
+    outputs: OutputFactor | None = None,
 ) -> QuantizedLinear:
     """Return float32 `weight` [out, in] quantized with the least output error under the Hessian.
+
+    Args:
+        outputs: the factor of its output Hessian; None: all outputs are equally important.
 
     Raises:
         VilaDeployError: a scale or the bias does not fit into float16.
     """
-    parts = [_quantize_rows(rows, factor, scheme) for rows in weight.split(ROWS_AT_A_TIME)]
+    if outputs is None:
+        parts = [_quantize_rows(rows, factor, scheme) for rows in weight.split(ROWS_AT_A_TIME)]
+    else:
+        parts = [_quantize_heads(weight, factor, scheme, outputs)]
     scale = torch.cat([scale for _, scale, _ in parts], 1).T
     check_scale(scale, weight, name)
     return QuantizedLinear(
@@ -77,6 +91,47 @@ def gptq_quantize(
         zero=torch.cat([zero for _, _, zero in parts], 1).T.to(torch.uint8).contiguous(),
         bias=None if bias is None else to_float16(bias, f"{name}.bias"),
     )
+
+
+def _quantize_heads(
+    weight: Tensor, factor: HessianFactor, scheme: QuantScheme, outputs: OutputFactor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `_quantize_rows` does, each row corrected for the errors of rows before it.
+
+    That is GPTQ along the outputs as well: a few rows of each head are quantized at a time, towards
+    weights that make up for the head's rows before them as far as the output Hessian tells.
+    """
+    heads, head_dim = outputs.order.shape
+    weights = weight[outputs.order]
+    errors, qweight = torch.empty_like(weights), weights.new_empty(weights.shape, dtype=torch.uint8)
+    grids = weights.new_empty(2, weight.shape[1] // scheme.group_size, heads, head_dim)
+    for rows in _spans(slice(0, head_dim), HEAD_ROWS):
+        target = weights[:, rows]
+        if rows.start:
+            before = slice(0, rows.start)
+            # Of a block of rows, none is corrected for another.
+            passed_on = torch.linalg.solve_triangular(
+                outputs.u[:, rows, rows],
+                outputs.u[:, before, rows],
+                upper=True,
+                left=False,
+                unitriangular=True,
+            )
+            target = target + passed_on.mT @ errors[:, before]
+        q, scale, zero = _quantize_rows(target.flatten(0, 1), factor, scheme)
+        stored = _dequantize(q, scale, zero, scheme.group_size).unflatten(0, (heads, -1))
+        errors[:, rows] = weights[:, rows] - stored
+        qweight[:, rows] = q.unflatten(0, (heads, -1))
+        grids[:, :, :, rows] = torch.stack([scale, zero]).unflatten(2, (heads, -1))
+    inverse = outputs.order.flatten().argsort()
+    scale, zero = grids.flatten(2)[:, :, inverse]
+    return qweight.flatten(0, 1)[inverse], scale, zero
+
+
+def _dequantize(qweight: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
+    """Return the weights [rows, in] that are stored, given `_quantize_rows`' results."""
+    centred = qweight.unflatten(1, (-1, group_size)).float() - zero.T[..., None]
+    return (centred * scale.to(torch.float16).float().T[..., None]).flatten(1)
 
 
 def _quantize_rows(
@@ -104,28 +159,50 @@ def _quantize_rows(
 def _search_clipping(
     weight: Tensor, factor: HessianFactor, scheme: QuantScheme
 ) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point [out, in/group] of the clipping ratio with the least error.
+    """Return scale and zero point [out, in/group] that clip each group with the least error.
 
     The error is that expected of GPTQ: squares of the rounding errors, weighted by d.
     """
     groups = weight.unflatten(1, (-1, scheme.group_size))
-    importance = factor.d.unflatten(0, (-1, scheme.group_size))
-    least: Tensor | None = None
-    best_scale = best_zero = groups.new_empty(0)
+    search = _GridSearch(groups, factor.d.unflatten(0, (-1, scheme.group_size)))
     for ratio in CLIPPING_RATIOS:
-        q, scale, zero = quantize_clipped(groups, scheme, ratio)
-        error = torch.einsum(
-            "ogc,gc->og", q.sub_(zero).mul_(scale).sub_(groups).square_(), importance
-        )
-        scale, zero = scale.squeeze(-1), zero.squeeze(-1)
-        if least is None:
-            least, best_scale, best_zero = error, scale, zero
-        else:
-            better = error < least
-            least = torch.where(better, error, least)
-            best_scale = torch.where(better, scale, best_scale)
-            best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
+        search.offer(*quantize_clipped(groups, scheme, ratio))
+    if not scheme.symmetric:
+        best_scale, best_zero = search.scale, search.zero
+        for scale_factor, shift in itertools.product(SCALE_FACTORS, ZERO_SHIFTS):
+            scale = (best_scale * scale_factor).to(torch.float16).float()
+            zero = (best_zero + shift).clamp_(0, scheme.max_value)
+            q = groups.div(scale).round_().add_(zero).clamp_(0, scheme.max_value)
+            search.offer(q, scale, zero)
+    return search.scale.squeeze(-1), search.zero.squeeze(-1)
+
+
+class _GridSearch:
+    """Keeps the best scale and zero point [out, in/group, 1] of each group.
+
+    Args:
+        groups: weights [out, in/group, group].
+        importance: of the square of each channel's rounding error [in/group, group].
+    """
+
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, groups: Tensor, importance: Tensor):
+        self._groups, self._importance = groups, importance
+        self._least: Tensor | None = None
+
+    def offer(self, q: Tensor, scale: Tensor, zero: Tensor) -> None:
+        """Take scale and zero point where `q`, which is used up, has a smaller error."""
+        lost = q.sub_(zero).mul_(scale).sub_(self._groups).square_()
+        error = torch.einsum("ogc,gc->og", lost, self._importance)[..., None]
+        if self._least is None:
+            self._least, self.scale, self.zero = error, scale, zero
+            return
+        better = error < self._least
+        self._least = torch.where(better, error, self._least)
+        self.scale = torch.where(better, scale, self.scale)
+        self.zero = torch.where(better, zero, self.zero)
 
 
 def _round_channels(rows: _Rows, factor: HessianFactor) -> Tensor:

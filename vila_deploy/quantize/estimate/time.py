@@ -23,25 +23,35 @@ from vila_deploy.quantize.algorithms import learned_scales
 from vila_deploy.quantize.algorithms.awq_clip import CLIP_STEPS
 from vila_deploy.quantize.algorithms.awq_scales import GRID
 from vila_deploy.quantize.algorithms.awq_stats import CLIP_SAMPLE_TOKENS
-from vila_deploy.quantize.algorithms.gptq import CLIPPING_RATIOS
+from vila_deploy.quantize.algorithms.gptq import (
+    CLIPPING_RATIOS,
+    HEAD_ROWS,
+    REFINEMENTS,
+    SCALE_FACTORS,
+    ZERO_SHIFTS,
+)
+from vila_deploy.quantize.algorithms.output_hessian import KEY, OUTPUT_TOKENS, QUERY
 from vila_deploy.utils.limits import MAX_TOKENS, ROWS_AT_A_TIME
 
 PROBE_S = 0.1
 PROBE_TOKENS, PROBE_COLUMNS, PROBE_NUMBERS = 256, 512, 1 << 22
 # Passes (a number read or written) per weight: round to nearest, its error, packing and hashing.
 RTN_PASSES = 60
-# GPTQ's: five for each clipping ratio, in cache; the rest is rounding and refinement.
-CLIPPING_PASSES, GPTQ_PASSES = 5 * len(CLIPPING_RATIOS), 60
-# Products per weight [out, in] by `in`, in multiply-adds: with the Hessian and for the slope, and a
-# half each, being triangular, for GPTQ's corrections and for least-squares scales, twice.
-GPTQ_PRODUCTS = 3.5
+# GPTQ's: five for each clipping, in cache; the rest is rounding, and each refinement as much.
+CLIPPING_PASSES = 5 * (len(CLIPPING_RATIOS) + len(SCALE_FACTORS) * len(ZERO_SHIFTS))
+GPTQ_PASSES = 30 * (1 + REFINEMENTS)
+# Products per weight [out, in] by `in`, in multiply-adds: with the Hessian, for the slope of each
+# refinement, and a half each, being triangular, for GPTQ's corrections and least-squares scales.
+GPTQ_PRODUCTS = 1.5 + REFINEMENTS + 0.5 * (1 + REFINEMENTS)
 # Error correction: two triangular solves.
 CORRECTION_PRODUCTS = 1.0
 # Calls for a channel in rounding and in coordinate descent, and in-cache passes within a block.
-CALLS_PER_CHANNEL, BLOCK_PASSES = 25, 40
-# float64 at half the speed of float32, and the two times that the equations are solved.
-SOLVE_COST = 4.0
+CALLS_PER_CHANNEL, BLOCK_PASSES = 12 * (1 + REFINEMENTS), 20 * (1 + REFINEMENTS)
+# float64 at half the speed of float32, and how often the equations are solved.
+SOLVE_COST = 2.0 * (1 + REFINEMENTS)
 LEARN_PASSES = 30
+# Of a decoder layer's forward pass: attention's third of it, forwards and backwards.
+ATTENTION_SHARE = 1.0
 # Not counted: pages touched for the first time, files, and what only the report needs. SmolLM2's
 # layers took 1.25 times the counted cost, those of VILA1.5-13b's shapes 1.4 times.
 UNCOUNTED = 1.3
@@ -122,19 +132,23 @@ def awq_gptq(config: VilaConfig, tokens: int, group_size: int) -> OperationCost:
     cost += OperationCost(flops=2.0 * tokens * (hessians + heads * hidden + inner * hidden))
     factors = 2 * hidden**3 + 2 * heads**3 + 2 * inner**3
     cost += OperationCost(flops=factors / 3)
+    # Attention forwards and, for the output Hessians of queries and keys, backwards.
+    cost += forward(config, min(tokens, OUTPUT_TOKENS)) * ATTENTION_SHARE
     learned = learned_scales.ROWS * (2 * hidden + heads + inner)
     cost += OperationCost(bytes=4.0 * learned_scales.STEPS * LEARN_PASSES * learned)
     for name, (rows, columns) in llm.linears.items():
         corrected = name in ("self_attn.o_proj", "mlp.down_proj")
-        cost += _gptq(rows, columns, columns // group_size, corrected)
+        blocks = llm.head_dim // HEAD_ROWS if name in (QUERY, KEY) else -(-rows // ROWS_AT_A_TIME)
+        cost += _gptq(rows, columns, columns // group_size, corrected, blocks)
     return cost * (UNCOUNTED * llm.num_layers)
 
 
-def _gptq(rows: int, columns: int, groups: int, error_correction: bool) -> OperationCost:
+def _gptq(
+    rows: int, columns: int, groups: int, error_correction: bool, blocks: int = 1
+) -> OperationCost:
     products = GPTQ_PRODUCTS + (CORRECTION_PRODUCTS if error_correction else 0)
     flops = 2.0 * rows * columns**2 * products + SOLVE_COST * rows * groups**3 * 2 / 3
     passes = CLIPPING_PASSES + GPTQ_PASSES + BLOCK_PASSES
-    blocks = -(-rows // ROWS_AT_A_TIME)
     return OperationCost(flops, 4.0 * passes * rows * columns, blocks * columns * CALLS_PER_CHANNEL)
 
 
