@@ -51,6 +51,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy-processors": accuracy.accuracy_processors,
     "ablation-kl": accuracy.ablation_kl,
     "ablation-error": accuracy.ablation_error,
+    "rounding-kl": accuracy.rounding_kl,
+    "rounding-ideas": accuracy.rounding_ideas,
     "tiny-vila": accuracy.tiny_vila,
     "tiny-vila-kinds": accuracy.tiny_vila_kinds,
     "headline": accuracy.headline,

@@ -21,6 +21,8 @@ BASELINES = {
     "llmcompressor-awq": "llm-compressor 0.14 AWQ",
     "llmcompressor-gptq": "llm-compressor 0.14 GPTQ",
     "llmcompressor-awq-gptq": "llm-compressor 0.14 AWQ, then GPTQ",
+    "autoround-light": "AutoRound 0.16, light recipe (50 steps)",
+    "autoround": "AutoRound 0.16, default (200 steps)",
     "modelopt-awq-lite": "Model Optimizer 0.47 awq_lite",
     "modelopt-awq-full": "Model Optimizer 0.47 awq_full",
     "vila-deploy-awq-gptq": "**vila-quantize**",
@@ -133,6 +135,27 @@ def ablation_error() -> str:
         if "down" in row
     ]
     return markdown(["", *kinds.values()], rows)
+
+
+def rounding_kl() -> str:
+    """Return the KL before and after the last change of awq-gptq's rounding."""
+    rows = [
+        [r["model"], r["data"], f"{r['before']:.4f}", f"{r['after']:.4f}"]
+        for r in results("quantization-rounding")
+        if "before" in r
+    ]
+    return markdown(["", "data", "KL before", "after"], rows)
+
+
+def rounding_ideas() -> str:
+    """Return the error of rounded weights that each idea left, over that before."""
+    kinds = ("q", "k", "v", "o", "gate", "up", "down")
+    rows = []
+    for row in results("quantization-rounding"):
+        if "errors" in row:
+            errors = [f"{row['errors'][k]:.2f}" if k in row["errors"] else "" for k in kinds]
+            rows.append([_step(row), row["weighted"], str(row["layer"]), *errors])
+    return markdown(["", "weighted", "layer", *kinds], rows)
 
 
 def _step(row: Row) -> str:
