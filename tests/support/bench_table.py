@@ -50,11 +50,12 @@ def measured_row(model: str = "VILA1.5-3b", share: float = 0.5) -> dict[str, Any
         "cache_bytes_per_token": 655_360,
         "read_bandwidth_bytes_per_s": BANDWIDTH,
         "bandwidth_label": "measured",
+        "bandwidth_readings": [BANDWIDTH],
         "roofline_fraction": share,
         "energy_joules": None,
         "others_before_cores": 0.0,
         "others_during_cores": 0.01,
-        "noisy": False,
+        "stolen_cores": 0.0,
         "state": {"system": "Linux", "cores": "2", "clock_mhz": "2600"},
         "versions": {"vila-deploy": "0.1.0", "onnxruntime": "1.32.0"},
         "commit": "c0",
@@ -65,11 +66,13 @@ def measured_row(model: str = "VILA1.5-3b", share: float = 0.5) -> dict[str, Any
 class FakeWorker:
     """Records what it is asked for, moves the clock on, and raises `problems` by row title.
 
-    `share` is the share of the bandwidth that each measured row reached, by precision.
+    `share` is the share of the bandwidth that each measured row reached, by precision, and
+    `bandwidth` what the memory gave beside a row, by its title.
     """
 
     problems: dict[str, BaseException] = field(default_factory=dict)
     share: dict[str, float] = field(default_factory=dict)
+    bandwidth: dict[str, float] = field(default_factory=dict)
     seconds: float = MEASURE_S
     now: float = 0.0
     built: list[str] = field(default_factory=list)
@@ -88,8 +91,9 @@ class FakeWorker:
         self._spend(self.seconds, limit)
         assert engine.is_dir()
         self.measured.append(engine)
-        precision = self.built[-1].split()[1] if self.built else "int4"
-        return measured_row(share=self.share.get(precision, 0.5))
+        title = self.built[-1] if self.built else "VILA1.5-3b int4"
+        row = measured_row(share=self.share.get(title.split()[1], 0.5))
+        return row | {"read_bandwidth_bytes_per_s": self.bandwidth.get(title, BANDWIDTH)}
 
     def _spend(self, needed: float, limit: TimeLimit) -> None:
         for _ in range(int(min(needed, limit.seconds, 1000))):
@@ -105,6 +109,7 @@ def fake_table(
     minutes: float = 60.0,
     rows: Sequence[TableRow] | None = None,
     free_bytes: int = 1 << 50,
+    earlier_bandwidth: float | None = None,
     **identity: Any,
 ) -> Table:
     """Return a table of the authors' ten rows for the CPU.
@@ -131,6 +136,7 @@ def fake_table(
         worker=worker,
         scratch=scratch,
         free_bytes=lambda: free_bytes,
+        earlier_bandwidth=earlier_bandwidth,
         clock=lambda: worker.now,
     )
 

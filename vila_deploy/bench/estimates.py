@@ -19,6 +19,8 @@ Row = dict[str, Any]
 BUILD_BYTES_PER_S, LOAD_BYTES_PER_S = 1.2e8, 3e8
 FLOPS_PER_S_OF_A_CORE, FLOPS_PER_S_OF_A_GPU = 6e10, 2e13
 FIXED_S = 6.0
+# Of the memory's bandwidth, with making room for it.
+READING_SECONDS = 0.6
 DISK_PROBE_BYTES = 64 << 20
 
 
@@ -106,14 +108,15 @@ def row_seconds(
     build = plan.disk_bytes / rates.build if builds else 0.0
     load = plan.disk_bytes / rates.load
     first_token = plan.prompt_flops / rates.flops
-    runs = min(settings.repetitions, 1 + int(settings.first_token_s / max(first_token, 1e-9)))
+    runs = min(settings.first_tokens, 1 + int(settings.first_token_s / max(first_token, 1e-9)))
     share = rates.share_of(plan.build.precision) or 0.5
     step = plan.weight_bytes / rates.bandwidth / share
     steps = min(max(settings.decode_s / step, FEWEST_STEPS), settings.decode_tokens)
     decode = (2 + len(settings.contexts)) * settings.repetitions * (steps + 3) * step
     contexts = plan.prompt_flops / rates.flops * max(settings.contexts, default=0)
     contexts /= plan.prompt_tokens
-    return FIXED_S + build + load + runs * first_token + decode + contexts
+    readings = (2 + len(settings.contexts)) * settings.repetitions * READING_SECONDS
+    return FIXED_S + build + load + runs * first_token + decode + contexts + readings
 
 
 def predict(plan: RowPlan, rates: Rates, contexts: Sequence[int]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from vila_deploy.bench.estimates import Rates, predict, row_seconds
 from vila_deploy.bench.measure_row import MeasureSettings
+from vila_deploy.bench.noise import best_bandwidth, noise
 from vila_deploy.bench.results_file import ResultsFile, Row
 from vila_deploy.bench.table_rows import RowPlan, TableRow, engine_length
 from vila_deploy.engine.target import Target
@@ -64,6 +65,7 @@ class Table:
         identity: keys and values of a row that must be equal for it to be kept from an earlier
             run: device, target, commit and settings.
         rates: of this computer before any row has run.
+        earlier_bandwidth: what its memory gave beside rows that are no longer kept, if known.
         scratch: returns a new folder for an engine, removed at the end of the block.
         free_bytes: returns what the disk of that folder has free.
     """
@@ -78,6 +80,7 @@ class Table:
     worker: Worker
     scratch: Callable[[], AbstractContextManager[Path]]
     free_bytes: Callable[[], int]
+    earlier_bandwidth: float | None = None
     clock: Callable[[], float] = time.monotonic
 
 
@@ -93,6 +96,7 @@ def fill_table(table: Table, results: ResultsFile, advance: Advance) -> list[Row
     filler = _Filler(table, results, advance)
     filler.refuse()
     filler.run()
+    filler.mark_noise()
     filler.predict_rest()
     return [filler.done[row] for row in table.rows]
 
@@ -174,6 +178,19 @@ class _Filler:
                 return
             self._run_row(row)
 
+    def mark_noise(self) -> None:
+        """Mark each measured row that is noisy by what all of them have found.
+
+        Rows whose mark changes are appended again; the last of a row counts.
+        """
+        measured = {row: r for row, r in self.done.items() if r["label"] == MEASURED}
+        best = best_bandwidth(measured.values())
+        for row, old in measured.items():
+            marked = old | _noise_marks(old, best)
+            if marked != old:
+                self.done[row] = marked
+                self._results.append(marked)
+
     def predict_rest(self) -> None:
         """Predict the rows that did not run from the median share of those that did."""
         rates = self._table.rates.learn(self.done.values())
@@ -205,7 +222,9 @@ class _Filler:
         try:
             measured = self._build_and_measure(row, steps)
             if measured is not None:
-                self._end(row, MEASURED, measured)
+                measured |= {"earlier_bandwidth_bytes_per_s": table.earlier_bandwidth}
+                best = best_bandwidth([*self.done.values(), measured])
+                self._end(row, MEASURED, measured | _noise_marks(measured, best))
         except TimeUp:
             took = table.clock() - began
             self._reasons[row] = f"ended after {took:.0f} s, when the time was up"
@@ -274,6 +293,11 @@ class _Steps:
 
     def finish(self) -> None:
         self._advance(self._title, self._left)
+
+
+def _noise_marks(row: Row, best: float | None) -> Row:
+    reasons = noise(row, best)
+    return {"noisy": bool(reasons), "noise": reasons}
 
 
 def _begin(row: TableRow) -> Row:

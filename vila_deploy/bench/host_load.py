@@ -22,32 +22,46 @@ class _Snapshot:
     stolen_s: float
 
 
+@dataclass(frozen=True)
+class HostLoad:
+    """How many cores others kept busy on average.
+
+    Args:
+        stolen_cores: of them those that the host of a virtual machine gave to other guests.
+    """
+
+    others_cores: float
+    stolen_cores: float
+
+
 class LoadMonitor:
-    """Counts the work of other processes from its creation to each call of `others_cores`.
+    """Counts the work of other processes from its creation to each call of `load`.
 
     Work of other guests on the same host shows as stolen time only, and counts as theirs. Without
-    /proc/stat, as on macOS, nothing is known and both figures are None.
+    /proc/stat, as on macOS, nothing is known.
     """
 
     def __init__(self, stat: Path = STAT):
         self._stat = stat
         self._start = _snapshot(stat)
 
-    def others_cores(self) -> float | None:
-        """Return how many cores others kept busy on average, stolen time included."""
+    def load(self) -> HostLoad | None:
+        """Return how busy others were, stolen time included; None where that is unknown."""
         now = _snapshot(self._stat)
         if self._start is None or now is None:
             return None
         seconds = max(now.clock_s - self._start.clock_s, 1e-9)
         busy = now.busy_s - self._start.busy_s - (now.own_s - self._start.own_s)
-        return max(0.0, busy + now.stolen_s - self._start.stolen_s) / seconds
+        stolen = now.stolen_s - self._start.stolen_s
+        return HostLoad(max(0.0, busy + stolen) / seconds, stolen / seconds)
 
 
 def load_before(seconds: float = 1.0) -> float | None:
     """Return how many cores others keep busy now, while this process waits for `seconds`."""
     monitor = LoadMonitor()
     time.sleep(seconds)
-    return monitor.others_cores()
+    load = monitor.load()
+    return None if load is None else load.others_cores
 
 
 def is_noisy(*others_cores: float | None) -> bool:

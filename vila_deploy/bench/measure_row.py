@@ -1,4 +1,4 @@
-"""Measure one row of the table in this process: repetitions, contexts, memory, load of the host."""
+"""Measure one row of the table in this process: repetitions, contexts, memory, host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vila_deploy.backends.registry import get_backend
-from vila_deploy.bench.bandwidth import read_bandwidth_bytes_per_s
+from vila_deploy.bench.bandwidth import BandwidthReadings
 from vila_deploy.bench.conditions import commit, machine_state, processor_name, versions
 from vila_deploy.bench.energy import EnergyMeter
 from vila_deploy.bench.first_token import (
@@ -24,7 +24,7 @@ from vila_deploy.bench.first_token import (
     prompt_tokens,
 )
 from vila_deploy.bench.gpu import gpu_name
-from vila_deploy.bench.host_load import LoadMonitor, is_noisy, load_before
+from vila_deploy.bench.host_load import LoadMonitor, load_before
 from vila_deploy.bench.measure import time_decoding
 from vila_deploy.bench.roofline import cache_values_per_token
 from vila_deploy.engine.manifest import Manifest
@@ -39,8 +39,6 @@ TINYCHAT_CONTEXT = 4
 TEXT_TOKEN = 1
 WARM_UP_STEPS = 2
 FEWEST_STEPS = 8
-# Larger than any cache, so that memory is read, and no larger, so that it takes little time.
-LARGEST_BANDWIDTH_BUFFER = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -48,18 +46,20 @@ class MeasureSettings:
     """How a row is measured.
 
     Args:
-        repetitions: of each figure of decoding; the median counts.
+        repetitions: of each figure of decoding; the median counts. The memory is read between them.
         decode_tokens: steps of a repetition where they are quick.
         decode_s: seconds of a repetition, for which a slow engine decodes fewer tokens.
         first_token_s: the question about an image is asked again until so many have passed.
+        first_tokens: how often it is asked at most.
         contexts: cached tokens at the start of further measurements of decoding; 0 means one
             token, which the model has to begin with.
     """
 
-    repetitions: int = 3
+    repetitions: int = 5
     decode_tokens: int = 128
-    decode_s: float = 5.0
+    decode_s: float = 3.0
     first_token_s: float = 8.0
+    first_tokens: int = 3
     contexts: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -83,17 +83,15 @@ def measure_row(folder: Path, settings: MeasureSettings) -> dict[str, Any]:
         after_load = _resident_bytes()
         target = get_target(engine.manifest.target)
         gpu = gpu_name(target, engine.manifest.backend)
+        # A GPU's memory is not the host's.
+        readings = BandwidthReadings() if gpu is None else None
         monitor, energy = LoadMonitor(), EnergyMeter()
-        figures = _measure_engine(engine, settings, warm_up=gpu is not None)
-        joules, others_during = energy.joules(), monitor.others_cores()
+        figures = _measure_engine(engine, settings, readings)
+        joules, load = energy.joules(), monitor.load()
         at_end = _resident_bytes()
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     manifest = engine.manifest
-    if gpu is None:
-        size = min(manifest.weight_bytes_per_token, LARGEST_BANDWIDTH_BUFFER)
-        bandwidth: float | None = read_bandwidth_bytes_per_s(size)
-    else:
-        bandwidth = target.bandwidth_bytes_per_s
+    bandwidth = readings.median() if readings else target.bandwidth_bytes_per_s
     return {
         "label": "measured",
         "target": manifest.target,
@@ -109,11 +107,12 @@ def measure_row(folder: Path, settings: MeasureSettings) -> dict[str, Any]:
         "cache_bytes_per_token": cache_bytes(manifest),
         "read_bandwidth_bytes_per_s": bandwidth,
         "bandwidth_label": "published" if gpu else "measured",
+        "bandwidth_readings": readings.readings if readings else [],
         "roofline_fraction": _share(manifest, figures["decode"]["image"], bandwidth),
         "energy_joules": joules,
         "others_before_cores": others_before,
-        "others_during_cores": others_during,
-        "noisy": is_noisy(others_before, others_during),
+        "others_during_cores": load.others_cores if load else None,
+        "stolen_cores": load.stolen_cores if load else None,
         "state": machine_state(gpu is not None),
         "versions": versions(manifest.versions),
         "commit": commit(),
@@ -138,22 +137,30 @@ def _share(manifest: Manifest, decode: dict[str, Any], bandwidth: float | None) 
 
 
 def _measure_engine(
-    engine: OpenedEngine, settings: MeasureSettings, *, warm_up: bool
+    engine: OpenedEngine, settings: MeasureSettings, readings: BandwidthReadings | None
 ) -> dict[str, Any]:
+    """Return times to first token and of decoding; the memory is read before each part.
+
+    Args:
+        readings: of a CPU's memory; None on a GPU.
+    """
     session, image = engine.session, noise_image()
     check_room(engine, image, FEWEST_STEPS + WARM_UP_STEPS + 1)
-    if warm_up:
+    if readings is None:
         # The first time, kernels are compiled and libraries loaded.
         measure_first_token(engine, image, max_runs=1)
+    else:
+        readings.read()
     prompt = prompt_tokens(engine, image)
-    first_token = measure_first_token(engine, image, settings.first_token_s, settings.repetitions)
+    first_token = measure_first_token(engine, image, settings.first_token_s, settings.first_tokens)
     step_s = _step_seconds(session, first_token)
+    decoding = _Decoding(session, settings, step_s, readings)
     decode = {
-        "image": _decode_at(session, prompt, first_token.last_embed, settings, step_s),
-        "tinychat": _decode_after_text(session, TINYCHAT_CONTEXT, settings, step_s),
+        "image": decoding.measure(prompt, first_token.last_embed),
+        "tinychat": decoding.measure_after_text(TINYCHAT_CONTEXT),
     }
     contexts = [
-        {**_decode_after_text(session, max(context, 1), settings, step_s), "context": context}
+        {**decoding.measure_after_text(max(context, 1)), "context": context}
         for context in _possible(settings.contexts, session.max_seq_len)
     ]
     prefill_s = first_token.medians_ms["prefill"] / 1e3
@@ -178,42 +185,53 @@ def _step_seconds(session: Session, first_token: FirstToken) -> float:
     return statistics.median(time_decoding(session, first_token.logits, WARM_UP_STEPS + 1))
 
 
-def _decode_after_text(
-    session: Session, context: int, settings: MeasureSettings, step_s: float
-) -> dict[str, Any]:
-    """Fill the cache with `context` equal text tokens and time decoding behind them."""
-    session.keep(0, 0)
-    embeds = session.embed_tokens([TEXT_TOKEN] * context)
-    session.prefill(0, embeds)
-    return _decode_at(session, context, embeds[-1:], settings, step_s)
+@dataclass(frozen=True)
+class _Decoding:
+    """Times decoding in repetitions, and reads the memory before each.
 
-
-def _decode_at(
-    session: Session, context: int, last_embed: Floats, settings: MeasureSettings, step_s: float
-) -> dict[str, Any]:
-    """Time decoding `repetitions` times, each behind the first `context` tokens of slot 0.
-
-    The last of them, whose embedding is `last_embed`, goes through the model again each time.
+    Args:
+        step_s: seconds of a step, about.
     """
-    room = session.max_seq_len - context - WARM_UP_STEPS - 1
-    in_time = int(settings.decode_s / step_s)
-    steps = min(max(in_time, FEWEST_STEPS), settings.decode_tokens, room)
-    speeds, step_ms = [], []
-    for _ in range(settings.repetitions):
-        session.keep(0, context - 1)
-        logits = session.prefill(0, last_embed)
-        seconds = time_decoding(session, logits, WARM_UP_STEPS + steps)[WARM_UP_STEPS:]
-        speeds.append(steps / sum(seconds))
-        step_ms += [second * 1e3 for second in seconds]
-    return {
-        "context": context,
-        "tokens": steps,
-        "tokens_per_s": statistics.median(speeds),
-        "min_tokens_per_s": min(speeds),
-        "max_tokens_per_s": max(speeds),
-        "step_ms_median": float(np.median(step_ms)),
-        "repetitions": len(speeds),
-    }
+
+    session: Session
+    settings: MeasureSettings
+    step_s: float
+    readings: BandwidthReadings | None
+
+    def measure_after_text(self, context: int) -> dict[str, Any]:
+        """Fill the cache with `context` equal text tokens and time decoding behind them."""
+        self.session.keep(0, 0)
+        embeds = self.session.embed_tokens([TEXT_TOKEN] * context)
+        self.session.prefill(0, embeds)
+        return self.measure(context, embeds[-1:])
+
+    def measure(self, context: int, last_embed: Floats) -> dict[str, Any]:
+        """Time decoding behind the first `context` tokens of slot 0.
+
+        The last of them, whose embedding is `last_embed`, goes through the model again each time.
+        """
+        session, settings = self.session, self.settings
+        room = session.max_seq_len - context - WARM_UP_STEPS - 1
+        in_time = int(settings.decode_s / self.step_s)
+        steps = min(max(in_time, FEWEST_STEPS), settings.decode_tokens, room)
+        speeds, step_ms = [], []
+        for _ in range(settings.repetitions):
+            if self.readings is not None:
+                self.readings.read()
+            session.keep(0, context - 1)
+            logits = session.prefill(0, last_embed)
+            seconds = time_decoding(session, logits, WARM_UP_STEPS + steps)[WARM_UP_STEPS:]
+            speeds.append(steps / sum(seconds))
+            step_ms += [second * 1e3 for second in seconds]
+        return {
+            "context": context,
+            "tokens": steps,
+            "tokens_per_s": statistics.median(speeds),
+            "min_tokens_per_s": min(speeds),
+            "max_tokens_per_s": max(speeds),
+            "step_ms_median": float(np.median(step_ms)),
+            "repetitions": len(speeds),
+        }
 
 
 def _resident_bytes() -> int | None:

@@ -40,6 +40,8 @@ def notes(rows: Sequence[Row]) -> str:
     return "\n\n".join(part for part in (_reasons(rows), _conditions(rows)) if part)
 
 
+NOISY_NOTE = "**Noisy host**: on a quiet computer these rows would have other figures."
+OTHERS_AT_WORK = f"other processes took more than {NOISY_CORES:.0%} of a core"
 DECODE_NOTE = (
     "*here*: median (least–most) of the repetitions. *share*: of what this computer's memory "
     "bandwidth allows, behind the image. Other devices: *published by the authors / predicted / "
@@ -194,24 +196,20 @@ def _conditions(rows: Sequence[Row]) -> str:
         kind = measured[0]["bandwidth_label"]
         least, most = min(bandwidths), max(bandwidths)
         lines.append(f"Memory bandwidth, {kind}: {least:.1f} to {most:.1f} GB/s.")
+    stolen = [row["stolen_cores"] for row in measured if row.get("stolen_cores") is not None]
+    if any(cores >= 0.005 for cores in stolen):
+        lines.append(f"Stolen by other guests of the host: up to {max(stolen):.2f} of a core.")
     return "\n".join([*dict.fromkeys(lines), *_noise(measured)])
 
 
 def _noise(measured: Iterable[Row]) -> list[str]:
+    # Rows of version 0.1.0 and before have no reasons beside their mark.
     noisy = [
-        f"{row['model']} {row['precision']} ({_cores(row)})" for row in measured if row["noisy"]
+        f"- {row['model']} {row['precision']}: {'; '.join(row.get('noise') or [OTHERS_AT_WORK])}"
+        for row in measured
+        if row["noisy"]
     ]
-    if not noisy:
-        return []
-    return [
-        f"**Noisy host**: other processes took more than {NOISY_CORES:.0%} of a core before or "
-        f"while these rows were measured (cores before, during): {', '.join(noisy)}."
-    ]
-
-
-def _cores(row: Row) -> str:
-    values = row["others_before_cores"], row["others_during_cores"]
-    return ", ".join(DASH if value is None else f"{value:.2f}" for value in values)
+    return ["", NOISY_NOTE, "", *noisy] if noisy else []
 
 
 def markdown(titles: Cells, rows: Iterable[Cells]) -> str:

@@ -28,8 +28,6 @@ RESULTS = Path("vila-bench-results")
 # Engines lie here while they are measured; what a kill leaves is removed at the next start.
 WORK = "work"
 BASELINES, GPU_BASELINES = "baselines.jsonl", "gpu-baselines.jsonl"
-# A buffer that no cache holds, for the bandwidth that predictions begin with.
-BANDWIDTH_BUFFER = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,11 @@ def run_table(options: TableOptions) -> list[dict[str, Any]]:
     results = ResultsFile(options.results)
     with results.lock():
         shutil.rmtree(options.results / WORK, ignore_errors=True)
+        earlier_bandwidth = _best_bandwidth(options.results)
         if options.fresh:
             results.clear()
         earlier = results.read()
-        table = _table(options, target, rows, options.results / WORK)
+        table = _table(options, target, rows, earlier_bandwidth)
         seconds = expected_seconds(table, earlier)
         with _keep_on_interrupt(options.results):
             with progress(seconds, "seconds of work") as advance:
@@ -108,9 +107,27 @@ def _rows(options: TableOptions, target: Target) -> list[Any]:
     return table_rows(options.every_model, options.engines, target)
 
 
-def _table(options: TableOptions, target: Target, rows: Sequence[Any], work: Path) -> Table:
+def _best_bandwidth(folder: Path) -> float | None:
+    """Return what this computer's memory gave beside the rows of a results folder, if known."""
+    from vila_deploy.bench.conditions import processor_name, usable_cores
+    from vila_deploy.bench.noise import best_bandwidth
+    from vila_deploy.bench.results_file import ResultsFile
+
+    here = processor_name(), str(usable_cores())
+    try:
+        rows = ResultsFile(folder).read()
+    except VilaDeployError:
+        return None  # Reading the rows says what is wrong, unless --fresh forgets them.
+    return best_bandwidth(
+        [r for r in rows if (r.get("device"), r.get("state", {}).get("cores")) == here]
+    )
+
+
+def _table(
+    options: TableOptions, target: Target, rows: Sequence[Any], earlier_bandwidth: float | None
+) -> Table:
     from vila_deploy.bench import gpu
-    from vila_deploy.bench.bandwidth import read_bandwidth_bytes_per_s
+    from vila_deploy.bench.bandwidth import LARGE_BUFFER_BYTES, read_bandwidth_bytes_per_s
     from vila_deploy.bench.conditions import commit, processor_name
     from vila_deploy.bench.estimates import first_rates
     from vila_deploy.bench.fill_table import Table
@@ -119,8 +136,8 @@ def _table(options: TableOptions, target: Target, rows: Sequence[Any], work: Pat
     from vila_deploy.cli.bench_table_worker import SubprocessWorker
 
     device = gpu.gpu_name(target, target.default_backend) if options.minutes else None
-    bandwidth = target.bandwidth_bytes_per_s or read_bandwidth_bytes_per_s(BANDWIDTH_BUFFER)
-    settings = MeasureSettings(contexts=options.contexts)
+    bandwidth = target.bandwidth_bytes_per_s or read_bandwidth_bytes_per_s(LARGE_BUFFER_BYTES)
+    settings, work = MeasureSettings(contexts=options.contexts), options.results / WORK
     return Table(
         rows=rows,
         plans={row: plan_row(row, target) for row in rows if row.has_shapes},
@@ -137,6 +154,7 @@ def _table(options: TableOptions, target: Target, rows: Sequence[Any], work: Pat
         worker=SubprocessWorker(target.name),
         scratch=partial(_scratch, work),
         free_bytes=lambda: shutil.disk_usage(work.parent).free,
+        earlier_bandwidth=earlier_bandwidth,
     )
 
 

@@ -68,7 +68,7 @@ def test_an_engine_is_measured_as_a_row_of_its_own(filled: tuple[Path, Result]) 
     for decode in row["decode"].values():
         least, most = decode["min_tokens_per_s"], decode["max_tokens_per_s"]
         assert 0 < least <= decode["tokens_per_s"] <= most
-        assert decode["repetitions"] == 3
+        assert decode["repetitions"] == 5
         assert decode["tokens"] == 128
     assert row["decode"]["tinychat"]["context"] == 4
     assert row["decode"]["image"]["context"] == row["prompt_tokens"]
@@ -83,7 +83,9 @@ def test_an_engine_is_measured_as_a_row_of_its_own(filled: tuple[Path, Result]) 
     speed = row["decode"]["image"]["tokens_per_s"] / row["read_bandwidth_bytes_per_s"]
     assert row["roofline_fraction"] == pytest.approx(step * speed)
     assert isinstance(row["noisy"], bool)
-    for key in ("device", "state", "versions", "commit", "others_before_cores"):
+    assert row["noisy"] == bool(row["noise"])
+    assert row["bandwidth_readings"]
+    for key in ("device", "state", "versions", "commit", "others_before_cores", "stolen_cores"):
         assert key in row
 
 

@@ -33,7 +33,9 @@ def test_work_of_others_is_all_work_but_ours(
     monkeypatch.setattr(host_load.time, "monotonic", lambda: next(clock))
     monitor = LoadMonitor(stat(tmp_path / "stat", 1000))
     stat(tmp_path / "stat", 1000 + 1500, stolen=100)
-    assert monitor.others_cores() == pytest.approx(0.4)
+    load = monitor.load()
+    assert load is not None
+    assert (load.others_cores, load.stolen_cores) == pytest.approx((0.4, 0.1))
 
 
 def test_noise_is_a_tenth_of_a_core() -> None:
@@ -43,7 +45,7 @@ def test_noise_is_a_tenth_of_a_core() -> None:
 
 
 def test_without_proc_nothing_is_known(tmp_path: Path) -> None:
-    assert LoadMonitor(tmp_path / "none").others_cores() is None
+    assert LoadMonitor(tmp_path / "none").load() is None
     assert EnergyMeter(tmp_path).joules() is None
 
 

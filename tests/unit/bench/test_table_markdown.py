@@ -72,15 +72,20 @@ def test_time_to_first_token_of_measured_rows(rows: list[Row]) -> None:
 
 
 def test_a_noisy_host_is_said() -> None:
-    row = {"model": "VILA1.5-3b", "precision": "int4", **measured_row()}
-    noisy = {**row, "noisy": True, "others_during_cores": 1.5}
-    text = render_table([noisy])
+    row = {"model": "VILA1.5-3b", "precision": "int4", **measured_row(), "noisy": False}
+    quiet = {**row, "precision": "fp16", "noisy": False, "noise": []}
+    noisy = {**row, "noisy": True, "noise": ["one", "two"], "stolen_cores": 0.25}
+    text = render_table([noisy, quiet])
     assert "**Noisy host**" in text
-    assert "VILA1.5-3b int4 (0.00, 1.50)" in text
+    assert "\n- VILA1.5-3b int4: one; two\n" in text
+    assert "- VILA1.5-3b fp16" not in text
+    assert "Stolen by other guests of the host: up to 0.25 of a core." in text
+    earlier = {key: value for key, value in noisy.items() if key not in ("noise", "stolen_cores")}
+    assert "more than 10% of a core" in render_table([earlier]), "rows of earlier versions"
 
 
 def test_fewer_tokens_and_energy_are_said() -> None:
-    row = {"model": "VILA1.5-3b", "precision": "int4", **measured_row()}
+    row = {"model": "VILA1.5-3b", "precision": "int4", **measured_row(), "noisy": False}
     row["decode"]["image"]["tokens"] = 20
     text = render_table([{**row, "energy_joules": 120.4}])
     assert "VILA1.5-3b int4: 20 tokens a repetition" in text
@@ -94,7 +99,7 @@ def test_models_without_known_shapes_have_their_published_figures() -> None:
 
 
 def test_contexts_have_a_table() -> None:
-    row = {"model": "VILA1.5-3b", "precision": "int4", **measured_row()}
+    row = {"model": "VILA1.5-3b", "precision": "int4", **measured_row(), "noisy": False}
     points = [{**row["decode"]["image"], "context": context} for context in (0, 256)]
     text = render_table([{**row, "contexts": points}])
     assert "| model | precision | 0 | 256 |" in text
