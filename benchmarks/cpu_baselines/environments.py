@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -67,6 +68,15 @@ def _run(command: Sequence[str], variables: Mapping[str, str], problem: str) -> 
     if any(sign in output.casefold() for sign in NETWORK_SIGNS):
         raise Unavailable(f"{problem}: the package index has not been reached")
     raise Unavailable(f"{problem}: {last_line(output)}")
+
+
+def why_ended(code: int, messages: str) -> str:
+    """Return in one line why a program ended: the signal that it died of, or what it said."""
+    if code >= 0:
+        return last_line(messages)
+    name = signal.Signals(-code).name
+    more = "; Linux ends programs so when memory runs out" if name == "SIGKILL" else ""
+    return f"its process died of {name}{more}"
 
 
 def last_line(text: str) -> str:

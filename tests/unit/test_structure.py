@@ -32,8 +32,10 @@ EDITS_PATH = re.compile(r"\bsys\.path\.(insert|append|extend)\b")
 def python_files(folders: list[Path]) -> Iterator[Path]:
     for folder in folders:
         for path in sorted(folder.rglob("*.py")):
-            # Links to kernels/ and engines/ are seen once, where they lie.
-            if not any(parent.is_symlink() for parent in path.parents):
+            # Links to kernels/ and engines/ are seen once, where they lie; other programs' code in
+            # environments, such as those of `vila-bench --baselines`, is none of ours.
+            linked = any(parent.is_symlink() for parent in path.parents)
+            if not linked and "site-packages" not in path.parts:
                 yield path
 
 

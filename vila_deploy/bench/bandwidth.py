@@ -54,7 +54,8 @@ class BandwidthReadings:
         if time.monotonic() < self._due:
             return
         time.sleep(REST_S)
-        threads, passes = len(os.sched_getaffinity(0)), []
+        threads = len(os.sched_getaffinity(0))
+        passes: list[float] = []
         # Pages of the size that the system gives those who don't ask, as to an engine's weights;
         # numpy asks for large ones.
         with mmap.mmap(-1, self._size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:

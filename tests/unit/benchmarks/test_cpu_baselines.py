@@ -50,6 +50,34 @@ def test_without_a_compiler_llamacpp_is_unavailable(
         llamacpp.find_llama_bench()
 
 
+@pytest.mark.parametrize(
+    ("code", "messages", "reason"),
+    [
+        (-9, "", "its process died of SIGKILL; Linux ends programs so when memory runs out"),
+        (-11, "half a line", "its process died of SIGSEGV"),
+        (1, "warning\nValueError: no\n", "ValueError: no"),
+        (0, "", "it says nothing"),
+    ],
+)
+def test_why_a_program_ended(code: int, messages: str, reason: str) -> None:
+    assert environments.why_ended(code, messages) == reason
+
+
+def test_a_compiler_a_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's build would start one for each file otherwise."""
+    found: dict[str, str] = {}
+
+    def make(name: str, packages: list[str], variables: dict[str, str]) -> Path:
+        found.update(variables)
+        raise Unavailable("far enough")
+
+    monkeypatch.setattr(llamacpp, "environment", make)
+    monkeypatch.setattr(llamacpp.shutil, "which", lambda name: name if "llama" not in name else "")
+    with pytest.raises(Unavailable, match="far enough"):
+        llamacpp.find_llama_bench()
+    assert int(found["LLAMA_CPP_BUILD_JOBS"]) == len(os.sched_getaffinity(0))
+
+
 def test_without_a_network_an_environment_is_unavailable(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,7 +125,7 @@ def test_figures_of_llama_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert row["versions"] == {"llama.cpp": "b7"}
     assert row["flash_attention"] is True
     program(bench, "#!/bin/sh\necho 'error: unable to load model' >&2; exit 1\n")
-    with pytest.raises(Unavailable, match="ends with 1: error: unable to load model"):
+    with pytest.raises(Unavailable, match="fails: error: unable to load model"):
         llamacpp.llama_rows(bench, tmp_path / "model.gguf", "int4", (0,), False)
 
 
