@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 GIGABYTE = 1e9
 # Of our own engines: vLLM queues, decodes and caches by itself.
-OWN_FLAGS = ("queue_size", "image_cache_mb", "max_image_megapixels")
+OWN_FLAGS = ("queue_size", "image_cache_mb")
 VLLM_FLAGS = {"tp": 1, "pp": 1, "nnodes": 1, "node_rank": 0, "master": None, "plan": False}
 
 

@@ -25,6 +25,7 @@ from vila_deploy.server.body import BodyBudget, ClientGone, Reservation, read_bo
 from vila_deploy.server.errors import ApiError, internal, refused
 from vila_deploy.server.generation import shutting_down
 from vila_deploy.server.guard import REQUEST_ID
+from vila_deploy.server.images import count_pixels, data_uri_bytes
 from vila_deploy.server.metrics import MEDIA_TYPE, ServerMetrics
 from vila_deploy.server.model_listing import ModelListing
 from vila_deploy.server.openai_fields import CHAT_FIELDS, COMPLETION_FIELDS
@@ -32,6 +33,7 @@ from vila_deploy.server.openai_schema import (
     ChatRequest,
     CompletionRequest,
     GenerationOptions,
+    ImagePart,
     parse_chat,
     parse_completion,
     parse_json,
@@ -193,18 +195,28 @@ class ForwardedEndpoint:
             await response.aclose()
 
     async def _fetch_images(self, forwarded: _Forwarded) -> None:
-        """Put images that have an address into the request itself."""
+        """Check the images, and put those that have an address into the request itself."""
         network, limits = self._api.network, self._api.options.limits
         if not isinstance(forwarded.request, ChatRequest):
             return
         check_image_count(forwarded.request.images, limits)
+        pixels_left = 2 * limits.image_pixels
         for image in forwarded.request.images:
-            if not is_address(image):
-                continue
-            if network is None:
-                raise no_fetching(image)
-            content = await fetch_image(image.url, image.param, limits.body_bytes, network)
-            forwarded.replace(image.url, base64.b64encode(content).decode())
+            content = None
+            if is_address(image):
+                if network is None:
+                    raise no_fetching(image)
+                content = await fetch_image(image.url, image.param, limits.body_bytes, network)
+                forwarded.replace(image.url, base64.b64encode(content).decode())
+            most = min(limits.image_pixels, pixels_left)
+            pixels_left -= await asyncio.to_thread(_pixels, image, content, most)
+
+
+def _pixels(image: ImagePart, content: bytes | None, max_pixels: int) -> int:
+    """Return the pixels of an image, whose bytes are in the request where `content` is None."""
+    if content is None:
+        content = data_uri_bytes(image.url, image.param)
+    return count_pixels(content, image.param, max_pixels)
 
 
 class _Forwarded:

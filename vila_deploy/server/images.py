@@ -7,6 +7,8 @@ import binascii
 import io
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from PIL import Image
 
@@ -46,27 +48,46 @@ def decode_image(content: bytes, param: str, max_pixels: int) -> Image.Image:
     Raises:
         ApiError: no image, an unknown format, damaged, too large, or made to be slow.
     """
+    with _refusals(param, max_pixels):
+        return read_image(_opened(content, param, max_pixels))
+
+
+def count_pixels(content: bytes, param: str, max_pixels: int) -> int:
+    """Return width × height of an image that somebody else decodes, from its header alone.
+
+    Raises:
+        ApiError: as `decode_image`, but for damage behind the header.
+    """
+    with _refusals(param, max_pixels):
+        image = _opened(content, param, max_pixels)
+        return image.width * image.height
+
+
+@contextmanager
+def _refusals(param: str, max_pixels: int) -> Iterator[None]:
+    """Turn whatever a parser of images stumbles on into an ApiError."""
+    try:
+        yield
+    except (ApiError, MemoryError):
+        raise
+    except Image.DecompressionBombError:
+        raise _too_large(param, max_pixels) from None
+    except VilaDeployError as error:
+        # The original is what Pillow raised, with addresses and names of its own.
+        if error.__cause__ is not None:
+            raise _unreadable(param) from None
+        raise ApiError(error.what, param=param, fix=error.fix) from None
+    except Exception:
+        raise _unreadable(param) from None
+
+
+def _opened(content: bytes, param: str, max_pixels: int) -> Image.Image:
     with warnings.catch_warnings():
         # Pillow's own limit only warns; ours is an error.
         warnings.simplefilter("ignore")
-        try:
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
-            _check_cost(image, content, param, max_pixels)
-            return read_image(image)
-        except ApiError:
-            raise
-        except Image.DecompressionBombError:
-            raise _too_large(param, max_pixels) from None
-        except VilaDeployError as error:
-            # The original is what Pillow raised, with addresses and names of its own.
-            if error.__cause__ is not None:
-                raise _unreadable(param) from None
-            raise ApiError(error.what, param=param, fix=error.fix) from None
-        except MemoryError:
-            raise
-        # Whatever a parser of images stumbles on.
-        except Exception:
-            raise _unreadable(param) from None
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    _check_cost(image, content, param, max_pixels)
+    return image
 
 
 def _check_cost(image: Image.Image, content: bytes, param: str, max_pixels: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def test_page_health_models_and_metrics(front: Front) -> None:
 
 
 def test_limits_and_keys_are_the_front_s(server: Running, images: Images) -> None:
-    limits = RequestLimits(images=1, max_tokens=2)
+    limits = RequestLimits(images=1, max_tokens=2, image_pixels=100_000)
     options = ServerOptions((NAME,), api_keys=(KEY,), limits=limits)
     with forwarding(server.url, options) as front:
         assert front.http().get("/v1/models").status_code == 401
@@ -108,6 +109,13 @@ def test_limits_and_keys_are_the_front_s(server: Running, images: Images) -> Non
         assert (answer.usage.completion_tokens, answer.choices[0].finish_reason) == (2, "length")
         with pytest.raises(openai.BadRequestError, match="at most 1"):
             create(front, [asks(QUESTION, *images[:2])])
+        with pytest.raises(openai.BadRequestError, match=r"larger than 0\.1 megapixels"):
+            create(front, [asks(QUESTION, Image.new("1", (1000, 101)))])
+        for broken in (b"x", b"\x89PNG\r\n\x1a\n"):
+            part = {"url": "data:image/png;base64," + b64encode(broken).decode()}
+            message = {"role": "user", "content": [{"type": "image_url", "image_url": part}]}
+            with pytest.raises(openai.BadRequestError, match="not an image that can be read"):
+                create(front, [message])
 
 
 def test_the_other_servers_key_is_sent(engine_folder: Path) -> None:
