@@ -14,6 +14,7 @@ import torch
 from vila_deploy.backends.native import build as build_module
 from vila_deploy.backends.native.weights import Layer, PackedLlm, pack_shards
 from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
+from vila_deploy.checkpoint.weight_source import ModelWeights
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.manifest import Limits, Manifest
 from vila_deploy.engine.model_info import ModelInfo
@@ -71,7 +72,8 @@ def built(
         module_precision=module_precision,
         kernel_launch=kernel_launch,
     )
-    found = build_module.build(folder, checkpoint.config, checkpoint.weights, request)
+    weights = ModelWeights(checkpoint.llm, checkpoint.vision, checkpoint.projector)
+    found = build_module.build(folder, checkpoint.config, weights, request)
     mode = get_launch_mode(kernel_launch or DEFAULT_LAUNCH_MODE)
     assert asked == [
         (checkpoint.config.llm, max_seq_len, [ComputeCapability(9, 0)], module_precision, mode)
