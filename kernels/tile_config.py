@@ -203,10 +203,10 @@ def attention_block(capability: ComputeCapability) -> int:
 
 
 def attention_splits(capability: ComputeCapability, kv_heads: int, max_seq_len: int) -> int:
-    """Return into how many splits the cache is cut: one program a multiprocessor, a power of 2."""
+    """Return into how many splits the cache is cut: a power of 2, two programs a multiprocessor."""
     if capability == INTERPRETER:
         return 1
-    for_all = max(1, device(capability).processors // kv_heads)
+    for_all = max(1, 2 * device(capability).processors // kv_heads)
     longest = max(1, max_seq_len // attention_block(capability))
     splits = 1
     while splits * 2 <= min(for_all, longest, 16):

@@ -27,16 +27,25 @@ def prefill(config: StepConfig, llm: PackedLlm, cache: Cache, embeds: Tensor, st
     for first in range(0, len(embeds), PREFILL_TOKENS):
         residual = embeds[first : first + PREFILL_TOKENS].clone()
         cache.position.fill_(start + first)
+        mask = _mask(start + first, residual)
         for index, layer in enumerate(llm.layers):
-            _attention(config, llm, cache, index, layer, residual, start + first)
+            _attention(config, llm, cache, index, layer, residual, start + first, mask)
             _mlp(config, layer, residual)
     cache.position.fill_(start + len(embeds))
     return residual[-1]
 
 
+def _mask(start: int, residual: Tensor) -> Tensor | None:
+    """Return which positions each token sees, token i those up to start + i; None if causal."""
+    if not start:
+        return None
+    tokens = len(residual)
+    return residual.new_ones(tokens, start + tokens, dtype=torch.bool).tril(start)
+
+
 def _attention(
     config: StepConfig, llm: PackedLlm, cache: Cache, index: int, layer: Layer, residual: Tensor,
-    start: int,
+    start: int, mask: Tensor | None,
 ) -> None:  # fmt: skip
     sizes, tokens = config.llm, len(residual)
     x = _normed(residual, layer.input_norm, sizes.rms_norm_eps)
@@ -46,10 +55,6 @@ def _attention(
     rope_kv(qkv, llm.cos, llm.sin, cache.position, q, keys, values, scales)()
     end = start + tokens
     k, v = (vectors[None] for vectors in cache.read(index, end))
-    # Token i sees the cache up to start + i.
-    mask = None
-    if start:
-        mask = torch.ones(tokens, end, dtype=torch.bool, device=q.device).tril(start)
     attended = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(0, 1)[None], k, v, mask, is_causal=not start,
         enable_gqa=sizes.num_heads != sizes.num_kv_heads,
