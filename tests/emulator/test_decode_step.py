@@ -24,7 +24,14 @@ def same(found: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, mode in LAUNCH_MODES.items() if not mode.fuse_layers][1:]
+    "name",
+    [
+        "merged-attention",
+        "pdl",
+        "pdl-merged-attention-prefetch",
+        pytest.param("pdl-merged-attention", marks=pytest.mark.slow),
+        pytest.param("merged-attention-prefetch", marks=pytest.mark.slow),
+    ],
 )
 def test_other_launch_modes_give_the_same_bits(name: str, device: EmulatedDevice) -> None:
     expected = random_step("separate").run()
