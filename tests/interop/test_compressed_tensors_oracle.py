@@ -59,6 +59,28 @@ def test_transformers_loads_it(name: str, symmetric: bool, tmp_path: Path) -> No
             assert torch.equal(theirs(ids).logits, reference(ids).logits)
 
 
+def test_transformers_loads_several_numbers_of_bits(tmp_path: Path) -> None:
+    """Each linear in its own bits, without zero points; with them 5.23 takes all for the same."""
+    from transformers import AutoModelForCausalLM
+
+    root = make_model("tiny", tmp_path / "root")
+    others = ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj")
+    scheme = QuantScheme(32, True, linear_bits=dict.fromkeys(others, 8))
+    out = round_checkpoint(root, tmp_path / "out", ["compressed-tensors"], scheme)
+    checkpoint = open_checkpoint(out)
+    found = linears(checkpoint)
+    assert [full for full, linear in found.items() if linear.bits == 8] == [*others]
+    theirs = AutoModelForCausalLM.from_pretrained(out / "llm", dtype=torch.float32).eval()
+    ids = prompt_ids(out / "llm")
+    weights = {full: linear.dequantize() for full, linear in found.items()}
+    reference = reference_model(checkpoint, weights)
+    with torch.no_grad():
+        assert torch.equal(theirs(ids).logits, reference(ids).logits)
+    modules = dict(theirs.named_modules())
+    for full, weight in weights.items():
+        assert torch.equal(modules[full].weight.data, weight), full
+
+
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asymmetric", "symmetric"])
 def test_their_compressor_makes_the_same_tensors(symmetric: bool, tmp_path: Path) -> None:
     """Their quantizer and packer, given our scales and zero points, write our file's tensors."""

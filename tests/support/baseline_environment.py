@@ -57,7 +57,7 @@ def round_checkpoint(root: Path, out: Path, formats: list[str], scheme: QuantSch
             full = f"model.layers.{index}.{name}"
             weight = reader.tensor(f"{full}.weight").float()
             bias = reader.tensor(f"{full}.bias") if f"{full}.bias" in reader else None
-            outputs.add(full, round_to_nearest(weight, scheme, full, bias))
+            outputs.add(full, round_to_nearest(weight, scheme.of(full), full, bias))
     outputs.finish()
     return out
 

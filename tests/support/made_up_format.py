@@ -46,7 +46,9 @@ class MadeUp(Packing):
         }
         return tensors if linear.bias is None else {**tensors, "bias": linear.bias}
 
-    def unpack(self, tensors: Mapping[str, Tensor], group_size: int) -> QuantizedLinear:
+    def unpack(
+        self, tensors: Mapping[str, Tensor], group_size: int, bits: int = 4
+    ) -> QuantizedLinear:
         columns, rows = stored(tensors, "codes").shape
         check_stored(tensors, self.tensor_specs(rows, columns, group_size), "write it again")
         return QuantizedLinear(

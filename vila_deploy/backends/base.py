@@ -38,6 +38,7 @@ class Backend(ABC):
     opens_while_checking: ClassVar[bool] = False
     # Of a value in a key/value cache that is not quantized.
     cache_bits: ClassVar[int] = 16
+    linear_bits: ClassVar[tuple[int, ...]] = (4,)
 
     # What it can build.
 
@@ -54,6 +55,14 @@ class Backend(ABC):
                 f"backend {self.name} runs on one {self.device}, --tp and --pp are for several "
                 "GPUs",
                 fix="leave them out, or use --backend tensorrt-llm",
+            )
+        quantization = config.llm.quantization
+        if quantization is not None and not quantization.scheme.widths <= set(self.linear_bits):
+            raise VilaDeployError(
+                f"backend {self.name} takes linears in 4 bits, this checkpoint has some in "
+                f"{max(quantization.scheme.widths)}",
+                where="llm/config.json: quantization_config",
+                fix="use --target cpu or --backend llamacpp, or quantize without --bits-per-weight",
             )
         self.check_model(config, request)
 

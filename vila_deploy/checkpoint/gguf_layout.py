@@ -5,7 +5,7 @@ Source: conversion/llama.py and conversion/qwen.py of github.com/ggml-org/llama.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vila_deploy.checkpoint.llm_config import (
@@ -51,6 +51,7 @@ def tensor_specs(
     table_types: tuple[str, ...] = TABLE_TYPES,
     linear_types: tuple[str, ...] = FLOAT_TYPES,
     head_types: tuple[str, ...] = (),
+    types_of: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Iterator[GgufSpec]:
     """Yield every tensor in the order in which it is written.
 
@@ -58,6 +59,7 @@ def tensor_specs(
         table_types: of the embedding and the head.
         linear_types: of the decoder's linears.
         head_types: of the head where it differs, beside the embedding even where the two are tied.
+        types_of: of linears that differ from `linear_types`, by full name.
     """
     table = (config.vocab_size, config.hidden_size)
     yield GgufSpec(EMBEDDING, ENDS[EMBEDDING], table, table_types)
@@ -71,7 +73,8 @@ def tensor_specs(
             yield GgufSpec(f"{ours}.{norm}.weight", name, (config.hidden_size,), ("F32",))
         for linear, shape in config.linears.items():
             name = f"{theirs}.{MODULES[linear]}"
-            yield GgufSpec(f"{ours}.{linear}.weight", f"{name}.weight", shape, linear_types)
+            types = (types_of or {}).get(f"{ours}.{linear}", linear_types)
+            yield GgufSpec(f"{ours}.{linear}.weight", f"{name}.weight", shape, types)
             if config.has_bias(linear):
                 yield GgufSpec(f"{ours}.{linear}.bias", f"{name}.bias", shape[:1], ("F32",))
 

@@ -20,7 +20,7 @@ from vila_deploy.checkpoint.gguf_layout import (
 from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD, LlmConfig
 from vila_deploy.checkpoint.safetensors_header import TensorInfo
 from vila_deploy.formats.base import QuantizedLinear
-from vila_deploy.formats.gguf import GGUF_BLOCKS, dtype
+from vila_deploy.formats.gguf import GGUF_BLOCKS, dtype, linear_types_of
 from vila_deploy.formats.gguf_file import FIX, TENSOR_TYPES, GgufHeader, read_header
 from vila_deploy.utils.errors import VilaDeployError, short
 
@@ -86,7 +86,11 @@ class GgufReader:
         _check_metadata(self._headers, config)
         quantization = config.quantization
         linear_types = FLOAT_TYPES if quantization is None else (dtype(quantization.zero_point),)
-        specs = {spec.source: spec for spec in tensor_specs(config, linear_types=linear_types)}
+        types_of = {} if quantization is None else linear_types_of(quantization.scheme)
+        specs = {
+            spec.source: spec
+            for spec in tensor_specs(config, linear_types=linear_types, types_of=types_of)
+        }
         self._specs, self._file_of = specs, _check_tensors(self._headers, specs.values())
 
     def files(self) -> list[Path]:
@@ -127,8 +131,9 @@ class GgufReader:
         if quantization is None or prefix == HEAD.removesuffix(".weight"):
             return self.tensor(spec.source)
         rows = self._bytes(spec).unflatten(1, (-1, TENSOR_TYPES[spec.types[0]].block_bytes))
+        bits = quantization.scheme.of(prefix).bits
         try:
-            linear = GGUF_BLOCKS.unpack({"blocks": rows}, quantization.group_size)
+            linear = GGUF_BLOCKS.unpack({"blocks": rows}, quantization.group_size, bits)
         except VilaDeployError as error:
             where = f"{self._file_of[spec.name]}: {spec.name}"
             raise VilaDeployError(error.what, where=where, fix=error.fix) from error

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from vila_deploy.checkpoint.quantization import load_quantization
 from vila_deploy.checkpoint.variants import LLM_FAMILIES, LlmFamily
-from vila_deploy.formats.base import QuantizationConfig
+from vila_deploy.formats.base import BITS, QuantizationConfig, QuantScheme
 from vila_deploy.utils.errors import short
 from vila_deploy.utils.fields import Fields
 
@@ -68,6 +69,19 @@ class LlmConfig:
         """Return the same of decoder layer `index`, under full names."""
         prefix = layer_prefix(index)
         return {f"{prefix}.{name}": sizes for name, sizes in self.linears.items()}
+
+    def mean_bits(self, scheme: QuantScheme) -> float:
+        """Return the mean bits of a quantized value over all linears of the layers."""
+        if not scheme.linear_bits:
+            return scheme.bits
+        layers = range(self.num_layers)
+        sizes = {n: math.prod(s) for i in layers for n, s in self.layer_linears(i).items()}
+        return sum(scheme.of(n).bits * size for n, size in sizes.items()) / sum(sizes.values())
+
+    @property
+    def value_bits(self) -> float:
+        """Mean bits of a quantized value; 4 for a model that is not quantized yet."""
+        return BITS if self.quantization is None else self.mean_bits(self.quantization.scheme)
 
     def has_bias(self, linear: str) -> bool:
         """Return whether a linear of `linears` has a bias."""

@@ -10,7 +10,7 @@ from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD, LlmConfig
 from vila_deploy.checkpoint.safetensors_header import TensorInfo, read_header
 from vila_deploy.checkpoint.tensor_schema import check_llm
 from vila_deploy.checkpoint.torch_load import PickledFile, SearchResultError, is_search_result
-from vila_deploy.formats.base import Packing, QuantizedLinear
+from vila_deploy.formats.base import BITS, Packing, QuantizedLinear
 from vila_deploy.formats.registry import format_of
 from vila_deploy.formats.tinychat import SUFFIX as TINYCHAT_SUFFIX
 from vila_deploy.utils.errors import VilaDeployError, short
@@ -127,6 +127,7 @@ class TensorReader:
         tensors: from `find_tensors`.
         packing: of the quantized linears, if there are any.
         group_size: of the quantized linears.
+        bits_of: of linears that have other than 4.
         aliases: names that are not stored, and the tensor that stands for each.
     """
 
@@ -136,9 +137,11 @@ class TensorReader:
         *,
         packing: Packing | None = None,
         group_size: int = 0,
+        bits_of: Mapping[str, int] | None = None,
         aliases: Mapping[str, str] | None = None,
     ):
         self._tensors, self._packing, self._group_size = tensors, packing, group_size
+        self._bits_of = bits_of or {}
         self.aliases: Mapping[str, str] = aliases or {}
         self._open_files: dict[Path, Any] = {}
 
@@ -222,7 +225,7 @@ class TensorReader:
             if f"{prefix}.{name}" in self
         }
         try:
-            return packing.unpack(tensors, self._group_size)
+            return packing.unpack(tensors, self._group_size, self._bits_of.get(prefix, BITS))
         except VilaDeployError as error:
             file = self.info(f"{prefix}.{packing.marker}").file
             where = f"{file}: {prefix[:120]}.{error.where}"
@@ -241,6 +244,7 @@ def llm_reader(tensors: Mapping[str, TensorInfo], config: LlmConfig, folder: Pat
         tensors,
         packing=format_of(quantization).packing if quantization else None,
         group_size=quantization.group_size if quantization else 0,
+        bits_of=quantization.linear_bits if quantization else None,
         aliases={HEAD: EMBEDDING} if config.tie_word_embeddings else None,
     )
 

@@ -91,8 +91,9 @@ def _quantized_specs(
     prefix: str, rows: int, columns: int, quantization: QuantizationConfig
 ) -> Iterator[TensorSpec]:
     """Yield the tensors of a linear of `rows` output and `columns` input channels, but its bias."""
+    scheme = quantization.scheme.of(prefix)
     specs = format_of(quantization).packing.tensor_specs(
-        rows, columns, quantization.group_size, quantization.bits, quantization.zero_point
+        rows, columns, scheme.group_size, scheme.bits, not scheme.symmetric
     )
     for part, shape, dtypes in specs:
         yield TensorSpec(f"{prefix}.{part}", shape, dtypes)

@@ -100,7 +100,7 @@ def weight_items(
     group = llm.quantization.group_size if llm.quantization else DEFAULT_GROUP_SIZE
     bits: float = storage.dense_bits
     if precision != FP16:
-        bits = 4 + (storage.scale_bits + storage.zero_bits) / group
+        bits = llm.value_bits + (storage.scale_bits + storage.zero_bits) / group
     table = llm.vocab_size * llm.hidden_size
     norms = llm.hidden_size * (2 * llm.num_layers + 1)
     tower = list(tower_tensor_specs(config))

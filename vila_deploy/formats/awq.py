@@ -70,7 +70,9 @@ class AwqGemm(Packing):
             tensors["bias"] = linear.bias.half()
         return tensors
 
-    def unpack(self, tensors: Mapping[str, Tensor], group_size: int) -> QuantizedLinear:
+    def unpack(
+        self, tensors: Mapping[str, Tensor], group_size: int, bits: int = BITS
+    ) -> QuantizedLinear:
         qweight = stored(tensors, "qweight")
         if qweight.ndim != 2 or group_size < 1 or qweight.shape[0] % group_size:
             raise VilaDeployError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from vila_deploy.utils.errors import VilaDeployError
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 BITS = 4  # of a quantized linear, unless it says otherwise
 MAX_VALUE = 2**BITS - 1  # 15
 SYMMETRIC_ZERO = 2 ** (BITS - 1)  # 8
+# At this width zero points gain nothing, and GGUF's Q8_0 has none.
+SYMMETRIC_BITS = 8
 # What the engines' 4-bit kernels take as a group of input channels.
 GROUP_SIZES = (16, 32, 64, 128, 256)
 # Dtypes of unquantized tensors, as safetensors spells them.
@@ -35,11 +37,25 @@ class QuantScheme:
     """Quantized weights: one scale and zero point for `group_size` neighbouring input channels.
 
     Symmetric means that every zero point is 2^(bits−1), so that w = scale · (q − 8) in 4 bits.
+
+    Args:
+        linear_bits: of the linears that have other than `bits`, by full name (mixed precision).
     """
 
     group_size: int = 128
     symmetric: bool = False
     bits: int = BITS
+    linear_bits: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+    def of(self, linear: str) -> QuantScheme:
+        """Return the scheme of one linear, by its full name; 8 bits are always symmetric."""
+        bits = self.linear_bits.get(linear, self.bits)
+        return QuantScheme(self.group_size, self.symmetric or bits == SYMMETRIC_BITS, bits)
+
+    @property
+    def widths(self) -> set[int]:
+        """Every number of bits that some linear has."""
+        return {self.bits, *self.linear_bits.values()}
 
     @property
     def max_value(self) -> int:
@@ -64,6 +80,7 @@ class QuantizationConfig:
     Args:
         quant_method: value of that key in `quantization_config`.
         version: the `Packing.version` of the tensors.
+        linear_bits: as in `QuantScheme`.
     """
 
     quant_method: str
@@ -71,10 +88,11 @@ class QuantizationConfig:
     group_size: int
     zero_point: bool
     version: str
+    linear_bits: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def scheme(self) -> QuantScheme:
-        return QuantScheme(self.group_size, not self.zero_point, self.bits)
+        return QuantScheme(self.group_size, not self.zero_point, self.bits, self.linear_bits)
 
 
 @dataclass(frozen=True)
@@ -139,7 +157,7 @@ class QuantizedLinear:
     def dequantize(self) -> Tensor:
         """Return the effective weight, float32 [out, in].
 
-        Exact for 4 bits: 5 bits (with the sign) times 11 bits fit into 24.
+        Exact: 9 bits (8 and the sign) times 11 bits fit into 24.
         """
         groups = (
             self.q.unflatten(1, (-1, self.group_size)).float() - self.zero.unsqueeze(-1).float()
@@ -156,8 +174,10 @@ class Packing(ABC):
         quant_method: value of that key in their `quantization_config`; empty where there is none.
         marker: the tensor, of those after a linear's name, that tells this format.
         tensors: all of them but the bias.
+        widths: bits of a value that it can hold.
     """
 
+    widths: ClassVar[tuple[int, ...]] = (BITS,)
     version: ClassVar[str]
     quant_method: ClassVar[str]
     marker: ClassVar[str]
@@ -181,7 +201,9 @@ class Packing(ABC):
         """
 
     @abstractmethod
-    def unpack(self, tensors: Mapping[str, Tensor], group_size: int) -> QuantizedLinear:
+    def unpack(
+        self, tensors: Mapping[str, Tensor], group_size: int, bits: int = BITS
+    ) -> QuantizedLinear:
         """Return what `pack` wrote, bit for bit.
 
         Raises:
@@ -206,8 +228,9 @@ class Packing(ABC):
         Args:
             linears: name → (out_features, in_features).
         """
-        if scheme.bits != BITS:
-            raise _other_bits(self.version, scheme.bits)
+        for bits in sorted(scheme.widths):
+            if bits not in self.widths:
+                raise _other_bits(self.version, bits, self.widths)
 
     def warning(self, scheme: QuantScheme) -> str | None:
         """Return, in a line, what the format's own reader can't do with such a quantization."""
@@ -306,9 +329,17 @@ def only_4_bits(linear: QuantizedLinear, title: str) -> None:
         raise _other_bits(title, linear.bits)
 
 
-def _other_bits(title: str, bits: int) -> VilaDeployError:
+def check_bits(linear: QuantizedLinear, title: str, widths: tuple[int, ...]) -> None:
+    """Raise VilaDeployError if the format `title` has no values of as many bits as `linear`."""
+    if linear.bits not in widths:
+        raise _other_bits(title, linear.bits, widths)
+
+
+def _other_bits(title: str, bits: int, widths: tuple[int, ...] = (BITS,)) -> VilaDeployError:
+    held = " and ".join(f"{width}-bit" for width in widths)
     return VilaDeployError(
-        f"{title} holds {BITS}-bit values, found {bits} bits", fix="choose another format"
+        f"{title} holds {held} values, found {bits} bits",
+        fix="choose format compressed-tensors (4 and 8 bits) or gguf (4, 5 and 8)",
     )
 
 
@@ -329,23 +360,24 @@ def to_float16(tensor: Tensor, name: str) -> Tensor:
 
 
 def pack_words(values: Tensor, order: Iterable[int] = range(8), bits: int = BITS) -> Tensor:
-    """Return uint8 [rows, columns] as int32 [rows, columns/8], along the columns.
+    """Return uint8 [rows, columns] as int32 [rows, columns · bits/32], along the columns.
 
     Args:
-        order: nibble i (bits 4i..4i+3) of a word holds the value of column 8·word + order[i].
+        order: part i (bits 4i..4i+3 for 4 bits) of a word holds the value of its column order[i].
+        bits: a divisor of 32.
     """
-    nibbles = values.contiguous().unflatten(1, (-1, 32 // bits))[..., list(order)].int()
-    words = nibbles[..., 0].clone()
+    parts = values.contiguous().unflatten(1, (-1, 32 // bits))[..., list(order)[: 32 // bits]].int()
+    words = parts[..., 0].clone()
     for i in range(1, 32 // bits):
-        words |= nibbles[..., i] << (bits * i)
+        words |= parts[..., i] << (bits * i)
     return words.contiguous()
 
 
 def unpack_words(words: Tensor, order: Iterable[int] = range(8), bits: int = BITS) -> Tensor:
-    """Return what `pack_words` packed: int32 [rows, columns/8] → uint8 [rows, columns]."""
+    """Return what `pack_words` packed, uint8 [rows, columns]."""
     import torch
 
     values = torch.empty((*words.shape, 32 // bits), dtype=torch.uint8)
-    for i, column in enumerate(order):
+    for i, column in enumerate(list(order)[: 32 // bits]):
         values[..., column] = ((words >> (bits * i)) & (2**bits - 1)).byte()
     return values.flatten(1)

@@ -1,8 +1,9 @@
-"""Blocks of quantized values as GGUF stores them: Q4_0, Q4_1, Q5_0, Q8_0 and Q6_K.
+"""Blocks of quantized values as GGUF stores them: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and Q6_K.
 
-With d and m in float16, a block of 32 is w = d·(q − 8) in Q4_0, w = d·q + m in Q4_1, w = d·(q − 16)
-in Q5_0, and w = d·q in Q8_0; Q6_K has 256 values w = d·s·(q − 32) with an int8 scale s for each 16
-of them. Source: ggml-common.h and ggml-quants.c of github.com/ggml-org/llama.cpp.
+With d and m in float16, a block of 32 is w = d·(q − 8) in Q4_0, w = d·(q − 16) in Q5_0,
+w = d·q + m in Q4_1 and Q5_1, and w = d·q in Q8_0; Q6_K has 256 values w = d·s·(q − 32) with an
+int8 scale s for each 16 of them. Source: ggml-common.h and ggml-quants.c of
+github.com/ggml-org/llama.cpp.
 """
 
 from __future__ import annotations
@@ -48,19 +49,52 @@ def five_bit_blocks(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     values = q.unflatten(1, (-1, BLOCK))
     repeats = values.shape[1] // scale.shape[1]
     values = values + 16 - zero.repeat_interleave(repeats, 1).unsqueeze(-1)
+    head = _bytes_of(scale.repeat_interleave(repeats, 1))
+    return torch.cat([head, _five_bits(values)], -1)
+
+
+def five_bit_blocks_with_minimum(q: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
+    """Return blocks [rows, columns/32, 24] in bytes: Q5_1.
+
+    Args:
+        q: uint8 [rows, columns], 0..31.
+        scale, minimum: float16 [rows, columns/group], for a group of any multiple of 32.
+    """
+    values = q.unflatten(1, (-1, BLOCK))
+    repeats = values.shape[1] // scale.shape[1]
+    heads = [_bytes_of(part.repeat_interleave(repeats, 1)) for part in (scale, minimum)]
+    return torch.cat([*heads, _five_bits(values)], -1)
+
+
+def eight_bit_blocks(q: Tensor, scale: Tensor) -> Tensor:
+    """Return blocks [rows, columns/32, 34] in bytes: Q8_0.
+
+    Args:
+        q: uint8 [rows, columns], 0..255 with zero point 128.
+        scale: float16 [rows, columns/group], for a group of any multiple of 32.
+    """
+    values = q.unflatten(1, (-1, BLOCK)) ^ 128
+    repeats = values.shape[1] // scale.shape[1]
+    return torch.cat([_bytes_of(scale.repeat_interleave(repeats, 1)), values], -1)
+
+
+def _five_bits(values: Tensor) -> Tensor:
+    """Return 0..31 [rows, blocks, 32] as fifth bits, then nibbles, in bytes [rows, blocks, 20]."""
     bits = (values >> 4).unflatten(2, (-1, 8)) << torch.arange(8, dtype=torch.uint8)
     nibbles = (values & 15)[..., :HALF] | (values & 15)[..., HALF:] << 4
-    head = _bytes_of(scale.repeat_interleave(repeats, 1))
-    return torch.cat([head, bits.sum(-1).to(torch.uint8), nibbles], -1)
+    return torch.cat([bits.sum(-1).to(torch.uint8), nibbles], -1)
 
 
-def read_four_bit_blocks(blocks: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return q, scale and minimum as `four_bit_blocks` takes them; a group's blocks must agree.
+def read_blocks(blocks: Tensor, group_size: int, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return q, scale and minimum as they were written; a group's blocks must agree.
 
     Raises:
         ValueError: blocks of one group have different scales.
     """
-    has_minimum = blocks.shape[-1] == TENSOR_TYPES["Q4_1"].block_bytes
+    with_minimum = {4: "Q4_1", 5: "Q5_1"}.get(bits)
+    has_minimum = bool(with_minimum) and (
+        blocks.shape[-1] == TENSOR_TYPES[with_minimum or ""].block_bytes
+    )
     heads = blocks[..., : 4 if has_minimum else 2].contiguous().view(torch.float16)
     grouped = heads.unflatten(1, (-1, group_size // BLOCK))
     first = grouped[:, :, :1]
@@ -68,8 +102,16 @@ def read_four_bit_blocks(blocks: Tensor, group_size: int) -> tuple[Tensor, Tenso
         grouped.view(torch.int16), first.expand_as(grouped).contiguous().view(torch.int16)
     ):
         raise ValueError(f"has scales that differ within groups of {group_size}")
-    nibbles = blocks[..., -HALF:]
-    q = torch.cat([nibbles & 15, nibbles >> 4], -1).flatten(1)
+    if bits == 8:
+        q = (blocks[..., -BLOCK:] ^ 128).flatten(1)
+    else:
+        nibbles = blocks[..., -HALF:]
+        values = torch.cat([nibbles & 15, nibbles >> 4], -1)
+        if bits == 5:
+            fifth = blocks[..., -HALF - 4 : -HALF].unsqueeze(-1)
+            fifth = fifth >> torch.arange(8, dtype=torch.uint8) & 1
+            values = values | fifth.flatten(2) << 4
+        q = values.flatten(1)
     scale = first[:, :, 0, 0].contiguous()
     return q, scale, first[:, :, 0, 1].contiguous() if has_minimum else None
 

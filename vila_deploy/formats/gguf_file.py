@@ -42,6 +42,7 @@ TENSOR_TYPES = {
     "Q4_0": TensorType(2, 32, 18),
     "Q4_1": TensorType(3, 32, 20),
     "Q5_0": TensorType(6, 32, 22),
+    "Q5_1": TensorType(7, 32, 24),
     "Q8_0": TensorType(8, 32, 34),
     "Q6_K": TensorType(14, 256, 210),
     "BF16": TensorType(30, 1, 2),

@@ -113,7 +113,9 @@ class TinychatV2(Packing):
             tensors["bias"] = linear.bias.half()
         return tensors
 
-    def unpack(self, tensors: Mapping[str, Tensor], group_size: int) -> QuantizedLinear:
+    def unpack(
+        self, tensors: Mapping[str, Tensor], group_size: int, bits: int = BITS
+    ) -> QuantizedLinear:
         """Return what `pack` or llm-awq wrote, bit for bit.
 
         The zero point is round(−scaled_zeros / scale). TinyChat's kernels add scaled_zeros as

@@ -127,7 +127,9 @@ class W4A16Awq(Packing):
             tensors["bias"] = linear.bias.half().contiguous()
         return tensors
 
-    def unpack(self, tensors: Mapping[str, Tensor], group_size: int) -> QuantizedLinear:
+    def unpack(
+        self, tensors: Mapping[str, Tensor], group_size: int, bits: int = BITS
+    ) -> QuantizedLinear:
         """Return what `pack` wrote, bit for bit; a prequant scale of ones is read as none.
 
         Others' scales need all bits of float32 and are rounded to float16, as trtllm-build does.

@@ -78,5 +78,11 @@ def read_served_model(root: Path, program: str = "vLLM") -> ServedModel:
                 where=root,
                 fix="vila-convert it --to awq, or quantize it with --format awq",
             )
+        if config.llm.quantization.linear_bits:
+            raise VilaDeployError(
+                f"has linears of several numbers of bits, and {program} joins some to one",
+                where=root,
+                fix="quantize it without --bits-per-weight, or run it with --target cpu",
+            )
     tokenizer = load_tokenizer(folder)
     return ServedModel(layout, config, ModelInfo.from_config(config, tokenizer), tokenizer)

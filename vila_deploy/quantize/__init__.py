@@ -33,6 +33,7 @@ def quantize_checkpoint(
     seed: int = 0,
     lora: str | Path | None = None,
     layers: str | None = None,
+    bits_per_weight: float | None = None,
 ) -> dict[str, Any]:
     """Write the 4-bit checkpoint `out` and return its report, as in `out`/report.json.
 
@@ -58,6 +59,7 @@ def quantize_checkpoint(
         seed=seed,
         lora=lora,
         layers=layers,
+        bits_per_weight=bits_per_weight,
     )
     from vila_deploy.quantize.pipeline import quantize, quantize_layers
 

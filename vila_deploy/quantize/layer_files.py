@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vila_deploy.formats.awq import AWQ_GEMM
-from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.formats.base import BITS, QuantizedLinear
 from vila_deploy.quantize.work_state import TEMPORARY_SUFFIX
 from vila_deploy.utils.files import replace_file, sha256_file
 from vila_deploy.writers.folder import packed, save_tensors
@@ -52,13 +52,17 @@ def save_layer(path: Path, index: int, layer: FinishedLayer, sources: dict[str, 
     # Neither safetensors nor canonical JSON keeps an order, which shards and tables depend on.
     metadata = {
         "tensors": {n: _group_size(value) for n, value in layer.tensors.items()},
+        "bits": {n: v.bits for n, v in layer.tensors.items() if isinstance(v, QuantizedLinear)},
         "entry": layer.entry,
         "seconds": layer.seconds,
         "sources": sources,
     }
     stored: dict[str, Tensor] = {}
     for name, value in layer.tensors.items():
-        stored |= packed(name, value, AWQ_GEMM)
+        if isinstance(value, QuantizedLinear) and value.bits != BITS:
+            stored |= _unpacked(name, value)
+        else:
+            stored |= packed(name, value, AWQ_GEMM)
     save_tensors(stored, temporary, {"layer": json.dumps(metadata)})
     file = path / f"layer-{index:05d}-{sha256_file(temporary)}.safetensors"
     replace_file(temporary, file)
@@ -73,6 +77,12 @@ def index_and_sources(file: Path) -> tuple[int, dict[str, str]] | None:
     layer, sources = read_layer(file)
     # The entry has the index too, so that a renamed file is not taken for another layer.
     return (int(match[1]), sources) if layer.entry["layer"] == int(match[1]) else None
+
+
+def _unpacked(name: str, linear: QuantizedLinear) -> dict[str, Tensor]:
+    """Return the tensors of a linear in more than 4 bits, a byte for each value."""
+    parts = {"q": linear.q, "scale": linear.scale, "zero": linear.zero, "bias": linear.bias}
+    return {f"{name}.{part}": tensor for part, tensor in parts.items() if tensor is not None}
 
 
 def _group_size(value: Tensor | QuantizedLinear) -> int | None:
@@ -91,7 +101,12 @@ def read_layer(file: Path) -> tuple[FinishedLayer, dict[str, str]]:
         else:
             prefix = f"{name}."
             parts = {n.removeprefix(prefix): t for n, t in stored.items() if n.startswith(prefix)}
-            tensors[name] = AWQ_GEMM.unpack(parts, group_size)
+            bits = metadata["bits"][name]
+            tensors[name] = (
+                AWQ_GEMM.unpack(parts, group_size)
+                if bits == BITS
+                else QuantizedLinear(**parts, bits=bits)
+            )
     return FinishedLayer(tensors, metadata["entry"], metadata["seconds"]), metadata["sources"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.hub import hub_source
 from vila_deploy.checkpoint.licence import original_licence
-from vila_deploy.quantize.report_markdown import evaluation_note, quality_table
+from vila_deploy.quantize.report_markdown import bits_text, evaluation_note, quality_table
 
 
 def model_card(checkpoint: Checkpoint, report: dict[str, Any]) -> str:
@@ -24,7 +24,7 @@ def model_card(checkpoint: Checkpoint, report: dict[str, Any]) -> str:
         "",
         f"The language model of a VILA checkpoint ({llm.family.name}, {llm.num_layers} layers, "
         f"hidden size {llm.hidden_size}), quantized with vila-deploy: "
-        f"{report['algorithm'].upper()}, {report['bits']} bits, groups of {report['group_size']}, "
+        f"{report['algorithm'].upper()}, {bits_text(report)}, groups of {report['group_size']}, "
         f"{kind}. Not quantized: {', '.join(part['name'] for part in report['not_quantized'])}.",
         "",
         "| | |",

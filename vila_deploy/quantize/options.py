@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vila_deploy.formats.base import QuantScheme
+from vila_deploy.formats.base import BITS, SYMMETRIC_BITS, QuantScheme
 from vila_deploy.formats.registry import FORMATS
 from vila_deploy.quantize.layer_range import LayerRange
 from vila_deploy.utils.errors import VilaDeployError, check_choice
@@ -26,6 +26,8 @@ class QuantizeOptions:
         device: one of DEVICES; "auto" is the GPU if there is one with room.
         lora: the folder of an adapter to merge into the checkpoint first.
         layers: the only ones to quantize, into the work folder that `--resume` joins; None: all.
+        bits_per_weight: mean bits of a quantized value, scales not counted, for mixed precision;
+            None: 4 for all.
     """
 
     scheme: QuantScheme = field(default_factory=QuantScheme)
@@ -41,11 +43,20 @@ class QuantizeOptions:
     device: str = "auto"
     lora: Path | None = None
     layers: LayerRange | None = None
+    bits_per_weight: float | None = None
 
     @property
     def calibrates(self) -> bool:
-        """Whether the algorithm needs calibration data."""
-        return self.algorithm != "rtn"
+        """Whether the algorithm, or the choice of bits, needs calibration data."""
+        return self.algorithm != "rtn" or self.bits_per_weight is not None
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Bits that a linear may have: those that every format holds, if there is a choice."""
+        if self.bits_per_weight is None:
+            return (BITS,)
+        held = [set(FORMATS[name].packing.widths) for name in self.formats]
+        return tuple(sorted(set.intersection(*held)))
 
     @property
     def evaluates(self) -> bool:
@@ -72,6 +83,7 @@ def quantize_options(
     seed: int,
     lora: str | Path | None,
     layers: str | None = None,
+    bits_per_weight: float | None = None,
 ) -> QuantizeOptions:
     """Return the options that flags of `vila-quantize`, or keywords of the same names, ask for.
 
@@ -82,7 +94,9 @@ def quantize_options(
     check_choice("--device", device, DEVICES)
     for name in formats:
         check_choice("--format", name, FORMATS)
-    if algorithm == "rtn" and (calib or calib_images):
+    if bits_per_weight is not None:
+        _check_bits(bits_per_weight, formats, divided=layers is not None)
+    elif algorithm == "rtn" and (calib or calib_images):
         raise VilaDeployError(
             "--calib and --calib-images are of no use to --algorithm rtn", fix="leave them out"
         )
@@ -111,7 +125,28 @@ def quantize_options(
         device=device,
         lora=None if lora is None else Path(lora),
         layers=None if layers is None else LayerRange.parse(layers),
+        bits_per_weight=bits_per_weight,
     )
+
+
+def _check_bits(bits_per_weight: float, formats: tuple[str, ...], *, divided: bool) -> None:
+    """Refuse a budget that no choice of bits meets, and formats that hold 4 bits only."""
+    if not BITS <= bits_per_weight <= SYMMETRIC_BITS:
+        raise VilaDeployError(
+            f"--bits-per-weight must be from {BITS} to {SYMMETRIC_BITS}, found {bits_per_weight:g}",
+            fix="it is the mean over all linears; scales come on top",
+        )
+    if divided:
+        raise VilaDeployError(
+            "--bits-per-weight chooses among all layers, --layers takes some",
+            fix="give one of the two",
+        )
+    for name in formats:
+        if FORMATS[name].packing.widths == (BITS,):
+            raise VilaDeployError(
+                f"--bits-per-weight needs a format with other bits than {BITS}, {name} has none",
+                fix="give --format compressed-tensors (4 and 8 bits) or gguf (4, 5 and 8)",
+            )
 
 
 def _check_layers(algorithm: str, *, compares: bool) -> None:

@@ -6,7 +6,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from vila_deploy.engine.memory import MemoryRow
 from vila_deploy.eval.data import evaluation_data
 from vila_deploy.eval.fidelity import evaluate
 from vila_deploy.formats.base import to_float16
+from vila_deploy.formats.registry import FORMATS
 from vila_deploy.processing.own_template import follow_tokenizer
 from vila_deploy.processing.vocabulary import check_vocabulary
 from vila_deploy.quantize.algorithms.awq import Awq
 from vila_deploy.quantize.algorithms.awq_gptq import AwqGptq
 from vila_deploy.quantize.algorithms.base import LayerEntry, LayerQuantizer, OnStep
 from vila_deploy.quantize.algorithms.rtn import Rtn
+from vila_deploy.quantize.bit_choice import BitChoice
 from vila_deploy.quantize.calibrate import Calibration, calibrate
 from vila_deploy.quantize.data_warnings import data_warnings
 from vila_deploy.quantize.estimate.plan import (
@@ -45,6 +48,7 @@ from vila_deploy.quantize.options import QuantizeOptions
 from vila_deploy.quantize.report import RunCost, build_report
 from vila_deploy.quantize.report_markdown import markdown
 from vila_deploy.quantize.resume import WorkFolder, refuse_finished_layers, work_folder
+from vila_deploy.quantize.sensitivity import search_bits
 from vila_deploy.quantize.shared_work_folder import shared_work_folder
 from vila_deploy.utils.device import choose_device
 from vila_deploy.utils.errors import VilaDeployError
@@ -90,14 +94,11 @@ def quantize(
         folder = stack.enter_context(new_folder(out, work.path if work else None))
         disk = _DiskSpace(out, checkpoint, planned, work, len(options.formats))
         disk.check()
+        checkpoint.digests((EMBEDDING,))
+        calibration = _calibrated(checkpoint, examples, options, device, disk, work)
+        options, choice, more = _with_bits(checkpoint, calibration, options, device, folder, work)
         outputs = CheckpointWriter(checkpoint, folder, options.formats, options.scheme)
         _write_unquantized(checkpoint, outputs)
-        calibration = calibrate(checkpoint, examples, options.seed, device) if examples else None
-        if calibration:
-            tokens = sum(map(len, calibration.embeds))
-            disk.check(scratch_bytes(checkpoint.config, options, tokens), written=folder)
-            if work:
-                work.check_calibration(calibration.sha256)
         held_out_data = evaluation_data(checkpoint, held_out, options.eval is not None, device)
         quantizer = _layer_quantizer(checkpoint, options, calibration, device, folder)
         layers, saved_seconds = _write_layers(checkpoint.config.llm, quantizer, outputs, work)
@@ -110,8 +111,9 @@ def quantize(
             evaluation = evaluate(checkpoint, quantized, held_out_data, device)
         cost = _cost(start - saved_seconds, written_at, memory, device)
         report = build_report(
-            checkpoint, folder, options, calibration, layers, evaluation, warnings, cost, adapter
-        )
+            checkpoint, folder, options, calibration, layers, evaluation, [*warnings, *more], cost,
+            adapter, choice,
+        )  # fmt: skip
         _write_report(checkpoint, report, folder, checkpoints)
     return report
 
@@ -204,7 +206,7 @@ def _layer_quantizer(
     device: torch.device,
     scratch: Path,
 ) -> LayerQuantizer:
-    if calibration is None:
+    if options.algorithm == "rtn" or calibration is None:
         return Rtn(checkpoint, options.scheme, device)
     if options.algorithm == "awq":
         return Awq(checkpoint, options.scheme, calibration, device)
@@ -243,20 +245,16 @@ class _DiskSpace:
     work: WorkFolder | None
     formats: int
 
-    def check(self, scratch: int = 0, written: Path | None = None) -> None:
+    def check(self, scratch: int = 0) -> None:
         """Raise VilaDeployError if there is too little.
 
         Args:
             scratch: bytes of activations in files.
-            written: folder of the output as far as it is written already.
         """
         parts = (*self.checkpoint.vision.files(), *self.checkpoint.projector.files())
         items = self.planned.items
         llm = sum(item.bytes for row, item in items.items() if row in LLM_ROWS)
         needed = self.formats * (sum(file.stat().st_size for file in parts) + llm)
-        if written is not None:
-            done = (file.stat().st_size for file in written.rglob("*") if file.is_file())
-            needed = max(0, needed - sum(done))
         layers = 0
         if self.work is not None:
             layers = max(0, items[MemoryRow.DECODER_LINEARS].bytes - self.work.layer_bytes)
@@ -281,8 +279,43 @@ def _check_free_space(folder: Path, size: int, text: str) -> None:
         )
 
 
+def _calibrated(
+    checkpoint: Checkpoint,
+    examples: list[Example],
+    options: QuantizeOptions,
+    device: torch.device,
+    disk: _DiskSpace,
+    work: WorkFolder | None,
+) -> Calibration | None:
+    """Return the embedded calibration data, if any, that finished layers were made with too."""
+    if not examples:
+        return None
+    calibration = calibrate(checkpoint, examples, options.seed, device)
+    disk.check(scratch_bytes(checkpoint.config, options, sum(map(len, calibration.embeds))))
+    if work:
+        work.check_calibration(calibration.sha256)
+    return calibration
+
+
+def _with_bits(
+    checkpoint: Checkpoint,
+    calibration: Calibration | None,
+    options: QuantizeOptions,
+    device: torch.device,
+    scratch: Path,
+    work: WorkFolder | None,
+) -> tuple[QuantizeOptions, BitChoice | None, list[str]]:
+    """Return the options with the bits that --bits-per-weight gives, the choice, and warnings."""
+    if options.bits_per_weight is None or calibration is None or work is None:
+        return options, None, []
+    choose = partial(search_bits, checkpoint, calibration, options, device, scratch)
+    choice = work.bit_choice(choose)
+    scheme = choice.scheme(options.scheme)
+    said = (FORMATS[name].packing.warning(scheme) for name in options.formats)
+    return replace(options, scheme=scheme), choice, [warning for warning in said if warning]
+
+
 def _write_unquantized(checkpoint: Checkpoint, outputs: CheckpointWriter) -> None:
-    checkpoint.digests((EMBEDDING,))
     names = [EMBEDDING, FINAL_NORM]
     if not checkpoint.config.llm.tie_word_embeddings:
         names.append(HEAD)

@@ -16,6 +16,7 @@ from vila_deploy.checkpoint.hub import hub_source
 from vila_deploy.checkpoint.lora import Adapter
 from vila_deploy.engine.memory import MemoryRow
 from vila_deploy.eval.fidelity import IMAGE, TEXT, Evaluation
+from vila_deploy.quantize.bit_choice import BitChoice
 from vila_deploy.quantize.calibrate import Calibration
 from vila_deploy.quantize.estimate.plan import LLM_ROWS, output_items
 from vila_deploy.quantize.options import QuantizeOptions
@@ -66,6 +67,7 @@ def build_report(
     warnings: Sequence[str],
     cost: RunCost,
     adapter: Adapter | None = None,
+    choice: BitChoice | None = None,
 ) -> dict[str, Any]:
     """Return the report of the checkpoint in `out`; errors are relative mean squares."""
     readers = (checkpoint.llm, checkpoint.vision, checkpoint.projector)
@@ -81,7 +83,8 @@ def build_report(
         "bits": options.scheme.bits,
         "group_size": options.scheme.group_size,
         "symmetric": options.scheme.symmetric,
-        "bits_per_weight": options.scheme.bits_per_weight,
+        "bits_per_weight": items[MemoryRow.DECODER_LINEARS].bits,
+        "bit_choice": None if choice is None else choice.to_json(),
         "bits_per_llm_weight": _mean_bits(llm_items),
         "seed": options.seed,
         "checkpoint_fingerprint": checkpoint.fingerprint(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.llm_config import EMBEDDING, layer_prefix
 from vila_deploy.checkpoint.lora import Adapter
+from vila_deploy.quantize.bit_choice import BitChoice
 from vila_deploy.quantize.estimate.plan import work_path
 from vila_deploy.quantize.layer_files import (
     FinishedLayer,
@@ -45,6 +46,7 @@ from vila_deploy.utils.errors import OUT_OF_MEMORY, VilaDeployError, out_of_memo
 from vila_deploy.utils.files import check_new, is_empty_folder, new_folder
 
 CHECKPOINT, CALIBRATION = "the checkpoint", "the calibration data"
+BIT_CHOICE = "the bits of each linear"
 # Sums come out differently when they are split among another number of threads.
 THREADS = "OMP_NUM_THREADS"
 MAX_THREADS = 1024
@@ -86,6 +88,15 @@ class WorkFolder:
         else:
             write_state(self.path, state)
         self._state = state
+
+    def bit_choice(self, choose: Callable[[], BitChoice]) -> BitChoice:
+        """Return the bits that the finished layers have; without any, what `choose` gives."""
+        if self._files and self._state.get(BIT_CHOICE):
+            return BitChoice.from_json(self._state[BIT_CHOICE])
+        choice = choose()
+        self._state = {**self._state, BIT_CHOICE: choice.to_json()}
+        write_state(self.path, self._state)
+        return choice
 
     def save(self, index: int, layer: FinishedLayer) -> None:
         """Write a layer; it counts as finished once its file has its final name."""
@@ -238,6 +249,8 @@ def state_of(
         "--algorithm": options.algorithm,
         "--group-size": options.scheme.group_size,
         "--symmetric": options.scheme.symmetric,
+        "--bits-per-weight": options.bits_per_weight,
+        "bits of --format": list(options.widths),
         "--seed": options.seed,
         "--prompt-template": options.prompt_template,
         ADAPTER: None if adapter is None else adapter.sha256,
@@ -265,7 +278,8 @@ def finished_layers(
         VilaDeployError: it differs from `state`, or the layers were made from other weights.
     """
     before = read_state(path)
-    refuse_change(path, before, {**state, CALIBRATION: before.get(CALIBRATION)})
+    kept = {name: before.get(name) for name in (CALIBRATION, BIT_CHOICE)}
+    refuse_change(path, before, {**state, **kept})
     files: dict[int, Path] = {}
     for file in layer_files(path):
         if (layer := index_and_sources(file)) is None:

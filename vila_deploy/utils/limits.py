@@ -15,3 +15,5 @@ MAX_CALIBRATION_SEQUENCES, MAX_EVALUATION_SEQUENCES = 128, 64
 MAX_TOKENS = 512
 # Tokens whose logits are compared at once; rows of the head that are multiplied at once.
 LOGIT_ROWS, HEAD_ROWS = 128, 8192
+# Tokens of calibration data on which the sensitivity of each linear is measured.
+SENSITIVITY_TOKENS = 4096

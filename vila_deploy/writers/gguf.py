@@ -15,7 +15,7 @@ from vila_deploy.checkpoint.gguf_layout import hyperparameters, tensor_specs
 from vila_deploy.checkpoint.hub import checkpoint_name, original_source
 from vila_deploy.checkpoint.licence import original_licence
 from vila_deploy.formats.base import QuantizedLinear, QuantScheme
-from vila_deploy.formats.gguf import dtype
+from vila_deploy.formats.gguf import dtype, linear_types_of
 from vila_deploy.formats.gguf_file import TENSOR_TYPES
 from vila_deploy.formats.registry import Format
 from vila_deploy.processing.chat_template import PROMPT_TEMPLATES, choose_template
@@ -58,7 +58,8 @@ class GgufWriter(Writer):
         metadata["general.file_type"] = FILE_TYPES[kind]
         name = f"{checkpoint_name(checkpoint.root) or 'model'}-{kind}"
         llm = checkpoint.config.llm
-        specs = list(tensor_specs(llm, (types.table,), (kind,)))
+        types_of = linear_types_of(self._scheme) if self._quantized else {}
+        specs = list(tensor_specs(llm, (types.table,), (kind,), types_of=types_of))
         self._files = GgufFiles(folder / "llm", name, metadata, specs)
 
     @classmethod

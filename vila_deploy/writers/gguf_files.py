@@ -13,7 +13,7 @@ from torch import Tensor
 from vila_deploy.checkpoint.gguf_layout import GgufSpec, row_order
 from vila_deploy.checkpoint.gguf_reader import shard_name
 from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.formats.base import QuantizedLinear, no_prequant_scale, only_4_bits
+from vila_deploy.formats.base import BITS, QuantizedLinear, no_prequant_scale
 from vila_deploy.formats.gguf import GGUF_BLOCKS, dtype
 from vila_deploy.formats.gguf_blocks import five_bit_blocks, quantize_table
 from vila_deploy.formats.gguf_file import (
@@ -125,12 +125,11 @@ def add_tensor(
 
 
 def _blocks(linear: QuantizedLinear, kind: str) -> Tensor:
-    """Return the blocks [rows, blocks, bytes] of a 4-bit linear in Q4_0, Q4_1 or Q5_0."""
-    if kind == "Q5_0":
-        only_4_bits(linear, "GGUF")
+    """Return the blocks [rows, blocks, bytes] of a quantized linear; Q5_0 holds 4 bits too."""
+    if kind == "Q5_0" and linear.bits == BITS:
         no_prequant_scale(linear, "GGUF")
         return five_bit_blocks(linear.q, linear.scale, linear.zero)
-    return GGUF_BLOCKS.pack(linear, zero_point=kind == dtype(True))["blocks"]
+    return GGUF_BLOCKS.pack(linear, zero_point=kind == dtype(True, linear.bits))["blocks"]
 
 
 def _shards(specs: Sequence[GgufSpec]) -> Iterator[list[GgufSpec]]:

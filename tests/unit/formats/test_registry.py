@@ -66,9 +66,9 @@ def test_a_row_names_what_exists(name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_other_bits_are_refused(name: str) -> None:
     packing = FORMATS[name].packing
-    with pytest.raises(VilaDeployError, match="holds 4-bit values, found 3 bits"):
+    with pytest.raises(VilaDeployError, match=r"holds 4-bit .*values, found 3 bits"):
         packing.check(QuantScheme(128, symmetric=True, bits=3), {"x": (64, 256)})
-    with pytest.raises(VilaDeployError, match="holds 4-bit values, found 3 bits"):
+    with pytest.raises(VilaDeployError, match=r"holds 4-bit .*values, found 3 bits"):
         packing.pack(random_linear(bits=3), zero_point=True)
 
 

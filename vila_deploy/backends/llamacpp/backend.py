@@ -27,6 +27,7 @@ class LlamaCppBackend(Backend):
 
     name, device = "llamacpp", "GPU or processor"
     offloads = True
+    linear_bits = (4, 5, 8)
 
     def check_model(self, config: VilaConfig, request: BuildRequest) -> None:
         llm = config.llm

@@ -22,6 +22,7 @@ from vila_deploy.checkpoint.llm_config import (
 from vila_deploy.checkpoint.weight_source import ModelWeights, WeightSource
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.formats.base import QuantizedLinear, to_float16
+from vila_deploy.formats.gguf import linear_types_of
 from vila_deploy.formats.module_dtypes import FP16, INT4
 from vila_deploy.utils.progress import Advance, progress
 from vila_deploy.utils.version import __version__
@@ -52,7 +53,8 @@ def write_llm(
     llm, head = config.llm, request.module_precision.lm_head
     kind = _linear_type(llm, request)
     heads = () if head == FP16 else (HEAD_TYPES[head],)
-    specs = list(tensor_specs(llm, ("F16",), (kind,), heads))
+    types_of = linear_types_of(llm.quantization.scheme) if llm.quantization else {}
+    specs = list(tensor_specs(llm, ("F16",), (kind,), heads, types_of))
     metadata = _metadata(llm, request.limits.max_seq_len, kind)
     with GgufFiles(folder, files.MODEL.removesuffix(".gguf"), metadata, specs) as file:
         for index in range(llm.num_layers):

@@ -24,7 +24,8 @@ from vila_deploy.engine.memory import (
     weight_items,
 )
 from vila_deploy.engine.target import Target
-from vila_deploy.formats.gguf import dtype
+from vila_deploy.formats.base import BITS
+from vila_deploy.formats.gguf import dtype, linear_types_of
 from vila_deploy.formats.gguf_file import TENSOR_TYPES, tensor_bytes
 from vila_deploy.formats.module_dtypes import FP16, INT8
 from vila_deploy.utils.estimates import MemoryItem, PlanStep
@@ -81,7 +82,8 @@ def bytes_per_step(config: LlmConfig, kind: str, head: str) -> int:
         head: a key of HEAD_TYPES, or FP16.
     """
     heads = (HEAD_TYPES.get(head, "F16"),)
-    specs = tensor_specs(config, ("F16",), (kind,), heads)
+    types_of = linear_types_of(config.quantization.scheme) if config.quantization else {}
+    specs = tensor_specs(config, ("F16",), (kind,), heads, types_of)
     return sum(
         tensor_bytes(spec.shape, spec.types[0]) for spec in specs if spec.source != EMBEDDING
     )
@@ -176,7 +178,8 @@ def _items(
         MemoryRow.NORMS: "F32",
     }
     for row, stored in types.items():
-        items[row] = MemoryItem.of(row.value, items[row].parameters, bits(stored))
+        more = llm.value_bits - BITS if row is MemoryRow.DECODER_LINEARS else 0
+        items[row] = MemoryItem.of(row.value, items[row].parameters, bits(stored) + more)
     shape, slots = shape_of(llm), limits.max_batch_size
     cache = slots * llm.num_layers * cache_bytes(shape, limits.max_seq_len, modules.kv_cache)
     name = f"{MemoryRow.KV_CACHE.value} of {limits.max_seq_len} tokens"

@@ -16,6 +16,7 @@ from vila_deploy.engine.memory import (
     tower_activations,
     weight_items,
 )
+from vila_deploy.formats.base import BITS
 from vila_deploy.formats.module_dtypes import FP16, INT8, INT8X2
 from vila_deploy.utils.estimates import MemoryItem
 
@@ -44,7 +45,7 @@ def estimate_memory(config: VilaConfig, request: BuildRequest, precision: str) -
     if precision != FP16:
         group = llm.quantization.group_size if llm.quantization else DEFAULT_GROUP_SIZE
         linears = items[MemoryRow.DECODER_LINEARS]
-        bits = linear_bits(group, request.activations)
+        bits = linear_bits(group, request.activations) + llm.value_bits - BITS
         items[MemoryRow.DECODER_LINEARS] = MemoryItem.of(linears.name, linears.parameters, bits)
     return MemoryEstimate(items, PROGRAM_BYTES)
 

@@ -20,7 +20,8 @@ class StoredLinear:
     """A linear layer in a WeightFile, in the form that one dialect reads.
 
     `group_size` is None for a weight that is not quantized. `bytes_per_step` counts the bytes that
-    a decoding step reads, in the type that the weight has in the engine's memory.
+    a decoding step reads, in the type that the weight has in the engine's memory. `parts`, if any,
+    are linears in several numbers of bits whose outputs, side by side, are this one's.
     """
 
     name: str
@@ -29,6 +30,7 @@ class StoredLinear:
     group_size: int | None
     tensors: dict[str, StoredTensor]
     bytes_per_step: int
+    parts: tuple[StoredLinear, ...] = ()
 
 
 # Scales of a layer's keys and values in an int8 cache, float32 [1, kv_heads, 1, head_dim] each.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -11,7 +12,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor
 
-from vila_deploy.formats.base import GROUP_SIZES, QuantizedLinear
+from vila_deploy.formats.base import BITS, GROUP_SIZES, QuantizedLinear
 from vila_deploy.formats.module_dtypes import FP32, INT8, INT8X2, head_group_size
 from vila_deploy.onnx_export.arrays import float16, float32
 from vila_deploy.onnx_export.dialects.base import (
@@ -77,7 +78,13 @@ class OnnxRuntimeDialect:
     ) -> StoredLinear:
         quantized = [linear for linear in linears if isinstance(linear, QuantizedLinear)]
         if quantized and len(quantized) == len(linears):
-            return _store_quantized(file, name, quantized)
+            runs = [list(run) for _, run in itertools.groupby(quantized, lambda q: q.bits)]
+            if len(runs) == 1:
+                return _store_quantized(file, name, quantized)
+            parts = [
+                _store_quantized(file, f"{name}.{index}", run) for index, run in enumerate(runs)
+            ]
+            return _side_by_side(name, parts)
         dense = [linear for linear in linears if isinstance(linear, Tensor)]
         assert len(dense) == len(linears)
         weight = float16(torch.cat(dense) if len(dense) > 1 else dense[0], name)
@@ -98,6 +105,9 @@ class OnnxRuntimeDialect:
         return self.store_linear(file, HEAD, [head])
 
     def linear(self, graph: GraphWriter, x: str, linear: StoredLinear) -> str:
+        if linear.parts:
+            outputs = [self.linear(graph, x, part) for part in linear.parts]
+            return graph.node("Concat", *outputs, axis=-1)
         if linear.group_size is None:
             bias = [_bias(graph, linear)] if "bias" in linear.tensors else []
             return graph.node("Gemm", x, _widened(graph, linear), *bias, transB=1)
@@ -260,16 +270,37 @@ def _store_quantized(
     assert len({linear.group_size for linear in linears}) == 1
     q = torch.cat([linear.q for linear in linears])
     out_features, in_features = q.shape
-    packed = pack_nibbles(q).reshape(out_features, -1, linears[0].group_size // 2)
     scale = float32(torch.cat([linear.scale for linear in linears])).reshape(-1)
-    zero = pack_nibbles(torch.cat([linear.zero for linear in linears])).reshape(-1)
-    tensors = {"q": file.append(packed), "scale": file.append(scale), "zero": file.append(zero)}
+    zero = torch.cat([linear.zero for linear in linears])
+    size = linears[0].group_size
+    if linears[0].bits == BITS:
+        values = pack_nibbles(q).reshape(out_features, -1, size // 2)
+        tensors = {"q": file.append(values), "scale": file.append(scale)}
+        tensors["zero"] = file.append(pack_nibbles(zero).reshape(-1))
+    else:
+        # The kernel has no 5 bits; in a byte they are the same values.
+        tensors = {"q8": file.append(q.reshape(out_features, -1, size).numpy())}
+        tensors["scale"] = file.append(scale)
+        tensors["zero"] = file.append(zero.reshape(-1).numpy())
     bias = merged_bias(linears)
     if bias is not None:
         tensors["bias"] = file.append(float32(bias))
     bytes_per_step = sum(tensor.size_bytes for tensor in tensors.values())
     return StoredLinear(
         name, out_features, in_features, linears[0].group_size, tensors, bytes_per_step
+    )
+
+
+def _side_by_side(name: str, parts: list[StoredLinear]) -> StoredLinear:
+    """Return linears of one input as one whose outputs are theirs, side by side."""
+    first = parts[0]
+    return replace(
+        first,
+        name=name,
+        out_features=sum(part.out_features for part in parts),
+        tensors={},
+        bytes_per_step=sum(part.bytes_per_step for part in parts),
+        parts=tuple(parts),
     )
 
 

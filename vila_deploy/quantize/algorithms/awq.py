@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -147,14 +148,15 @@ def quantize_layer(
     Raises:
         VilaDeployError: the layer's outputs are not finite.
     """
-    quantizer = quantizer or (lambda weight: fake_quantize(weight, scheme))
-    search = _LayerSearch(layer, states, quantizer, on_step)
+    schemes = {name: scheme.of(f"{where}.{name}") for name in LINEARS}
+    quantizers = {n: quantizer or partial(fake_quantize, scheme=s) for n, s in schemes.items()}
+    search = _LayerSearch(layer, states, quantizers, on_step)
     inputs = states.hidden
     search.search_attention()
     search.search_mlp()
     _check_finite(states.hidden, where)
     on_step("round to nearest, for comparison")
-    rounded = {name: fake_quantize(weight_of(layer, name), scheme) for name in LINEARS}
+    rounded = {name: fake_quantize(weight_of(layer, name), schemes[name]) for name in LINEARS}
     before = search.relative_errors(rounded, original) | {
         "layer": search.layer_error(inputs, rounded)
     }
@@ -166,7 +168,7 @@ def quantize_layer(
             search.clip(name, scheme.group_size)
     on_step("rounding")
     linears = {
-        n: round_to_nearest(weight_of(layer, n), scheme, f"{where}.{n}", bias_of(layer, n))
+        n: round_to_nearest(weight_of(layer, n), schemes[n], f"{where}.{n}", bias_of(layer, n))
         for n in LINEARS
     }
     for name, linear in linears.items():
@@ -199,11 +201,11 @@ class _LayerSearch:
         self,
         layer: nn.Module,
         states: PackedHiddenStates,
-        quantizer: FakeQuantize,
+        quantizers: Mapping[str, FakeQuantize],
         on_step: OnStep,
     ):
         self.layer, self.states = layer, states
-        self.quantizer, self.on_step = quantizer, on_step
+        self.quantizers, self.on_step = quantizers, on_step
         self.stats = {group: InputStats(len(states.hidden)) for group in GROUPS}
         self.choices: list[ScaleChoice] = []
         self.columns: dict[str, Tensor] = {}
@@ -251,7 +253,8 @@ class _LayerSearch:
             return error(dict(zip(names, candidates, strict=True)))
 
         mean_abs = self.stats[group].mean_abs
-        choice = search_scales(group, mean_abs, list(weights.values()), self.quantizer, error_of)
+        quantizers = [self.quantizers[name] for name in group.linears]
+        choice = search_scales(group, mean_abs, list(weights.values()), quantizers, error_of)
         self.choices.append(choice)
 
     def _search_linear(self, group: ScaleGroup) -> None:
@@ -274,7 +277,7 @@ class _LayerSearch:
         samples = self._stats_of(name).samples
         if name in self.columns:
             samples = samples / self.columns[name]
-        clip = search_clip(weight, samples, group_size, self.quantizer)
+        clip = search_clip(weight, samples, group_size, self.quantizers[name])
         full = weight.unflatten(1, (clip.shape[1], -1)).abs().amax(-1)
         self.clipped[name] = float((clip < full).float().mean())
         self.clips[name] = clip

@@ -7,7 +7,7 @@ and down_proj are first moved towards the weights that bring the hidden states b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -251,7 +251,8 @@ def _quantize_behind_norm(
     for chunk in quantized.chunks:
         hessian.add(norm(quantized.load(chunk)))
     factor = hessian.factor()
-    scales = learn_scales(torch.cat(weights), factor, scheme)
+    row_bits = linears.row_bits(group.linears)
+    scales = learn_scales(torch.cat(weights), factor, scheme, row_bits=row_bits)
     factor.rescale(fold_scales(layer, ScaleChoice(group, 0.0, scales, ())))
     for name in group.linears:
         linears.quantize(name, factor)
@@ -317,6 +318,12 @@ class _LinearQuantizer:
     errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     outputs: dict[str, OutputFactor] = field(default_factory=dict)
 
+    def row_bits(self, names: Sequence[str]) -> Tensor:
+        """Return the bits of each row of these linears, stacked."""
+        bits = [self.scheme.of(f"{self.where}.{name}").bits for name in names]
+        rows = [len(weight_of(self.layer, name)) for name in names]
+        return torch.tensor(bits).repeat_interleave(torch.tensor(rows))
+
     def quantize(self, name: str, factor: HessianFactor, error_correction: bool = False) -> None:
         weight, bias = weight_of(self.layer, name), bias_of(self.layer, name)
         target = weight
@@ -324,7 +331,7 @@ class _LinearQuantizer:
         if error_correction and bool(weight.any()):
             target = weight + ERROR_CORRECTION * factor.least_squares_update(weight)
         where, outputs = f"{self.where}.{name}", self.outputs.get(name)
-        linear = gptq_quantize(target, factor, self.scheme, where, bias, outputs)
+        linear = gptq_quantize(target, factor, self.scheme.of(where), where, bias, outputs)
         stored = linear.dequantize()
         self.errors[name] = self._relative_errors(name, target, stored, factor)
         self.results[name] = linear
@@ -340,7 +347,8 @@ class _LinearQuantizer:
         outputs = self.outputs.get(name)
         if outputs is None:
             target, stored, rows = target[rows], stored[rows], torch.arange(len(rows))
-        differences = [target, fake_quantize(target, self.scheme) - target, stored - target]
+        scheme = self.scheme.of(f"{self.where}.{name}")
+        differences = [target, fake_quantize(target, scheme) - target, stored - target]
         if outputs is not None:
             differences = [outputs.weigh(part) for part in differences]
         mean_square, rtn, error = (factor.output_error(part[rows]) for part in differences)

@@ -62,7 +62,7 @@ def search_scales(
     group: ScaleGroup,
     mean_abs: Tensor,
     weights: Sequence[Tensor],
-    fake_quantize: FakeQuantize,
+    quantizers: Sequence[FakeQuantize],
     error: Callable[[Sequence[Tensor]], float],
 ) -> ScaleChoice:
     """Return the outcome for the first of the ratios 0, 1/20 … 19/20 with the least error.
@@ -70,6 +70,7 @@ def search_scales(
     Args:
         mean_abs: mean |x| per input channel [in].
         weights: the group's weights [out, in]; only read.
+        quantizers: one for each of them.
         error: mean square error of the inspected module's output with the given weights.
 
     Raises:
@@ -80,7 +81,8 @@ def search_scales(
     for step in range(GRID):
         ratio = step / GRID
         scales = candidate_scales(mean_abs, ratio)
-        ratio_error = error([fake_quantize(weight * scales) / scales for weight in weights])
+        rounded = zip(quantizers, weights, strict=True)
+        ratio_error = error([quantize(weight * scales) / scales for quantize, weight in rounded])
         errors.append(ratio_error)
         if ratio_error < (best[0] if best else float("inf")):
             best = (ratio_error, ratio, scales)

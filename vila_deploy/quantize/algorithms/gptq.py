@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vila_deploy.formats.base import MAX_VALUE, QuantizedLinear, QuantScheme, to_float16
+from vila_deploy.formats.base import QuantizedLinear, QuantScheme, to_float16
 from vila_deploy.formats.rtn import check_scale, quantize_clipped
 from vila_deploy.quantize.algorithms.hessian import HessianFactor
 from vila_deploy.quantize.algorithms.output_hessian import OutputFactor
@@ -49,6 +49,7 @@ class _Rows:
         weight: float32 [in, rows], what the quantized weight should be.
         qweight: quantized values, float32 [in, rows].
         scale, zero_point: float32 [in/group, rows].
+        max_value: the largest quantized value.
     """
 
     weight: Tensor
@@ -56,6 +57,7 @@ class _Rows:
     scale: Tensor
     zero_point: Tensor
     group_size: int
+    max_value: int
 
     def grid(self, channels: Tensor) -> tuple[Tensor, Tensor]:
         """Return scale and zero point of each weight in `channels` [n, rows]."""
@@ -90,6 +92,7 @@ def gptq_quantize(
         scale=scale.to(torch.float16).contiguous(),
         zero=torch.cat([zero for _, _, zero in parts], 1).T.to(torch.uint8).contiguous(),
         bias=None if bias is None else to_float16(bias, f"{name}.bias"),
+        bits=scheme.bits,
     )
 
 
@@ -144,7 +147,12 @@ def _quantize_rows(
     scale, zero_point = (torch.cat(parts) for parts in zip(*grids, strict=True))
     transposed = weight.T.contiguous()
     rows = _Rows(
-        transposed, transposed, scale.T.contiguous(), zero_point.T.contiguous(), scheme.group_size
+        transposed,
+        transposed,
+        scale.T.contiguous(),
+        zero_point.T.contiguous(),
+        scheme.group_size,
+        scheme.max_value,
     )
     rows.qweight = _round_channels(rows, factor)
     hessian_weight = factor.hessian @ rows.weight
@@ -225,7 +233,7 @@ def _round_channels(rows: _Rows, factor: HessianFactor) -> Tensor:
                 if channel:
                     channel_target.addmv_(error[:channel].T, u_span[channel, :channel])
                 q = rounded[channel].add_(channel_target.div(scale[channel]).round_())
-                q.clamp_(0, MAX_VALUE)
+                q.clamp_(0, rows.max_value)
                 error[channel] = weight[channel] - (q - zero[channel]) * scale[channel]
             qweight[channels] = rounded
     return qweight
@@ -320,7 +328,7 @@ def _coordinate_descent(rows: _Rows, hessian: Tensor) -> Tensor:
                 step = channel_slope / curvature[span.start + channel]
                 target = (q[channel] - zero[channel]).mul_(scale[channel]).add_(step)
                 new = target.div_(scale[channel]).round_().add_(zero[channel])
-                new.clamp_(0, MAX_VALUE)
+                new.clamp_(0, rows.max_value)
                 torch.sub(q[channel], new, out=change[channel]).mul_(scale[channel])
                 q[channel] = new
                 if channel + 1 < len(slope):

@@ -22,7 +22,11 @@ ZERO_ERROR = 1e-30
 
 
 def learn_scales(
-    weight: Tensor, factor: HessianFactor, scheme: QuantScheme, tie: Tensor | None = None
+    weight: Tensor,
+    factor: HessianFactor,
+    scheme: QuantScheme,
+    tie: Tensor | None = None,
+    row_bits: Tensor | None = None,
 ) -> Tensor:
     """Return scales s [in] that make W · s best to round when inputs are divided by s.
 
@@ -35,9 +39,14 @@ def learn_scales(
         weight: [out, in], all linears that share the input stacked.
         factor: of the unscaled inputs.
         tie: int64 [in], channels with the same number share a scale; by default each has its own.
+        row_bits: of each row [out] where linears of several numbers of bits share the input.
     """
     rows = torch.linspace(0, len(weight) - 1, min(ROWS, len(weight)), device=weight.device)
     sample = weight[rows.long()]
+    # A range in more bits has shorter steps; relative ones leave equal bits as they are.
+    if row_bits is not None and bool((row_bits != row_bits[0]).any()):
+        steps = 1 / (2.0 ** row_bits[rows.long().to(row_bits.device)] - 1)
+        sample = sample * (steps / steps.max()).to(sample)[:, None]
     tie = torch.arange(weight.shape[1], device=weight.device) if tie is None else tie
     start = factor.hessian.diagonal().sqrt().clamp(min=1e-12).log() * START_RATIO
     counts = torch.bincount(tie)

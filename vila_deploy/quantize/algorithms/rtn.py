@@ -32,7 +32,7 @@ class Rtn(LayerQuantizer):
             full_name = f"{prefix}.{name}"
             weight = dense_weight(llm, full_name, torch.float32).to(self.device)
             bias = llm.tensor(f"{full_name}.bias") if self.config.has_bias(name) else None
-            linear = round_to_nearest(weight, self.scheme, full_name, bias)
+            linear = round_to_nearest(weight, self.scheme.of(full_name), full_name, bias)
             mean_square = float(weight.square().mean())
             error = float((linear.dequantize() - weight).square().mean())
             errors[name] = error / mean_square if mean_square else 0.0

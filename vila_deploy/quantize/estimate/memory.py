@@ -90,6 +90,17 @@ class MemoryEstimate:
         activations = 5 * tokens * self.config.llm.hidden_size * FLOAT32
         return PROGRAM_BYTES + self.pending + 3 * self.layer + activations
 
+    def measure_sensitivities(self, tokens: int) -> int:
+        """Return the peak of the gradient's way back through a layer, with all Hessians."""
+        llm = self.config.llm
+        hidden, inner, heads = llm.hidden_size, llm.intermediate_size, llm.num_heads * llm.head_dim
+        states = (llm.num_layers + 3) * _held(tokens, hidden)
+        hessians = 2 * _square(hidden) + _square(heads) + 3 * _square(inner)
+        through = 2 * FLOAT32 * MAX_TOKENS * (8 * hidden + 4 * heads + 6 * inner)
+        head = FLOAT32 * llm.vocab_size * (hidden + 3 * LOGIT_ROWS)
+        within = max(hessians + through + self.layer, head)
+        return PROGRAM_BYTES + states + within
+
     def awq_gptq(self, tokens: int) -> int:
         """Return the peak of the default algorithm with `tokens` of calibration data."""
         llm = self.config.llm

@@ -29,6 +29,7 @@ from vila_deploy.utils.limits import (
     MAX_CALIBRATION_SEQUENCES,
     MAX_EVALUATION_SEQUENCES,
     MAX_TOKENS,
+    SENSITIVITY_TOKENS,
 )
 from vila_deploy.writers.folder import SHARD_BYTES, check_formats
 
@@ -95,7 +96,7 @@ def plan(
     check_scheme(options.scheme, config.llm.layer_linears(0))
     check_formats(options.formats, config, options.scheme)
     layers = planned_layers(config, options)
-    items = output_items(config, options.scheme)
+    items = output_items(config, options.scheme, options.bits_per_weight)
     calibration = calibration or DataSize(MAX_CALIBRATION_SEQUENCES * MAX_TOKENS)
     steps = _steps(
         config,
@@ -115,7 +116,7 @@ def plan(
         output_bytes=0 if options.layers else output,
         kept_bytes=kept if options.calibrates or options.layers else 0,
         scratch_bytes=scratch_bytes(config, options, calibration.tokens),
-        bits_per_weight=options.scheme.bits_per_weight,
+        bits_per_weight=items[MemoryRow.DECODER_LINEARS].bits,
         items=items,
         steps=steps,
     )
@@ -157,10 +158,17 @@ def check_not_quantized(config: VilaConfig) -> None:
         )
 
 
-def output_items(config: VilaConfig, scheme: QuantScheme) -> Items:
-    """Return the parts of the quantized checkpoint, with their sizes."""
+def output_items(config: VilaConfig, scheme: QuantScheme, mean_bits: float | None = None) -> Items:
+    """Return the parts of the quantized checkpoint, with their sizes.
+
+    Args:
+        mean_bits: of a value; by default what `scheme` gives.
+    """
     llm = config.llm
     linears = llm.num_layers * sum(map(math.prod, llm.linears.values()))
+    if mean_bits is None:
+        mean_bits = llm.mean_bits(scheme)
+    bits_per_weight = scheme.bits_per_weight + mean_bits - scheme.bits
     embedding = llm.vocab_size * llm.hidden_size
     biases = sum(rows for name, (rows, _) in llm.linears.items() if llm.has_bias(name))
     float16 = {
@@ -172,7 +180,7 @@ def output_items(config: VilaConfig, scheme: QuantScheme) -> Items:
         MemoryRow.PROJECTOR: parameters(projector_tensor_specs(config)),
     }
     row = MemoryRow.DECODER_LINEARS
-    return {row: MemoryItem.of(row.value, linears, scheme.bits_per_weight)} | {
+    return {row: MemoryItem.of(row.value, linears, bits_per_weight)} | {
         row: MemoryItem.of(row.value, count, 16) for row, count in float16.items() if count
     }
 
@@ -203,7 +211,8 @@ def _steps(
     speed: Speed | None,
 ) -> tuple[PlanStep, ...]:
     llm, group_size = config.llm, options.scheme.group_size
-    linears = output_items(config, options.scheme)[MemoryRow.DECODER_LINEARS].bytes
+    items = output_items(config, options.scheme, options.bits_per_weight)
+    linears = items[MemoryRow.DECODER_LINEARS].bytes
     # A shard of each format waits in memory until it is full.
     pending = min(SHARD_BYTES, linears) * len(options.formats)
     memory = MemoryEstimate(config, group_size, pending)
@@ -220,6 +229,10 @@ def _steps(
         peak = memory.encode(tokens, calibration.tiles_at_once)
         cost = time.encode(config, calibration.tiles)
         steps.append(step("encode images and embed tokens", peak, cost))
+    if options.bits_per_weight is not None:
+        measured = min(tokens, SENSITIVITY_TOKENS)
+        cost = time.measure_sensitivities(config, measured)
+        steps.append(step("measure sensitivities", memory.measure_sensitivities(measured), cost))
     if options.algorithm == "rtn":
         name, peak, cost = "round", memory.round_to_nearest(), time.round_to_nearest(config)
     elif options.algorithm == "awq":

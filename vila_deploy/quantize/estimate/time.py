@@ -122,6 +122,17 @@ def round_to_nearest(config: VilaConfig) -> OperationCost:
     return OperationCost(bytes=4.0 * RTN_PASSES * weights) * config.llm.num_layers
 
 
+def measure_sensitivities(config: VilaConfig, tokens: int) -> OperationCost:
+    """Return the cost of a pass forward, one forward and back, Hessians and the head."""
+    llm = config.llm
+    hidden, inner, heads = llm.hidden_size, llm.intermediate_size, llm.num_heads * llm.head_dim
+    squares = 2 * hidden**2 + heads**2 + inner**2
+    cubes = 2 * hidden**3 + heads**3 + inner**3
+    layer = forward(config, tokens) * 4 + OperationCost(2.0 * tokens * squares + cubes / 3)
+    head = OperationCost(4.0 * tokens * llm.vocab_size * hidden)
+    return layer * (UNCOUNTED * llm.num_layers) + head
+
+
 def awq_gptq(config: VilaConfig, tokens: int, group_size: int) -> OperationCost:
     """Return the cost of all decoder layers by the default algorithm."""
     llm = config.llm
