@@ -82,7 +82,7 @@ def render_baselines(rows: Sequence[Row]) -> str:
         for row in rows
         if row["label"] == SKIPPED
     ]
-    if any(row["noisy"] for row in measured):
+    if any(row.get("noisy") for row in measured):
         reasons.append("- **Noisy host**: other processes were at work before one of these ran.")
     return "\n\n".join([*parts, *(["\n".join(reasons)] if reasons else [])]) + "\n"
 

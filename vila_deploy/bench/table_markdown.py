@@ -207,7 +207,7 @@ def _noise(measured: Iterable[Row]) -> list[str]:
     noisy = [
         f"- {row['model']} {row['precision']}: {'; '.join(row.get('noise') or [OTHERS_AT_WORK])}"
         for row in measured
-        if row["noisy"]
+        if row.get("noisy")
     ]
     return ["", NOISY_NOTE, "", *noisy] if noisy else []
 
