@@ -118,6 +118,32 @@ def test_two_threads_do_not_store_different_values_at_one_shared_address() -> No
         two_warps(same.replace("VALUE", "%r1"))
 
 
+@pytest.mark.parametrize("vector", ["v2.b16", "v4.b16", "v2.b32", "v4.b32"])
+def test_several_warps_may_store_the_same_vector(vector: str) -> None:
+    load = "bar.sync 0;\nld.shared.b32 %r0, [ %r13 + 0 ];"
+    count, bits = int(vector[1]), int(vector[-2:])
+    names = [f"%{'rs' if bits == 16 else 'r'}{20 + index}" for index in range(count)]
+    numbers = [f"mov.b{bits} {name}, {index + 1};" for index, name in enumerate(names)]
+    store = f"st.shared.{vector} [ %r13 + 0 ], {{ {', '.join(names)} }};\n"
+    body = "\n".join(["mov.u32 %r13, 0;", *numbers, store])
+    assert set(two_warps(body + load).tolist()) == {0x20001 if bits == 16 else 1}
+    # Of one half of the vector, the warps have different values.
+    other = f"mov.b{bits} {names[-1]}, " if bits == 32 else f"cvt.u16.u32 {names[-1]}, "
+    with pytest.raises(Fault, match="different values at one address of shared"):
+        two_warps(body.replace(store, f"{other}%r1;\n{store}") + load)
+
+
+def test_what_several_warps_stored_waits_for_a_barrier() -> None:
+    """For each of them: also the one that is executed last here."""
+    same = "mov.u32 %r13, 0;\nst.shared.b32 [ %r13 + 0 ], %r13;\n"
+    last = "setp.ge.u32 %p1, %r90, 32;\nmov.u32 %r0, 0;\n"
+    load, store = "@%p1 ld.shared.b32 %r0, [ %r13 + 0 ];", "@%p1 st.shared.b32 [ %r13 + 0 ], %r0;"
+    for access, message in ((load, "a read of"), (store, "a write of")):
+        two_warps(f"{same}{last}bar.sync 0;\n{access}")
+        with pytest.raises(Fault, match=f"race: {message} what another warp w"):
+            two_warps(same + last + access)
+
+
 def test_a_missing_barrier_around_global_memory_is_a_race() -> None:
     body = """st.global.b32 [ %rd81 + 0 ], { %r1 };
 BARRIER

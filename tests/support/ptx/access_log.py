@@ -3,6 +3,10 @@
 Two accesses of different warps to the same bytes, one of them a write, are ordered by a barrier of
 their program. Between programs, a write is ordered before a read if the writer released it (a
 barrier, then an atomic with release) and the reader acquired it (then a barrier).
+
+One instruction may store from several warps at one address, as Triton does where a layout repeats:
+the memories refuse different values, and such stores overlap as a whole, so that PTX's memory model
+says what a later read finds. To what follows, such a write is another warp's for each warp.
 """
 
 from __future__ import annotations
@@ -87,6 +91,8 @@ class AccessLog:
         self._programs = programs
         self._writer = np.full(cells, NOBODY, np.int32)
         self._write_epoch = np.zeros(cells, np.int32)
+        # The last write was one instruction's of several warps.
+        self._by_several = np.zeros(cells, np.bool_)
         self._reader = np.full(cells, NOBODY, np.int32)
         self._read_program = np.full(cells, NOBODY, np.int32)
         self._read_epoch = np.zeros(cells, np.int32)
@@ -99,7 +105,7 @@ class AccessLog:
         if self._copies[cells].any():
             raise Fault("race: a read of bytes that a cp.async may still write")
         writer, program = self._writer[cells], warp // self._programs.warps
-        others = (writer != warp) & (writer != NOBODY)
+        others = ((writer != warp) | self._by_several[cells]) & (writer != NOBODY)
         if others.any():
             epoch = self._write_epoch[cells]
             unordered = self._unordered(writer[others], epoch[others], program[others])
@@ -139,13 +145,16 @@ class AccessLog:
 
     def _set_writer(self, cells: Array, warp: Array) -> None:
         self._writer[cells] = warp
+        self._by_several[cells] = False
+        # Of warps that write a cell by one instruction, the last is now noted.
+        self._by_several[cells[self._writer[cells] != warp]] = True
         self._write_epoch[cells] = self._programs.epoch[warp // self._programs.warps]
 
     def _check_write(self, cells: Array, warp: Array, copies: int) -> None:
         if (self._copies[cells] > copies).any():
             raise Fault("race: a write of bytes that a cp.async may still write")
         writer, program = self._writer[cells], warp // self._programs.warps
-        others = (writer != warp) & (writer != NOBODY)
+        others = ((writer != warp) | self._by_several[cells]) & (writer != NOBODY)
         if others.any():
             epoch = self._write_epoch[cells][others]
             if self._unordered(writer[others], epoch, program[others]).any():

@@ -62,20 +62,30 @@ def _load_acquire(machine: Machine, instruction: Instruction, mask: Mask, addres
 def store(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     to, source = instruction.operands
     kind, names = instruction.kind, elements(source)
-    bits = bits_of(kind)
     address = machine.address(to, mask)
-    _check_vector(address, len(names) * bits // 8)
+    _check_vector(address, len(names) * bits_of(kind) // 8)
     shared = "shared" in instruction.opcode
     if not shared:
         _check_order(machine, instruction)
     program, warp = (select(values, mask) for values in (machine.program, machine.warp))
-    for index, name in enumerate(names):
-        value = np.ascontiguousarray(select(machine.get(name, kind), mask)).view(UNSIGNED[bits])
+    values = _joined([select(machine.get(name, kind), mask) for name in names])
+    bits = 8 * values.itemsize
+    for index, value in enumerate(values.T):
         at = address + index * bits // 8
         if shared:
             machine.shared.store(at, value, bits, program, warp)
         else:
             machine.memory.store(at.astype(np.uint64), value, bits, warp)
+
+
+def _joined(numbers: list[Array]) -> Array:
+    """Return each thread's numbers, which lie behind each other, as wider ones of up to 64 bits.
+
+    The log of accesses has cells that hold several narrow numbers: one store is one access there.
+    """
+    rows = np.stack(numbers, axis=1)
+    joined: Array = rows.view(UNSIGNED[8 * min(8, rows.shape[1] * rows.itemsize)])
+    return joined
 
 
 def _check_vector(address: Array, size: int) -> None:
