@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.support.comparison import Prompt, greedy_tokens_of_both, noise
+from tests.support.mixed_bits import make_mixed_checkpoint
 from tests.support.paths import TINY_VILA
 from tests.support.session_contract import check_session
 from tests.support.tiny import make_checkpoint
@@ -19,6 +20,7 @@ from vila_deploy.backends.llamacpp.memory import cache_bytes, scratch_bytes, sha
 from vila_deploy.builder import build_engine
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.engine.session import CopiesSlots, EncodesTiles
+from vila_deploy.formats.gguf_file import read_header
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.video import VideoFrames
 from vila_deploy.quantize import quantize_checkpoint
@@ -107,6 +109,18 @@ def test_an_int8_cache(tmp_path: Path) -> None:
     with open_engine(folder, slots=2) as opened:
         check_session(opened.session, ReferenceSession(open_checkpoint(root)), 2 * TOLERANCE)
     assert not (folder / "llm" / files.ATTENTION_CHOICE).exists(), "there is no choice"
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_linears_in_4_5_and_8_bits(symmetric: bool, tmp_path: Path) -> None:
+    root = make_mixed_checkpoint(tmp_path, "gguf", symmetric)
+    folder = engine(root, tmp_path / "e")
+    (file,) = (folder / "llm").glob("*.gguf")
+    # On a processor linears with zero points are in Q5_0, as in other engines.
+    types = ("Q4_0", "Q5_0", "Q8_0") if symmetric else ("Q5_0", "Q5_1", "Q8_0")
+    assert {tensor.dtype for tensor in read_header(file).tensors.values()} > {*types}
+    with open_engine(folder, slots=3) as opened:
+        check_session(opened.session, ReferenceSession(open_checkpoint(root)), TOLERANCE)
 
 
 def test_slots_are_independent_and_copied(tmp_path: Path) -> None:

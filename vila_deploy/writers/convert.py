@@ -9,10 +9,10 @@ from pathlib import Path
 from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
-from vila_deploy.checkpoint.config import VilaConfig, load_config
+from vila_deploy.checkpoint.config import load_config
 from vila_deploy.checkpoint.hub import fetch_checkpoint
 from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, NORMS, layer_prefix
-from vila_deploy.formats.base import QuantizationConfig, QuantizedLinear, to_float16
+from vila_deploy.formats.base import QuantizedLinear, QuantScheme, to_float16
 from vila_deploy.formats.registry import FORMATS
 from vila_deploy.processing.vocabulary import check_vocabulary
 from vila_deploy.utils.errors import VilaDeployError
@@ -33,11 +33,9 @@ def convert(root: Path, out: Path, formats: Sequence[str]) -> None:
             can't hold, anything wrong with `root` or the disk.
     """
     root = fetch_checkpoint(root, lambda folder: _check(folder, out, formats))
+    scheme = _check(root, out, formats)
     checkpoint = open_checkpoint(root)
-    quantization = _quantization(checkpoint.config, root, formats)
     check_vocabulary(checkpoint.layout.folder("llm"), checkpoint.config)
-    scheme = None if quantization is None else quantization.scheme
-    check_formats(formats, checkpoint.config, scheme)
     for name in formats:
         if scheme is not None and (warning := FORMATS[name].packing.warning(scheme)):
             print(f"warning: {warning}", file=sys.stderr)
@@ -48,21 +46,19 @@ def convert(root: Path, out: Path, formats: Sequence[str]) -> None:
         writer.finish()
 
 
-def _check(root: Path, out: Path, formats: Sequence[str]) -> None:
-    """Raise VilaDeployError for what needs no weights to be known as wrong."""
+def _check(root: Path, out: Path, formats: Sequence[str]) -> QuantScheme | None:
+    """Return how it is quantized; raise VilaDeployError for what is wrong without its weights."""
     check_new(out)
-    _quantization(load_config(root), root, formats)
-
-
-def _quantization(
-    config: VilaConfig, root: Path, formats: Sequence[str]
-) -> QuantizationConfig | None:
+    config = load_config(root)
+    quantization = config.llm.quantization
     takes_all = all(FORMATS[name].writer.takes_unquantized for name in formats)
-    if config.llm.quantization is None and not takes_all:
+    if quantization is None and not takes_all:
         raise VilaDeployError(
             "is not quantized", where=root, fix="run vila-quantize first and convert its output"
         )
-    return config.llm.quantization
+    scheme = None if quantization is None else quantization.scheme
+    check_formats(formats, config, scheme)
+    return scheme
 
 
 def _contents(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:

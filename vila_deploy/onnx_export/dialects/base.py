@@ -21,7 +21,8 @@ class StoredLinear:
 
     `group_size` is None for a weight that is not quantized. `bytes_per_step` counts the bytes that
     a decoding step reads, in the type that the weight has in the engine's memory. `parts`, if any,
-    are linears in several numbers of bits whose outputs, side by side, are this one's.
+    are linears whose outputs, side by side, are this one's; `tensors` then has what applies to
+    their common input.
     """
 
     name: str

@@ -78,7 +78,8 @@ class OnnxRuntimeDialect:
     ) -> StoredLinear:
         quantized = [linear for linear in linears if isinstance(linear, QuantizedLinear)]
         if quantized and len(quantized) == len(linears):
-            runs = [list(run) for _, run in itertools.groupby(quantized, lambda q: q.bits)]
+            by_kernel = itertools.groupby(quantized, lambda linear: linear.bits == BITS)
+            runs = [list(run) for _, run in by_kernel]
             if len(runs) == 1:
                 return _store_quantized(file, name, quantized)
             parts = [

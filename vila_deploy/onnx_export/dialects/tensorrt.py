@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -41,13 +41,6 @@ INT4_COLUMNS = 8
 TOKEN_SHAPE, ROTATED_SHAPE, VALUE_SHAPE, ROW_SHAPE = (
     f"shape.{name}" for name in ("tokens", "rotated", "values", "rows")
 )
-
-
-@dataclass(frozen=True)
-class SplitLinear(StoredLinear):
-    """A linear whose outputs are cut into `pieces`; `tensors` has what applies to its input."""
-
-    pieces: tuple[StoredLinear, ...] = ()
 
 
 class TensorRtDialect(ABC):
@@ -152,13 +145,13 @@ class TensorRtDialect(ABC):
         if "prequant_scale" in linear.tensors:
             name = f"{linear.name}.prequant_scale"
             x = graph.node("Mul", x, graph.weight(name, linear.tensors["prequant_scale"]))
-        pieces = linear.pieces if isinstance(linear, SplitLinear) else (linear,)
+        pieces = linear.parts or (linear,)
         means = ""
         if any("correction" in piece.tensors for piece in pieces):
             assert linear.group_size is not None
             means = _group_means(graph, x, linear.in_features, linear.group_size)
-        parts = [_piece(graph, x, means, piece) for piece in pieces]
-        return parts[0] if len(parts) == 1 else graph.node("Concat", *parts, axis=-1)
+        outputs = [_piece(graph, x, means, piece) for piece in pieces]
+        return outputs[0] if len(outputs) == 1 else graph.node("Concat", *outputs, axis=-1)
 
     def gated(self, graph: GraphWriter, both: str) -> str:
         wide = graph.node("Cast", both, to=TensorProto.FLOAT)
@@ -282,7 +275,7 @@ def _split(
         return replace(
             first, name=name, tensors=tensors, bytes_per_step=first.bytes_per_step + size
         )
-    return SplitLinear(
+    return StoredLinear(
         name,
         sum(piece.out_features for piece in pieces),
         first.in_features,
