@@ -18,7 +18,7 @@ from vila_deploy.kernels.launch_mode import LAUNCH_MODES
 
 STEMS = {
     "gemv", "gemm", "dequantize", "norm_qkv", "rope_kv", "attention", "add_residual", "gate_up",
-    "head", "embed", "rope_attention", "kv_int8", "sample", "step",
+    "head", "embed", "rope_attention", "slots_attention", "kv_int8", "sample", "step",
 }  # fmt: skip
 ABSENT = {
     "tinychat int4",
