@@ -9,7 +9,7 @@ from pathlib import Path
 from vila_deploy.checkpoint.decoding_config import check_decoding
 from vila_deploy.checkpoint.folder_layout import Layout, find_layout
 from vila_deploy.checkpoint.generation import generation_of, prompt_template
-from vila_deploy.checkpoint.llm_config import LlmConfig, check_quantized_sizes, load_llm_config
+from vila_deploy.checkpoint.llm_config import LlmConfig, check_quantized_linears, load_llm_config
 from vila_deploy.checkpoint.variants import (
     GENERATIONS,
     PROJECTOR_TYPES,
@@ -151,7 +151,7 @@ def config_of(layout: Layout, template: str | None = None) -> VilaConfig:
     )
     if generation != "nvila":
         check_decoding(layout.generation)
-    check_quantized_sizes(llm, llm_fields)
+    check_quantized_linears(llm, llm_fields)
     _check_consistency(config, fields)
     return config
 

@@ -146,10 +146,15 @@ def load_llm_config(fields: Fields, generation: Fields) -> LlmConfig:
     )
 
 
-def check_quantized_sizes(config: LlmConfig, fields: Fields) -> None:
-    """Raise for inputs that are no whole groups, or outputs that are no whole words of 8."""
+def check_quantized_linears(config: LlmConfig, fields: Fields) -> None:
+    """Raise for inputs that are no whole groups, outputs that are no whole words, unknown names."""
     if config.quantization is None:
         return
+    known = {name for index in range(config.num_layers) for name in config.layer_linears(index)}
+    for name in config.quantization.linear_bits:
+        if name not in known:
+            what = f"has bits for {short(name)}, a linear that this model lacks"
+            raise fields.error("quantization_config", what)
     group = config.quantization.group_size
     inputs = {
         "hidden_size": config.hidden_size,

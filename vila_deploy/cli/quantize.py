@@ -50,9 +50,10 @@ FILE = FilePath()
 @click.option("--symmetric", is_flag=True, help="No zero points: all are 8.")
 @click.option(
     "--bits-per-weight", type=float, metavar="B", callback=no_nan,
-    help="Mixed precision: mean bits of a value, from 4 to 8, scales not counted. Linears that "
-    "cost the most KL, as measured on calibration data, get 8 bits (5 or 8 in gguf), the rest 4. "
-    "For --format compressed-tensors and gguf.",
+    help="Mixed precision: mean bits of a value, from 4 to 8, scales not counted. Linears of the "
+    "LLM's layers that cost the most KL, as measured on calibration data, get 8 bits (5 or 8 in "
+    "gguf), the rest 4; the head and the vision tower are not in the search. For --format "
+    "compressed-tensors and gguf.",
 )  # fmt: skip
 @click.option(
     "--calib", type=FILE, metavar="FILE_OR_DIR",

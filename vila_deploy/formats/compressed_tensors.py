@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 PER_WORD = 32 // BITS  # 8
 # Linears that a group may name, and how many at most.
 LINEAR, MAX_TARGETS = re.compile(r"model\.layers\.\d{1,4}\.(self_attn|mlp)\.[a-z]+_proj"), 1 << 14
+MAX_GROUP_NAME = 64
 FORMAT = "pack-quantized"
 FIX = "this is not a pack-quantized checkpoint of that group size"
 # Orders in which GPTQ may have treated the columns without storing them in another.
@@ -171,6 +172,8 @@ class PackQuantized(Packing):
                 raise fields.error(key, "is not supported", "quantize without it")
         groups = fields.child("config_groups")
         several = len(groups.values) > 1
+        if any(len(name) > MAX_GROUP_NAME for name in groups.values):
+            raise fields.error("config_groups", f"has a name of more than {MAX_GROUP_NAME} letters")
         read = [_read_group(groups.child(name), several) for name in sorted(groups.values)]
         general = [scheme for scheme, names in read if not names]
         if len(general) != 1 or general[0].bits != BITS:
@@ -187,7 +190,10 @@ class PackQuantized(Packing):
                 raise fields.error(
                     "config_groups", f"must be in {SYMMETRIC_BITS} bits, symmetric, where named"
                 )
-            linear_bits |= dict.fromkeys(names, scheme.bits)
+            for name in names:
+                if name in linear_bits:
+                    raise fields.error("config_groups", f"names {name} twice")
+                linear_bits[name] = scheme.bits
         return QuantizationConfig(
             quant_method=self.quant_method,
             bits=BITS,

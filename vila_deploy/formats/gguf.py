@@ -24,7 +24,7 @@ from vila_deploy.formats.base import (
     stored,
 )
 from vila_deploy.formats.gguf_file import FIX, TENSOR_TYPES
-from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.errors import VilaDeployError, short
 from vila_deploy.utils.fields import Fields
 
 if TYPE_CHECKING:
@@ -137,12 +137,12 @@ class GgufBlocks(Packing):
         found = fields.child("linear_bits")
         if len(found.values) > MAX_NAMED:
             raise fields.error("linear_bits", f"names more than {MAX_NAMED} linears")
-        for name in found.values:
-            bits = found.integer(name)
-            if bits not in self.widths:
-                held = ", ".join(map(str, self.widths))
-                raise found.error(name, f"must be one of {held}, found {bits}")
-        return {name: found.integer(name) for name in found.values}
+        held = ", ".join(map(str, self.widths))
+        for name, bits in found.values.items():
+            if type(bits) is not int or bits not in self.widths:
+                what = f"must be one of {held}, found {short(bits)} for {short(name)}"
+                raise fields.error("linear_bits", what)
+        return dict(found.values)
 
     def check(self, scheme: QuantScheme, linears: Mapping[str, tuple[int, int]]) -> None:
         super().check(scheme, linears)

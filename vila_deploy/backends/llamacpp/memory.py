@@ -6,6 +6,7 @@ that log (tests/llamacpp).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -24,7 +25,6 @@ from vila_deploy.engine.memory import (
     weight_items,
 )
 from vila_deploy.engine.target import Target
-from vila_deploy.formats.base import BITS
 from vila_deploy.formats.gguf import dtype, linear_types_of
 from vila_deploy.formats.gguf_file import TENSOR_TYPES, tensor_bytes
 from vila_deploy.formats.module_dtypes import FP16, INT8
@@ -172,14 +172,13 @@ def _items(
     """Return all rows: vision as backend onnxruntime has it, the language model as llama.cpp."""
     llm, limits, modules = config.llm, request.limits, request.module_precision
     items = weight_items(config, precision, ONNX_STORAGE, modules)
-    types = {
-        MemoryRow.DECODER_LINEARS: linear_type(llm, request.target, precision),
-        MemoryRow.HEAD: HEAD_TYPES.get(modules.lm_head, "F16"),
-        MemoryRow.NORMS: "F32",
+    stored_bits = {
+        MemoryRow.DECODER_LINEARS: _linear_bits(llm, linear_type(llm, request.target, precision)),
+        MemoryRow.HEAD: bits(HEAD_TYPES.get(modules.lm_head, "F16")),
+        MemoryRow.NORMS: bits("F32"),
     }
-    for row, stored in types.items():
-        more = llm.value_bits - BITS if row is MemoryRow.DECODER_LINEARS else 0
-        items[row] = MemoryItem.of(row.value, items[row].parameters, bits(stored) + more)
+    for row, stored in stored_bits.items():
+        items[row] = MemoryItem.of(row.value, items[row].parameters, stored)
     shape, slots = shape_of(llm), limits.max_batch_size
     cache = slots * llm.num_layers * cache_bytes(shape, limits.max_seq_len, modules.kv_cache)
     name = f"{MemoryRow.KV_CACHE.value} of {limits.max_seq_len} tokens"
@@ -190,6 +189,19 @@ def _items(
     scratch += 4 * llm.vocab_size * slots + 4 * tower_activations(config)
     items[MemoryRow.ACTIVATIONS] = MemoryItem.of(MemoryRow.ACTIVATIONS.value, scratch // 4, 32)
     return items
+
+
+def _linear_bits(config: LlmConfig, kind: str) -> float:
+    """Return the mean bits of a value of the layers' linears, most of which are of type `kind`."""
+    types = linear_types_of(config.quantization.scheme) if config.quantization else {}
+    if not types:
+        return bits(kind)
+    sizes, total = 0, 0.0
+    for index in range(config.num_layers):
+        for name, shape in config.layer_linears(index).items():
+            sizes += math.prod(shape)
+            total += math.prod(shape) * bits(types.get(name, (kind,))[0])
+    return total / sizes
 
 
 def _has_own_memory(target: Target) -> bool:

@@ -13,6 +13,7 @@ from gguf.quants import dequantize
 
 from tests.support.commands import assert_one_line, invoke, succeed
 from tests.support.conversions import effective_weights
+from tests.support.mixed_bits import make_mixed_checkpoint
 from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.llamacpp.gpu_layers import layers_that_fit
 from vila_deploy.backends.llamacpp.memory import estimate_memory
@@ -36,7 +37,18 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"lm_head": "int8"},
     ),
     "fp16": ({"dtype": torch.bfloat16}, {}),
+    "4, 5 and 8 bits": ({"mixed": True}, {}),
+    "4, 5 and 8 bits on a GPU, symmetric": (
+        {"mixed": True, "symmetric": True},
+        {"target": "metal"},
+    ),
 }
+
+
+def make(folder: Path, mixed: bool = False, **changes: Any) -> Path:
+    if mixed:
+        return make_mixed_checkpoint(folder, "gguf", **changes)
+    return make_checkpoint(folder / "c", **changes)
 
 
 def build(root: Path, out: Path, *options: str, target: str = "cpu") -> Path:
@@ -47,7 +59,7 @@ def build(root: Path, out: Path, *options: str, target: str = "cpu") -> Path:
 @pytest.mark.parametrize("case", CASES)
 def test_weights_are_the_checkpoints(case: str, tmp_path: Path) -> None:
     made, modules = CASES[case]
-    root = make_checkpoint(tmp_path / "c", **made)
+    root = make(tmp_path, **made)
     head, target = modules.get("lm_head", "fp16"), modules.get("target", "cpu")
     options = ("--lm-head", head, "--vision", "fp16")
     file = build(root, tmp_path / "e", *options, target=target)
@@ -59,16 +71,17 @@ def test_weights_are_the_checkpoints(case: str, tmp_path: Path) -> None:
         wanted = expected[name if name in expected else "model.embed_tokens.weight"].float()
         order = row_order(config, name)
         wanted = wanted if order is None else wanted[order]
-        # Of an int8 head all values are rounded, of Q4_1 the offsets.
-        rounded = {"Q8_0": 1e-2, "Q4_1": 2e-3, "F16": 1e-6}.get(tensor.tensor_type.name, 0)
-        assert (found - wanted).abs().max() <= rounded * wanted.abs().max(), tensor.name
+        # Of an int8 head all values are rounded, of Q4_1 and Q5_1 the offsets.
+        rounded = {"Q8_0": 1e-2, "Q4_1": 2e-3, "Q5_1": 2e-3, "F16": 1e-6}
+        margin = rounded.get(tensor.tensor_type.name, 0) * wanted.abs().max()
+        assert (found - wanted).abs().max() <= margin, tensor.name
     assert load_manifest(tmp_path / "e").module_precision.lm_head == head
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_plan_counts_the_bytes_of_the_file(case: str, tmp_path: Path) -> None:
     made, modules = CASES[case]
-    root = make_checkpoint(tmp_path / "c", **made)
+    root = make(tmp_path, **made)
     target = modules.get("target", "cpu")
     head = modules.get("lm_head", "fp16")
     options = ("--lm-head", head, "--vision", "fp16")
