@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.checkpoint.tensor_schema import parameters, tower_tensor_specs
 from vila_deploy.engine.build_request import BuildRequest
 from vila_deploy.engine.memory import (
@@ -45,7 +48,7 @@ def estimate_memory(config: VilaConfig, request: BuildRequest, precision: str) -
     if precision != FP16:
         group = llm.quantization.group_size if llm.quantization else DEFAULT_GROUP_SIZE
         linears = items[MemoryRow.DECODER_LINEARS]
-        bits = linear_bits(group, request.activations) + llm.value_bits - BITS
+        bits = linear_bits(group, request.activations, _value_bits(llm))
         items[MemoryRow.DECODER_LINEARS] = MemoryItem.of(linears.name, linears.parameters, bits)
     return MemoryEstimate(items, PROGRAM_BYTES)
 
@@ -55,11 +58,20 @@ def float_tower_bytes(config: VilaConfig) -> int:
     return 8 * parameters(tower_tensor_specs(config))
 
 
-def linear_bits(group_size: int, activations: str | None) -> float:
-    """Return the bits in memory of a 4-bit weight, with its share of what a group has.
+def _value_bits(config: LlmConfig) -> float:
+    """Return the mean bits of a quantized value as it is stored; 5 bits take a byte."""
+    if config.quantization is None:
+        return BITS
+    scheme = config.quantization.scheme
+    stored = {name: BITS if bits == BITS else 8 for name, bits in scheme.linear_bits.items()}
+    return config.mean_bits(replace(scheme, linear_bits=stored))
+
+
+def linear_bits(group_size: int, activations: str | None, value_bits: float = BITS) -> float:
+    """Return the bits in memory of a quantized weight, with its share of what a group has.
 
     A graph packs the weights for its kernel; with int8x2 there are two graphs.
     """
-    packed_int8, packed_float = 4 + PACKED_GROUP_BITS / group_size, 4
+    packed_int8, packed_float = value_bits + PACKED_GROUP_BITS / group_size, value_bits
     packed = {INT8: packed_int8, INT8X2: packed_int8 + packed_float}
     return packed.get(activations or "", packed_float) + MAPPED_GROUP_BITS / group_size
