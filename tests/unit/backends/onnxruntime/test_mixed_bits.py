@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -39,6 +40,17 @@ class Dense:
         return self._weights[f"{prefix}.weight"]
 
 
+def accuracy_levels(engine: Path) -> list[int]:
+    """`accuracy_level` of each product with 8-bit weights in all graphs of the language model."""
+    found = []
+    for file in (engine / "llm").glob("*.onnx"):
+        for node in onnx.load(file, load_external_data=False).graph.node:
+            values = {attribute.name: attribute.i for attribute in node.attribute}
+            if node.op_type == "MatMulNBits" and values["bits"] == 8:
+                found.append(values["accuracy_level"])
+    return found
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits_equal_those_of_the_effective_weights(case: str, tmp_path: Path) -> None:
     format, symmetric, activations, changes = CASES[case]
@@ -47,6 +59,7 @@ def test_logits_equal_those_of_the_effective_weights(case: str, tmp_path: Path) 
     reference = LanguageModel(checkpoint.config.llm, Dense(effective_weights(checkpoint)))
     build_engine(root, out, "cpu", activations=activations, vision="fp16", lm_head="fp16")
     prompt, following = range(20, 60), [7, 30, 31, 32]
+    assert set(accuracy_levels(out)) == {4}, "others dequantize all 8-bit weights at every step"
     with open_engine(out) as engine:
         session = engine.session
         embeds = session.embed_tokens([*prompt, *following])
