@@ -45,6 +45,8 @@ from vila_deploy.server.security import check_json
 from vila_deploy.utils.errors import VilaDeployError, printable
 
 CONNECT_TIMEOUT_S = 5.0
+# Less than the 5 s after which uvicorn, and so vLLM, closes a connection that nobody uses.
+KEEP_ALIVE_S = 2.0
 # What the other server says is wrong with a request; the rest are faults of its own.
 TOLD = (400, 404, 413, 415, 422, 429)
 MAX_MESSAGE = 500
@@ -86,7 +88,7 @@ class ForwardingApi(ModelListing):
         """The connections to the other server; made in the event loop that uses them."""
         if self._client is None:
             timeout = httpx.Timeout(self.options.limits.timeout_s, connect=CONNECT_TIMEOUT_S)
-            limits = httpx.Limits(max_connections=None)
+            limits = httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_S)
             self._client = httpx.AsyncClient(
                 base_url=self._upstream,
                 headers=self._headers,
@@ -182,7 +184,11 @@ class ForwardedEndpoint:
         client = self._api.client
         request = client.build_request("POST", self._path, content=body, headers=headers)
         try:
-            response = await client.send(request, stream=True)
+            try:
+                response = await client.send(request, stream=True)
+            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                # A kept connection that the other server closed meanwhile.
+                response = await client.send(request, stream=True)
         except httpx.TimeoutException:
             raise _too_slow() from None
         except httpx.HTTPError:

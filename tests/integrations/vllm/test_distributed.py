@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tests.support.commands import BIN, succeed
+from tests.support.near_ties import margins
 from tests.support.paths import TINY_VILA
 from tests.support.vllm_serving import (
     as_messages,
@@ -29,6 +30,8 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 pytestmark = pytest.mark.timeout(1800)
 QUESTIONS = held_out(100)
 CONVERSATIONS = [as_messages(question) for question in QUESTIONS]
+# Largest margin of a near-tie, as a share of the standard deviation of the logits.
+TIE = 0.02
 # Without compiling for minutes.
 EAGER = ("--model-name", "m", "--", "--enforce-eager")
 
@@ -62,6 +65,20 @@ def fp16(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return own_answers(engine, QUESTIONS)
 
 
+def assert_same(answers: list[str], own: list[str], engine: Path) -> None:
+    """See that answers to the first questions are our engine's, but for at most 3% near-ties.
+
+    vLLM adds in another order, and rounded weights differ from processor to processor.
+    """
+    pairs = zip(QUESTIONS, answers, own, strict=False)
+    differ = [(question, answer) for question, answer, ours in pairs if answer != ours]
+    questions = [(question.images, question.prompt) for question, _ in differ]
+    near = margins(engine, questions, [answer for _, answer in differ])
+    print("margins of near-ties:", near)
+    assert len(near) == len(differ) <= 0.03 * len(answers), differ
+    assert max(near, default=0) < TIE, near
+
+
 def test_fp16(fp16: list[str], tmp_path: Path) -> None:
     port = free_port()
     with serve(vila_serve(TINY_VILA, port, *EAGER), port, tmp_path / "log") as served:
@@ -79,7 +96,7 @@ def test_awq_tensor_parallel(quantized: Path, int4: list[str], tmp_path: Path) -
     port = free_port()
     words = vila_serve(quantized, port, "--tp", 2, *EAGER)
     with serve(words, port, tmp_path / "log") as served:
-        assert ask_all(served.url, CONVERSATIONS) == int4
+        assert_same(ask_all(served.url, CONVERSATIONS), int4, quantized.parent / "int4")
 
 
 def test_awq_pipeline_parallel(quantized: Path, int4: list[str], tmp_path: Path) -> None:
@@ -87,7 +104,8 @@ def test_awq_pipeline_parallel(quantized: Path, int4: list[str], tmp_path: Path)
     port, traced = free_port(), ("--compilation-config", '{"mode": 2, "backend": "eager"}')
     words = vila_serve(quantized, port, "--pp", 2, "--model-name", "m", "--", *traced)
     with serve(words, port, tmp_path / "log") as served:
-        assert ask_all(served.url, CONVERSATIONS[:60]) == int4[:60]
+        answers = ask_all(served.url, CONVERSATIONS[:60])
+        assert_same(answers, int4, quantized.parent / "int4")
 
 
 def test_two_nodes(quantized: Path, int4: list[str], tmp_path: Path) -> None:
@@ -99,7 +117,8 @@ def test_two_nodes(quantized: Path, int4: list[str], tmp_path: Path) -> None:
         serve(second, port, tmp_path / "node1", ready=False),
         serve(first, port, tmp_path / "node0") as served,
     ):
-        assert ask_all(served.url, CONVERSATIONS[:40]) == int4[:40]
+        answers = ask_all(served.url, CONVERSATIONS[:40])
+        assert_same(answers, int4, quantized.parent / "int4")
 
 
 @pytest.fixture
@@ -113,7 +132,9 @@ def replicas(quantized: Path, tmp_path: Path) -> Iterator[list[Any]]:
         yield [first, second]
 
 
-def test_two_replicas_one_killed(replicas: list[Any], int4: list[str], tmp_path: Path) -> None:
+def test_two_replicas_one_killed(
+    replicas: list[Any], quantized: Path, int4: list[str], tmp_path: Path
+) -> None:
     port = free_port()
     router: list[object] = [
         BIN / "vllm-router", "--worker-urls", *(replica.url for replica in replicas),
@@ -123,4 +144,4 @@ def test_two_replicas_one_killed(replicas: list[Any], int4: list[str], tmp_path:
         answers = [pool.submit(ask, served.url, c, 5) for c in CONVERSATIONS]
         answers[20].result()
         replicas[0].popen.kill()
-        assert [answer.result() for answer in answers] == int4
+        assert_same([answer.result() for answer in answers], int4, quantized.parent / "int4")

@@ -6,6 +6,7 @@ import socket
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import openai
@@ -127,6 +128,27 @@ def test_the_other_servers_key_is_sent(engine_folder: Path) -> None:
             response = front.http().post("/v1/chat/completions", json={"messages": [asks("x")]})
             assert response.status_code == 500
             assert "API key" not in response.text
+
+
+def test_a_closed_connection_is_tried_once_more() -> None:
+    """The first connection is closed without an answer, as a server does with one that idled."""
+    body = b'{"choices": []}'
+    answer = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer_the_second() -> None:
+            for content in (b"", answer % len(body) + body):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(content)
+
+        thread = Thread(target=answer_the_second, daemon=True)
+        thread.start()
+        with forwarding(f"http://127.0.0.1:{listener.getsockname()[1]}") as front:
+            response = front.http().post("/v1/chat/completions", json={"messages": [asks("x")]})
+        assert (response.status_code, response.content) == (200, body)
+        thread.join(60)
 
 
 def test_nobody_answers_behind() -> None:
