@@ -26,6 +26,7 @@ test-ptx: $(VENV)/.installed-dev $(if $(TRITON),.triton-$(TRITON)/.installed)  #
 	  tests/gpu/test_native_gpu.py
 	OMP_NUM_THREADS=1 SLOTS_CONTRACT=1 $(BIN)/pytest tests/unit/backends/native/test_slotted_session.py
 
+# SLOWER=40 gives stages more time on a busy computer; 15 by default.
 test-first-run: $(VENV)/.installed-dev  ## the first quarter of an hour on a GPU, rehearsed on an emulated one: about an hour
 	OMP_NUM_THREADS=1 FIRST_RUN=1 $(BIN)/pytest tests/emulator/test_first_run.py
 

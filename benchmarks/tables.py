@@ -28,6 +28,7 @@ from benchmarks.page_tables import (  # noqa: E402
     llamacpp,
     models,
     precision,
+    predicted,
     serving,
     speed,
 )
@@ -70,6 +71,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-beside": serving.serving_beside,
     "serving-kinds": serving.serving_kinds,
     "kernel-instructions": kernels.kernel_instructions,
+    "predicted-modes": predicted.predicted_modes,
+    "predicted-sequences": predicted.predicted_sequences,
     "quantize-cost": builds.quantize_cost,
     "tensorrt-graphs": builds.tensorrt_graphs,
     "tensorrt-engines": builds.tensorrt_engines,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.environment import Run
+from benchmarks.gpu.folders import BASELINES
 from benchmarks.gpu.inputs import Q_SPREAD
 from vila_deploy.formats.base import QuantizedLinear
 
-# Where get_baselines.py puts what others made; git ignores it.
-FOLDER = Path(os.environ.get("VILA_DEPLOY_BASELINES", Path(__file__).parent / "baselines"))
+FOLDER = BASELINES
 # Python packages within it.
 PACKAGES = FOLDER / "python"
 GROUP = 128

@@ -10,8 +10,6 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -58,26 +56,13 @@ FLAGS = [
     "-U__CUDA_NO_HALF2_OPERATORS__", "--expt-relaxed-constexpr", "--expt-extended-lambda",
     "--use_fast_math",
 ]  # fmt: skip
-_compiling: list[subprocess.Popen[str]] = []
-
-
-def begin_compiling() -> None:
-    """Start the compiler in the background, if the sources are here."""
-    if (FOLDER / SOURCES).exists() and not _library().exists():
-        command = [sys.executable, "-m", "benchmarks.gpu.build_baselines", "tinychat"]
-        _compiling.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        )
 
 
 def open_baseline(run: Run) -> Opened:
     needs_cuda(run)
     folder = brought(SOURCES, "tinychat")
-    said = ""
-    for process in _compiling:
-        said = process.communicate()[0]
     if not _library().exists():
-        raise Missing(f"did not compile: {said.strip().splitlines()[-1:] or 'not begun'}")
+        raise Missing("not compiled: rows of the stage `prepare` say why, or run that first")
     module = _import(_library())
     version = (folder / VERSION).read_text("utf-8").strip()
     return Opened(version, lambda linear: prepare(linear, module))

@@ -4,10 +4,10 @@
 #   OUT       folder that outlives the machine: rows.jsonl, log.txt, machine.txt, cache.tar.xz
 #   LIMIT_S   seconds of the call, 480 and 210 by default; SLOWER, times slower than an H200
 #   FIRST     for call 2: the folder OUT of call 1, whose rows and cache it goes on from
+#   ONLY      these stages of the call, e.g. what an interrupted one has left; PYTHON, python3 by default
 set -euo pipefail
-cd "$(dirname "$0")/../.."
 call=${1:-}
-if [[ $call != 1 && $call != 2 ]]; then
+if [[ $# != 1 || ($call != 1 && $call != 2) ]]; then
   echo "usage: OUT=FOLDER $0 1|2" >&2
   exit 2
 fi
@@ -15,9 +15,18 @@ if [[ -z ${OUT:-} ]]; then
   echo "error: OUT is not set: rows would stay on this machine; set it to a folder that is kept" >&2
   exit 2
 fi
-mkdir -p "$OUT"
-OUT=$(cd "$OUT" && pwd)
-export OUT
+PYTHON=${PYTHON:-python3}
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+  echo "error: PYTHON=$PYTHON is no Python 3.11 or newer; name one in PYTHON" >&2
+  exit 2
+fi
+# They are named from the caller's folder.
+[[ $PYTHON != */* || $PYTHON == /* ]] || PYTHON=$PWD/$PYTHON
+for name in OUT FIRST TRITON_CACHE_DIR VILA_DEPLOY_BASELINES; do
+  [[ -z ${!name:-} || ${!name} == /* ]] || declare "$name=$PWD/${!name}"
+done
+export OUT TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/vila-deploy-triton/cache}
+cd "$(dirname "$0")/../.."
 
 # A copy may come without its links, and without its history.
 for room in kernels engines; do
@@ -28,18 +37,5 @@ if [[ -z ${VILA_DEPLOY_COMMIT:-} ]] && ! git rev-parse --short=12 HEAD >/dev/nul
 fi
 # Everything is found in this folder, by processes that don't search the current one too.
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/vila-deploy-triton/cache}
-mkdir -p "$TRITON_CACHE_DIR"
-
-# Kernels compiled elsewhere for this commit, or by call 1.
-for cache in benchmarks/gpu/baselines/cache.tar.xz "${FIRST:-/nowhere}/cache.tar.xz"; do
-  if [[ -f $cache ]]; then
-    tar -xJf "$cache" -C "$TRITON_CACHE_DIR" --strip-components=1 || echo "warning: $cache is broken" >&2
-  fi
-done
-# Call 2 knows what call 1 found wrong, and which launch mode was the fastest.
-if [[ $call == 2 && -f ${FIRST:-}/rows.jsonl && ! $FIRST -ef $OUT ]]; then
-  cat "$FIRST/rows.jsonl" >>"$OUT/rows.jsonl"
-fi
-exec "${PYTHON:-python3}" -m benchmarks.gpu --call "$call" ${SMALL:+--small} \
-  ${SLOWER:+--slower "$SLOWER"} ${LIMIT_S:+--limit-s "$LIMIT_S"}
+exec "$PYTHON" -m benchmarks.gpu --call "$call" ${FIRST:+--first "$FIRST"} ${ONLY:+--only "$ONLY"} \
+  ${SMALL:+--small} ${SLOWER:+--slower "$SLOWER"} ${LIMIT_S:+--limit-s "$LIMIT_S"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -64,10 +65,14 @@ def _bytes(launch: Launch) -> int:
 
 def _measure_empty(run: Run, name: str, out: Tensor) -> None:
     """Time one more launch inside a graph that does nothing, also if it is begun early."""
-    empty = Launch(empty_kernel, (1,), {"out_ptr": out}, {"PDL": False}, 1)
-    modes = {"empty launch": empty}
-    if run.capability >= PDL_CAPABILITY:
-        modes["empty launch, pdl"] = empty.with_pdl()
-    for shown, launch in modes.items():
+    for launch in empty_launches(run, out.device):
+        shown = "empty launch, pdl" if launch.constants["PDL"] else "empty launch"
         launch_s = seconds([launch], run.device, repeats=EMPTY_LAUNCHES)
         run.add("kernel", f"{name} {shown}", microseconds=launch_s * 1e6, launches=EMPTY_LAUNCHES)
+
+
+def empty_launches(run: Run, device: str | torch.device) -> list[Launch]:
+    """Return what does nothing, in the forms that the device has."""
+    out = torch.empty(1, dtype=torch.float32, device=device)
+    empty = Launch(empty_kernel, (1,), {"out_ptr": out}, {"PDL": False}, 1)
+    return [empty, empty.with_pdl()] if run.capability >= PDL_CAPABILITY else [empty]

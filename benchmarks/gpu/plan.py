@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from vila_deploy.utils.errors import VilaDeployError, short
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -26,7 +28,8 @@ class Stage:
 
 
 STAGES = {
-    "machine": Stage("machine:measure_machine", 3, 15, timed=False),
+    # The first one imports torch for the first time.
+    "machine": Stage("machine:measure_machine", 10, 90, timed=False),
     "prepare": Stage("prepare:prepare_baselines", 60, 110, background=True, timed=False),
     "tests": Stage("prepare:run_gpu_tests", 85, 130, background=True, timed=False),
     "compile": Stage("prepare:compile_kernels", 45, 120, timed=False),
@@ -50,8 +53,8 @@ STAGES = {
     "llamacpp": Stage("baseline_llamacpp:measure_llamacpp", 50, 60),
     "gemlite": Stage("products:measure_gemlite", 60, 60),
     "recheck": Stage("checks:measure_named_check", 20, 40, timed=False),
-    "probe": Stage("machine:probe_device", 2, 10, timed=False),
-    "pack": Stage("prepare:pack_cache", 5, 15, timed=False),
+    "probe": Stage("machine:probe_device", 10, 30, timed=False),
+    "pack": Stage("kernel_cache:pack_cache", 5, 15, timed=False),
 }
 # Most wanted first: what decides the default before what only compares, ours before others', what
 # may hang last.
@@ -64,6 +67,8 @@ CALLS = {
     "2": ("compile", "retry", "session", "quantize", "lookup", "llamacpp", "gemlite", "pack"),
 }  # fmt: skip
 LIMITS_S = {"1": 480.0, "2": 210.0}
+# Begun by other stages.
+PARTS = {"recheck", "probe"}
 NOT_ALONE = ("retry", "recheck", "pack", "tests", "probe")
 # Without a call: all but what only a second call, or another machine, has a use for.
 OTHERWISE = tuple(name for name in STAGES if name not in NOT_ALONE)
@@ -94,9 +99,12 @@ class Plan:
         """Return the stages of a call, or those named, in their order.
 
         Raises:
-            ValueError: there is no such stage.
+            VilaDeployError: there is no such stage.
         """
-        if unknown := set(only or ()) - STAGES.keys():
-            raise ValueError(f"no stage {min(unknown)}; there are {', '.join(STAGES)}")
+        choices = [name for name in STAGES if name not in PARTS]
+        for name in only or ():
+            if name not in choices:
+                fix = f"choose from {', '.join(choices)}"
+                raise VilaDeployError(f"there is no stage {short(name)}", fix=fix)
         stages = CALLS[call] if call else OTHERWISE
         return cls(tuple(only) if only else stages, limit_s, slower)

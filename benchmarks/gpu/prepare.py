@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
-import triton
 
 from benchmarks.gpu import baseline_tinychat, baseline_vllm
 from benchmarks.gpu.baseline import FOLDER, PACKAGES, Missing
 from benchmarks.gpu.environment import REPOSITORY, Run
+from benchmarks.gpu.folders import triton_cache
 from benchmarks.gpu.inputs import config, linears
+from benchmarks.gpu.kernel_times import empty_launches
 from benchmarks.gpu.steps import MAX_SEQ_LEN, VARIANTS, supported
 from vila_deploy.backends.native.compile_ahead import KernelSet, compile_ahead, compile_launches
+from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
+from vila_deploy.backends.native.weights import empty_llm
 from vila_deploy.engine.precision import ALL_FP16
 from vila_deploy.kernels.gemv import gemv
 from vila_deploy.kernels.launch import Launch
@@ -31,19 +33,19 @@ TESTS = "tests/gpu/test_native_gpu.py"
 # Kernels are checked by a stage of their own; what may hang is tested last of all.
 NOT_BESIDE = "not every_kernel and not fused"
 TEST_TIMEOUT_S = 40
-# Of the cache, and of what is brought back of it.
-MOST_CACHE_BYTES, MOST_PACKED_BYTES = 256 << 20, 16 << 20
+TEST_PACKAGES = ("pytest", "pytest_timeout")
 
 
 def compile_kernels(run: Run) -> None:
     """Bring every kernel of every stage into Triton's cache, and say how many were there."""
     began = time.monotonic()
     count = compile_ahead(list(_kernel_sets(run)))
-    count += compile_launches(_product_launches(run), run.capability)
+    launches = [*_product_launches(run), *_lookup_launches(run), *empty_launches(run, "meta")]
+    count += compile_launches(launches, run.capability)
     run.add(
         "compiled", "kernels", kernels=count.kernels, compiled=count.compiled, found=count.found,
         failed_helpers=count.failed_helpers, seconds=time.monotonic() - began,
-        cache=str(_cache_folder()),
+        cache=str(triton_cache()),
     )  # fmt: skip
 
 
@@ -52,6 +54,7 @@ def _kernel_sets(run: Run) -> Iterator[KernelSet]:
     for model in run.models:
         for precision, modules in VARIANTS:
             sizes = config(model, precision, small=run.small)
+            sizes = replace(sizes, num_layers=max(sizes.num_layers, 2))  # as launch modes need
             for mode in modes.values() if modules == ALL_FP16 else [modes["separate"]]:
                 yield KernelSet(sizes, run.max_seq_len(MAX_SEQ_LEN), run.capability, modules, mode)
 
@@ -67,6 +70,15 @@ def _product_launches(run: Run) -> list[Launch]:
                         for n in (columns, rows))  # fmt: skip
                 launches.append(gemv(x, weight, None, y, run.capability))
     return launches
+
+
+def _lookup_launches(run: Run) -> list[Launch]:
+    """Return a step over several tokens, which no engine has."""
+    sizes, max_seq_len = config("3B", "int4", small=run.small), run.max_seq_len(MAX_SEQ_LEN)
+    sizes = replace(sizes, num_layers=1)
+    step_config = StepConfig(sizes, max_seq_len, run.capability, "meta")
+    cache = Cache(sizes, max_seq_len, "meta")
+    return list(DecodeStep(step_config, empty_llm(sizes, max_seq_len), cache, TOKENS).launches)
 
 
 def prepare_baselines(run: Run) -> None:
@@ -94,6 +106,9 @@ def run_gpu_tests(run: Run) -> None:
 
 def add_tests(run: Run, chosen: str) -> None:
     """Run the GPU tests whose names `chosen` selects, as pytest's -k."""
+    if missing := [name for name in TEST_PACKAGES if find_spec(name) is None]:
+        run.add("skipped", chosen, reason=f"no tests without {', '.join(missing)}")
+        return
     report = run.out.parent / f"junit-{run.stage}.xml"
     command = [
         sys.executable, "-m", "pytest", TESTS, "-q", "-p", "no:cacheprovider", "-k", chosen,
@@ -104,24 +119,3 @@ def add_tests(run: Run, chosen: str) -> None:
     last = (done.stdout.strip().splitlines() or ["no output"])[-1]
     counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|error)", last)}
     run.add("tests", chosen, exit_code=done.returncode, agrees=done.returncode == 0, **counts)
-
-
-def pack_cache(run: Run) -> None:
-    """Write Triton's cache beside the rows, so that the next machine finds it."""
-    folder, path = _cache_folder(), run.out.parent / "cache.tar.xz"
-    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    if not folder.is_dir() or size > MOST_CACHE_BYTES:
-        run.add("skipped", "Triton's cache", reason=f"{size >> 20} MiB in {folder}")
-        return
-    with tarfile.open(path, "w:xz", preset=1) as packed:
-        packed.add(folder, "cache")
-    packed_bytes = path.stat().st_size
-    if packed_bytes > MOST_PACKED_BYTES:
-        path.unlink()
-        run.add("skipped", "Triton's cache", reason=f"{packed_bytes >> 20} MiB when packed")
-        return
-    run.add("packed", "Triton's cache", bytes=size, packed_bytes=packed_bytes)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("TRITON_CACHE_DIR") or triton.knobs.cache.dir)

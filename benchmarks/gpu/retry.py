@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 from benchmarks.gpu.checks import CASES, NAMED
 from benchmarks.gpu.environment import REPOSITORY, Run
@@ -30,7 +31,7 @@ def measure_again(run: Run) -> None:
 def _sanitize(run: Run, name: str) -> None:
     command = [
         sys.executable, "-m", "benchmarks.gpu.stage", "recheck", "--out", str(run.out),
-        "--limit-s", f"{run.left_s:.1f}", *(["--small"] if run.small else []),
+        *(["--small"] if run.small else []),
     ]  # fmt: skip
     tool = shutil.which("compute-sanitizer")
     if tool is not None:
@@ -38,7 +39,8 @@ def _sanitize(run: Run, name: str) -> None:
     try:
         done = subprocess.run(
             command, cwd=REPOSITORY, capture_output=True, text=True, timeout=run.left_s,
-            input="go\n", env={**os.environ, NAMED: name}, check=False,
+            input=f"{time.monotonic() + run.left_s}\n", env={**os.environ, NAMED: name},
+            check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         run.add("failed", f"{name} again", reason="no time left")

@@ -67,3 +67,17 @@ def disagreeing(rows: Iterable[Row], kind: str, name: str) -> list[str]:
         for check, agrees in last.items()
         if agrees is False and check.split()[0] in TIMED[kind] and check.split()[-1] == words[0]
     )
+
+
+def best_mode(rows: Iterable[Row], model: str) -> str:
+    """Return the fastest launch mode that gave a model equal bytes; the default without any.
+
+    Of a mode that was timed again the last row counts.
+    """
+    timed = (row for row in rows if row["kind"] == "launch_mode")
+    last = {row["name"]: row for row in timed if row["name"].startswith(f"{model} int4, ")}
+    fine = [row for row in last.values() if row.get("same_bits") and row.get("agrees") is not False]
+    if not fine:
+        return "separate"
+    fastest: str = max(fine, key=lambda row: row["tokens_per_s"])["name"]
+    return fastest.rpartition(", ")[2]

@@ -12,6 +12,7 @@ import numpy as np
 from benchmarks.gpu.environment import Run
 from benchmarks.gpu.inputs import MODELS, config, random_llm
 from benchmarks.gpu.memory_limit import small_vila, vision_tensors
+from benchmarks.gpu.rows import best_mode
 from vila_deploy.backends.native.decode_step import StepConfig
 from vila_deploy.backends.native.loading import vision_dtype
 from vila_deploy.backends.native.session import NativeSession
@@ -43,7 +44,7 @@ def measure_sessions(run: Run) -> None:
 
 def _measure(run: Run, model: str) -> None:
     vila = _vila(run, model)
-    mode = best_mode(run, model)
+    mode = best_mode(run.rows, model)
     sizes = StepConfig(
         vila.llm, run.max_seq_len(MAX_SEQ_LEN), run.capability, run.device, LAUNCH_MODES[mode]
     )
@@ -83,20 +84,6 @@ def answer(session: NativeSession, embeds: np.ndarray, sampling: SamplingParams)
         "tokens": count + 1,
         "tokens_per_s": count / (end - first),
     }
-
-
-def best_mode(run: Run, model: str) -> str:
-    """Return the fastest mode of this run's rows that gave equal bytes; the default without any."""
-    rows = [
-        row
-        for row in run.rows
-        if row["kind"] == "launch_mode" and row["name"].startswith(f"{model} int4, ")
-        and row.get("same_bits") and row.get("agrees") is not False
-    ]  # fmt: skip
-    if not rows:
-        return "separate"
-    fastest: str = max(rows, key=lambda row: row["tokens_per_s"])["name"]
-    return fastest.rpartition(", ")[2]
 
 
 def timed_call(call: Callable[[], Any]) -> tuple[float, Any]:

@@ -6,12 +6,17 @@ FAULTS in the environment says which: "hang=prefill,crash=tinygemm,disagree=gate
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Iterator
 from typing import Any
 
 HANG_S = 10_000.0
+# A stage that wants more fails by itself, before the computer runs out of memory.
+MEMORY_LIMIT_BYTES = 3 << 30
+# Of a fused layer; with any number it computes the same.
+FUSED_PROGRAMS = 8
 
 
 def faults() -> dict[str, str]:
@@ -22,6 +27,7 @@ def faults() -> dict[str, str]:
 
 def prepare(stage: str) -> None:
     """Install the emulated GPU in this process, and what is to go wrong."""
+    limit_memory()
     from tests.support.emulator.device import EmulatedDevice
     from tests.support.emulator.torch_cuda import PROPERTIES, install_torch_cuda
     from tests.support.emulator.triton_driver import install
@@ -40,14 +46,21 @@ def prepare(stage: str) -> None:
         _disagree(wrong["disagree"])
 
 
+def limit_memory() -> None:
+    """Refuse this process, and each that it begins, more than MEMORY_LIMIT_BYTES of its own."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+
+
 def _be_brief(properties: Any) -> None:
     """Leave out repetitions: each launch takes a second here."""
     from benchmarks.gpu import kernel_times, steps, timing
+    from vila_deploy.kernels import fused_layer
 
     properties.L2_cache_size = 1
     timing.REPLAYS = timing.DISCARDED = 1
     steps.STEPS, steps.ROUNDS = 2, 3
     kernel_times.EMPTY_LAUNCHES = 2
+    fused_layer.programs = lambda capability, arrivals: FUSED_PROGRAMS
 
 
 def _replace_stage(function: Any) -> None:

@@ -6,6 +6,7 @@ Tensors stay on the CPU; a launch may touch those that it was given and nothing 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -22,23 +23,27 @@ from tests.support.emulator.libcuda import (
 from tests.support.emulator.replay import Replay
 from tests.support.ptx.global_memory import GlobalMemory, Region
 from tests.support.ptx.launch import launch
-from tests.support.ptx.machine import MAX_STEPS, Machine, Options
+from tests.support.ptx.machine import MAX_STEPS, Options
 from tests.support.ptx.parse import Kernel, parse
 from vila_deploy.kernels.capability import ComputeCapability
 
 
 @dataclass(frozen=True)
 class Record:
-    """One launch that was executed.
+    """One launch that was executed; of its memory it keeps nothing.
 
     Args:
-        machine: what the kernel did.
+        threads: of the grid.
+        instructions: how many were executed.
+        peak_register_bytes: of all threads that ran in step.
         attributes: of the launch, by CUDA's identifiers.
         replay: what executes it again, if the device keeps that.
     """
 
     kernel: Kernel
-    machine: Machine
+    threads: int
+    instructions: int
+    peak_register_bytes: int
     attributes: dict[int, int]
     replay: Replay | None
 
@@ -105,7 +110,12 @@ class EmulatedDevice:
             if self.keep:
                 after = [region.data.copy() for region in regions]
                 replay = Replay(*inputs, call.shared_bytes, options, before, after)
-            self.records.append(Record(kernel, machine, call.attributes, replay))
+            self.records.append(
+                Record(
+                    kernel, kernel.threads * math.prod(call.grid), machine.executed.total(),
+                    machine.peak_register_bytes, call.attributes, replay,
+                )
+            )  # fmt: skip
             self.counts[f"{self.capability} {kernel.name}"] += 1
         except BaseException as error:
             self._error = error

@@ -14,6 +14,7 @@ import numpy as np
 from tests.support.ptx.access_log import Programs
 from tests.support.ptx.fault import Fault
 from tests.support.ptx.global_memory import GlobalMemory
+from tests.support.ptx.lifetime import last_uses
 from tests.support.ptx.numbers import DTYPES, UNSIGNED, Array, immediate
 from tests.support.ptx.parse import Instruction, Kernel, base_and_offset, register_family
 from tests.support.ptx.provenance import written_params
@@ -77,6 +78,9 @@ class Machine:
     executed: Counter[str] = field(default_factory=Counter)
     # Indices of guarded instructions that some thread skipped.
     skipped: set[int] = field(default_factory=set)
+    # Of a batch's registers that still have a use: now, and the most there were.
+    register_bytes: int = field(default=0, init=False)
+    peak_register_bytes: int = field(default=0, init=False)
 
     def run(self) -> None:
         """Execute the whole grid.
@@ -85,6 +89,7 @@ class Machine:
             Fault: the kernel did something wrong; the message names the instruction.
         """
         total = int(np.prod(self.grid))
+        self._last_uses = last_uses(self.kernel)
         self.programs = Programs(total, self.kernel.threads // WARP)
         if self.options.races:
             addresses = {
@@ -109,6 +114,7 @@ class Machine:
         watched = self.programs if self.options.races else None
         self.shared = SharedMemory(self.shared_bytes, count, watched)
         self.registers: dict[str, Array] = {}
+        self.register_bytes = 0
         self.in_flight: set[str] = set()
         # Of wgmma: committed groups, and the open one: registers, and what they may still read.
         self.warpgroups: list[tuple[set[str], list[tuple[Array, Array]]]] = []
@@ -155,6 +161,9 @@ class Machine:
                 if active is not mask:
                     raise Fault(f"a part of a program returns; at {instruction}")
                 return steps
+            if name != "bra" and (active is None or active.any()):
+                self._execute(instruction, active)
+            self._forget(at)
             if name == "bra":
                 target = self.kernel.labels[instruction.operands[0]]
                 rest = _without(mask, active, self.threads)
@@ -166,11 +175,16 @@ class Machine:
                     groups += [Group(target, active), Group(at + 1, rest)]
                     return steps
             else:
-                if active is None or active.any():
-                    self._execute(instruction, active)
                 at += 1
         groups.append(Group(at, mask))
         return steps
+
+    def _forget(self, at: int) -> None:
+        """Drop the registers that nothing behind an instruction needs."""
+        for register in self._last_uses.get(at, ()):
+            value = self.registers.pop(register, None)
+            if value is not None:
+                self.register_bytes -= value.nbytes
 
     def _guarded(self, at: int, instruction: Instruction, mask: Mask) -> Mask:
         """Return the threads of `mask` that execute the instruction; `mask` itself if all do."""
@@ -234,12 +248,16 @@ class Machine:
             value = value.view(UNSIGNED[bits])
         else:
             raise Fault(f"{register} has {bits} bits and gets {value.dtype}")
+        old = self.registers.get(register)
+        if old is not None:
+            self.register_bytes -= old.nbytes
         if mask is not None:
-            old = self.registers.get(register)
             if old is None:
                 old = np.full(self.threads * value.itemsize, UNWRITTEN, np.uint8).view(value.dtype)
             value = np.where(mask, value, old)
         self.registers[register] = value
+        self.register_bytes += value.nbytes
+        self.peak_register_bytes = max(self.peak_register_bytes, self.register_bytes)
 
     def register_width(self, register: str) -> int:
         """Return the bits of a register, 0 of a predicate."""

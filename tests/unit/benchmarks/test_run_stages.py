@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,13 +16,15 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import run_stages as module
+from benchmarks.gpu.interruption import raised_as_interrupted
 from benchmarks.gpu.plan import CALLS, STAGES, Plan
-from benchmarks.gpu.rows import append, read
-from benchmarks.gpu.run_stages import run_stages
+from benchmarks.gpu.rows import append, best_mode, read
+from benchmarks.gpu.run_stages import RESERVE_S, run_stages
 from benchmarks.gpu.stage_process import StageProcess
 from tests.support.paths import REPOSITORY
 
 FINE = "read line"
+GPU_BENCHMARK = REPOSITORY / "benchmarks" / "gpu"
 Ends = dict[str, str]
 
 
@@ -33,7 +36,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[s
     def run_plan(plan: Plan, ends: Ends) -> dict[str, Any]:
         out = tmp_path / "rows.jsonl"
 
-        def begin(name: str, limit_s: float) -> StageProcess:
+        def begin(name: str) -> StageProcess:
             command = ends.get(name, FINE).replace("OUT", str(out))
             return StageProcess(["bash", "-c", command], tmp_path / "log.txt")
 
@@ -121,27 +124,93 @@ def test_broken_lines_are_no_rows(tmp_path: Path) -> None:
     ]
 
 
+def test_the_best_mode_is_of_the_last_rows_with_equal_bytes() -> None:
+    rows: list[dict[str, Any]] = []
+    assert best_mode(rows, "3B") == "separate"
+    for name, tokens_per_s, same_bits in (
+        ("3B int4, pdl", 300.0, True),
+        ("3B int4, fused", 400.0, False),
+        ("8B int4, fused", 500.0, True),
+        ("3B int4, merged-attention", 200.0, True),
+        ("3B int4, pdl", 100.0, True),
+    ):
+        row = {"kind": "launch_mode", "name": name, "tokens_per_s": tokens_per_s}
+        rows.append({**row, "same_bits": same_bits})
+    assert best_mode(rows, "3B") == "merged-attention"
+    rows.append({**rows[3], "agrees": False})
+    assert best_mode(rows, "3B") == "pdl"
+
+
 def test_the_plan_fits_into_its_time() -> None:
     for name, limit_s in (("1", 480), ("2", 300)):
         stages = [STAGES[stage] for stage in CALLS[name]]
         assert sum(stage.estimate_s for stage in stages if not stage.background) < limit_s
         assert all(stage.estimate_s <= stage.timeout_s for stage in stages)
+    # What looks at the time before each of four models still begins the last one.
+    for name in CALLS["1"]:
+        source = GPU_BENCHMARK / f"{STAGES[name].function.partition(':')[0]}.py"
+        least = re.search(r"^LEAST_S = ([\d.]+)", source.read_text("utf-8"), re.M)
+        left_s = STAGES[name].timeout_s - RESERVE_S / 2 - STAGES[name].estimate_s * 3 / 4
+        assert least is None or left_s >= float(least[1]), name
     assert CALLS["1"].index("launch_modes") < CALLS["1"].index("products"), "most wanted first"
     assert CALLS["1"][-2] == "fused", "what may hang comes last"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "environment", "message"),
-    [((), {}, "usage: OUT=FOLDER"), (("3",), {"OUT": "x"}, "usage: "), (("1",), {}, "OUT is not")],
-)
-def test_the_script_refuses_to_lose_rows(
-    arguments: tuple[str, ...], environment: dict[str, str], message: str, tmp_path: Path
-) -> None:
+def test_an_interrupted_run_gives_every_stage_its_row(tmp_path: Path) -> None:
+    """The signal comes from a stage that goes on after it; nothing of it is left."""
+    script = """
+import sys
+from pathlib import Path
+from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.run_stages import RESERVE_S, run_stages
+from benchmarks.gpu.stage_process import StageProcess
+
+ENDS = {"stream": "read line", "steps": "read line; kill -TERM $PPID; sleep 1000"}
+out = Path(sys.argv[1])
+begin = lambda name: StageProcess(["bash", "-c", ENDS.get(name, "read")], out.parent / "log.txt")
+sys.exit(run_stages(Plan(("stream", "steps", "prefill", "pack"), 600.0), out, begin=begin))
+"""
     done = subprocess.run(
-        [REPOSITORY / "benchmarks" / "gpu" / "first_run.sh", *arguments],
-        capture_output=True, text=True, cwd=tmp_path, check=False,
-        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, **environment},
+        [sys.executable, "-c", script, tmp_path / "rows.jsonl"],
+        capture_output=True, text=True, cwd=REPOSITORY, check=False,
     )  # fmt: skip
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "ONLY=steps,prefill,pack" in done.stdout.splitlines()[-1]
+    found = {row["name"]: row for row in read(tmp_path / "rows.jsonl")}
+    assert list(found) == ["stream", "steps", "prefill", "pack"]
+    assert found["stream"]["exit_code"] == 0
+    for name in ("steps", "prefill", "pack"):
+        assert found[name]["exit_code"] is None
+        assert found[name]["reason"] == "interrupted by SIGTERM"
+
+
+def test_what_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with raised_as_interrupted():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_process_says_how_long_it_took_and_how_much_memory(tmp_path: Path) -> None:
+    """However late somebody looks."""
+    process = StageProcess(["bash", "-c", FINE], tmp_path / "log.txt")
+    process.release(60)
+    assert process.wait(60) == 0
+    seconds = process.seconds
+    time.sleep(0.01)
+    assert process.seconds == seconds
+    assert process.peak_memory_bytes is not None
+    assert process.peak_memory_bytes > 1 << 16
+
+
+def test_a_stage_knows_the_end_of_its_time(tmp_path: Path) -> None:
+    process = StageProcess(["bash", "-c", "read line; echo $line"], tmp_path / "log.txt")
+    before = time.monotonic()
+    process.release(60)
+    assert process.wait(60) == 0
+    end = float((tmp_path / "log.txt").read_text())
+    assert before + 60 <= end <= time.monotonic() + 60

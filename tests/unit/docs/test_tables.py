@@ -14,10 +14,16 @@ from benchmarks import tables
 from benchmarks.page_tables import sources
 from tests.support.bench_table import measured_row
 from tests.support.paths import REPOSITORY
+from vila_deploy.bench import predict
 
 
 def test_no_page_is_stale() -> None:
     assert tables.stale() == [], "run python benchmarks/tables.py"
+
+
+def test_a_changed_prediction_makes_its_page_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "PDL_GAP_S", 2 * predict.PDL_GAP_S)
+    assert tables.stale() == [REPOSITORY / "docs" / "kernels.md"]
 
 
 def test_a_changed_figure_makes_a_page_stale(
