@@ -5,6 +5,7 @@ This module needs neither torch nor Triton.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
@@ -56,22 +57,50 @@ LAUNCH_MODES = {
     "fused": LaunchMode(fuse_layers=True),
     "fused-merged-attention": LaunchMode(fuse_layers=True, merge_attention=True),
 }
-DEFAULT_LAUNCH_MODE = "separate"
+SEPARATE = "separate"
+# Decided when an engine is opened: PREFERRED where its steps have the bytes of SEPARATE.
+AUTOMATIC, PREFERRED = "auto", "pdl-merged-attention-prefetch"
+KERNEL_LAUNCHES = (AUTOMATIC, *LAUNCH_MODES)  # what an engine may ask for
 
 
-def get_launch_mode(name: str, where: str | None = None) -> LaunchMode:
+def get_launch_mode(name: str) -> LaunchMode:
     """Return the mode called `name`.
-
-    Args:
-        where: file that names it, for the error.
 
     Raises:
         VilaDeployError: there is no such mode; the message lists those there are.
     """
     if name not in LAUNCH_MODES:
-        raise VilaDeployError(
-            f"unknown kernel launch mode {name!r}",
-            where=where,
-            fix=f"choose from {', '.join(LAUNCH_MODES)}",
-        )
+        raise _unknown(name, LAUNCH_MODES)
     return LAUNCH_MODES[name]
+
+
+def possible_modes(kernel_launch: str, capability: ComputeCapability) -> tuple[LaunchMode, ...]:
+    """Return the modes that an engine which asks for `kernel_launch` may run in.
+
+    The first needs no proof; the second, if there is one, is preferred where it gives equal bytes.
+    """
+    if kernel_launch != AUTOMATIC:
+        return (get_launch_mode(kernel_launch),)
+    separate, preferred = LAUNCH_MODES[SEPARATE], LAUNCH_MODES[PREFERRED]
+    return (separate, preferred) if capability >= PDL_CAPABILITY else (separate,)
+
+
+def check_kernel_launch(name: str, where: str | None = None) -> None:
+    """Raise VilaDeployError unless `name` is in KERNEL_LAUNCHES.
+
+    Args:
+        where: file that names it, for the error.
+    """
+    if name not in KERNEL_LAUNCHES:
+        raise _unknown(name, KERNEL_LAUNCHES, where)
+
+
+def mode_name(mode: LaunchMode) -> str:
+    """Return the name of a mode in LAUNCH_MODES."""
+    return next(name for name, known in LAUNCH_MODES.items() if known == mode)
+
+
+def _unknown(name: str, known: Iterable[str], where: str | None = None) -> VilaDeployError:
+    return VilaDeployError(
+        f"unknown kernel launch mode {name!r}", where=where, fix=f"choose from {', '.join(known)}"
+    )

@@ -255,6 +255,16 @@ def test_other_launch_modes_give_the_same_bits(pair: tuple[Any, Any], name: str)
     assert same(after_a_step(session, LAUNCH_MODES[name]), expected)
 
 
+def test_opening_takes_the_preferred_launch_mode(pair: tuple[Any, Any]) -> None:
+    """From 9.0 on its steps have the bytes of separate launches, also where they overlap."""
+    from vila_deploy.kernels.launch_mode import PDL_CAPABILITY, PREFERRED
+
+    session, _ = pair
+    choice = session.choices["kernel_launch"]
+    early = session._config.capability >= PDL_CAPABILITY
+    assert choice["mode"] == (PREFERRED if early else "separate"), choice["reason"]
+
+
 def test_a_fused_launch_gives_the_bits_of_its_phases(pair: tuple[Any, Any]) -> None:
     from vila_deploy.kernels.launch_mode import LaunchMode
 

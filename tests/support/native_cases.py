@@ -23,7 +23,7 @@ from vila_deploy.engine.target import Target, get_target
 from vila_deploy.formats.base import QuantScheme
 from vila_deploy.formats.rtn import round_to_nearest
 from vila_deploy.kernels.capability import ComputeCapability
-from vila_deploy.kernels.launch_mode import DEFAULT_LAUNCH_MODE, get_launch_mode
+from vila_deploy.kernels.launch_mode import AUTOMATIC, possible_modes
 
 MAX_SEQ_LEN, GROUP = 160, 128
 # Of the logits' spread; float16 activations differ by 2e-3 to 7e-3 here.
@@ -74,10 +74,9 @@ def built(
     )
     weights = ModelWeights(checkpoint.llm, checkpoint.vision, checkpoint.projector)
     found = build_module.build(folder, checkpoint.config, weights, request)
-    mode = get_launch_mode(kernel_launch or DEFAULT_LAUNCH_MODE)
-    assert asked == [
-        (checkpoint.config.llm, max_seq_len, [ComputeCapability(9, 0)], module_precision, mode)
-    ]
+    capability = ComputeCapability(9, 0)
+    modes = possible_modes(kernel_launch or AUTOMATIC, capability)
+    assert asked == [(checkpoint.config.llm, max_seq_len, [capability], module_precision, modes)]
     return Manifest(
         name="tiny", target="h100", backend="native", precision="int4", weights="trained",
         weight_bytes_per_token=found.weight_bytes_per_token, checkpoint_fingerprint=None,

@@ -15,7 +15,7 @@ from vila_deploy.bench.first_token import check_room, measure_first_token, noise
 from vila_deploy.bench.gpu import gpu_name
 from vila_deploy.bench.several_sequences import measure_several
 from vila_deploy.engine.sampling import SamplingParams
-from vila_deploy.engine.session import Session
+from vila_deploy.engine.session import Session, choices_of
 from vila_deploy.engine.target import get_target
 from vila_deploy.runtime.generate import decode_tokens
 from vila_deploy.runtime.open_engine import open_engine
@@ -46,6 +46,7 @@ def measure(folder: Path) -> dict[str, Any]:
         decode_s = time_decoding(engine.session, first_token.logits, DECODE_TOKENS)[WARM_UP_TOKENS:]
         prompt_tokens = engine.session.length(0) - DECODE_TOKENS
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        choices = choices_of(engine.session)
     several = measure_several(folder, prompt_tokens) if gpu else None
     manifest = engine.manifest
     weight_bytes = manifest.weight_bytes_per_token
@@ -66,6 +67,7 @@ def measure(folder: Path) -> dict[str, Any]:
         "decode_tokens_per_s": tokens_per_s,
         "decode_ms_median": statistics.median(decode_s) * 1e3,
         **({} if several is None else {"several_sequences": several}),
+        **({"choices": choices} if choices else {}),
         "ttft_ms": first_token.medians_ms,
         "prompt_tokens": prompt_tokens,
         "peak_memory_bytes": peak_bytes,

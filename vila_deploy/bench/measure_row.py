@@ -28,7 +28,7 @@ from vila_deploy.bench.host_load import LoadMonitor, load_before
 from vila_deploy.bench.measure import time_decoding
 from vila_deploy.bench.roofline import cache_values_per_token
 from vila_deploy.engine.manifest import Manifest
-from vila_deploy.engine.session import Session
+from vila_deploy.engine.session import Session, choices_of
 from vila_deploy.engine.target import get_target
 from vila_deploy.formats.module_dtypes import FP16
 from vila_deploy.runtime.open_engine import OpenedEngine, open_engine
@@ -88,7 +88,7 @@ def measure_row(folder: Path, settings: MeasureSettings) -> dict[str, Any]:
         monitor, energy = LoadMonitor(), EnergyMeter()
         figures = _measure_engine(engine, settings, readings)
         joules, load = energy.joules(), monitor.load()
-        at_end = _resident_bytes()
+        at_end, choices = _resident_bytes(), choices_of(engine.session)
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     manifest = engine.manifest
     bandwidth = readings.median() if readings else target.bandwidth_bytes_per_s
@@ -99,6 +99,7 @@ def measure_row(folder: Path, settings: MeasureSettings) -> dict[str, Any]:
         "device": gpu or processor_name(),
         "weights": manifest.weights,
         **figures,
+        **({"choices": choices} if choices else {}),
         "load_s": load_s,
         "resident_after_load_bytes": after_load,
         "resident_at_end_bytes": at_end,

@@ -47,7 +47,7 @@ def build_engine(
     from vila_deploy.engine.local_target import target_name
     from vila_deploy.engine.precision import LLM_PRECISIONS, ModulePrecision, accepted_dtypes
     from vila_deploy.formats.module_dtypes import ACTIVATIONS
-    from vila_deploy.kernels.launch_mode import LAUNCH_MODES
+    from vila_deploy.kernels.launch_mode import KERNEL_LAUNCHES
     from vila_deploy.utils.errors import check_choice
 
     check_choice("--precision", precision, (None, *LLM_PRECISIONS))
@@ -55,7 +55,7 @@ def build_engine(
     check_choice("--lm-head", lm_head, accepted_dtypes("lm_head"))
     check_choice("--activations", activations, (None, *ACTIVATIONS))
     check_choice("--kv-cache", kv_cache, accepted_dtypes("kv_cache"))
-    check_choice("--kernel-launch", kernel_launch, (None, *LAUNCH_MODES))
+    check_choice("--kernel-launch", kernel_launch, (None, *KERNEL_LAUNCHES))
     _check_numbers(
         max_batch_size=max_batch_size, max_input_len=max_input_len, max_seq_len=max_seq_len,
         tp=tp, pp=pp, gpu_layers=gpu_layers, memory=memory,

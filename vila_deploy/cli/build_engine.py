@@ -26,7 +26,7 @@ from vila_deploy.engine.precision import (
     option_of,
 )
 from vila_deploy.formats.module_dtypes import ACTIVATIONS
-from vila_deploy.kernels.launch_mode import LAUNCH_MODES
+from vila_deploy.kernels.launch_mode import KERNEL_LAUNCHES
 from vila_deploy.utils.errors import VilaDeployError, printable
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ def _gpu_layers(context: click.Context, option: click.Parameter, value: str) -> 
 )  # fmt: skip
 @click.option("--jetpack", metavar="6|7", help="Release of JetPack on a Jetson; 6 if left out.")
 @click.option(
-    "--kernel-launch", type=click.Choice([*LAUNCH_MODES]),
-    help="How kernels follow each other, separate if left out; --backend native only.",
+    "--kernel-launch", type=click.Choice(KERNEL_LAUNCHES),
+    help="How kernels follow each other, auto if left out; --backend native only.",
 )  # fmt: skip
 @click.option(
     "--gpu-layers", metavar="auto|N", default=AUTO, show_default=True, callback=_gpu_layers,

@@ -30,8 +30,8 @@ class BuildRequest:
         pp: pipeline stages, on `tp` GPUs each, that the layers are cut into.
         jetpack: release of JetPack on a Jetson; None means the target's usual one.
         module_precision: dtype of vision tower, output head and key/value cache.
-        kernel_launch: a name in LAUNCH_MODES, how the native backend's kernels follow each other;
-            None means the default.
+        kernel_launch: a name in KERNEL_LAUNCHES, how the native backend's kernels follow each
+            other; None means auto.
         activations: a name in ACTIVATIONS, of the 4-bit linears of backend onnxruntime; None where
             there are none, or another backend.
         defaults: why the backend's own choices are what they are, by option.

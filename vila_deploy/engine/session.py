@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -209,6 +209,16 @@ class EncodesTiles(Protocol):
         ...
 
 
+@runtime_checkable
+class Decides(Protocol):
+    """What any session has beside the rest if it decides something when it is opened."""
+
+    @property
+    def choices(self) -> Mapping[str, Mapping[str, Any]]:
+        """What was decided with its reason, by what the engine left open; `choices_of` reads it."""
+        ...
+
+
 class OneSlot:
     """A Session with one slot over a SequenceSession, which stays reachable as `sequence`."""
 
@@ -265,6 +275,12 @@ class OneSlot:
 
     def close(self) -> None:
         self.sequence.close()
+
+
+def choices_of(session: Session) -> Mapping[str, Mapping[str, Any]]:
+    """Return what a session decided when it was opened, as `Decides` says it; empty if nothing."""
+    inner = session.sequence if isinstance(session, OneSlot) else session
+    return inner.choices if isinstance(inner, Decides) else {}
 
 
 def chunk_size(tokens: int, most: int) -> int:

@@ -12,7 +12,15 @@ from vila_deploy.backends.native.weights import PackedLlm
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
-from vila_deploy.kernels.launch_mode import LAUNCH_MODES, LaunchMode, get_launch_mode
+from vila_deploy.kernels.launch_mode import (
+    AUTOMATIC,
+    LAUNCH_MODES,
+    LaunchMode,
+    check_kernel_launch,
+    get_launch_mode,
+    mode_name,
+    possible_modes,
+)
 from vila_deploy.utils.errors import VilaDeployError
 
 POSITIONS, POSITION, TOKEN = 32, 9, 30
@@ -113,5 +121,23 @@ def test_what_a_gpu_lacks_is_refused(model: Model) -> None:
 
 
 def test_unknown_names_are_one_line() -> None:
-    with pytest.raises(VilaDeployError, match=r"unknown kernel launch mode 'fast'.*separate"):
-        get_launch_mode("fast", "model.json")
+    with pytest.raises(VilaDeployError, match=r"model.json: unknown .* 'fast'.*auto, separate"):
+        check_kernel_launch("fast", "model.json")
+    with pytest.raises(VilaDeployError, match=r"unknown kernel launch mode 'auto'.*from separate"):
+        get_launch_mode(AUTOMATIC)
+
+
+def test_left_open_it_is_early_only_where_the_gpu_can() -> None:
+    for capability in (INTERPRETER, ComputeCapability(8, 0), ComputeCapability(8, 9)):
+        assert possible_modes(AUTOMATIC, capability) == (LaunchMode(),)
+    separate, preferred = possible_modes(AUTOMATIC, ComputeCapability(9, 0))
+    assert separate == LaunchMode()
+    assert preferred.pdl
+    assert preferred.merge_attention
+    assert mode_name(preferred) == "pdl-merged-attention-prefetch"
+
+
+@pytest.mark.parametrize("name", LAUNCH_MODES)
+def test_what_is_named_is_never_overridden(name: str) -> None:
+    assert possible_modes(name, ComputeCapability(9, 0)) == (LAUNCH_MODES[name],)
+    assert mode_name(LAUNCH_MODES[name]) == name

@@ -18,7 +18,7 @@ from vila_deploy.engine.session import Session
 from vila_deploy.engine.target import Target
 from vila_deploy.formats.base import GROUP_SIZES
 from vila_deploy.formats.module_dtypes import FP16, INT4, INT8
-from vila_deploy.kernels.launch_mode import DEFAULT_LAUNCH_MODE, get_launch_mode
+from vila_deploy.kernels.launch_mode import AUTOMATIC, possible_modes
 from vila_deploy.utils.errors import VilaDeployError
 
 # Query heads that share a key head fill at most one tensor core product.
@@ -35,8 +35,9 @@ class NativeBackend(Backend):
 
     def check_model(self, config: VilaConfig, request: BuildRequest) -> None:
         llm = config.llm
-        launch_mode = get_launch_mode(request.kernel_launch or DEFAULT_LAUNCH_MODE)
-        launch_mode.check(capability_of(request.target))
+        capability = capability_of(request.target)
+        for launch_mode in possible_modes(request.kernel_launch or AUTOMATIC, capability):
+            launch_mode.check(capability)
         if llm.quantization is not None and llm.quantization.group_size not in GROUP_SIZES:
             raise VilaDeployError(
                 f"backend native takes group sizes {', '.join(map(str, GROUP_SIZES))}, found "

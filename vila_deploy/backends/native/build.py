@@ -28,7 +28,7 @@ from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.weight_source import ModelWeights
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
 from vila_deploy.engine.memory import memory_limit_bytes
-from vila_deploy.kernels.launch_mode import DEFAULT_LAUNCH_MODE, get_launch_mode
+from vila_deploy.kernels.launch_mode import AUTOMATIC, possible_modes
 from vila_deploy.utils.files import canonical_json
 from vila_deploy.utils.progress import progress
 
@@ -43,9 +43,9 @@ def build(
 
     Every kernel is compiled for the target. One decoder layer is in memory at a time.
     """
-    max_seq_len, kernel_launch = request.limits.max_seq_len, request.kernel_launch
-    kernel_launch = kernel_launch or DEFAULT_LAUNCH_MODE
-    capability, launch_mode = capability_of(request.target), get_launch_mode(kernel_launch)
+    max_seq_len, capability = request.limits.max_seq_len, capability_of(request.target)
+    kernel_launch = request.kernel_launch or AUTOMATIC
+    launch_modes = possible_modes(kernel_launch, capability)
     module_precision, in_host_memory = request.module_precision, host_parts(config, request)
     llm, tower, projector = weights
     steps = config.llm.num_layers + 1
@@ -60,7 +60,7 @@ def build(
         save_file({n: tensor.contiguous() for n, tensor in vision}, folder / files.VISION)
         advance("vision tower")
         report = compile_engine(
-            config.llm, max_seq_len, [capability], module_precision, launch_mode
+            config.llm, max_seq_len, [capability], module_precision, launch_modes
         )
         kernels = {"components": module_precision.to_json(), "kernels": report}
         (folder / files.KERNELS).write_text(canonical_json(kernels), "utf-8")

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vila_deploy.kernels.launch import Launch
 
 WORKER = "vila_deploy.backends.native.compile"
+ONE_BY_ONE = LaunchMode()
 
 
 def compile_engine(
@@ -36,13 +37,13 @@ def compile_engine(
     max_seq_len: int,
     capabilities: Sequence[ComputeCapability],
     module_precision: ModulePrecision = ALL_FP16,
-    launch_mode: LaunchMode | None = None,
+    launch_modes: Sequence[LaunchMode] = (ONE_BY_ONE,),
     only: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Return the compiler's figures of each distinct kernel for each compute capability.
 
     Args:
-        launch_mode: None means the default.
+        launch_modes: those that the engine may run in.
         only: names of kernels; empty means all of them.
 
     Raises:
@@ -55,7 +56,7 @@ def compile_engine(
         "max_seq_len": max_seq_len,
         "components": module_precision.to_json(),
         "only": list(only),
-        "launch_mode": vars(launch_mode or LaunchMode()),
+        "launch_modes": [vars(mode) for mode in launch_modes],
         "config": {**vars(config), "family": family}
         | {"quantization": quantization and vars(quantization)},
     }
@@ -93,11 +94,15 @@ def main() -> None:
     }
     config, report = LlmConfig(**values), []
     module_precision = ModulePrecision(**request["components"])
-    launch_mode = LaunchMode(**request["launch_mode"])
+    launch_modes = [LaunchMode(**values) for values in request["launch_modes"]]
     for capability in (ComputeCapability(*numbers) for numbers in request["capabilities"]):
-        launches = engine_launches(
-            config, request["max_seq_len"], capability, module_precision, launch_mode
-        )
+        launches = [
+            launch
+            for mode in launch_modes
+            for launch in engine_launches(
+                config, request["max_seq_len"], capability, module_precision, mode
+            )
+        ]
         if request["only"]:
             launches = [launch for launch in launches if launch.name in request["only"]]
         report += [compiled.to_json() for compiled in compile_all(launches, capability)]
@@ -109,7 +114,7 @@ def engine_launches(
     max_seq_len: int,
     capability: ComputeCapability,
     module_precision: ModulePrecision = ALL_FP16,
-    launch_mode: LaunchMode | None = None,
+    launch_mode: LaunchMode = ONE_BY_ONE,
 ) -> list[Launch]:
     """Return what a session of this model launches, over tensors without values."""
     from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
@@ -121,7 +126,7 @@ def engine_launches(
     # Layers are alike: the first differs from the others only in what stands before it.
     config = replace(config, num_layers=min(config.num_layers, 2))
     llm = empty_llm(config, max_seq_len, lm_head=module_precision.lm_head)
-    step_config = StepConfig(config, max_seq_len, capability, "meta", launch_mode or LaunchMode())
+    step_config = StepConfig(config, max_seq_len, capability, "meta", launch_mode)
     cache = Cache(config, max_seq_len, "meta", module_precision.kv_cache)
     step = DecodeStep(step_config, llm, cache)
     launches = [*step.launches, step.sampled[-1]]

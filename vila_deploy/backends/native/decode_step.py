@@ -80,6 +80,11 @@ class Cache:
         scales = None if self.scales is None else (self.scales[0, index], self.scales[1, index])
         return self.keys[index], self.values[index], scales
 
+    def between(self, start: int, end: int) -> list[torch.Tensor]:
+        """Return all layers' keys, values and scales of the positions [start, end), as views."""
+        vectors = [tensor[:, :, start:end] for tensor in (self.keys, self.values)]
+        return vectors if self.scales is None else [*vectors, self.scales[..., start:end]]
+
     def read(self, index: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return float16 keys and values [kv_heads, end, dim] of a layer."""
         keys, values, scales = self.layer(index)
@@ -97,6 +102,7 @@ class StepConfig:
     Args:
         device: torch's name of the device that buffers are on.
         launch_mode: how the kernels follow each other.
+        preferred_mode: takes its place when a session opens, if it gives the same bytes.
     """
 
     llm: LlmConfig
@@ -104,6 +110,7 @@ class StepConfig:
     capability: ComputeCapability
     device: str
     launch_mode: LaunchMode = field(default_factory=LaunchMode)
+    preferred_mode: LaunchMode | None = None
 
 
 class DecodeStep:

@@ -29,6 +29,7 @@ from vila_deploy.engine.memory import cache_item
 from vila_deploy.engine.target import get_target
 from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
 from vila_deploy.kernels.interpreter import INTERPRETED
+from vila_deploy.kernels.launch_mode import possible_modes
 from vila_deploy.model.vision import VisionEncoder
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.estimates import available_memory_bytes
@@ -126,7 +127,8 @@ def load_weights(folder: Path, manifest: Manifest) -> tuple[StepConfig, PackedLl
     llm = _load_llm(folder, empty, model.norm_prescales, device, table_at)
     encoder = load_encoder(load_file(folder / files.VISION), config, vision_dtype(device))
     move = stream_layers if VISION in in_host_memory else VisionEncoder.to
-    step_config = StepConfig(config.llm, max_seq_len, capability, device, model.launch_mode)
+    modes = possible_modes(model.kernel_launch, capability)
+    step_config = StepConfig(config.llm, max_seq_len, capability, device, *modes)
     return step_config, llm, move(encoder, device)
 
 

@@ -12,7 +12,7 @@ from vila_deploy.checkpoint.llm_config import LlmConfig, QuantizationConfig
 from vila_deploy.checkpoint.variants import LLM_FAMILIES, PROJECTOR_TYPES, TOWER_FAMILIES
 from vila_deploy.checkpoint.video_config import VideoConfig
 from vila_deploy.checkpoint.vision_config import ImageConfig, TilingConfig, VisionConfig
-from vila_deploy.kernels.launch_mode import DEFAULT_LAUNCH_MODE, LaunchMode, get_launch_mode
+from vila_deploy.kernels.launch_mode import AUTOMATIC, check_kernel_launch
 from vila_deploy.utils.fields import Fields
 from vila_deploy.utils.files import canonical_json, read_json_object
 
@@ -28,18 +28,13 @@ class ModelFile:
     Args:
         norm_prescales: the power of two that each norm's weight was divided by.
         in_host_memory: rows of the plan that stay in host memory.
-        kernel_launch: a name in LAUNCH_MODES, how the kernels of a step follow each other.
+        kernel_launch: a name in KERNEL_LAUNCHES, how the kernels of a step follow each other.
     """
 
     config: VilaConfig
     norm_prescales: Prescales
     in_host_memory: tuple[str, ...] = ()
-    kernel_launch: str = DEFAULT_LAUNCH_MODE
-
-    @property
-    def launch_mode(self) -> LaunchMode:
-        """The mode that `kernel_launch` names."""
-        return get_launch_mode(self.kernel_launch)
+    kernel_launch: str = AUTOMATIC
 
 
 def write_model(path: Path, model: ModelFile) -> None:
@@ -89,9 +84,9 @@ def read_model(path: Path) -> ModelFile:
     config["projector"] = PROJECTOR_TYPES[config["projector"]]
     config["video"] = _video(config, path)
     config.setdefault("generation", config["llm"].family.generation)
-    # Engines made before this field run their kernels one after another.
-    kernel_launch = content.get("kernel_launch", DEFAULT_LAUNCH_MODE)
-    get_launch_mode(kernel_launch, str(path))
+    # Engines made before this field leave it open.
+    kernel_launch = content.get("kernel_launch", AUTOMATIC)
+    check_kernel_launch(kernel_launch, str(path))
     return ModelFile(
         VilaConfig(**config), content["norm_units"], tuple(content["in_host_memory"]), kernel_launch
     )

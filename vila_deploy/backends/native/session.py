@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from vila_deploy.backends.native.compile import cannot_compile
 from vila_deploy.backends.native.compile_ahead import KernelSet, compile_ahead
 from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
+from vila_deploy.backends.native.launch_choice import TRIED_STEPS, captured, choose_launch_mode
 from vila_deploy.backends.native.loading import load_weights, vision_dtype
 from vila_deploy.backends.native.prefill import prefill
 from vila_deploy.backends.native.weights import PackedLlm
@@ -26,6 +28,8 @@ from vila_deploy.kernels.tile_config import widest_gemm
 from vila_deploy.model.vision import VisionEncoder
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
+
+_CapturedStep = tuple[DecodeStep, dict[bool, torch.cuda.CUDAGraph]]
 
 
 class PromptInputs:
@@ -40,12 +44,25 @@ class PromptInputs:
         return self._vision(tiles, grid).float().cpu().numpy()
 
     def embed_tokens(self, tokens: Sequence[int]) -> Floats:
+        return self._embed(tokens).cpu().numpy()
+
+    def _embed(self, tokens: Sequence[int]) -> Tensor:
+        """Return embeddings, float32 [tokens, hidden], where the table is."""
         ids = torch.tensor(list(tokens), dtype=torch.int64, device=self._llm.table.device)
-        return self._llm.table[ids].float().cpu().numpy()
+        return self._llm.table[ids].float()
+
+    def _warm_up_prompt(self, config: StepConfig) -> Tensor:
+        """Return embeddings on the device of a prompt long enough for cuBLAS.
+
+        It takes memory of its own when it is first called.
+        """
+        tokens = min(widest_gemm(config.capability) + 1, config.max_seq_len)
+        vocabulary = config.llm.vocab_size
+        return self._embed([token % vocabulary for token in range(tokens)]).to(self._device)
 
 
 class NativeSession(PromptInputs):
-    """Implements `vila_deploy.engine.session.SequenceSession` and `DeviceSampling`.
+    """Implements `vila_deploy.engine.session.SequenceSession`, `DeviceSampling` and `Decides`.
 
     Raises:
         VilaDeployError: no CUDA GPU, or one of another compute capability than the target's.
@@ -73,6 +90,7 @@ class NativeSession(PromptInputs):
         self._step = DecodeStep(self._config, self._llm, self._cache)
         # By whether the step samples.
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        self._choices: dict[str, dict[str, Any]] = {}
         if self._device != "cpu":
             # Sums of float16 products stay in float32.
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -82,19 +100,45 @@ class NativeSession(PromptInputs):
     def _warm_up(self, module_precision: ModulePrecision) -> None:
         """Compile, load and capture all that answers need, so that the first is no slower."""
         config = self._config
-        kernels = KernelSet(
-            config.llm, self.max_seq_len, config.capability, module_precision, config.launch_mode
-        )
-        compile_kernels(kernels)
-        # A prompt long enough for cuBLAS, which takes memory of its own when it is first called.
-        tokens = min(widest_gemm(config.capability) + 1, self.max_seq_len)
-        self._prefill(torch.zeros(tokens, config.llm.hidden_size, device=self._device))
+        compile_kernels(config, module_precision)
+        prompt = self._warm_up_prompt(config)
+        self._prefill(prompt)
         self._step.settings.fill_(1.0)
         self._step.draw()
+        # Behind the prompt, as far as there is room.
+        steps = min(TRIED_STEPS, len(prompt))
+        self._tried_range = range(len(prompt) - steps, len(prompt))
+        (self._step, self._graphs), choice = choose_launch_mode(
+            config, self._prepare, self._tried_outputs
+        )  # fmt: skip
+        self._choices = {"kernel_launch": choice.to_json()}
         self.truncate(0)
+
+    def _prepare(self, config: StepConfig) -> _CapturedStep:
+        """Return a step in the config's launch mode, and its graphs."""
+        step, graphs = DecodeStep(config, self._llm, self._cache), {}
+        step.settings.fill_(1.0)
+        step.uniform.fill_(0.5)
         for sampled in (False, True):
-            self._graphs[sampled] = self._capture(sampled=sampled)
-        self.truncate(0)
+            self._cache.position.fill_(self._tried_range.start)
+            graphs[sampled] = captured(step, sampled=sampled)
+        return step, graphs
+
+    def _tried_outputs(self, tried: _CapturedStep) -> list[Tensor]:
+        """Return what some steps leave, greedy and drawn, the same each time for the same bytes."""
+        step, graphs = tried
+        cache, found = self._cache, list[Tensor]()
+        written = cache.between(self._tried_range.start, self._tried_range.stop)
+        for graph in graphs.values():
+            for vectors in written:
+                vectors.zero_()
+            step.token.fill_(1)
+            cache.position.fill_(self._tried_range.start)
+            for _ in self._tried_range:
+                graph.replay()
+                found += [step.logits.clone(), step.token.clone(), cache.position.clone()]
+            found += [vectors.contiguous().clone() for vectors in written]
+        return found
 
     @torch.inference_mode()
     def prefill(self, embeds: Floats) -> Floats:
@@ -180,6 +224,10 @@ class NativeSession(PromptInputs):
         """How many tokens are computed before the one before them is read."""
         return 0 if self._device == "cpu" else 1
 
+    @property
+    def choices(self) -> Mapping[str, Mapping[str, Any]]:
+        return self._choices
+
     def truncate(self, tokens: int) -> None:
         self.position = tokens
         self._cache.position.fill_(tokens)
@@ -194,20 +242,6 @@ class NativeSession(PromptInputs):
             self._step(sampled=sampled)
             return
         self._graphs[sampled].replay()
-
-    def _capture(self, *, sampled: bool) -> torch.cuda.CUDAGraph:
-        """Return the step as a graph; the run that compiles its kernels must leave no trace."""
-        step = self._step
-        token, position = step.token.clone(), self._cache.position.clone()
-        # The compiling run writes a position of the cache that the first replay writes again.
-        step(sampled=sampled)
-        torch.cuda.synchronize()
-        step.token.copy_(token)
-        self._cache.position.copy_(position)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step(sampled=sampled)
-        return graph
 
     def _logits(self) -> Floats:
         logits = self._step.logits[0].cpu().numpy().copy()
@@ -249,16 +283,25 @@ def not_numbers(position: int) -> VilaDeployError:
     )
 
 
-def compile_kernels(kernels: KernelSet) -> None:
+def compile_kernels(
+    config: StepConfig, modules: ModulePrecision, *, several: bool = False
+) -> None:  # fmt: skip
     """Bring an engine's kernels into Triton's cache; say so if that takes long.
+
+    Those of a preferred launch mode too.
 
     Raises:
         VilaDeployError: one does not compile.
     """
+    modes = [config.launch_mode, *filter(None, [config.preferred_mode])]
+    kernels = [
+        KernelSet(config.llm, config.max_seq_len, config.capability, modules, mode, several=several)
+        for mode in modes
+    ]
     try:
-        compile_ahead([kernels], on_missing=_say_compiling)
+        compile_ahead(kernels, on_missing=_say_compiling)
     except Exception as error:
-        raise cannot_compile([kernels.capability], str(error)) from error
+        raise cannot_compile([config.capability], str(error)) from error
 
 
 def _say_compiling(kernels: int) -> None:

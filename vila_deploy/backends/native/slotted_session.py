@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from vila_deploy.backends.native.compile_ahead import KernelSet
 from vila_deploy.backends.native.decode_step import StepConfig
+from vila_deploy.backends.native.launch_choice import TRIED_STEPS, captured, choose_launch_mode
 from vila_deploy.backends.native.loading import load_weights
 from vila_deploy.backends.native.memory import PREFILL_TOKENS, row_counts
 from vila_deploy.backends.native.prefill import prefill
@@ -29,9 +31,11 @@ from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.engine.sampling import SamplingParams
 from vila_deploy.engine.session import check_keep, check_room, check_slots
 from vila_deploy.kernels.argmax import NO_TOKEN
-from vila_deploy.kernels.tile_config import TOKENS, widest_gemm
+from vila_deploy.kernels.tile_config import TOKENS
 from vila_deploy.model.vision import VisionEncoder
 from vila_deploy.utils.arrays import Floats
+
+_CapturedSteps = tuple[dict[int, RowsStep], dict[tuple[int, bool], torch.cuda.CUDAGraph]]
 
 
 @dataclass
@@ -51,7 +55,7 @@ class _Run:
 
 
 class SlottedSession(PromptInputs):
-    """Implements `vila_deploy.engine.session.Session`, `CopiesSlots` and `ChoosesTokens`.
+    """Implements `vila_deploy.engine.session.Session` and all that may stand beside it.
 
     A step has 1, 2, 4 or 8 rows, of which those without a sequence cost no attention; more slots
     take several steps. What a slot answers depends neither on the others nor on that number, bit
@@ -97,11 +101,10 @@ class SlottedSession(PromptInputs):
         self._lengths, self._samples = [0] * slots, [False] * slots
         # A prompt's own step, so that a step that runs ahead stays as it is.
         self._prompt, self._prompted = RowsStep(config, llm, self._caches), -1
-        self._steps = {
-            rows: RowsStep(config, llm, self._caches, rows) for rows in row_counts(slots)
-        }
+        self._steps = self._make_steps(config)
         self._ahead: _Run | None = None
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self._choices: dict[str, dict[str, Any]] = {}
         if self._device != "cpu":
             # Sums of float16 products stay in float32.
             torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
@@ -111,27 +114,67 @@ class SlottedSession(PromptInputs):
     def _warm_up(self, modules: ModulePrecision) -> None:
         """Compile, load and capture all that answers need, so that the first is no slower."""
         config = self._config
-        compile_kernels(
-            KernelSet(
-                config.llm, self.max_seq_len, config.capability, modules, config.launch_mode,
-                several=True,
-            )
-        )  # fmt: skip
-        # A prompt long enough for cuBLAS, which takes memory of its own when it is first called.
-        tokens = min(widest_gemm(config.capability) + 1, self.max_seq_len)
-        embeds = torch.zeros(tokens, config.llm.hidden_size, device=self._device)
-        self._prompt.finish(prefill(config, self._llm, self._sequences[0], embeds, 0))
+        compile_kernels(config, modules, several=True)
+        prompt = self._warm_up_prompt(config)
+        self._prompt.finish(prefill(config, self._llm, self._sequences[0], prompt, 0))
         self._prompt.draw()
-        for rows, step in self._steps.items():
+        if config.preferred_mode is not None:
+            for slot in range(1, min(self.slots, TOKENS)):
+                self._caches.copy(0, slot, len(prompt))
+        # Behind the prompt, as far as there is room.
+        steps = min(TRIED_STEPS, len(prompt))
+        self._tried_range = range(len(prompt) - steps, len(prompt))
+        (self._steps, self._graphs), choice = choose_launch_mode(
+            config, self._prepare, self._tried_outputs
+        )  # fmt: skip
+        self._choices = {"kernel_launch": choice.to_json()}
+
+    def _prepare(self, config: StepConfig) -> _CapturedSteps:
+        """Return steps of each number of rows in the config's launch mode, and their graphs."""
+        steps, graphs = self._make_steps(config), {}
+        for rows, step in steps.items():
             for sampled in (False, True):
                 # No row has a slot, so no cache changes.
                 step.set_rows([], [], [])
-                step(sampled=sampled)
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    step(sampled=sampled)
-                self._graphs[rows, sampled] = graph
+                graphs[rows, sampled] = captured(step, sampled=sampled)
+        return steps, graphs
+
+    def _make_steps(self, config: StepConfig) -> dict[int, RowsStep]:
+        return {
+            rows: RowsStep(config, self._llm, self._caches, rows)
+            for rows in row_counts(self.slots)
+        }  # fmt: skip
+
+    def _tried_outputs(self, tried: _CapturedSteps) -> list[Tensor]:
+        """Return what some steps leave, greedy and drawn, the same each time for the same bytes."""
+        steps, graphs = tried
+        found, caches = list[Tensor](), self._caches
+        for (rows, sampled), graph in graphs.items():
+            step, slots = steps[rows], range(min(rows, self.slots))
+            caches.settings[: len(slots)] = float(sampled)
+            caches.uniform[: len(slots)] = 0.5
+            written = [
+                vectors
+                for slot in slots
+                for vectors in self._sequences[slot].between(
+                    self._tried_range.start, self._tried_range.stop
+                )
+            ]
+            for vectors in written:
+                vectors.zero_()
+            start = self._tried_range.start
+            step.set_rows(slots, [start] * len(slots), [1 + slot for slot in slots])
+            for _ in self._tried_range:
+                graph.replay()
+                kept = (step.logits, step.token, step.position)
+                found += [tensor[: len(slots)].clone() for tensor in kept]
+            found += [vectors.contiguous().clone() for vectors in written]
+        caches.settings.zero_()
+        return found
+
+    @property
+    def choices(self) -> Mapping[str, Mapping[str, Any]]:
+        return self._choices
 
     def length(self, slot: int) -> int:
         check_slots(self, [slot])

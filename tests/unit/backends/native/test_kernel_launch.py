@@ -19,7 +19,7 @@ from vila_deploy.backends.native.session import NativeSession
 from vila_deploy.builder import build_engine
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.cli.build_engine import main
-from vila_deploy.kernels.launch_mode import LAUNCH_MODES
+from vila_deploy.kernels.launch_mode import AUTOMATIC, LAUNCH_MODES, PREFERRED, LaunchMode
 from vila_deploy.utils.errors import VilaDeployError
 
 PROMPT, NEW_TOKENS = [5, 9, 17, 30], 8
@@ -76,7 +76,22 @@ def test_the_command_stores_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     done = build(tmp_path / "engine", "--target", "h200", "--kernel-launch", "pdl")
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "engine" / files.MODEL).read_text())["kernel_launch"] == "pdl"
-    assert asked[0][-1] == LAUNCH_MODES["pdl"]
+    assert asked[0][-1] == (LAUNCH_MODES["pdl"],)
+
+
+def test_left_out_it_stays_open_and_both_ways_compile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(build_module, "compile_engine", lambda *args: asked.append(args) or [])
+    for name, target in (("new", "h200"), ("old", "a100")):
+        flags = ("--target", target, "--backend", "native")
+        assert build(tmp_path / name, *flags).exit_code == 0
+        stored = json.loads((tmp_path / name / files.MODEL).read_text())["kernel_launch"]
+        assert stored == AUTOMATIC
+    assert [compiled[-1] for compiled in asked] == [
+        (LaunchMode(), LAUNCH_MODES[PREFERRED]), (LaunchMode(),),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

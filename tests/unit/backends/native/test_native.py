@@ -33,7 +33,7 @@ from vila_deploy.engine.manifest import Limits
 from vila_deploy.engine.precision import ALL_FP16
 from vila_deploy.engine.target import get_target
 from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
-from vila_deploy.kernels.launch_mode import LaunchMode
+from vila_deploy.kernels.launch_mode import AUTOMATIC
 from vila_deploy.model.random_weights import random_weights
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.utils.errors import VilaDeployError
@@ -121,13 +121,13 @@ def test_model_file_comes_back(tmp_path: Path, model: str, precision: str) -> No
 
 
 def test_model_file_without_a_launch_mode_or_with_an_unknown_one(tmp_path: Path) -> None:
-    """Engines of earlier versions have none: their kernels run one after another."""
+    """Engines of earlier versions have none: it is left open."""
     file = tmp_path / "model.json"
     write_model(file, ModelFile(preset("VILA1.5-3b", "int4"), {}))
     content = json.loads(file.read_text("utf-8"))
-    assert content.pop("kernel_launch") == "separate"
+    assert content.pop("kernel_launch") == AUTOMATIC
     file.write_text(json.dumps(content), "utf-8")
-    assert read_model(file).launch_mode == LaunchMode()
+    assert read_model(file).kernel_launch == AUTOMATIC
     file.write_text(json.dumps({**content, "kernel_launch": "fast"}), "utf-8")
     with pytest.raises(VilaDeployError, match=r"unknown kernel launch mode 'fast'") as error:
         read_model(file)
