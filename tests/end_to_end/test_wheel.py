@@ -84,8 +84,8 @@ def test_source_archive_and_wheel_hold_all_code_and_data(sdist: Path, wheel: Pat
         files = (REPOSITORY / "vila_deploy" / "data" / folder).iterdir()
         data |= {f"vila_deploy/data/{folder}/{path.name}" for path in files}
     data |= {f"vila_deploy/bench/published/{name}.csv" for name in ("speed", "accuracy")}
-    page = ("index.html", "app.js", "style.css")
-    data |= {f"vila_deploy/server/page/{name}" for name in page}
+    page = (REPOSITORY / "vila_deploy" / "server" / "page").iterdir()
+    data |= {f"vila_deploy/server/page/{path.name}" for path in page}
     expected = code | data | {"vila_deploy/py.typed"}
     assert len(data) > 10
     assert "vila_deploy/kernels/__init__.py" in code

@@ -9,17 +9,10 @@ from __future__ import annotations
 import json
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
-import vila_deploy
+from vila_deploy.server.page_files import PAGE_FILES, read_page_file
 
-PAGE = Path(vila_deploy.__file__).parent / "server" / "page"
-FILES = {
-    "/": ("index.html", "text/html; charset=utf-8"),
-    "/app.js": ("app.js", "text/javascript; charset=utf-8"),
-    "/style.css": ("style.css", "text/css; charset=utf-8"),
-}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -54,9 +47,9 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def do_GET(self) -> None:
-        if self.path in FILES:
-            name, kind = FILES[self.path]
-            self._send(200, kind, (PAGE / name).read_bytes())
+        if self.path in PAGE_FILES:
+            content, kind = read_page_file(self.path)
+            self._send(200, kind, content)
         elif self._knows_key():
             self._json(200, {"data": [{"id": "tiny-vila", "limits": self.server.limits}]})
 

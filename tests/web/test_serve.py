@@ -16,6 +16,7 @@ from tests.support.commands import succeed
 from tests.support.paths import TINY_VILA, TINY_VILA_EXAMPLE
 from tests.support.served_process import vila_serve
 from vila_deploy import Conversation, open_engine
+from vila_deploy.server.page_files import PAGE_FILES
 
 TWO, THREE, FOUR = (
     TINY_VILA_EXAMPLE / "pictures" / f"{number}.png" for number in ("two", "three", "four")
@@ -146,7 +147,7 @@ def test_the_servers_refusals_are_shown(browser: Browser, engine: Path, tmp_path
 
 def test_files_and_headers(url: str) -> None:
     with httpx.Client(base_url=url) as client:
-        for path in ("/", "/app.js", "/style.css"):
+        for path in PAGE_FILES:
             response = client.get(path)
             assert response.status_code == 200
             policy = response.headers["content-security-policy"]

@@ -11,6 +11,7 @@ from starlette.datastructures import Headers
 
 from vila_deploy.server.errors import ApiError
 from vila_deploy.server.options import ServerOptions
+from vila_deploy.server.page_files import PAGE_FILES
 
 # The page needs its own script and style, images that it was given, and this server's API.
 CONTENT_SECURITY_POLICY = (
@@ -25,7 +26,7 @@ SECURITY_HEADERS = {
     "cross-origin-resource-policy": "same-origin",
 }
 # Health tells nothing but that the server runs; the page has a field for the key.
-WITHOUT_KEY = ("/", "/app.js", "/style.css", "/health")
+WITHOUT_KEY = (*PAGE_FILES, "/health")
 
 
 class Keys:
