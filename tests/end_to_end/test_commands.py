@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.support.commands import BIN, assert_one_line, invoke, run, succeed
+from tests.support.interrupted_command import COUNTED
+from tests.support.paths import REPOSITORY
 from tests.support.tiny import make_checkpoint
 
 COMMANDS = (
@@ -255,25 +256,31 @@ def test_full_disk_leaves_nothing(checkpoint: Path, tmp_path: Path, command: str
 def test_interrupt_leaves_nothing_or_all(
     checkpoint: Path, tmp_path: Path, command: str, signal_number: int
 ) -> None:
+    """The signal comes as the first thing is written, the last one, and one between."""
     flags = ["--target", "cpu"] if command == "vila-build-engine" else ["--algorithm", "rtn"]
-    start = time.monotonic()
-    assert run(command, checkpoint, "-o", tmp_path / "whole", *flags).returncode == 0
-    takes_s = time.monotonic() - start
-    whole = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*"))
-    chance = random.Random(signal_number)
-    for attempt in range(3):
-        out = tmp_path / f"out{attempt}"
-        process = subprocess.Popen(
-            [BIN / command, checkpoint, "-o", out, *flags],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+
+    def interrupted(out: Path, at: int) -> subprocess.CompletedProcess[str]:
+        words = [tmp_path, int(signal_number), at, command, checkpoint, "-o", out, *flags]
+        return subprocess.run(
+            [sys.executable, "-m", "tests.support.interrupted_command", *map(str, words)],
+            cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
-        time.sleep(chance.uniform(0.3, 1.0) * takes_s)
-        process.send_signal(signal_number)
-        _, printed = process.communicate(timeout=60)
+
+    done = interrupted(tmp_path / "whole", 0)
+    assert done.returncode == 0, done.stderr
+    whole = sorted(p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*"))
+    changes = int(done.stderr.rpartition(COUNTED)[2])
+    between = random.Random(signal_number).randrange(2, changes)
+    codes = {}
+    for at in (1, between, changes):
+        out = tmp_path / f"out{at}"
+        done = interrupted(out, at)
+        codes[at] = done.returncode
         if out.exists():
             assert sorted(p.relative_to(out) for p in out.rglob("*")) == whole
-        assert process.returncode != 0 or out.exists()
-        assert [p for p in tmp_path.iterdir() if ".partial" in p.name] == [], printed
+        assert done.returncode == 130 or out.exists(), done.stderr
+        assert [p for p in tmp_path.iterdir() if ".partial" in p.name] == [], done.stderr
+    assert codes[1] == 130
 
 
 def test_json_output_is_one_document(checkpoint: Path, engine: Path) -> None:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,12 +47,6 @@ def start(hub: Hub, *args: object) -> subprocess.Popen[str]:
         [*map(str, args)], text=True, stderr=subprocess.PIPE,
         env={**os.environ, "HF_ENDPOINT": hub.address, "HF_HOME": "hf"},
     )  # fmt: skip
-
-
-def wait_for_weights(hub: Hub, size_bytes: int) -> None:
-    deadline = time.monotonic() + 240
-    while hub.sent_weights() < size_bytes and time.monotonic() < deadline:
-        time.sleep(0.05)
 
 
 def test_a_name_goes_through_plan_quantize_build_and_chat(hub: Hub, tmp_path: Path) -> None:
@@ -159,15 +152,24 @@ def _size(file: Path) -> int:
 
 
 def test_ctrl_c_says_that_what_was_fetched_is_kept(hub: Hub) -> None:
-    hub.pause = 0.2
+    hub.hold_after = 1 << 19
     process = start(hub, BIN / "vila-build-engine", NAME, "--target", "cpu", "-o", "out")
-    wait_for_weights(hub, 1 << 19)
+    assert hub.held.wait(240)
     process.send_signal(signal.SIGINT)
+    # From now on so slowly that the signal comes long before the end.
+    hub.pause = 0.5
+    hub.released.set()
     _, stderr = process.communicate(timeout=240)
     assert process.returncode == 130
     assert stderr.splitlines()[-1] == (
         "interrupted: what was fetched is kept; the same command goes on where this one ended"
     )
+
+
+def test_why_there_is_no_mmproj_is_said_of_a_repository_too(hub: Hub) -> None:
+    refused = invoke("vila-convert", NAME, "--to", "mmproj", "-o", "out")
+    assert "no mmproj file is written" in assert_one_line(refused)
+    assert hub.sent_weights() <= 3 << 16
 
 
 @pytest.mark.parametrize(

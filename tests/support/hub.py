@@ -36,6 +36,7 @@ class Hub:
         tags: revisions that every repository has besides main and its commit.
         ranges: whether byte ranges are answered as such.
         pause: seconds between chunks of a file of weights.
+        hold_after: bytes after which answers with weights wait for `released`, once `held` is set.
         break_after: bytes after which each answer with weights breaks off.
         status: that answers everything, e.g. 503.
         requests: (method, path, Range) of every request, in order.
@@ -50,6 +51,9 @@ class Hub:
     lfs: bool = True
     ranges: bool = True
     pause: float = 0.0
+    hold_after: int | None = None
+    held: threading.Event = field(default_factory=threading.Event)
+    released: threading.Event = field(default_factory=threading.Event)
     break_after: int | None = None
     status: int | None = None
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
@@ -217,6 +221,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(chunk)
                 self.hub.sent[path] = self.hub.sent.get(path, 0) + len(chunk)
                 begin += len(chunk)
+                held = self.hub.hold_after
+                if weights and held is not None and self.hub.sent_weights() >= held:
+                    self.hub.held.set()
+                    self.hub.released.wait()
                 if weights and self.hub.pause:
                     time.sleep(self.hub.pause)
 

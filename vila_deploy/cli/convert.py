@@ -56,9 +56,11 @@ def main(checkpoint: Path, formats: tuple[str, ...], out: Path, as_json: bool) -
         return
     if MMPROJ in formats:
         from vila_deploy.checkpoint.config import load_config
+        from vila_deploy.checkpoint.hub import planned_checkpoint
         from vila_deploy.writers.mmproj import refuse_mmproj
 
-        refuse_mmproj(load_config(checkpoint))
+        with planned_checkpoint(checkpoint) as (folder, _):
+            refuse_mmproj(load_config(folder))
     from vila_deploy.writers.convert import convert
 
     convert(checkpoint, out, formats)
