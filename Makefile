@@ -24,7 +24,8 @@ test-ptx: $(VENV)/.installed-dev $(if $(TRITON),.triton-$(TRITON)/.installed)  #
 	OMP_NUM_THREADS=1 EMULATED=all $(BIN)/pytest -n 2 $(if $(TRITON),$(addprefix tests/emulator/,test_kernels.py test_decode_step.py),tests/emulator)
 	OMP_NUM_THREADS=1 EMULATED_RACES=0 $(BIN)/pytest -p tests.support.emulator.plugin -k same_tokens \
 	  tests/gpu/test_native_gpu.py
-	OMP_NUM_THREADS=1 SLOTS_CONTRACT=1 $(BIN)/pytest tests/unit/backends/native/test_slotted_session.py
+	OMP_NUM_THREADS=1 SLOTS_CONTRACT=1 LAUNCH_MODES=all $(BIN)/pytest \
+	  tests/unit/backends/native/test_slotted_session.py tests/unit/backends/native/test_kernel_launch.py
 
 # SLOWER=40 gives stages more time on a busy computer; 15 by default.
 test-first-run: $(VENV)/.installed-dev  ## the first quarter of an hour on a GPU, rehearsed on an emulated one: about an hour

@@ -14,19 +14,12 @@ import pytest
 
 from tests.support.paths import TINY_VILA
 from tests.support.triton_server import Server, joined, needs_triton, triton_server
-from vila_deploy import SamplingParams, build_engine, open_engine
+from vila_deploy import SamplingParams, open_engine
 from vila_deploy.integrations.triton.repository import write_repository
 
 IMAGE = TINY_VILA.parent / "pictures" / "three.png"
 QUESTION = "Describe the picture."
 pytestmark = needs_triton
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("engine") / "tiny"
-    build_engine(TINY_VILA, out, target="cpu", precision="fp16")
-    return out
 
 
 @pytest.fixture(scope="module")

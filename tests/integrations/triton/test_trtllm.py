@@ -21,7 +21,7 @@ import pytest
 
 from tests.support.paths import TINY_VILA
 from tests.support.triton_server import VENV, Server, joined, needs_triton, triton_server
-from vila_deploy import SamplingParams, build_engine, open_engine
+from vila_deploy import SamplingParams, open_engine
 from vila_deploy.engine.manifest import MANIFEST, TOKENIZER_FOLDER, read_manifest
 from vila_deploy.integrations.triton.repository import MODEL_PY, write_models
 
@@ -29,14 +29,6 @@ PICTURES = TINY_VILA.parent / "pictures"
 IMAGES = [PICTURES / "three.png", *sorted(PICTURES.glob("*.png"))[:1]]
 QUESTION, PADDED = "Describe the picture.", 64
 pytestmark = needs_triton
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An engine of another backend, which answers for TensorRT-LLM's."""
-    out = tmp_path_factory.mktemp("engine") / "tiny"
-    build_engine(TINY_VILA, out, target="cpu", precision="fp16")
-    return out
 
 
 @pytest.fixture(scope="module")
