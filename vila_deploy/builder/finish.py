@@ -12,8 +12,9 @@ from vila_deploy.backends.registry import BACKENDS, get_backend
 from vila_deploy.engine.manifest import (
     MANIFEST,
     Manifest,
+    listed_files,
     load_manifest,
-    pending_steps_of,
+    read_manifest,
     unlisted_files,
     write_manifest,
 )
@@ -115,13 +116,13 @@ def _device_problem(folder: Path, manifest: Manifest) -> VilaDeployError | None:
 
 def _remove_half_made(folder: Path) -> None:
     """Remove what a killed step left: files that it made, but that the manifest doesn't list."""
-    content = read_json_object(folder / MANIFEST)
-    listed = content.get("files", {})
+    manifest = read_manifest(folder)
+    listed = listed_files(folder)
     (folder / f".{MANIFEST}.partial").unlink(missing_ok=True)
-    if content.get("backend") not in BACKENDS:
+    if manifest.backend not in BACKENDS:
         return
-    backend = get_backend(content["backend"])
-    for step in pending_steps_of(content):
+    backend = get_backend(manifest.backend)
+    for step in manifest.pending_steps:
         for path in backend.artifacts(step):
             if path not in listed and not any(name.startswith(f"{path}/") for name in listed):
                 shutil.rmtree(folder / path, ignore_errors=True)

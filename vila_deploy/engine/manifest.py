@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.formats.module_dtypes import ACTIVATIONS, INT8X2
-from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.errors import VilaDeployError, short
 from vila_deploy.utils.fields import Fields
 from vila_deploy.utils.files import canonical_json, read_json_object, replace_file, sha256_file
 
@@ -42,6 +43,9 @@ class Limits:
     max_batch_size: int
     max_input_len: int
     max_seq_len: int
+
+
+STEP_ID = re.compile(r"[a-z][a-z_]*")
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ def load_manifest(folder: Path) -> Manifest:
         VilaDeployError: no engine, another format version, or any byte that differs.
     """
     values = _read_fields(folder)
-    expected = values.values["files"]
+    expected = _listed_files(values)
     _check_names(folder, expected)
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         _check_digests(folder, expected, pool)
@@ -174,7 +178,7 @@ def checked_meanwhile(folder: Path) -> Iterator[None]:
     Raises:
         VilaDeployError: as `load_manifest` does; it takes the place of an error of the block.
     """
-    expected = _read_fields(folder).values["files"]
+    expected = _listed_files(_read_fields(folder))
     _check_names(folder, expected)
     large = {
         name
@@ -231,13 +235,13 @@ def _from_fields(values: Fields) -> Manifest:
         precision=values.text("precision"),
         weights=values.text("weights"),
         weight_bytes_per_token=values.integer("weight_bytes_per_token", high=1 << 50),
-        checkpoint_fingerprint=values.values["checkpoint_fingerprint"],
+        checkpoint_fingerprint=values.values.get("checkpoint_fingerprint"),
         limits=Limits(
             *(limits.integer(key) for key in ("max_batch_size", "max_input_len", "max_seq_len"))
         ),
         model=ModelInfo.from_fields(values.child("model")),
         versions=values.child("versions").values,
-        pending_steps=pending_steps_of(values.values),
+        pending_steps=_pending_steps(values),
         module_precision=ModulePrecision.from_fields(values),
         accuracy_impact=values.child("effect").values if "effect" in values else None,
         activations=_activations(values),
@@ -255,14 +259,40 @@ def _activations(values: Fields) -> str | None:
     return INT8X2 if old else None
 
 
-def pending_steps_of(content: Mapping[str, Any]) -> tuple[PendingStep, ...]:
-    """Return the pending steps of a manifest's JSON, of format version 1 or 2."""
-    return tuple(
-        PendingStep(VERSION_1_STEPS.get(step, step), step)
-        if isinstance(step, str)
-        else PendingStep(step["id"], step["title"])
-        for step in content.get("needs", ())
-    )
+def _pending_steps(values: Fields) -> tuple[PendingStep, ...]:
+    """Return the pending steps of a manifest of format version 1 or 2."""
+    needs = values.values.get("needs") or []
+    if not isinstance(needs, list):
+        raise values.error("needs", f"must be a list of steps, found {short(needs)}", REBUILD)
+    return tuple(_pending_step(values, step) for step in needs)
+
+
+def _pending_step(values: Fields, step: Any) -> PendingStep:
+    if isinstance(step, str):
+        step = {"id": VERSION_1_STEPS.get(step), "title": step}
+    found = step if isinstance(step, dict) else {}
+    name, title = found.get("id"), found.get("title")
+    # Files and folders of the engine have the names of steps.
+    if not isinstance(name, str) or not STEP_ID.fullmatch(name) or not isinstance(title, str):
+        raise values.error("needs", f"holds {short(step)}, which is no step", REBUILD)
+    return PendingStep(name, title)
+
+
+def listed_files(folder: Path) -> Collection[str]:
+    """Return the paths within an engine folder that its manifest lists."""
+    return _listed_files(_read_fields(folder)).keys()
+
+
+def _listed_files(values: Fields) -> dict[str, dict[str, Any]]:
+    """Return the `sha256` and `size_bytes` of each file, by its path within the folder."""
+    listed = values.child("files")
+    for name in listed.values:
+        facts = listed.child(name)
+        facts.text("sha256")
+        facts.integer("size_bytes", low=0, high=1 << 50)
+        if name.startswith("/") or ".." in name.split("/"):
+            raise listed.error(short(name), "lies outside of the engine", REBUILD)
+    return listed.values
 
 
 def unlisted_files(folder: Path) -> list[str]:
@@ -270,7 +300,7 @@ def unlisted_files(folder: Path) -> list[str]:
 
     They are the user's, such as a README.md; hidden and cache files are left out.
     """
-    return sorted(_unlisted(folder, _read_fields(folder).values["files"]))
+    return sorted(_unlisted(folder, listed_files(folder)))
 
 
 def _unlisted(folder: Path, listed: Collection[str]) -> set[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint.config import load_config
 from vila_deploy.engine.local_target import target_name
 from vila_deploy.engine.manifest import (
+    CHECKSUM,
     Limits,
     Manifest,
     PendingStep,
@@ -26,6 +29,7 @@ from vila_deploy.engine.target import get_target, load_targets
 from vila_deploy.processing.tokenizer import load_tokenizer
 from vila_deploy.runtime.open_engine import open_engine
 from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.files import canonical_json
 
 
 @pytest.fixture
@@ -225,3 +229,36 @@ def test_manifests_of_format_version_1_are_read(tmp_path: Path, name: str, ids: 
     assert {k: v for k, v in again.items() if k not in changed} == {
         k: v for k, v in content.items() if k not in changed
     }
+
+
+def write_altered(engine: Path, **changes: Any) -> None:
+    """Change keys of a manifest, whose checksum is right again."""
+    file = engine / "manifest.json"
+    content = json.loads(file.read_text("utf-8"))
+    content.pop(CHECKSUM)
+    content |= changes
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    file.write_text(canonical_json({**content, CHECKSUM: digest}), "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("needs", [7]),
+        ("needs", {"a": 1}),
+        ("needs", "llm"),
+        ("needs", [{"id": "llm"}]),
+        ("needs", [{"id": "llm", "title": 7}]),
+        ("needs", [{"id": "../../home", "title": "delete what lies there"}]),
+        ("needs", ["compile the moon"]),
+        ("files", []),
+        ("files", {"a": 7}),
+        ("files", {"a": {"sha256": 7, "size_bytes": 1}}),
+        ("files", {"a": {"sha256": "", "size_bytes": -1}}),
+        ("files", {"../a": {"sha256": "", "size_bytes": 1}}),
+    ],
+)
+def test_a_manifest_made_by_hand_is_one_line(engine: Path, key: str, value: Any) -> None:
+    write_altered(engine, **{key: value})
+    with pytest.raises(VilaDeployError, match=f"manifest.json: {key}"):
+        load_manifest(engine)
