@@ -143,7 +143,7 @@ def _open(path: Path) -> Tokenizer:
         if path.stat().st_size > MAX_TOKENIZER_BYTES:
             raise VilaDeployError(f"larger than {MAX_TOKENIZER_BYTES} bytes", where=path)
         return _KINDS[path.name](path)
-    except VilaDeployError:
+    except (VilaDeployError, ModuleNotFoundError):
         raise
     except UnicodeEncodeError as error:
         raise VilaDeployError(

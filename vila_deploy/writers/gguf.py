@@ -51,6 +51,8 @@ class GgufWriter(Writer):
         self, checkpoint: Checkpoint, folder: Path, row: Format, scheme: QuantScheme | None
     ):
         super().__init__(checkpoint, folder, row, scheme)
+        self._tokenizer = load_tokenizer(checkpoint.layout.folder("llm"))
+        self._template = PROMPT_TEMPLATES[choose_template(checkpoint.config, self._tokenizer)]
         metadata = self._metadata(checkpoint)
         copy_parts(checkpoint, folder)
         types = self._types(checkpoint)
@@ -84,9 +86,7 @@ class GgufWriter(Writer):
         else:
             write_llm_config(self._checkpoint, self._folder, self._packing, self._scheme)
         config = self._checkpoint.config
-        tokenizer = load_tokenizer(self._checkpoint.layout.folder("llm"))
-        template = PROMPT_TEMPLATES[choose_template(config, tokenizer)]
-        text = modelfile(self._files.names[0], template, config.model_max_length)
+        text = modelfile(self._files.names[0], self._template, config.model_max_length)
         (llm / MODELFILE).write_text(text, "utf-8")
         write_checksums(self._folder)
 
@@ -103,12 +103,8 @@ class GgufWriter(Writer):
         kind = kinds.pop() if len(kinds) == 1 and kinds <= FILE_TYPES.keys() else "F32"
         return _Types(self.table_type or kind, kind)
 
-    @classmethod
-    def _metadata(cls, checkpoint: Checkpoint) -> dict[str, Any]:
+    def _metadata(self, checkpoint: Checkpoint) -> dict[str, Any]:
         config = checkpoint.config
-        folder = checkpoint.layout.folder("llm")
-        tokenizer = load_tokenizer(folder)
-        template = PROMPT_TEMPLATES[choose_template(config, tokenizer)]
         values = hyperparameters(config.llm)
         family = config.llm.family.name
         values |= {
@@ -128,8 +124,10 @@ class GgufWriter(Writer):
         if source is not None:
             url = f"https://huggingface.co/{source.repository}/tree/{source.commit}"
             values["general.source.url"] = url
-        values |= vocabulary_metadata(folder, tokenizer, template, config.llm.vocab_size)
-        values["tokenizer.chat_template"] = jinja_template(template)
+        values |= vocabulary_metadata(
+            checkpoint.layout.folder("llm"), self._tokenizer, self._template, config.llm.vocab_size
+        )
+        values["tokenizer.chat_template"] = jinja_template(self._template)
         return values
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,7 @@ class SglangWriter(Writer):
         for module in (CONFIG_MODULE, PROCESSOR_MODULE):
             code = resources.files(CODE_PACKAGE).joinpath(f"{module}.py").read_text("utf-8")
             (self._folder / f"{module}.py").write_text(code, "utf-8")
-        config = self._checkpoint.config
-        tokenizer = load_tokenizer(self._checkpoint.layout.folder("llm"))
+        config, tokenizer = self._checkpoint.config, self._tokenizer
         processor = {
             "processor_class": PROCESSOR,
             "auto_map": {"AutoProcessor": f"{PROCESSOR_MODULE}.{PROCESSOR}"},
@@ -152,6 +152,10 @@ class SglangWriter(Writer):
         values = read_json_object(file) if file.exists() else {}
         values["extra_special_tokens"] = EXTRA_TOKENS
         file.write_text(canonical_json(values), "utf-8")
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self._checkpoint.layout.folder("llm"))
 
     @property
     def _has_code(self) -> bool:
@@ -199,7 +203,7 @@ class SglangWriter(Writer):
 
     def _token_ids(self) -> dict[str, int]:
         """Return the ids that the image and video tokens have once transformers has added them."""
-        tokenizer = load_tokenizer(self._checkpoint.layout.folder("llm"))
+        tokenizer = self._tokenizer
         ids, following = {}, tokenizer.vocab_size
         for name, token in EXTRA_TOKENS.items():
             known = tokenizer.token_id(token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pydoc
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,13 @@ def test_damaged_tokenizer_gives_one_line(tmp_path: Path, name: str, content: by
 def test_no_tokenizer_is_said(tmp_path: Path) -> None:
     with pytest.raises(VilaDeployError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+def test_a_missing_library_is_no_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint(tmp_path / "c") / "llm"
+    (folder / "tokenizer.model").unlink(missing_ok=True)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ModuleNotFoundError, match="tokenizers"):
+        load_tokenizer(folder)
