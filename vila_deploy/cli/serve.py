@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vila_deploy.cli.common import FilePath, command, no_nan
+from vila_deploy.cli.serve_run import run_announced
 from vila_deploy.cli.serve_vllm import (
     VllmOptions,
     serve_with_vllm,
@@ -170,7 +171,6 @@ def _serve(
     from vila_deploy.runtime.open_engine import open_engine, slots_that_fit
     from vila_deploy.runtime.scheduler import Scheduler
     from vila_deploy.server.api import Api
-    from vila_deploy.server.run_server import run_server, url
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     # asyncio warns of every client that leaves in the middle of its answer.
@@ -179,11 +179,9 @@ def _serve(
         slots = slots_that_fit(engine) if engine.is_dir() else 1
     with open_engine(engine, slots) as opened:
         scheduler = Scheduler(opened, queue_size, image_cache_bytes)
-        address, name = url(listener, tls is not None), options.model_names[0]
-        started = f"{name} answers at {address} (API: {address}/v1), {opened.session.slots} at once"
         try:
             api = Api(opened, scheduler, options)
-            run_server(api, listener, tls, lambda: click.echo(started))
+            run_announced(api, listener, tls, f"{opened.session.slots} at once")
         finally:
             scheduler.close()
 

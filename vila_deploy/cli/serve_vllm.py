@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import signal
 import urllib.request
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from vila_deploy.cli.serve_run import run_announced
 from vila_deploy.utils.errors import VilaDeployError, short
 
 if TYPE_CHECKING:
@@ -135,7 +137,7 @@ def serve_with_vllm(
     """Start vLLM, and answer in front of it until a signal comes or it ends."""
     from vila_deploy.integrations.vllm.process import running
     from vila_deploy.server.forwarding import ForwardingApi
-    from vila_deploy.server.run_server import bind, run_server, url
+    from vila_deploy.server.run_server import bind
 
     model, installed = _checked(checkpoint, vllm)
     with bind("127.0.0.1", 0) as probe:
@@ -148,11 +150,8 @@ def serve_with_vllm(
     with running(command, {"VLLM_API_KEY": key}) as process:
         process.wait_until_ready(inner)
         api = ForwardingApi(inner, options, _max_model_len(inner, key), upstream_key=key)
-        name = options.model_names[0]
-        address = url(listener, tls is not None)
-        started = f"{name} answers at {address} (API: {address}/v1), by vLLM at {inner}"
         process.on_end(lambda: os.kill(os.getpid(), signal.SIGTERM))
-        run_server(api, listener, tls, lambda: click.echo(started))
+        run_announced(api, listener, tls, f"by vLLM at {inner}")
         process.check_running()
 
 
@@ -203,15 +202,23 @@ def _show_memory(model: ServedModel, parallel: Parallel) -> None:
     from vila_deploy.integrations.vllm.memory import rank_memory
 
     stages = rank_memory(model.config, parallel)
+    several = parallel.tensor > 1
     for rank in stages:
-        total = rank.llm_bytes + rank.vision_bytes
+        processes = f"each of {parallel.tensor} processes" if several else "one process"
         stage = f"stage {rank.stage + 1} of {len(stages)}, " if len(stages) > 1 else ""
+        whole = " (whole in each)" if several else ""
         click.echo(
-            f"{stage}each of {parallel.tensor} processes: {rank.layers} layers, "
-            f"LLM {rank.llm_bytes / GIGABYTE:.2f} GB, vision {rank.vision_bytes / GIGABYTE:.2f} GB "
-            f"(whole in each), weights {total / GIGABYTE:.2f} GB in all, "
+            f"{stage}{processes}: {rank.layers} layers, LLM {_size(rank.llm_bytes)}, "
+            f"vision {_size(rank.vision_bytes)}{whole}, "
+            f"weights {_size(rank.llm_bytes + rank.vision_bytes)} in all, "
             f"cache {rank.cache_bytes_per_token / 1000:.1f} kB a token"
         )
+
+
+def _size(size_bytes: int) -> str:
+    if size_bytes < GIGABYTE / 10:
+        return f"{size_bytes / 1e6:.1f} MB"
+    return f"{size_bytes / GIGABYTE:.2f} GB"
 
 
 def _max_model_len(url: str, key: str) -> int:
@@ -222,7 +229,7 @@ def _max_model_len(url: str, key: str) -> int:
 
 def _master(value: str) -> tuple[str, int]:
     host, _, port = value.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 1 << 16:
+    if not host or not re.fullmatch(r"[0-9]{1,5}", port) or not 0 < int(port) < 1 << 16:
         raise VilaDeployError(
             f"--master {short(value)} is no HOST:PORT", fix="give one such as 10.0.0.1:29501"
         )

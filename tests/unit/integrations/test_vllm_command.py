@@ -165,6 +165,12 @@ def test_plan_needs_no_vllm_and_no_weights(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "--tensor-parallel-size 2" in done.stdout
     assert "each of 2 processes: 2 layers" in done.stdout
+    sizes = r"LLM \d+\.\d MB, vision \d+\.\d MB \(whole in each\), weights"
+    assert re.search(sizes, done.stdout)
+    alone = invoke("vila-serve", root, "--backend", "vllm", "--plan").stdout
+    assert "\none process: 2 layers, LLM " in alone
+    assert "whole in each" not in alone
+    assert "0.00" not in alone
 
 
 def test_plan_of_a_repository_fetches_no_weights(
@@ -186,6 +192,8 @@ def test_plan_of_a_repository_fetches_no_weights(
         (("--tp", "2"), "--tp goes with --backend vllm"),
         (("--", "--max-num-seqs"), "unexpected argument"),
         (("--backend", "vllm", "--master", "x"), "no HOST:PORT"),
+        (("--backend", "vllm", "--master", "x:²"), "no HOST:PORT"),
+        (("--backend", "vllm", "--master", "x:" + "9" * 5000), "no HOST:PORT"),
         (("--backend", "vllm", "--image-cache-mb", "9"), "--image-cache-mb does nothing with"),
         (("--backend", "vllm", "--tp", "3", "--plan"), "4 heads"),
     ],
