@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from vila_deploy.cli.bench_table import RESULTS, TableOptions, run_table
 from vila_deploy.cli.common import FilePath, command, no_nan
 from vila_deploy.engine.precision import LLM_PRECISIONS
 from vila_deploy.utils.errors import printable
-from vila_deploy.utils.files import check_new
+from vila_deploy.utils.files import check_new, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +30,7 @@ def _numbers(
     if value is None:
         return None
     parts = [part.strip() for part in value.split(",")]
-    if not all(part.isascii() and part.isdigit() and int(part) <= MAX_CONTEXT for part in parts):
+    if not all(re.fullmatch("[0-9]{1,7}", part) and int(part) <= MAX_CONTEXT for part in parts):
         raise click.BadParameter("give numbers of tokens with commas between, e.g. 0,256,512")
     return tuple(sorted(set(map(int, parts))))
 
@@ -138,8 +139,17 @@ def main(
     if out is None:
         click.echo(text)
     else:
-        out.write_text(f"{text}\n", "utf-8")
+        _write(out, text)
         click.echo(f"{out}: {len(rows)} rows")
+
+
+def _write(out: Path, text: str) -> None:
+    """Write the table; print it where that fails, since measuring took minutes."""
+    try:
+        write_file(out, f"{text}\n")
+    except OSError:
+        click.echo(text)
+        raise
 
 
 def _check_table_usage(model: str | None, of_model: bool) -> None:

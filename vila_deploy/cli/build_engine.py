@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from vila_deploy.cli.common import (
     download_json,
     echo_json,
     named_target,
+    no_nan,
     note_unused,
     show_download,
 )
@@ -27,7 +29,7 @@ from vila_deploy.engine.precision import (
 )
 from vila_deploy.formats.module_dtypes import ACTIVATIONS
 from vila_deploy.kernels.launch_mode import KERNEL_LAUNCHES
-from vila_deploy.utils.errors import VilaDeployError, printable
+from vila_deploy.utils.errors import VilaDeployError, printable, short
 
 if TYPE_CHECKING:
     from vila_deploy.builder.fit import Fit
@@ -40,9 +42,9 @@ def _gpu_layers(context: click.Context, option: click.Parameter, value: str) -> 
     """Return the number of layers; None for auto."""
     if value == AUTO:
         return None
-    if value.isascii() and value.isdigit():
+    if re.fullmatch(r"[0-9]{1,6}", value):
         return int(value)
-    raise click.BadParameter(f"must be auto or a number, found {value!r}")
+    raise click.BadParameter(f"must be auto or a number, found {short(value)}")
 
 
 @command("vila-build-engine")
@@ -70,7 +72,7 @@ def _gpu_layers(context: click.Context, option: click.Parameter, value: str) -> 
     "table stays as it is.",
 )  # fmt: skip
 @click.option(
-    "--kl-bound", type=float, metavar="NATS",
+    "--kl-bound", type=float, metavar="NATS", callback=no_nan,
     help="Let auto take the fewest bits of the output head that cost at most this mean KL from "
     "fp16, e.g. 0.001, measured on the data of --eval or the built-in data.",
 )  # fmt: skip
@@ -122,7 +124,7 @@ def _gpu_layers(context: click.Context, option: click.Parameter, value: str) -> 
     "is opened; --backend llamacpp only.",
 )  # fmt: skip
 @click.option(
-    "--memory", metavar="GB", type=click.FloatRange(0, min_open=True),
+    "--memory", metavar="GB", type=click.FloatRange(0, 1e6, min_open=True), callback=no_nan,
     help="Memory that the engine may fill, for targets that are no one device: metal, vulkan, cpu.",
 )  # fmt: skip
 @click.option("--plan", "plan_only", is_flag=True, help="Show sizes and memory; config files only.")

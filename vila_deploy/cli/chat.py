@@ -102,7 +102,7 @@ def main(
     vila-chat ENGINE --video cat.mp4 -p "What happens?"
     vila-chat ENGINE --batch photos -p "Describe this image." -o captions.jsonl
     """
-    _check_options(images, videos, prompt, stop, batch, out, resume, as_json)
+    _check_options(images, videos, prompt, stop, batch, out, resume, slots, as_json)
 
     from vila_deploy.cli.chat_input import (
         check_output,
@@ -145,6 +145,7 @@ def _check_options(
     batch: Path | None,
     out: Path | None,
     resume: bool,
+    slots: int | None,
     as_json: bool,
 ) -> None:
     """Raise UsageError for options that don't go together."""
@@ -153,6 +154,8 @@ def _check_options(
             raise click.UsageError("--json needs -p or --batch")
         if out is not None or resume:
             raise click.UsageError("-o and --resume need --batch")
+        if slots is not None:
+            raise click.UsageError("--slots needs --batch")
     else:
         if out is None:
             raise click.UsageError("--batch needs -o, the file to write")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from vila_deploy.utils.errors import VilaDeployError
-from vila_deploy.utils.files import check_new, replace_file
+from vila_deploy.utils.files import check_new, write_file
 
 Result = dict[str, Any]
 
@@ -58,13 +57,8 @@ class BatchLog:
         """
         rows = [self.results[name] for name in names]
         failures = sum(map(failed, rows))
-        temporary = self.out.with_name(f".{self.out.name[:32]}.{secrets.token_hex(4)}")
-        try:
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            temporary.write_text("".join(lines), "utf-8", errors="backslashreplace")
-            replace_file(temporary, self.out)
-        finally:
-            temporary.unlink(missing_ok=True)
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_file(self.out, "".join(lines), errors="backslashreplace")
         if not failures:
             self.close()
             self.path.unlink(missing_ok=True)
@@ -102,8 +96,9 @@ class BatchLog:
                 fix="repeat those, or remove it",
             )
         for line in lines[1:]:
-            if isinstance(line, list) and len(line) == 2 and isinstance(line[0], str):
-                self.results[line[0]] = line[1]
+            match line:
+                case [str(name), dict(result)]:
+                    self.results[name] = result
 
 
 def log_path(out: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def named_files(verb: str, argument: str) -> list[Path]:
     if not argument:
         raise VilaDeployError(f"{verb} names no file", fix=f"type {verb} FILE")
     whole = Path(argument)
-    if whole.exists():
+    if os.path.exists(argument):  # noqa: PTH110  Path.exists raises where a name is too long
         return [whole]
     try:
         words = shlex.split(argument)

@@ -77,7 +77,9 @@ class Evaluation:
                 return self._run(task, texts, results, stack)
         except KeyboardInterrupt:
             kept = f"{len(results)} results are kept in {self.out}.partial; --resume goes on"
-            raise Interrupted(kept if self.out else "nothing is kept without -o") from None
+            if not self.out or not results:
+                kept = "nothing is kept yet" if self.out else "nothing is kept without -o"
+            raise Interrupted(kept) from None
 
     def _task(self) -> Task | None:
         if self.data is None:
@@ -99,6 +101,12 @@ class Evaluation:
         stack.callback(log.close)
         questions = task.questions if task else ()
         samples = dict(_samples(questions, texts, subject, reference))
+        if reference is not None and not samples:
+            raise VilaDeployError(
+                "no text has two tokens that fit into both models",
+                where=self.text,
+                fix="give longer texts, or engines of a larger --max-input-len",
+            )
         with progress(len(questions) + len(samples), "evaluating") as advance:
             _answer(questions, subject, self.max_new_tokens, log, advance)
             if reference is not None:

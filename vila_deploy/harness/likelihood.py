@@ -73,7 +73,7 @@ def text_samples(texts: Sequence[str], subject: Subject) -> list[TokenSample]:
     for text in texts:
         ids += tokenizer.encode(f"{text}\n\n")
     room = min(MAX_TOKENS, subject.max_input_len) - len(begin)
-    cut = [ids[start : start + room] for start in range(0, len(ids), room)]
+    cut = [ids[start : start + room] for start in range(0, len(ids), max(room, 1))]
     return [
         _checked(TokenSample([begin + part], (), len(part) - (not begin)), subject)
         for part in cut

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Collection
 from pathlib import Path
@@ -33,8 +34,8 @@ def check_choice(name: str, value: object, choices: Collection[object]) -> None:
 
 
 def check_at_least(name: str, value: float | None, low: float) -> None:
-    """Raise VilaDeployError if a number is below `low`; None is a number left out."""
-    if value is not None and not value >= low:
+    """Raise VilaDeployError if a number is below `low` or infinite; None is one left out."""
+    if value is not None and not low <= value < math.inf:
         raise VilaDeployError(f"{name} is {short(value)}", fix=f"give at least {low}")
 
 

@@ -24,6 +24,7 @@ CHUNK_BYTES = 8 << 20
 FULL_BELOW_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _APPEARED = {errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR}
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -140,6 +141,16 @@ def replace_file(temporary: Path, destination: Path) -> None:
     _sync_one(destination.parent)
 
 
+def write_file(destination: Path, text: str, errors: str = "strict") -> None:
+    """Write `text` in UTF-8 into a file that appears whole or not at all, in the place of any."""
+    temporary = destination.with_name(f".{destination.name[:32]}.{secrets.token_hex(4)}")
+    try:
+        temporary.write_text(text, "utf-8", errors)
+        replace_file(temporary, destination)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _write_problem(error: Exception, partial: Path, destination: Path) -> VilaDeployError | None:
     """Return the error for the user if `error` came from writing, otherwise None."""
     if isinstance(error, VilaDeployError):
@@ -221,7 +232,9 @@ def sha256_file(path: Path) -> str:
 
 def canonical_json(value: Any) -> str:
     """Return `value` as JSON in the one way of this project: equal content is equal bytes."""
-    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    # Halves of characters, as file names and others' JSON may hold, are in no encoding.
+    return _LONE_SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def read_small_file(path: Path, *, limit_bytes: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from vila_deploy.cli import bench as bench_module
 from vila_deploy.cli import bench_worker
 from vila_deploy.cli.bench import main
 
@@ -98,3 +100,19 @@ def test_two_formats_are_wrong_usage() -> None:
 
 def test_the_old_spelling_is_hidden() -> None:
     assert "-o, --out FILE" in bench("--help").stdout
+
+
+def test_a_table_that_cannot_be_written_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measuring took minutes."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(bench_module, "write_file", full)
+    done = bench("one", "-o", tmp_path / "table.md")
+    assert done.exit_code == 1
+    assert done.stdout.startswith("| model |")
+    assert done.stderr.startswith("error: No space left on device")
+    assert list(tmp_path.iterdir()) == []

@@ -49,6 +49,7 @@ def chat(
     [
         (b"/image nowhere.png\nWhat?\n", "nowhere.png"),
         (b"/video nowhere.mp4\nWhat?\n", "nowhere.mp4"),
+        (b"/image " + 300 * b"a" + b"\nWhat?\n", "File name too long"),
         (b"/image\nWhat?\n", "/image names no file; type /image FILE"),
         (b"/video \nWhat?\n", "/video names no file"),
         (b"/image https://a.org/cat.jpg\nWhat?\n", "download it"),

@@ -258,3 +258,16 @@ def test_sampling_options_reach_the_engine(engine: Path) -> None:
     )
     done = invoke("vila-chat", engine, "-p", "What?", "--system", "<image>")
     assert "marks the place of an image" in assert_one_line(done)
+
+
+def test_odd_lines_of_a_log_are_asked_again(engine: Path, photos: Path) -> None:
+    out = photos / "out.jsonl"
+    (photos / "a.JPG").write_bytes(b"no image")
+    assert invoke("vila-chat", engine, "--batch", photos, "-o", out).returncode == 1
+    log = photos / "out.jsonl.partial"
+    job, first, *rest = lines(log)
+    odd = [7, [first[0], 7], [first[0], ["output"]], [7, {}]]
+    log.write_text("".join(json.dumps(line) + "\n" for line in [job, *odd, *rest]), "utf-8")
+    done = invoke("vila-chat", engine, "--batch", photos, "-o", out, "--resume")
+    assert "1 of 3 rows have failed" in assert_one_line(done)
+    assert len(lines(out)) == 3

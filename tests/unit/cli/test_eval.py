@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.support.commands import BIN, assert_one_line, invoke, succeed
 from tests.support.eval_tasks import write_lines
 from tests.support.paths import TINY_VILA
+from tests.support.tiny import make_checkpoint
 
 QUESTIONS = 12
 
@@ -144,3 +145,13 @@ def test_wrong_usage(options: list[object]) -> None:
 def test_files_are_checked_before_a_model_is_opened(tmp_path: Path) -> None:
     done = invoke("vila-eval", tmp_path / "no-engine", "--data", tmp_path)
     assert "questions.jsonl: no such file" in assert_one_line(done)
+
+
+def test_an_engine_too_short_to_compare_is_one_line(tmp_path: Path) -> None:
+    root, short = make_checkpoint(tmp_path / "c"), tmp_path / "short"
+    flags = ["--max-input-len", 1, "--max-seq-len", 2]
+    succeed("vila-build-engine", root, "--target", "cpu", "-o", short, *flags)
+    (tmp_path / "text.txt").write_text("Hello there.")
+    asked = ["--reference", root, "--text", tmp_path / "text.txt", "--max-kl", 1]
+    line = assert_one_line(invoke("vila-eval", short, *asked))
+    assert "text.txt: no text has two tokens that fit into both models" in line

@@ -14,6 +14,7 @@ from vila_deploy.cli.common import command_errors
 from vila_deploy.cli.quantize import _unknown_texts
 from vila_deploy.formats.registry import FORMATS
 from vila_deploy.quantize.options import ALGORITHMS, DEVICES, QuantizeOptions, quantize_options
+from vila_deploy.utils.errors import VilaDeployError
 
 COMMANDS = {
     name: import_module(f"vila_deploy.cli.{name}").main
@@ -136,3 +137,28 @@ def test_a_missing_package_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
     assert line.startswith("error: the Python package onnxruntime is missing in ")
     with pytest.raises(ModuleNotFoundError):
         fails("vila_deploy.nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("chat", ("engine", "-p", "What?", "--slots", "2")),
+        ("build_engine", ("c", "--target", "metal", "--memory", "nan")),
+        ("build_engine", ("c", "--target", "metal", "--memory", "inf")),
+        ("build_engine", ("c", "--target", "cpu", "--kl-bound", "nan")),
+        ("build_engine", ("c", "--target", "cpu", "--gpu-layers", "9" * 5000)),
+        ("build_engine", ("c", "--target", "cpu", "--gpu-layers", "²")),
+        ("bench", ("--table", "--contexts", "0," + "9" * 5000)),
+    ],
+)
+def test_an_option_that_does_nothing_or_is_no_number_is_wrong_usage(
+    name: str, flags: tuple[str, ...]
+) -> None:
+    done = CliRunner().invoke(COMMANDS[name], list(flags))
+    assert done.exit_code == 2
+    assert flags[-2] in done.stderr
+
+
+def test_python_refuses_infinite_numbers() -> None:
+    with pytest.raises(VilaDeployError, match="--memory is inf"):
+        vila_deploy.build_engine("c", "out", "metal", memory=float("inf"))

@@ -1,6 +1,7 @@
 """Folders that appear whole or not at all, whatever ends the work; JSON from hostile files."""
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -20,7 +21,13 @@ from tokenizers import Tokenizer, models
 
 from vila_deploy.utils import files
 from vila_deploy.utils.errors import VilaDeployError
-from vila_deploy.utils.files import canonical_json, new_folder, read_json_object, sha256_file
+from vila_deploy.utils.files import (
+    canonical_json,
+    new_folder,
+    read_json_object,
+    sha256_file,
+    write_file,
+)
 
 BIG = 1 << 20
 
@@ -358,3 +365,27 @@ def test_killed_while_the_work_folder_is_removed(
     assert not work.exists()
     assert removed[-1].name.startswith(".out.partial-")
     assert (removed[-1] / "state.json").exists()
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "table.md"
+    write_file(file, "first\n")
+    assert file.read_text() == "first\n"
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "replace_file", full)
+    with pytest.raises(OSError, match="No space"):
+        write_file(file, "second\n")
+    assert file.read_text() == "first\n"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_half_characters_of_names_are_written_as_json_has_them() -> None:
+    value = {"name": os.fsdecode(b"caf\xe9 \xc3\xa9")}
+    text = canonical_json(value)
+    assert "\\udce9 \u00e9" in text
+    assert json.loads(text.encode()) == value
