@@ -39,16 +39,10 @@ def attention_split_kernel(
     SLOTS: tl.constexpr, NEXT_TILES: tl.constexpr, NEXT_LINES: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PDL:
-        prefetch_cache(
-            token, kv_head, split, keys_ptr, values_ptr, position_ptr, slot_ptr, kv_heads,
-            cache_len, splits, DIM, BLOCK, SLOTS,
-        )  # fmt: skip
-        wait()
-    # Attention waits more than it reads: the memory has time for the product behind it.
-    program = (token * kv_heads + kv_head) * splits + split
-    programs = tl.num_programs(0) * kv_heads * splits
-    prefetch_next(next_weights, program, programs, NEXT_TILES, NEXT_LINES)
+    begin(
+        token, kv_head, split, keys_ptr, values_ptr, position_ptr, slot_ptr, kv_heads, cache_len,
+        splits, next_weights, DIM, BLOCK, SLOTS, NEXT_TILES, NEXT_LINES, PDL,
+    )  # fmt: skip
     if SLOTS and tl.load(slot_ptr + token) < 0:
         return
     newest, cache_row, of_row = locate(
@@ -60,6 +54,27 @@ def attention_split_kernel(
         heads, kv_heads, cache_len, splits, scale,
         ROPE, INT8, GROUP, DIM, DIM_BLOCK, QUERIES, BLOCK, STAGES,
     )  # fmt: skip
+
+
+@triton.jit
+def begin(
+    token: tl.tensor, kv_head: tl.tensor, split: tl.tensor, keys_ptr: tl.tensor,
+    values_ptr: tl.tensor, position_ptr: tl.tensor, slot_ptr: tl.tensor, kv_heads: tl.tensor,
+    cache_len: tl.tensor, splits: tl.tensor, next_weights: tl.tuple,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, SLOTS: tl.constexpr, NEXT_TILES: tl.constexpr,
+    NEXT_LINES: tl.constexpr, PDL: tl.constexpr,
+) -> None:  # fmt: skip
+    """Prefetch what no kernel writes meanwhile; with PDL also wait for the kernel before."""
+    if PDL:
+        prefetch_cache(
+            token, kv_head, split, keys_ptr, values_ptr, position_ptr, slot_ptr, kv_heads,
+            cache_len, splits, DIM, BLOCK, SLOTS,
+        )  # fmt: skip
+        wait()
+    # Attention waits more than it reads: the memory has time for the product behind it.
+    program = (token * kv_heads + kv_head) * splits + split
+    programs = tl.num_programs(0) * kv_heads * splits
+    prefetch_next(next_weights, program, programs, NEXT_TILES, NEXT_LINES)
 
 
 @triton.jit
@@ -190,16 +205,10 @@ def attention_kernel(
 ) -> None:  # fmt: skip
     """Attend to one split; the last program of a key head to finish merges them all."""
     token, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if PDL:
-        prefetch_cache(
-            token, kv_head, split, keys_ptr, values_ptr, position_ptr, slot_ptr, kv_heads,
-            cache_len, splits, DIM, BLOCK, SLOTS,
-        )  # fmt: skip
-        wait()
-    # Attention waits more than it reads: the memory has time for the product behind it.
-    program = (token * kv_heads + kv_head) * splits + split
-    programs = tl.num_programs(0) * kv_heads * splits
-    prefetch_next(next_weights, program, programs, NEXT_TILES, NEXT_LINES)
+    begin(
+        token, kv_head, split, keys_ptr, values_ptr, position_ptr, slot_ptr, kv_heads, cache_len,
+        splits, next_weights, DIM, BLOCK, SLOTS, NEXT_TILES, NEXT_LINES, PDL,
+    )  # fmt: skip
     if SLOTS and tl.load(slot_ptr + token) < 0:
         return
     newest, cache_row, of_row = locate(

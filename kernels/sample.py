@@ -28,10 +28,21 @@ def mass_above(
     """Return the sum of exp(z) over tokens with z = (logit − top) · inverse ≥ threshold."""
     total = tl.zeros((CHUNK,), tl.float32)
     for first in range(0, rows, CHUNK):
-        row = first + tl.arange(0, CHUNK)
-        z = (tl.load(logits_ptr + row, mask=row < rows, other=float("-inf")) - top) * inverse
-        total += tl.where(z >= threshold, tl.exp(z), 0.0)
+        _, _, mass = chunk_above(logits_ptr, first, rows, top, inverse, threshold, CHUNK)
+        total += mass
     return tl.sum(total, 0)
+
+
+@triton.jit
+def chunk_above(
+    logits_ptr: tl.tensor, first: tl.tensor, rows: tl.tensor, top: tl.tensor, inverse: tl.tensor,
+    threshold: tl.tensor, CHUNK: tl.constexpr,
+) -> tl.tuple:  # fmt: skip
+    """Return tokens from `first` on, whether z ≥ threshold, and exp(z) where it is, else 0."""
+    row = first + tl.arange(0, CHUNK)
+    z = (tl.load(logits_ptr + row, mask=row < rows, other=float("-inf")) - top) * inverse
+    above = z >= threshold
+    return row, above, tl.where(above, tl.exp(z), 0.0)
 
 
 @triton.jit
@@ -105,13 +116,11 @@ def draw(
     token = tl.full((), -1, tl.int32)
     last = tl.full((), 0, tl.int32)
     for first in range(0, rows, CHUNK):
-        row = first + tl.arange(0, CHUNK)
-        z = (tl.load(logits_ptr + row, mask=row < rows, other=float("-inf")) - top) * inverse
-        mass = tl.where(z >= low, tl.exp(z), 0.0)
-        reached = (before + tl.cumsum(mass, 0) > target) & (z >= low)
+        row, above, mass = chunk_above(logits_ptr, first, rows, top, inverse, low, CHUNK)
+        reached = (before + tl.cumsum(mass, 0) > target) & above
         candidate = tl.min(tl.where(reached, row, 2147483647), 0)
         token = tl.where((token < 0) & (candidate < rows), candidate, token)
-        last = tl.maximum(last, tl.max(tl.where(z >= low, row, 0), 0))
+        last = tl.maximum(last, tl.max(tl.where(above, row, 0), 0))
         before += tl.sum(mass, 0)
     # Rounding may leave the target behind the last sum.
     token = tl.where(token < 0, last, token)
