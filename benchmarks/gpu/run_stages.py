@@ -24,7 +24,7 @@ from benchmarks.gpu.stage_process import StageProcess
 # Left of the time when a stage ends, for what comes behind the last one.
 RESERVE_S = 10.0
 PROBE_S = 30.0
-PACK = "pack"
+COMPILE, PACK = "compile", "pack"
 SIGNALLED = 128  # and the signal: exit code of a run that was interrupted
 Begin = Callable[[str], StageProcess]
 
@@ -111,11 +111,15 @@ class _Runner:
                 process.kill()
 
     def _after(self, interruption: Interrupted) -> int:
-        """Give the stages that are left their rows, and say how to go on."""
+        """Give the stages that are left their rows, and say how to go on.
+
+        Whoever goes on may do so on another machine, which has none of the compiled kernels.
+        """
         left = list(self._without_row)
         for name in left:
             self._row(name, reason=str(interruption), exit_code=None)
-        print(f"{interruption}; the same command with ONLY={','.join(left)} does the rest")
+        rest = [name for name in self._plan.stages if name in left or name == COMPILE]
+        print(f"{interruption}; the same command with ONLY={','.join(rest)} does the rest")
         return SIGNALLED + interruption.number
 
     def _run(self, name: str, stage: Stage, following: str | None) -> None:

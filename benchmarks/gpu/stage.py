@@ -6,7 +6,9 @@ The line is the end of its time by CLOCK_MONOTONIC, in seconds.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
+import signal
 import sys
 import time
 import traceback
@@ -25,6 +27,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"
+    # One that crashes, or is ended since it hangs, leaves in the log where it was.
+    faulthandler.enable()
+    faulthandler.register(signal.SIGTERM, chain=True)
     import torch
 
     from benchmarks.gpu.environment import Run, reason_of

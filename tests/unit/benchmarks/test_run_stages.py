@@ -165,20 +165,20 @@ from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.run_stages import RESERVE_S, run_stages
 from benchmarks.gpu.stage_process import StageProcess
 
-ENDS = {"stream": "read line", "steps": "read line; kill -TERM $PPID; sleep 1000"}
+ENDS = {"compile": "read line", "steps": "read line; kill -TERM $PPID; sleep 1000"}
 out = Path(sys.argv[1])
 begin = lambda name: StageProcess(["bash", "-c", ENDS.get(name, "read")], out.parent / "log.txt")
-sys.exit(run_stages(Plan(("stream", "steps", "prefill", "pack"), 600.0), out, begin=begin))
+sys.exit(run_stages(Plan(("compile", "steps", "prefill", "pack"), 600.0), out, begin=begin))
 """
     done = subprocess.run(
         [sys.executable, "-c", script, tmp_path / "rows.jsonl"],
         capture_output=True, text=True, cwd=REPOSITORY, check=False,
     )  # fmt: skip
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
-    assert "ONLY=steps,prefill,pack" in done.stdout.splitlines()[-1]
+    assert "ONLY=compile,steps,prefill,pack" in done.stdout.splitlines()[-1]
     found = {row["name"]: row for row in read(tmp_path / "rows.jsonl")}
-    assert list(found) == ["stream", "steps", "prefill", "pack"]
-    assert found["stream"]["exit_code"] == 0
+    assert list(found) == ["compile", "steps", "prefill", "pack"]
+    assert found["compile"]["exit_code"] == 0
     for name in ("steps", "prefill", "pack"):
         assert found[name]["exit_code"] is None
         assert found[name]["reason"] == "interrupted by SIGTERM"
