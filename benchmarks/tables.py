@@ -73,6 +73,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernel-instructions": kernels.kernel_instructions,
     "predicted-modes": predicted.predicted_modes,
     "predicted-sequences": predicted.predicted_sequences,
+    "prompt-launches": kernels.prompt_launches,
     "quantize-cost": builds.quantize_cost,
     "tensorrt-graphs": builds.tensorrt_graphs,
     "tensorrt-engines": builds.tensorrt_engines,

@@ -24,11 +24,15 @@ def rope_kv_kernel(
     value_scales_ptr: tl.tensor, tokens: tl.tensor, heads: tl.tensor, kv_heads: tl.tensor,
     cache_len: tl.tensor,
     INT8: tl.constexpr, TOKENS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
-    HALF_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    HALF_BLOCK: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     if PDL:
         wait()
     head = tl.program_id(1)
+    cache_row = 0
+    if SPAN:
+        tokens = tl.minimum(tokens, tl.load(position_ptr + 1) - tl.load(position_ptr))
+        cache_row = tl.load(position_ptr + 2) * kv_heads
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None].to(tl.int64)
     position = tl.load(position_ptr) + token
     lane = tl.arange(0, HALF_BLOCK)[None, :]
@@ -47,10 +51,10 @@ def rope_kv_kernel(
         tl.store(target_ptr, low, mask=inside)
         tl.store(target_ptr + HALF, high, mask=inside)
     elif head < heads + kv_heads:
-        index = (head - heads) * cache_len + position
+        index = (cache_row + head - heads) * cache_len + position
         store_halves(keys_ptr, key_scales_ptr, index, lane, low, high, inside, INT8, DIM, HALF)
     else:
-        index = (head - heads - kv_heads) * cache_len + position
+        index = (cache_row + head - heads - kv_heads) * cache_len + position
         store_halves(values_ptr, value_scales_ptr, index, lane, low, high, inside, INT8, DIM, HALF)
 
 
@@ -82,13 +86,15 @@ def rope_kv(
     Args:
         qkv: float16 [tokens, (heads + 2 · kv_heads) · dim].
         cos, sin: float32 [positions, dim / 2].
-        position: int32 [1], of the first token; position + tokens must not exceed positions.
+        position: int32 [1], of the first token; position + tokens must not exceed positions. Or
+            int32 [3], a span: the slot comes last, and what lies from its second number on is left.
         q: float16 [tokens, heads, dim].
-        keys, values: float16 [kv_heads, positions, dim], or int8 with `scales`.
+        keys, values: float16 [kv_heads, positions, dim], or int8 with `scales`; of a span
+            [slots, kv_heads, positions, dim].
         scales: of keys and of values, float16 [kv_heads, positions], filled too.
     """
     tokens, heads, dim = q.shape
-    kv_heads, cache_len, _ = keys.shape
+    *_, kv_heads, cache_len, _ = keys.shape
     assert (keys.dtype == torch.int8) == (scales is not None)
     key_scales, value_scales = scales or (q, q)
     block = 1 if tokens <= TOKENS else BLOCK_TOKENS
@@ -103,7 +109,7 @@ def rope_kv(
         },
         {
             "INT8": scales is not None, "TOKENS": block, "DIM": dim, "HALF": dim // 2,
-            "HALF_BLOCK": next_power_of_2(dim // 2), "PDL": False,
+            "HALF_BLOCK": next_power_of_2(dim // 2), "SPAN": len(position) > 1, "PDL": False,
         },
         1,
     )  # fmt: skip

@@ -182,12 +182,6 @@ def gemm_tile(capability: ComputeCapability, tokens: int, out_features: int) -> 
     return GemmTile(rows=64, tokens=width, warps=4, stages=device(capability).gemm_stages)
 
 
-def prompt_widths(capability: ComputeCapability, max_seq_len: int) -> list[int]:
-    """Return numbers of tokens of prompts that differ in the kernels of their products."""
-    widths = (1, TOKENS, *GEMM_TOKENS)
-    return sorted({min(width, max_seq_len, widest_gemm(capability)) for width in widths})
-
-
 def widest_gemm(capability: ComputeCapability) -> int:
     """Return the most tokens that `gemm` takes; from there on dequantizing costs less.
 

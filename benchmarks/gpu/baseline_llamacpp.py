@@ -1,14 +1,16 @@
 """llama.cpp's own benchmark on GGUF files of random weights at the models' shapes.
 
 `python -m benchmarks.gpu.build_baselines llamacpp` compiles llama-bench from the sources that
-get_baselines.py brings; with CUDA that takes many minutes, so it is a run of its own. The benchmark
-finds what was built. Rows are whole decoding steps, attention and all, after 512 tokens of context.
+get_baselines.py brings; with CUDA that takes many minutes, so it is a run of its own, elsewhere
+with `--sm 90`. It is left stripped and packed beside the other baselines, to be carried along, and
+unpacked where it is used. Rows are whole decoding steps, attention and all, after 512 tokens.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import lzma
 import os
 import subprocess
 import tarfile
@@ -28,7 +30,7 @@ from vila_deploy.checkpoint.llm_config import LlmConfig
 from vila_deploy.kernels.capability import INTERPRETER, ComputeCapability
 
 SOURCES, VERSION, BUILD = "llama.cpp.tar.xz", "llama.cpp-version.txt", FOLDER / "llama.cpp-build"
-BENCH = BUILD / "bin" / "llama-bench"
+BENCH, PACKED = BUILD / "bin" / "llama-bench", FOLDER / "llama-bench.xz"
 MODELS, TYPES = ("3B", "8B"), ("Q4_0", "F16")
 CONTEXT, TOKENS, REPEATS = 512, 64, 3
 # A block of Q4_0: 32 weights, a float16 scale and 16 bytes.
@@ -73,6 +75,8 @@ def measure_llamacpp(run: Run) -> None:
 
 
 def _version() -> str:
+    if not BENCH.exists() and PACKED.exists():
+        _unpack()
     if not BENCH.exists():
         brought(SOURCES, "llamacpp")
         raise Missing(
@@ -82,6 +86,22 @@ def _version() -> str:
     if find_spec("gguf") is None:
         raise Missing("gguf is missing: run `python -m benchmarks.gpu.get_baselines llamacpp`")
     return brought(VERSION, "llamacpp").read_text("utf-8").strip()
+
+
+def _unpack() -> None:
+    BENCH.parent.mkdir(parents=True, exist_ok=True)
+    partial = BENCH.with_suffix(".partial")
+    partial.write_bytes(lzma.decompress(PACKED.read_bytes()))
+    partial.chmod(0o755)
+    partial.replace(BENCH)
+
+
+def pack() -> Path:
+    """Write what was built, without its symbols, into one file that may be carried."""
+    # What no tool strips is carried as it is.
+    subprocess.run(["strip", str(BENCH)], capture_output=True, check=False)
+    PACKED.write_bytes(lzma.compress(BENCH.read_bytes(), preset=6))
+    return PACKED
 
 
 def _measure(run: Run, model: str, kind: str, name: str, version: str) -> None:
@@ -202,11 +222,20 @@ MAKERS: dict[str, Callable[[tuple[int, ...]], NDArray[Any]]] = {
 }
 
 
-def build() -> Path:
-    """Compile llama-bench for the GPU that is here, or for the CPU if there is none."""
-    major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
-    build_for(ComputeCapability(major, minor))
-    return BENCH
+def build(sm: int | None = None) -> Path:
+    """Compile llama-bench and pack it.
+
+    Args:
+        sm: of the GPU, 90 for compute capability 9.0; None: the one that is here, or the CPU.
+    """
+    if sm is not None:
+        capability = ComputeCapability(*divmod(sm, 10))
+    elif torch.cuda.is_available():
+        capability = ComputeCapability(*torch.cuda.get_device_capability())
+    else:
+        capability = INTERPRETER
+    build_for(capability)
+    return pack()
 
 
 def build_for(capability: ComputeCapability) -> None:

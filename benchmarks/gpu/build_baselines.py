@@ -17,9 +17,13 @@ def main() -> int:
         prog="python -m benchmarks.gpu.build_baselines", description=__doc__
     )
     parser.add_argument("name", choices=NAMES)
-    name = parser.parse_args().name
+    parser.add_argument("--sm", type=int, help="llamacpp: for this GPU instead of the one here")
+    arguments = parser.parse_args()
     try:
-        print({"tinychat": baseline_tinychat, "llamacpp": baseline_llamacpp}[name].build())
+        if arguments.name == "llamacpp":
+            print(baseline_llamacpp.build(arguments.sm))
+        else:
+            print(baseline_tinychat.build())
     except (Missing, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.check_attention import check_rope_attention, check_slots_attention
+from benchmarks.gpu.check_prompt import check_prompt_attention, check_prompt_norm, check_swiglu
 from benchmarks.gpu.check_step import STEP_LIMIT, check_step
 from benchmarks.gpu.environment import Run, reason_of
 from benchmarks.gpu.inputs import config, linears, random_packed
@@ -294,6 +295,9 @@ CASES: dict[str, Callable[..., Iterator[Pair]]] = {
     "rope_attention": check_rope_attention,
     "slots_attention": check_slots_attention,
     "kv_int8": _kv_int8,
+    "prompt_attention": check_prompt_attention,
+    "prompt_norm": check_prompt_norm,
+    "swiglu": check_swiglu,
     "sample": _sample,
     "step": check_step,
 }

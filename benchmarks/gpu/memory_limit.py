@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from benchmarks.gpu.inputs import MODELS, config, random_llm
 from benchmarks.gpu.steps import STEPS, timed_steps
 from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
 from vila_deploy.backends.native.offload import stream_layers
-from vila_deploy.backends.native.prefill import prefill
+from vila_deploy.backends.native.prompts import Prompts
 from vila_deploy.backends.native.tower import SCALE, load_encoder
 from vila_deploy.backends.native.weights import empty_llm
 from vila_deploy.checkpoint.config import VilaConfig
@@ -26,6 +27,7 @@ from vila_deploy.checkpoint.tensor_schema import projector_tensor_specs, tower_t
 from vila_deploy.formats.module_dtypes import FP16, INT8, is_tower_linear
 
 MODEL, LM_HEAD, MAX_SEQ_LEN = "40B", "int4", 2048
+Result = TypeVar("Result")
 LIMIT_BYTES = int(22.5 * 2**30)
 CALLS = 3  # of an image and of a prompt
 # Of a new CUDA context and the driver, which torch's own limit doesn't see.
@@ -75,8 +77,11 @@ def _measure(run: Run) -> dict[str, float]:
     small_s, _ = _image(run, vila, INT8)
     embeds = torch.randn(prompt, vila.llm.hidden_size, device=run.device)
     embeds[: len(features)] = features[:prompt].float()
-    prefill(step_config, llm, cache, embeds, 0)
-    prefill_s, _ = timed(run, lambda: prefill(step_config, llm, cache, embeds, 0))
+    prompts = Prompts(step_config, llm, cache, step)
+    if not run.rehearsed:
+        prompts.capture()
+    prompts.append(embeds, 0)
+    prefill_s, _ = timed(run, lambda: prompts.append(embeds, 0))
     step_s = timed_steps(run, step, cache, prompt).seconds
     weight_bytes = empty_llm(vila.llm, max_seq_len, lm_head=LM_HEAD).bytes_per_step
     return {
@@ -90,7 +95,7 @@ def _measure(run: Run) -> dict[str, float]:
     }
 
 
-def timed(run: Run, call: Callable[[], Tensor]) -> tuple[float, Tensor]:
+def timed(run: Run, call: Callable[[], Result]) -> tuple[float, Result]:
     """Return the median seconds of three calls, and what the last returned."""
     wait: Callable[[], None] = (lambda: None) if run.rehearsed else torch.cuda.synchronize
     times = []

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from benchmarks.page_tables.sources import markdown, results
+from vila_deploy.bench.predict_prompt import KERNELS_OF_TORCH, PromptModel
+from vila_deploy.checkpoint.presets import preset
+
+MODELS = {
+    "3B": "VILA1.5-3b", "8B": "Llama-3-VILA1.5-8B", "13B": "VILA1.5-13b", "40B": "VILA1.5-40b",
+}  # fmt: skip
+PROMPTS = (256, 1024)
 
 
 def kernel_instructions() -> str:
@@ -23,5 +30,28 @@ def kernel_instructions() -> str:
     titles = [
         "model", "product", "rows × warps, stages", "registers, shared memory",
         "instructions of the loop, a weight", "of the issue slots", "programs, waves", "in flight",
+    ]  # fmt: skip
+    return markdown(titles, rows)
+
+
+def prompt_launches() -> str:
+    """Return launches and predicted milliseconds of a prompt on an H200, as a graph and before."""
+    rows = []
+    for shown, model in MODELS.items():
+        for tokens in PROMPTS:
+            llm = preset(model, "int4").llm
+            now = PromptModel(llm, "h200", tokens)
+            before = PromptModel(llm, "h200", tokens, KERNELS_OF_TORCH, graph=False)
+            one_by_one = PromptModel(llm, "h200", tokens, graph=False)
+            rows.append(
+                [
+                    shown, str(tokens), f"{before.launches}, {1e3 * before.seconds:.1f}",
+                    f"{one_by_one.launches}, {1e3 * one_by_one.seconds:.1f}",
+                    f"{1e3 * now.seconds:.1f}",
+                ]
+            )  # fmt: skip
+    titles = [
+        "model", "tokens", "by torch: launches, ms", "our kernels one by one: launches, ms",
+        "as a graph: ms",
     ]  # fmt: skip
     return markdown(titles, rows)

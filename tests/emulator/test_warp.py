@@ -143,7 +143,9 @@ def swizzled(matrix: Array) -> Array:
     return out
 
 
-def group_product(a: Array, b: Array, *, wait: str = "wgmma.wait_group.sync.aligned 0;\n") -> Array:
+def group_product(
+    a: Array, b: Array, *, wait: str = "wgmma.wait_group.sync.aligned 0;\n", skip: str = ""
+) -> Array:
     """A[64, 64] (its first 16 columns) times B[16 columns, 64], both swizzled by 128 bytes."""
     memory = np.concatenate([swizzled(a).reshape(-1), swizzled(b).reshape(-1)])
     words, out = memory.view(np.uint32), np.zeros((8, 128), np.float32)
@@ -160,10 +162,10 @@ def group_product(a: Array, b: Array, *, wait: str = "wgmma.wait_group.sync.alig
     lines += [
         "bar.sync 0;", f"mov.b64 %rd2, {base};", f"mov.b64 %rd3, {base + (8192 >> 4)};",
         *(f"mov.b32 {register}, 0f3F800000;" for register in registers), "mov.pred %p1, 1;",
-        "wgmma.fence.sync.aligned;",
+        skip, "wgmma.fence.sync.aligned;",
         f"wgmma.mma_async.sync.aligned.m64n{COLUMNS}k16.f32.f16.f16 "
         f"{{{','.join(registers)}}}, %rd2, %rd3, %p1, 1, 1, 0, 0;",
-        "wgmma.commit_group.sync.aligned;", wait,
+        "wgmma.commit_group.sync.aligned;", wait, "$L__behind:",
     ]  # fmt: skip
     for index, register in enumerate(registers):
         lines.append(f"mad.wide.u32 %rd4, %r90, 4, %rd71;\n"
@@ -183,6 +185,12 @@ def test_a_product_of_a_warp_group() -> None:
             row = 16 * (thread // 32) + thread % 32 // 4 + 8 * (register // 2 % 2)
             column = 8 * (register // 4) + 2 * (thread % 4) + register % 2
             assert found[register, thread] == np.float32(expected[row, column])
+
+
+def test_a_warp_group_multiplies_as_a_whole() -> None:
+    a, b = np.zeros((64, 64), np.float16), np.zeros((COLUMNS, 64), np.float16)
+    with pytest.raises(Fault, match="only a part of a program executes a warp group's"):
+        group_product(a, b, skip="setp.lt.u32 %p2, %r90, 32;\n@%p2 bra $L__behind;")
 
 
 def test_a_product_of_a_warp_group_is_waited_for() -> None:

@@ -147,10 +147,10 @@ def chat_answers(folder: Path, cases: Sequence[Case], max_tokens: int) -> list[t
 
 
 def served_answers(
-    server: Running, cases: Sequence[Case], max_tokens: int, at_once: int
+    server: Running, cases: Sequence[Case], max_tokens: int, at_once: int, timeout_s: float = 60
 ) -> list[tuple[str, int]]:
     """Return the same of a server, which is asked `at_once` questions at a time."""
-    client = server.openai()
+    client = server.openai(timeout=timeout_s)
 
     def ask(case: Case) -> tuple[str, int]:
         text, images = case

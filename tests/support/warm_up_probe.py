@@ -16,7 +16,7 @@ import torch
 from vila_deploy.backends.native import compile_ahead as module
 from vila_deploy.backends.native.compile_ahead import KernelSet, compile_ahead
 from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
-from vila_deploy.backends.native.prefill import prefill
+from vila_deploy.backends.native.prompts import Prompts
 from vila_deploy.backends.native.rows_step import RowsStep
 from vila_deploy.backends.native.slot_caches import SlotCaches
 from vila_deploy.backends.native.weights import empty_llm
@@ -41,14 +41,15 @@ def missing(model: str, modules: ModulePrecision, *, several: bool = False) -> l
     steps: list[DecodeStep]
     if several:
         caches = SlotCaches(config, MAX_SEQ_LEN, 8, "meta", modules.kv_cache)
-        cache = caches.sequence(7)
+        cache: Cache | SlotCaches = caches
         steps = [RowsStep(step_config, llm, caches, rows) for rows in (1, 2, 4, 8)]
     else:
         cache = Cache(config, MAX_SEQ_LEN, "meta", modules.kv_cache)
         steps = [DecodeStep(step_config, llm, cache)]
+    prompts = Prompts(step_config, llm, cache, steps[0])
     for tokens in LENGTHS:
         embeds = torch.empty(tokens, config.hidden_size, device="meta")
-        steps[0].finish(prefill(step_config, llm, cache, embeds, 0))
+        prompts.append(embeds, 0)
     steps[0].draw()
     for step in steps:
         step()

@@ -193,6 +193,42 @@ class ChoosesTokens(Protocol):
         ...
 
 
+class DeviceRows(Protocol):
+    """Embeddings [tokens, hidden] in a session's own memory, which only that session can read."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> DeviceRows:
+        """Return some of the rows."""
+        ...
+
+
+@runtime_checkable
+class KeepsOnDevice(Protocol):
+    """What a Session has beside the rest if embeddings need not go through host memory."""
+
+    def encode_on_device(
+        self, pixels: Floats, grid: tuple[int, int] | None = None
+    ) -> DeviceRows:  # fmt: skip
+        """Do what `encode_images` does; all images' features are one after another.
+
+        It may return before they are computed: what takes them waits.
+        """
+        ...
+
+    def embed_on_device(self, parts: Sequence[Sequence[int] | Floats | DeviceRows]) -> DeviceRows:
+        """Return token ids, embeddings of the host and of the device, all as one prompt."""
+        ...
+
+    def prefill_on_device(self, slot: int, embeds: DeviceRows, more: bool = False) -> Floats:
+        """Do what `prefill` does."""
+        ...
+
+    def to_host(self, features: DeviceRows) -> Floats:
+        """Return a copy in host memory."""
+        ...
+
+
 @runtime_checkable
 class EncodesTiles(Protocol):
     """What a Session has beside the rest if others may decode between two tiles of an image.

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from vila_deploy.engine.session import EncodesTiles, Session, chunk_size
+from vila_deploy.engine.session import (
+    DeviceRows,
+    EncodesTiles,
+    KeepsOnDevice,
+    Session,
+    chunk_size,
+)
 from vila_deploy.processing.images import Pixels, place_features
 from vila_deploy.runtime.image_cache import ImageCache
 from vila_deploy.runtime.prompt import Prompt, PromptImage
 from vila_deploy.utils.arrays import Floats
+
+Rows = Floats | DeviceRows
 
 
 @dataclass(frozen=True)
@@ -43,33 +51,53 @@ def prefill_steps(
         chunk: returns the most tokens of the next step.
     """
     needed = _images_behind(prompt, cached)
-    features: dict[bytes, Floats] = {}
+    features: dict[bytes, Rows] = {}
+    on_device: dict[bytes, DeviceRows] = {}
     for image in needed:
         if image.digest in features:
             continue
-        held = images.get(image.digest)
+        held: Rows | None = images.get(image.digest)
         if held is None:
             for encoded in encode_steps(session, image.pixels):
                 held = encoded
                 yield PrefillStep()
             assert held is not None
-            images.put(image.digest, held)
+            if isinstance(held, np.ndarray):
+                images.put(image.digest, held)
+            else:
+                on_device[image.digest] = held
         features[image.digest] = held
-    embeds = _embeds(session, prompt, cached, features)
+    embeds = _embeds(session, _parts(prompt, cached, features))
     start = 0
     while start < len(embeds):
         count = chunk_size(len(embeds) - start, chunk())
         last = start + count == len(embeds)
-        logits = session.prefill(slot, embeds[start : start + count], more=not last)
+        logits = _prefill(session, slot, embeds[start : start + count], more=not last)
         start += count
+        # Only now, so that the prompt has not waited for the copies.
+        while on_device:
+            assert isinstance(session, KeepsOnDevice)
+            digest, rows = on_device.popitem()
+            images.put(digest, session.to_host(rows))
         yield PrefillStep(count, logits if last else None)
 
 
-def encode_steps(session: Session, pixels: Pixels) -> Iterator[Floats | None]:
+def _prefill(session: Session, slot: int, embeds: Rows, *, more: bool) -> Floats:
+    if isinstance(embeds, np.ndarray):
+        return session.prefill(slot, embeds, more=more)
+    assert isinstance(session, KeepsOnDevice)
+    return session.prefill_on_device(slot, embeds, more)
+
+
+def encode_steps(session: Session, pixels: Pixels) -> Iterator[Rows | None]:
     """Encode an image, tile by tile where the session can; yield all features with the last one.
 
-    The features [tokens, hidden] of all places that the image takes in a prompt.
+    The features [tokens, hidden] of all places that the image takes in a prompt, on the device if
+    the session keeps them there.
     """
+    if isinstance(session, KeepsOnDevice) and pixels.pool is None:
+        yield session.encode_on_device(pixels.tiles, pixels.grid)
+        return
     if not isinstance(session, EncodesTiles):
         encoded = session.encode_images(pixels.tiles, pixels.grid)
         yield np.concatenate(place_features(list(encoded), pixels))
@@ -89,9 +117,9 @@ def _images_behind(prompt: Prompt, cached: int) -> list[PromptImage]:
     return [image for image in prompt.images if image.digest in held]
 
 
-def _embeds(session: Session, prompt: Prompt, cached: int, features: dict[bytes, Floats]) -> Floats:
-    """Return the embeddings [tokens, hidden] of the prompt behind its first `cached` tokens."""
-    parts: list[Floats] = []
+def _parts(prompt: Prompt, cached: int, features: dict[bytes, Rows]) -> list[list[int] | Rows]:
+    """Return the prompt behind its first `cached` tokens: token ids and features in turn."""
+    parts: list[list[int] | Rows] = []
     run: list[int] = []
     keys = prompt.keys
     position = cached
@@ -102,7 +130,7 @@ def _embeds(session: Session, prompt: Prompt, cached: int, features: dict[bytes,
             position += 1
             continue
         if run:
-            parts.append(session.embed_tokens(run))
+            parts.append(run)
             run = []
         digest, index = key
         end = position
@@ -111,5 +139,19 @@ def _embeds(session: Session, prompt: Prompt, cached: int, features: dict[bytes,
         parts.append(features[digest][index : index + end - position])
         position = end
     if run:
-        parts.append(session.embed_tokens(run))
-    return np.concatenate(parts)
+        parts.append(run)
+    return parts
+
+
+def _embeds(session: Session, parts: Sequence[list[int] | Rows]) -> Rows:
+    """Return the embeddings [tokens, hidden] of the parts of a prompt."""
+    if isinstance(session, KeepsOnDevice):
+        return session.embed_on_device(parts)
+    embeds: list[Floats] = []
+    for part in parts:
+        if isinstance(part, list):
+            embeds.append(session.embed_tokens(part))
+        else:
+            assert isinstance(part, np.ndarray)
+            embeds.append(part)
+    return np.concatenate(embeds)

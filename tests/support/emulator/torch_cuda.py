@@ -1,12 +1,13 @@
 """A stand-in for what the project uses of torch.cuda, over the emulated GPU.
 
-Tensors "on" the GPU lie in host memory. A captured graph replays the launches of kernels; torch's
-own operations run once, as they are captured.
+Tensors "on" the GPU lie in host memory. A captured graph replays launches of kernels and torch's
+own operations, in their order.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from tests.support.emulator.captured_operations import CapturedOperations
 from tests.support.emulator.device import EmulatedDevice
 
 MEMORY_BYTES = 139 << 30
@@ -45,14 +47,16 @@ class Event:
 
 
 class Graph:
-    """Launches in the order in which they were captured."""
+    """Launches and operations in the order in which they were captured."""
 
     def __init__(self) -> None:
         self.launches: list[Callable[[], None]] = []
 
     def replay(self) -> None:
-        for launch in self.launches:
-            launch()
+        # In which tensors of either kind may be changed.
+        with torch.inference_mode():
+            for launch in self.launches:
+                launch()
 
     def reset(self) -> None:
         self.launches.clear()
@@ -85,7 +89,8 @@ def install_torch_cuda(device: EmulatedDevice) -> None:
     def capture(graph: Graph, **_: Any) -> Iterator[None]:
         device.capturing = graph.launches
         try:
-            yield
+            with CapturedOperations(graph.launches):
+                yield
         finally:
             device.capturing = None
 
@@ -103,6 +108,7 @@ def install_torch_cuda(device: EmulatedDevice) -> None:
     cuda.synchronize = cuda.empty_cache = cuda.reset_peak_memory_stats = nothing
     cuda.set_per_process_memory_fraction = nothing
     cuda.Event, cuda.CUDAGraph, cuda.graph = Event, Graph, capture
+    cuda.graph_pool_handle = object
     torch.version.cuda = "13.0"
     move = torch.nn.Module.to
 
@@ -112,3 +118,15 @@ def install_torch_cuda(device: EmulatedDevice) -> None:
 
     torch.nn.Module.to = module_to  # type: ignore[method-assign,assignment]
     OnHost().__enter__()
+    _enter_in_threads()
+
+
+def _enter_in_threads() -> None:
+    """Let threads that begin from now on find the device too: modes belong to a thread."""
+    run = threading.Thread.run
+
+    def with_device(self: threading.Thread) -> None:
+        with OnHost():
+            run(self)
+
+    threading.Thread.run = with_device  # type: ignore[method-assign]

@@ -24,10 +24,9 @@ SWIZZLES = {0: (16, 0), 1: (128, 7), 2: (64, 3), 3: (32, 1)}
           "m64n32k16 m64n64k16 m64n128k16")  # fmt: skip
 def warpgroup_product(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     step = instruction.opcode[1]
-    if mask is not None:
-        raise Fault("only a part of a program executes a warp group's instruction")
+    active = _active_groups(machine, mask)
     if step == "mma_async":
-        _multiply(machine, instruction)
+        _multiply(machine, instruction, mask, active)
     elif step == "commit_group":
         machine.warpgroups.append((machine.open_registers, machine.open_reads))
         machine.open_registers, machine.open_reads = set(), []
@@ -41,7 +40,18 @@ def warpgroup_product(machine: Machine, instruction: Instruction, mask: Mask) ->
         )
 
 
-def _multiply(machine: Machine, instruction: Instruction) -> None:
+def _active_groups(machine: Machine, mask: Mask) -> Array:
+    """Return which warp groups execute an instruction: programs may part, a group may not."""
+    if mask is None:
+        return np.ones(machine.threads // GROUP, np.bool_)
+    threads = mask.reshape(-1, GROUP)
+    found: Array = threads.all(1)
+    if not np.array_equal(found, threads.any(1)):
+        raise Fault("only a part of a program executes a warp group's instruction")
+    return found
+
+
+def _multiply(machine: Machine, instruction: Instruction, mask: Mask, active: Array) -> None:
     """D[64, n] = A[64, 16] B[16, n] + D, or without D where its predicate is false."""
     if instruction.opcode[-3:] != ("f32", "f16", "f16"):
         raise Fault(f"unknown instruction {'.'.join(instruction.opcode)}")
@@ -60,8 +70,8 @@ def _multiply(machine: Machine, instruction: Instruction) -> None:
             left[:, ROW + down, COLUMN + across] = pair[..., 0]
             left[:, ROW + down, COLUMN + across + 1] = pair[..., 1]
     else:
-        left = _described(machine, a, 64, transposed=transposed[0] == "1")
-    right = _described(machine, b, columns, transposed=transposed[-1] == "1")
+        left = _described(machine, a, 64, active, transposed=transposed[0] == "1")
+    right = _described(machine, b, columns, active, transposed=transposed[-1] == "1")
     total = np.zeros((groups, 64, columns))
     keep = machine.get(scale_d, "pred").reshape(groups, GROUP)[:, :1]
     places = [(down, 8 * tile + across) for tile in range(columns // 8) for down, across in D_TILES]
@@ -71,20 +81,24 @@ def _multiply(machine: Machine, instruction: Instruction) -> None:
         total[:, ROW + down, COLUMN + across] = np.where(keep, before, 0)
     result = (left @ right.transpose(0, 2, 1) + total).astype(np.float32)
     for name, (down, across) in zip(registers, places, strict=True):
-        machine.put(name, result[:, ROW + down, COLUMN + across].reshape(-1), None)
+        machine.put(name, result[:, ROW + down, COLUMN + across].reshape(-1), mask)
     machine.in_flight.update(registers)
     machine.open_registers.update(registers)
 
 
-def _described(machine: Machine, operand: str, rows: int, *, transposed: bool) -> Array:
+def _described(
+    machine: Machine, operand: str, rows: int, active: Array, *, transposed: bool
+) -> Array:
     """Return an operand [groups, rows, 16] out of shared memory, by its matrix descriptor.
 
+    Groups that are not `active` have zeros.
     Rows run along the leading dimension if `transposed`, else K does (the manual's canonical
     layouts of 16-bit elements: cores of 8 rows by 16 bytes, swizzled by 128, 64, 32 or no bytes).
     """
     descriptors = machine.get(operand, "u64").reshape(-1, GROUP)[:, 0]
-    matrices = []
-    for group, descriptor in enumerate(descriptors.tolist()):
+    matrices = np.zeros((len(descriptors), rows, 16))
+    for group in np.flatnonzero(active).tolist():
+        descriptor = descriptors[group]
         offset = _offsets(int(descriptor), rows, transposed=transposed).reshape(-1)
         program = np.full(len(offset), machine.program[group * GROUP])
         at = machine.shared.index(offset, program, 2)
@@ -93,8 +107,8 @@ def _described(machine: Machine, operand: str, rows: int, *, transposed: bool) -
         everywhere = np.tile(at, GROUP // WARP)
         machine.shared.note_read(everywhere, 2, warp)
         machine.open_reads.append((everywhere, warp))
-        matrices.append(machine.shared.data.view(np.float16)[at // 2].reshape(rows, 16))
-    return np.stack(matrices).astype(np.float64)
+        matrices[group] = machine.shared.data.view(np.float16)[at // 2].reshape(rows, 16)
+    return matrices
 
 
 def _offsets(descriptor: int, rows: int, *, transposed: bool) -> Array:

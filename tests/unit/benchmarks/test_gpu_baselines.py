@@ -299,6 +299,7 @@ def llama_bench(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
     """Stands in for llama-bench: a program that runs `code` with `arguments`."""
     monkeypatch.setattr(baseline_llamacpp, "BUILD", folder)
     monkeypatch.setattr(baseline_llamacpp, "BENCH", folder / "llama-bench")
+    monkeypatch.setattr(baseline_llamacpp, "PACKED", folder / "llama-bench.xz")
     (folder / baseline_llamacpp.VERSION).write_text("llama.cpp 1\n", "utf-8")
 
     def write(code: str) -> None:
@@ -307,6 +308,27 @@ def llama_bench(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
         (folder / "llama-bench").chmod(0o755)
 
     return write
+
+
+def test_a_packed_llama_bench_is_unpacked_where_it_is_used(
+    run: Run, llama_bench: Any, folder: Path
+) -> None:
+    """As it comes to a machine on which nothing is compiled."""
+    llama_bench("print('unpacked', file=sys.stderr); sys.exit(3)\n")
+    packed = baseline_llamacpp.pack()
+    (folder / "llama-bench").unlink()
+    assert packed.exists()
+    baseline_llamacpp.measure_llamacpp(run)
+    assert rows_of(run, "failed")[0]["reason"] == "llama-bench exits with 3: unpacked"
+
+
+def test_llama_bench_is_compiled_for_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(baseline_llamacpp, "build_for", asked.append)
+    monkeypatch.setattr(baseline_llamacpp, "pack", Path)
+    monkeypatch.setattr(sys, "argv", ["build_baselines", "llamacpp", "--sm", "90"])
+    assert build_baselines.main() == 0
+    assert asked == [ComputeCapability(9, 0)]
 
 
 def test_llama_bench_s_answer_becomes_rows(run: Run, llama_bench: Any, folder: Path) -> None:

@@ -19,6 +19,7 @@ from vila_deploy.kernels.launch_mode import LAUNCH_MODES
 STEMS = {
     "gemv", "gemm", "dequantize", "norm_qkv", "rope_kv", "attention", "add_residual", "gate_up",
     "head", "embed", "rope_attention", "slots_attention", "kv_int8", "sample", "step",
+    "prompt_attention", "prompt_norm", "swiglu",
 }  # fmt: skip
 ABSENT = {
     "tinychat int4",
@@ -129,3 +130,14 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert {row["reason"] for row in rows} == {"failed, see log.txt"}
     assert "torch finds no CUDA GPU" in (tmp_path / "log.txt").read_text("utf-8")
+
+
+def test_random_models_rotate_as_true_ones() -> None:
+    """With other angles attention would be all but uniform, and equal bits would show little."""
+    from benchmarks.gpu.inputs import config, random_llm
+    from vila_deploy.onnx_export.rotary import rotary_tables
+
+    sizes = config("3B", "int4", small=True)
+    llm = random_llm(sizes, 16, "cpu")
+    for found, expected in zip((llm.cos, llm.sin), rotary_tables(sizes, 16), strict=True):
+        assert torch.equal(found, expected)

@@ -10,7 +10,7 @@ from benchmarks.gpu.prompt_lookup import accepted, decode, guess
 from tests.support.native_cases import pack_llm
 from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
-from vila_deploy.backends.native.prefill import prefill
+from vila_deploy.backends.native.prompts import Prompts
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.kernels.capability import INTERPRETER
 from vila_deploy.kernels.tile_config import TOKENS
@@ -51,7 +51,8 @@ def test_same_tokens_as_greedy_decoding(tmp_path: Path) -> None:
 
     def begin() -> int:
         """Fill the cache with the prompt, and return the first token behind it."""
-        step.finish(prefill(config, llm, cache, llm.table[prompt].float(), 0))
+        Prompts(config, llm, cache, step).append(llm.table[prompt].float(), 0)
+        cache.position.fill_(len(prompt))
         return int(step.token)
 
     first, expected = begin(), []

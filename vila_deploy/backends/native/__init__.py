@@ -25,13 +25,12 @@ def open_session(folder: Path, manifest: Manifest, slots: int = 1) -> Session:
     """
     require_triton()
     from vila_deploy.backends.native.loading import check_memory
-    from vila_deploy.backends.native.session import NativeSession
+    from vila_deploy.backends.native.session import NativeSession, OneNativeSlot
     from vila_deploy.backends.native.slotted_session import SlottedSession
-    from vila_deploy.engine.session import OneSlot
 
     check_memory(folder, manifest, slots)
     if slots == 1:
-        return OneSlot(NativeSession(folder, manifest))
+        return OneNativeSlot(NativeSession(folder, manifest))
     return SlottedSession(folder, manifest, slots)
 
 

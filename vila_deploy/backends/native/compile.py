@@ -118,9 +118,8 @@ def engine_launches(
 ) -> list[Launch]:
     """Return what a session of this model launches, over tensors without values."""
     from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
+    from vila_deploy.backends.native.memory import prompt_lengths
     from vila_deploy.backends.native.weights import empty_llm
-    from vila_deploy.kernels.dequantize import dequantize
-    from vila_deploy.kernels.gemm import gemm
     from vila_deploy.kernels.tile_config import widest_gemm
 
     # Layers are alike: the first differs from the others only in what stands before it.
@@ -129,17 +128,15 @@ def engine_launches(
     step_config = StepConfig(config, max_seq_len, capability, "meta", launch_mode)
     cache = Cache(config, max_seq_len, "meta", module_precision.kv_cache)
     step = DecodeStep(step_config, llm, cache)
-    launches = [*step.launches, step.sampled[-1]]
-    tokens, weight = min(max_seq_len, widest_gemm(capability)), llm.layers[0].down
-    launches += _prompt_launches(step_config, llm, cache, tokens)
-    x, y = (torch.empty((tokens, n), dtype=torch.float16, device="meta")
-            for n in (weight.in_features, weight.out_features))  # fmt: skip
-    launches.append(gemm(x, weight, None, y, capability))
-    if weight.bits < 16:
-        dense = torch.empty((weight.out_features, weight.in_features), dtype=torch.float16,
-                            device="meta")  # fmt: skip
-        launches.append(dequantize(weight, dense))
-    return launches
+    # The longest prompts on both sides of the switch to cuBLAS.
+    lengths = prompt_lengths(max_seq_len)
+    narrow = [tokens for tokens in lengths if tokens <= widest_gemm(capability)]
+    return [
+        *step.launches,
+        step.sampled[-1],
+        *_few_tokens_launches(step_config, cache),
+        *_prompt_launches(step_config, llm, cache, sorted({narrow[-1], lengths[-1]})),
+    ]
 
 
 def session_launches(
@@ -157,9 +154,8 @@ def session_launches(
         several: add those of steps over several sequences.
     """
     from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
+    from vila_deploy.backends.native.memory import prompt_lengths
     from vila_deploy.backends.native.weights import empty_llm
-    from vila_deploy.kernels.linear import product
-    from vila_deploy.kernels.tile_config import TOKENS, prompt_widths
 
     launches = engine_launches(config, max_seq_len, capability, module_precision, launch_mode)
     config = replace(config, num_layers=1)
@@ -169,18 +165,7 @@ def session_launches(
     launches += DecodeStep(step_config, llm, cache).after_prompt()
     if several:
         launches += _rows_launches(replace(config, num_layers=2), step_config, module_precision)
-    launches += _prompt_launches(step_config, llm, cache, min(TOKENS, max_seq_len))
-    layer, f16, f32 = llm.layers[0], torch.float16, torch.float32
-    products = (
-        (layer.qkv, layer.qkv_bias, f16), (layer.o, None, f32), (layer.gate_up, None, f16),
-        (layer.down, None, f32),
-    )  # fmt: skip
-    for tokens in prompt_widths(capability, max_seq_len):
-        for weight, bias, dtype in products:
-            x = torch.empty((tokens, weight.in_features), dtype=f16, device="meta")
-            y = torch.empty((tokens, weight.out_features), dtype=dtype, device="meta")
-            launches.append(product(x, weight, bias, y, capability))
-    return launches
+    return launches + _prompt_launches(step_config, llm, cache, prompt_lengths(max_seq_len))
 
 
 def _rows_launches(
@@ -200,26 +185,30 @@ def _rows_launches(
 
 
 def _prompt_launches(
-    step_config: StepConfig, llm: PackedLlm, cache: Cache, tokens: int
+    step_config: StepConfig, llm: PackedLlm, cache: Cache, lengths: Sequence[int]
 ) -> list[Launch]:
-    """Return the rotation of a whole prompt, and attention of a few tokens at once."""
+    """Return what prompts that are padded to these lengths launch."""
+    from vila_deploy.backends.native.prompt_pass import PromptBuffers, PromptPass
+    from vila_deploy.kernels.launch import Launch
+
+    buffers = PromptBuffers(step_config, llm, lengths[-1])
+    passes = [PromptPass(step_config, llm, cache, buffers, tokens) for tokens in lengths]
+    return [call for one in passes for call in one.calls if isinstance(call, Launch)]
+
+
+def _few_tokens_launches(step_config: StepConfig, cache: Cache) -> list[Launch]:
+    """Return attention of a step over several tokens of one sequence."""
     from vila_deploy.kernels.attention import SplitScratch, attention
-    from vila_deploy.kernels.rope_kv import rope_kv
     from vila_deploy.kernels.tile_config import TOKENS, attention_splits
 
     config, capability = step_config.llm, step_config.capability
-    heads, dim = config.num_heads, config.head_dim
-    width = (heads + 2 * config.num_kv_heads) * dim
-    qkv = torch.empty((tokens, width), dtype=torch.float16, device="meta")
-    q = torch.empty((tokens, heads, dim), dtype=torch.float16, device="meta")
+    few, heads, dim = min(TOKENS, step_config.max_seq_len), config.num_heads, config.head_dim
+    q = torch.empty((few, heads, dim), dtype=torch.float16, device="meta")
     keys, values, scales = cache.layer(0)
-    rope = rope_kv(qkv, llm.cos, llm.sin, cache.position, q, keys, values, scales)
-    few = min(TOKENS, tokens)
     out = torch.empty((few, heads * dim), dtype=torch.float16, device="meta")
     splits = attention_splits(capability, config.num_kv_heads, step_config.max_seq_len)
     scratch = SplitScratch(few, heads, dim, splits, "meta")
-    few_tokens = attention(q[:few], keys, values, cache.position, out, scratch, capability, scales)
-    return [rope, *few_tokens]
+    return [*attention(q, keys, values, cache.position, out, scratch, capability, scales)]
 
 
 if __name__ == "__main__":

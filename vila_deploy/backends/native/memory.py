@@ -25,8 +25,12 @@ from vila_deploy.formats.module_dtypes import FP16, is_tower_linear
 from vila_deploy.kernels.tile_config import TOKENS, WIDEST_GEMM
 from vila_deploy.utils.estimates import MemoryItem, PlanStep
 
-# Tokens that go through the decoder at a time.
+# Tokens that go through the decoder at a time, padded to one of the lengths: at most half more
+# from 48 tokens on. Below, a product costs the same for fewer.
 PREFILL_TOKENS = 1024
+PROMPT_LENGTHS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, PREFILL_TOKENS)
+# Of a kernel in a CUDA graph, on the GPU: assumed. Kernels of a layer in a prompt's graph.
+GRAPH_KERNEL_BYTES, PROMPT_KERNELS = 16 << 10, 13
 # Our kernels keep every zero point as float16.
 STORAGE = Storage(zero_bits=16, head_zero_bits=16)
 # Modules that may stay in host memory, in the order of what that costs; keys of model.json.
@@ -62,28 +66,43 @@ def _notes(moved: dict[str, int]) -> tuple[PlanStep, ...]:
 
 
 def _activations(config: VilaConfig, request: BuildRequest, precision: str) -> MemoryItem:
-    """Buffers of a chunk of the prompt and, for long ones, the widest weight in float16.
+    """Buffers and graphs of prompts and steps, and what the tower holds while it computes.
 
-    Or those of the tower, with its widest matrix in float16 if it is kept in int8.
+    For long prompts the widest weight in float16 is among them, and so is the tower's widest matrix
+    if it is kept in int8.
     """
-    llm = config.llm
-    tokens = min(PREFILL_TOKENS, request.limits.max_input_len)
-    queries, keys = (n * llm.head_dim for n in (llm.num_heads, llm.num_kv_heads))
-    # The residual in float32 twice, its norm, q, k, v and attention; gate and up, their product.
-    count = tokens * (5 * llm.hidden_size + 3 * queries + 2 * keys + 5 * llm.intermediate_size)
-    if precision == "int4" and tokens > WIDEST_GEMM:
-        count += 2 * llm.intermediate_size * llm.hidden_size
+    count = _prompt_values(config, request, precision) + tower_activations(config)
     # Logits in float32, of each number of rows that a step may have.
-    logits = 2 * llm.vocab_size * sum(row_counts(request.limits.max_batch_size))
-    count += logits
-    tower = tower_activations(config) + logits
+    count += 2 * config.llm.vocab_size * sum(row_counts(request.limits.max_batch_size))
     if request.module_precision.vision != FP16:
-        tower += max(
+        count += max(
             math.prod(tensor.shape)
             for tensor in tower_tensor_specs(config)
             if is_tower_linear(tensor.name, tensor.shape)
         )
-    return activation_item(max(count, tower), STORAGE)
+    return activation_item(count, STORAGE)
+
+
+def _prompt_values(config: VilaConfig, request: BuildRequest, precision: str) -> int:
+    """Return the values, 2 bytes each, of the buffers of a piece of a prompt and of its graphs."""
+    llm = config.llm
+    lengths = prompt_lengths(request.limits.max_seq_len)
+    tokens = lengths[-1]
+    queries, keys = (n * llm.head_dim for n in (llm.num_heads, llm.num_kv_heads))
+    # Residual and what is added to it in float32, the norm; q, k and v, rotated q and attention;
+    # gate and up, their product.
+    count = tokens * (5 * llm.hidden_size + 3 * queries + 2 * keys + 3 * llm.intermediate_size)
+    if precision == "int4" and tokens > WIDEST_GEMM:
+        count += 2 * llm.intermediate_size * llm.hidden_size
+    graphs = len(lengths) * PROMPT_KERNELS * llm.num_layers * GRAPH_KERNEL_BYTES
+    return count + graphs // 2
+
+
+def prompt_lengths(max_seq_len: int) -> list[int]:
+    """Return the numbers of tokens that pieces of prompts are padded to, the longest last."""
+    longest = min(max_seq_len, PREFILL_TOKENS)
+    end = next(index for index, tokens in enumerate(PROMPT_LENGTHS) if tokens >= longest)
+    return list(PROMPT_LENGTHS[: end + 1])
 
 
 def row_counts(slots: int) -> list[int]:

@@ -6,7 +6,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,18 +17,19 @@ from vila_deploy.backends.native.compile_ahead import KernelSet, compile_ahead
 from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
 from vila_deploy.backends.native.launch_choice import TRIED_STEPS, captured, choose_launch_mode
 from vila_deploy.backends.native.loading import load_weights, vision_dtype
-from vila_deploy.backends.native.prefill import prefill
+from vila_deploy.backends.native.prompts import Prompts
 from vila_deploy.backends.native.weights import PackedLlm
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.engine.sampling import SamplingParams
-from vila_deploy.engine.session import check_room
+from vila_deploy.engine.session import DeviceRows, OneSlot, check_room
 from vila_deploy.kernels.argmax import NO_TOKEN
-from vila_deploy.kernels.tile_config import widest_gemm
 from vila_deploy.model.vision import VisionEncoder
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.errors import VilaDeployError
 
+# Of the prompt behind which launch modes are tried.
+WARM_UP_TOKENS = 257
 _CapturedStep = tuple[DecodeStep, dict[bool, torch.cuda.CUDAGraph]]
 
 
@@ -40,11 +41,26 @@ class PromptInputs:
     _device: str
 
     def encode_images(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Floats:
-        tiles = torch.from_numpy(pixels).to(self._device, vision_dtype(self._device))
-        return self._vision(tiles, grid).float().cpu().numpy()
+        return self._encode(pixels, grid).float().cpu().numpy()
+
+    def encode_on_device(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Tensor:
+        return self._encode(pixels, grid).flatten(0, 1)
 
     def embed_tokens(self, tokens: Sequence[int]) -> Floats:
         return self._embed(tokens).cpu().numpy()
+
+    @torch.inference_mode()
+    def embed_on_device(self, parts: Sequence[Sequence[int] | Floats | DeviceRows]) -> Tensor:
+        return torch.cat([self._as_rows(part) for part in parts])
+
+    def to_host(self, features: DeviceRows) -> Floats:
+        assert isinstance(features, Tensor)
+        return features.float().cpu().numpy()
+
+    def _encode(self, pixels: Floats, grid: tuple[int, int] | None) -> Tensor:
+        tiles = torch.from_numpy(pixels).to(self._device, vision_dtype(self._device))
+        found: Tensor = self._vision(tiles, grid)
+        return found
 
     def _embed(self, tokens: Sequence[int]) -> Tensor:
         """Return embeddings, float32 [tokens, hidden], where the table is."""
@@ -52,13 +68,17 @@ class PromptInputs:
         return self._llm.table[ids].float()
 
     def _warm_up_prompt(self, config: StepConfig) -> Tensor:
-        """Return embeddings on the device of a prompt long enough for cuBLAS.
-
-        It takes memory of its own when it is first called.
-        """
-        tokens = min(widest_gemm(config.capability) + 1, config.max_seq_len)
+        """Return embeddings on the device of a prompt that attention splits."""
+        tokens = min(WARM_UP_TOKENS, config.max_seq_len)
         vocabulary = config.llm.vocab_size
         return self._embed([token % vocabulary for token in range(tokens)]).to(self._device)
+
+    def _as_rows(self, part: Sequence[int] | Floats | DeviceRows) -> Tensor:
+        """Return token ids, or embeddings wherever they are, as float32 rows on the device."""
+        if isinstance(part, np.ndarray):
+            part = torch.from_numpy(np.ascontiguousarray(part, np.float32))
+        rows = part if isinstance(part, Tensor) else self._embed(cast(Sequence[int], part))
+        return rows.to(self._device).float()
 
 
 class NativeSession(PromptInputs):
@@ -88,6 +108,7 @@ class NativeSession(PromptInputs):
         self.position, self.max_seq_len = 0, config.max_seq_len
         self._cache = Cache(config.llm, self.max_seq_len, self._device, modules.kv_cache)
         self._step = DecodeStep(self._config, self._llm, self._cache)
+        self._prompts = Prompts(self._config, self._llm, self._cache, self._step)
         # By whether the step samples.
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self._choices: dict[str, dict[str, Any]] = {}
@@ -101,8 +122,10 @@ class NativeSession(PromptInputs):
         """Compile, load and capture all that answers need, so that the first is no slower."""
         config = self._config
         compile_kernels(config, module_precision)
+        self._prompts.capture()
         prompt = self._warm_up_prompt(config)
-        self._prefill(prompt)
+        if config.preferred_mode is not None:
+            self._prompts.append(prompt, 0)
         self._step.settings.fill_(1.0)
         self._step.draw()
         # Behind the prompt, as far as there is room.
@@ -112,6 +135,7 @@ class NativeSession(PromptInputs):
             config, self._prepare, self._tried_outputs
         )  # fmt: skip
         self._choices = {"kernel_launch": choice.to_json()}
+        self._prompts.capture_finish(self._step)
         self.truncate(0)
 
     def _prepare(self, config: StepConfig) -> _CapturedStep:
@@ -141,15 +165,15 @@ class NativeSession(PromptInputs):
         return found
 
     @torch.inference_mode()
-    def prefill(self, embeds: Floats) -> Floats:
-        """Append [tokens, hidden] to the cache; return logits of the last token [vocab]."""
-        x = torch.from_numpy(np.ascontiguousarray(embeds, np.float32)).to(self._device)
-        self._prefill(x)
-        self.position += len(embeds)
-        return self._logits()
+    def prefill(self, embeds: Floats | DeviceRows, *, more: bool = False) -> Floats:
+        """Append [tokens, hidden] to the cache; return logits of the last token [vocab].
 
-    def _prefill(self, embeds: Tensor) -> None:
-        self._step.finish(prefill(self._config, self._llm, self._cache, embeds, self.position))
+        Args:
+            more: the prompt goes on: nothing is returned.
+        """
+        self._prompts.append(self._as_rows(embeds), self.position, more=more)
+        self.truncate(self.position + len(embeds))
+        return np.empty(0, np.float32) if more else self._logits()
 
     @torch.inference_mode()
     def decode(self, token: int) -> Floats:
@@ -234,7 +258,7 @@ class NativeSession(PromptInputs):
 
     def close(self) -> None:
         """Free weights, cache and graphs."""
-        for name in ("_graphs", "_step", "_cache", "_vision", "_llm"):
+        for name in ("_graphs", "_prompts", "_step", "_cache", "_vision", "_llm"):
             self.__dict__.pop(name, None)
 
     def _run_step(self, *, sampled: bool = False) -> None:
@@ -248,6 +272,25 @@ class NativeSession(PromptInputs):
         if not np.isfinite(logits.max()):
             raise not_numbers(self.position)
         return logits
+
+
+class OneNativeSlot(OneSlot):
+    """The Session of one sequence, which also implements `KeepsOnDevice`."""
+
+    sequence: NativeSession
+
+    def encode_on_device(self, pixels: Floats, grid: tuple[int, int] | None = None) -> Tensor:
+        return self.sequence.encode_on_device(pixels, grid)
+
+    def embed_on_device(self, parts: Sequence[Sequence[int] | Floats | DeviceRows]) -> Tensor:
+        return self.sequence.embed_on_device(parts)
+
+    def prefill_on_device(self, slot: int, embeds: DeviceRows, more: bool = False) -> Floats:
+        check_room(self.length(slot), len(embeds), self.max_seq_len)
+        return self.sequence.prefill(embeds, more=more)
+
+    def to_host(self, features: DeviceRows) -> Floats:
+        return self.sequence.to_host(features)
 
 
 def read_later(tokens: Tensor, device: str) -> Callable[[], list[int]]:

@@ -15,7 +15,7 @@ from vila_deploy.backends.native.decode_step import StepConfig
 from vila_deploy.backends.native.launch_choice import TRIED_STEPS, captured, choose_launch_mode
 from vila_deploy.backends.native.loading import load_weights
 from vila_deploy.backends.native.memory import PREFILL_TOKENS, row_counts
-from vila_deploy.backends.native.prefill import prefill
+from vila_deploy.backends.native.prompts import Prompts
 from vila_deploy.backends.native.rows_step import RowsStep
 from vila_deploy.backends.native.session import (
     PromptInputs,
@@ -29,7 +29,7 @@ from vila_deploy.backends.native.weights import PackedLlm
 from vila_deploy.engine.manifest import Manifest
 from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.engine.sampling import SamplingParams
-from vila_deploy.engine.session import check_keep, check_room, check_slots
+from vila_deploy.engine.session import DeviceRows, check_keep, check_room, check_slots
 from vila_deploy.kernels.argmax import NO_TOKEN
 from vila_deploy.kernels.tile_config import TOKENS
 from vila_deploy.model.vision import VisionEncoder
@@ -97,10 +97,10 @@ class SlottedSession(PromptInputs):
         self._device, self.max_seq_len, self.slots = config.device, config.max_seq_len, slots
         sizes = config.llm, config.max_seq_len, slots, config.device, modules.kv_cache
         self._caches = SlotCaches(*sizes)
-        self._sequences = [self._caches.sequence(slot) for slot in range(slots)]
         self._lengths, self._samples = [0] * slots, [False] * slots
         # A prompt's own step, so that a step that runs ahead stays as it is.
         self._prompt, self._prompted = RowsStep(config, llm, self._caches), -1
+        self._prompts = Prompts(config, llm, self._caches, self._prompt)
         self._steps = self._make_steps(config)
         self._ahead: _Run | None = None
         self._graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
@@ -115,10 +115,12 @@ class SlottedSession(PromptInputs):
         """Compile, load and capture all that answers need, so that the first is no slower."""
         config = self._config
         compile_kernels(config, modules, several=True)
+        self._prompts.capture()
+        self._prompts.capture_finish(self._prompt)
         prompt = self._warm_up_prompt(config)
-        self._prompt.finish(prefill(config, self._llm, self._sequences[0], prompt, 0))
         self._prompt.draw()
         if config.preferred_mode is not None:
+            self._prompts.append(prompt, 0)
             for slot in range(1, min(self.slots, TOKENS)):
                 self._caches.copy(0, slot, len(prompt))
         # Behind the prompt, as far as there is room.
@@ -156,7 +158,7 @@ class SlottedSession(PromptInputs):
             written = [
                 vectors
                 for slot in slots
-                for vectors in self._sequences[slot].between(
+                for vectors in self._caches.sequence(slot).between(
                     self._tried_range.start, self._tried_range.stop
                 )
             ]
@@ -196,25 +198,31 @@ class SlottedSession(PromptInputs):
         self._lengths[target] = tokens
 
     def prefill(
-        self, slot: int, embeds: Floats, all_logits: bool = False, more: bool = False
+        self,
+        slot: int,
+        embeds: Floats | DeviceRows,
+        all_logits: bool = False,
+        more: bool = False,
     ) -> Floats:
         check_room(self.length(slot), len(embeds), self.max_seq_len)
         self._change(slot)
         self._choose_greedily(slot)
         if all_logits:
-            return np.stack([self._append(slot, embed[None]) for embed in embeds])
+            rows = (embeds[index : index + 1] for index in range(len(embeds)))
+            return np.stack([self._append(slot, row) for row in rows])
         return self._append(slot, embeds, more)
 
+    def prefill_on_device(self, slot: int, embeds: DeviceRows, more: bool = False) -> Floats:
+        return self.prefill(slot, embeds, more=more)
+
     @torch.inference_mode()
-    def _append(self, slot: int, embeds: Floats, more: bool = False) -> Floats:
-        x = torch.from_numpy(np.ascontiguousarray(embeds, np.float32)).to(self._device)
+    def _append(self, slot: int, embeds: Floats | DeviceRows, more: bool = False) -> Floats:
         held = self._lengths[slot]
-        residual = prefill(self._config, self._llm, self._sequences[slot], x, held)
+        self._prompts.append(self._as_rows(embeds), held, slot, more=more)
         self._lengths[slot] = held + len(embeds)
         self._prompted = -1
         if more:
             return np.empty(0, np.float32)
-        self._prompt.finish(residual)
         self._prompted = slot
         (logits,) = self._checked(self._prompt, [0], [held + len(embeds)])
         return logits
@@ -296,7 +304,7 @@ class SlottedSession(PromptInputs):
 
     def close(self) -> None:
         """Free weights, caches and graphs."""
-        names = "_graphs", "_steps", "_prompt", "_sequences", "_caches", "_vision", "_llm", "_ahead"
+        names = "_graphs", "_steps", "_prompts", "_prompt", "_caches", "_vision", "_llm", "_ahead"
         for name in names:
             self.__dict__.pop(name, None)
 

@@ -59,7 +59,7 @@ def test_decode_prefill_in_parts_and_reset(tmp_path: Path, monkeypatch: pytest.M
     session.keep(0, 0)
     with pytest.raises(VilaDeployError, match="empty"):
         session.prefill(0, embeds[:0])
-    monkeypatch.setattr("vila_deploy.backends.native.prefill.PREFILL_TOKENS", 11)
+    monkeypatch.setattr("vila_deploy.backends.native.prompts.PREFILL_TOKENS", 11)
     again = session.prefill(0, embeds)
     assert deviation(again, expected) < TOLERANCE
     session.close()

@@ -15,7 +15,7 @@ from tests.support.native_cases import TOLERANCE, built, deviation, pack_llm
 from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
 from vila_deploy.backends.native.float16_range import fit_into_float16
-from vila_deploy.backends.native.prefill import prefill
+from vila_deploy.backends.native.prompts import Prompts
 from vila_deploy.backends.native.session import NativeSession
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.engine.sampling import SamplingParams
@@ -94,9 +94,9 @@ def test_a_prompts_products_may_exceed_float16(tmp_path: Path) -> None:
     cache = Cache(config, 16, "cpu")
     step_config = StepConfig(config, 16, INTERPRETER, "cpu")
     step = DecodeStep(step_config, llm, cache)
-    residual = prefill(step_config, llm, cache, torch.from_numpy(embeds), 0)
-    assert residual.abs().max() > 65504
-    step.finish(residual)
+    prompts = Prompts(step_config, llm, cache, step)
+    prompts.append(torch.from_numpy(embeds), 0)
+    assert prompts._last.abs().max() > 65504
     assert deviation(step.logits[0].numpy(), expected) < TOLERANCE
 
 
