@@ -62,7 +62,7 @@ def test_one_hangs_one_crashes_one_disagrees(first_run: Call, tmp_path: Path) ->
     check_stages(first, "1", ends)
     check_first_call(first)
     log = (tmp_path / "first" / "log.txt").read_text("utf-8", "replace")
-    for where in ("emulated_stage.py\", line", "Fatal Python error: Segmentation fault"):
+    for where in ('emulated_stage.py", line', "Fatal Python error: Segmentation fault"):
         assert where in log, "the log says where a stage hung or crashed"
 
     # Call 2 repeats what disagreed, and finds the kernels of call 1.

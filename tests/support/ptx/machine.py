@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -100,8 +101,9 @@ class Machine:
         each = max(1, BATCH_THREADS // self.kernel.threads)
         if self.options.together:
             each = total
-        for first in range(0, total, each):
-            self._run_batch(first, min(each, total - first))
+        with np.errstate(all="ignore"):
+            for first in range(0, total, each):
+                self._run_batch(first, min(each, total - first))
 
     def _run_batch(self, first: int, count: int) -> None:
         threads = self.kernel.threads
@@ -115,6 +117,7 @@ class Machine:
         self.shared = SharedMemory(self.shared_bytes, count, watched)
         self.registers: dict[str, Array] = {}
         self.register_bytes = 0
+        self._literals: dict[tuple[str, str], Array] = {}
         self.in_flight: set[str] = set()
         # Of wgmma: committed groups, and the open one: registers, and what they may still read.
         self.warpgroups: list[tuple[set[str], list[tuple[Array, Array]]]] = []
@@ -203,8 +206,7 @@ class Machine:
         opcode = ".".join(instruction.opcode)
         self.executed[opcode] += 1
         try:
-            with np.errstate(all="ignore"):
-                form(instruction)(self, instruction, mask)
+            form(instruction.opcode)(self, instruction, mask)
         except Fault as fault:
             raise Fault(f"{fault}; at {instruction}") from None
         except Exception as error:
@@ -225,13 +227,20 @@ class Machine:
         elif operand[0] == "%":
             raise Fault(f"{operand} is read before it is written")
         else:
-            return np.broadcast_to(immediate(operand, kind), self.threads)
+            return self._literal(operand, kind)
         dtype = DTYPES[kind]
         if value.dtype == dtype or value.dtype == np.bool_:
             return value
         if value.dtype.itemsize == dtype.itemsize:
             return value.view(dtype)
         return value.astype(UNSIGNED[dtype.itemsize * 8]).view(dtype)
+
+    def _literal(self, text: str, kind: str) -> Array:
+        value = self._literals.get((text, kind))
+        if value is None:
+            value = np.broadcast_to(immediate(text, kind), self.threads)
+            self._literals[text, kind] = value
+        return value
 
     def put(self, register: str, value: Array, mask: Mask) -> None:
         """Set a register of the threads of `mask`; `value` has an element for every thread.
@@ -303,17 +312,18 @@ def executes(name: str, modifiers: str = "") -> Callable[[Executor], Executor]:
     return register
 
 
-def form(instruction: Instruction) -> Executor:
+@cache
+def form(opcode: tuple[str, ...]) -> Executor:
     """Return what executes an instruction.
 
     Raises:
         Fault: there is nothing, or not with these modifiers.
     """
-    name, *modifiers = instruction.opcode
+    name, *modifiers = opcode
     executor, known = FORMS.get(name, (None, frozenset[str]()))
     unknown = [word for word in modifiers if word not in known and word not in DTYPES]
     if executor is None or [word for word in unknown if word != "f16x2"]:
-        raise Fault(f"unknown instruction {'.'.join(instruction.opcode)}")
+        raise Fault(f"unknown instruction {'.'.join(opcode)}")
     return executor
 
 
