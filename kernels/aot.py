@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vila_deploy.kernels.cache_key import make_key
 from vila_deploy.kernels.capability import ComputeCapability
 from vila_deploy.kernels.launch import Launch
 
@@ -75,6 +76,7 @@ def compile_kernel(launch: Launch, capability: ComputeCapability) -> triton.comp
 
 def source(launch: Launch) -> ASTSource:
     """Return the source that Triton's just-in-time compiler would make of the launch."""
+    make_key(launch.kernel)
     return ASTSource(
         launch.kernel, launch.signature(), launch.compiled_constants(), launch.attributes()
     )

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vila_deploy.kernels import interpreter  # also prepares it before the first launch
+from vila_deploy.kernels.cache_key import make_key
 
 Argument = Tensor | int | float | tuple[Any, ...]
 # Index of an argument, and within a tuple of its element.
@@ -56,7 +57,11 @@ class Launch:
         return str(self.kernel.__name__)
 
     def __call__(self) -> None:
-        options = {} if interpreter.INTERPRETED else self.options
+        options = self.options
+        if interpreter.INTERPRETED:
+            options = {}
+        else:
+            make_key(self.kernel)
         self.kernel[self.grid](**self.args, **self.constants, num_warps=self.warps, **options)
 
     def with_pdl(self) -> Launch:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import torch
 
-from benchmarks.gpu import baseline_tinychat, baseline_vllm
+from benchmarks.gpu import baseline_tinychat, baseline_vllm, memory_limit
 from benchmarks.gpu.baseline import FOLDER, PACKAGES, Missing
 from benchmarks.gpu.environment import REPOSITORY, Run
 from benchmarks.gpu.folders import triton_cache
@@ -23,7 +23,7 @@ from benchmarks.gpu.steps import MAX_SEQ_LEN, VARIANTS, supported
 from vila_deploy.backends.native.compile_ahead import KernelSet, compile_ahead, compile_launches
 from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
 from vila_deploy.backends.native.weights import empty_llm
-from vila_deploy.engine.precision import ALL_FP16
+from vila_deploy.engine.precision import ALL_FP16, ModulePrecision
 from vila_deploy.kernels.gemv import gemv
 from vila_deploy.kernels.launch import Launch
 from vila_deploy.kernels.packed_linear import empty_like_packed
@@ -57,6 +57,9 @@ def _kernel_sets(run: Run) -> Iterator[KernelSet]:
             sizes = replace(sizes, num_layers=max(sizes.num_layers, 2))  # as launch modes need
             for mode in modes.values() if modules == ALL_FP16 else [modes["separate"]]:
                 yield KernelSet(sizes, run.max_seq_len(MAX_SEQ_LEN), run.capability, modules, mode)
+    limited, modules = memory_limit.MODEL, ModulePrecision(lm_head=memory_limit.LM_HEAD)
+    sizes = config(limited, "int4", small=run.small)
+    yield KernelSet(sizes, memory_limit.longest(run), run.capability, modules)
 
 
 def _product_launches(run: Run) -> list[Launch]:
