@@ -44,13 +44,14 @@ def finish_engine(folder: Path, asked_target: str, asked_backend: str | None) ->
     """
     _remove_half_made(folder)
     manifest = load_manifest(folder)
-    for option, asked, found in (
+    asked = manifest.backend if asked_backend is None else asked_backend
+    for option, wanted, found in (
         ("--target", asked_target, manifest.target),
-        ("--backend", asked_backend or manifest.backend, manifest.backend),
+        ("--backend", asked, manifest.backend),
     ):
-        if asked != found:
+        if wanted != found:
             raise VilaDeployError(
-                f"was begun with {option} {found}, not {asked}",
+                f"was begun with {option} {found}, not {wanted}",
                 where=folder,
                 fix=f"give {option} {found}, or choose another -o",
             )

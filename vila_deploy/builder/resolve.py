@@ -171,7 +171,7 @@ def resolve_backend(target: Target, asked: str | None) -> Backend:
     Raises:
         VilaDeployError: the target has no such backend.
     """
-    name = asked or target.default_backend
+    name = target.default_backend if asked is None else asked
     if name in ALIASES:
         backend = get_backend(ALIASES[name])
         backend.check_alias(name, target)

@@ -72,7 +72,7 @@ def _gpu_layers(context: click.Context, option: click.Parameter, value: str) -> 
     "table stays as it is.",
 )  # fmt: skip
 @click.option(
-    "--kl-bound", type=float, metavar="NATS", callback=no_nan,
+    "--kl-bound", type=float, metavar="NATS",
     help="Let auto take the fewest bits of the output head that cost at most this mean KL from "
     "fp16, e.g. 0.001, measured on the data of --eval or the built-in data.",
 )  # fmt: skip

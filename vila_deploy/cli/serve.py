@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("starlette", "uvicorn", "prometheus_client", "llguidance")
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
-MIN_KEY_CHARACTERS = 8
+MIN_KEY_CHARACTERS, MAX_KEY_FILE_BYTES = 8, 1 << 20
 
 
 @command("vila-serve")
@@ -218,7 +219,12 @@ def _keys(
 
 def _read_keys(path: Path) -> tuple[str, ...]:
     try:
-        lines = path.read_text("utf-8").splitlines()
+        with path.open("rb") as file:  # a pipe will do, too
+            content = file.read(MAX_KEY_FILE_BYTES + 1)
+        if len(content) > MAX_KEY_FILE_BYTES:
+            what = f"is larger than {MAX_KEY_FILE_BYTES} bytes"
+            raise VilaDeployError(what, where=path, fix="one key a line")
+        lines = content.decode("utf-8").splitlines()
     except FileNotFoundError:
         raise VilaDeployError("no such file", where=path, fix="give --api-key-file") from None
     except UnicodeDecodeError:
@@ -249,7 +255,8 @@ def _names(given: tuple[str, ...], engine: Path) -> tuple[str, ...]:
             raise VilaDeployError(
                 f"--model-name {short(name)} is no name", fix="give one of printable characters"
             )
-    return given or (printable(engine.resolve().name) or "vila",)
+    # Path.resolve raises where links go in a circle.
+    return given or (printable(os.path.basename(os.path.realpath(engine))) or "vila",)  # noqa: PTH119
 
 
 def _origin(value: str) -> str:

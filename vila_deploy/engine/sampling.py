@@ -70,7 +70,8 @@ def sample(logits: Floats, sampling: SamplingParams, random: np.random.Generator
     if sampling.temperature == 0:
         return int(logits.argmax())
     likeliest = _most_likely(logits, sampling.top_k)
-    scaled = (logits[likeliest].astype(np.float64) - float(logits.max())) / sampling.temperature
+    with np.errstate(over="ignore"):  # at tiny temperatures, where the rest has no probability
+        scaled = (logits[likeliest].astype(np.float64) - float(logits.max())) / sampling.temperature
     probabilities = np.exp(scaled)
     probabilities /= probabilities.sum()
     order = np.argsort(-probabilities, kind="stable")
@@ -84,7 +85,11 @@ def sample(logits: Floats, sampling: SamplingParams, random: np.random.Generator
 def penalize_repetition(logits: Floats, tokens: NDArray[np.int64], penalty: float) -> Floats:
     """Return `logits` [vocab] with `penalty` on `tokens`, different ids; see SamplingParams."""
     penalized, held = logits.copy(), logits[tokens]
-    penalized[tokens] = np.where(held > 0, held / penalty, held * penalty)
+    with np.errstate(all="ignore"):
+        changed = np.where(held > 0, held / penalty, held * penalty)
+    # A tiny penalty makes them infinite, whose differences would be NaN.
+    largest = np.finfo(logits.dtype).max
+    penalized[tokens] = np.clip(changed, -largest, largest)
     return penalized
 
 

@@ -145,14 +145,14 @@ def _open(path: Path) -> Tokenizer:
         return _KINDS[path.name](path)
     except (VilaDeployError, ModuleNotFoundError):
         raise
-    except UnicodeEncodeError as error:
-        raise VilaDeployError(
-            "the path is no UTF-8, which the libraries that read it need",
-            where=path,
-            fix="rename the folder",
-        ) from error
     # Both libraries raise plain Exception or RuntimeError for whatever is wrong in the file.
     except Exception as error:
+        if isinstance(error, UnicodeEncodeError) and error.object == str(path):
+            raise VilaDeployError(
+                "the path is no UTF-8, which the libraries that read it need",
+                where=path,
+                fix="rename the folder",
+            ) from error
         raise VilaDeployError(
             f"is not a valid tokenizer ({error})", where=path, fix="download it again"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 # Tensors wait in memory until a shard is full.
 SHARD_BYTES = 512 << 20
+# The longest part of the model's name in a file's.
+MODEL_CHARACTERS = 64
 LLM_FILES = (*TOKENIZER_FILES, "generation_config.json", "chat_template.jinja")
 
 
@@ -43,6 +46,11 @@ def check_formats(formats: Sequence[str], config: VilaConfig, scheme: QuantSchem
         writer.check_model(config)
         if scheme is not None:
             writer.check(FORMATS[name].packing, config, scheme)
+
+
+def file_stem(model: str) -> str:
+    """Return a model's name as the beginning of a file's, in characters that every tool takes."""
+    return re.sub(r"[^\w.+-]", "_", model, flags=re.ASCII)[:MODEL_CHARACTERS] or "model"
 
 
 class CheckpointWriter:

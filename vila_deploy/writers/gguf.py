@@ -25,7 +25,7 @@ from vila_deploy.processing.tokenizer import load_tokenizer
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import canonical_json
 from vila_deploy.utils.version import __version__
-from vila_deploy.writers.folder import Writer, copy_parts, write_llm_config
+from vila_deploy.writers.folder import Writer, copy_parts, file_stem, write_llm_config
 from vila_deploy.writers.gguf_files import FILE_TYPES, GgufFiles, add_tensor
 from vila_deploy.writers.modelfile import MODELFILE, modelfile
 
@@ -58,7 +58,7 @@ class GgufWriter(Writer):
         types = self._types(checkpoint)
         kind = types.linear
         metadata["general.file_type"] = FILE_TYPES[kind]
-        name = f"{checkpoint_name(checkpoint.root) or 'model'}-{kind}"
+        name = f"{file_stem(checkpoint_name(checkpoint.root))}-{kind}"
         llm = checkpoint.config.llm
         types_of = linear_types_of(self._scheme) if self._quantized else {}
         specs = list(tensor_specs(llm, (types.table,), (kind,), types_of=types_of))

@@ -16,16 +16,13 @@ from vila_deploy.formats.base import QuantizedLinear, QuantScheme
 from vila_deploy.formats.registry import Format
 from vila_deploy.formats.tinychat import SUFFIX
 from vila_deploy.utils.files import canonical_json
-from vila_deploy.writers.folder import Writer, copy_parts, packed
+from vila_deploy.writers.folder import Writer, copy_parts, file_stem, packed
 from vila_deploy.writers.torch_save import TorchFile
-
-# The longest part of the model's name in the file's.
-MODEL_CHARACTERS = 64
 
 
 def file_name(model: str, group_size: int) -> str:
     """Return the name of the file in llm/, which tells the group size; nothing else may seem to."""
-    plain = re.sub(r"-(?=g\d)|[^\w.+-]", "_", model, flags=re.ASCII)[:MODEL_CHARACTERS] or "model"
+    plain = re.sub(r"-(?=g\d)", "_", file_stem(model), flags=re.ASCII)
     return f"{plain}-w4-g{group_size}-awq{SUFFIX}"
 
 

@@ -145,7 +145,6 @@ def test_a_missing_package_is_one_line(capsys: pytest.CaptureFixture[str]) -> No
         ("chat", ("engine", "-p", "What?", "--slots", "2")),
         ("build_engine", ("c", "--target", "metal", "--memory", "nan")),
         ("build_engine", ("c", "--target", "metal", "--memory", "inf")),
-        ("build_engine", ("c", "--target", "cpu", "--kl-bound", "nan")),
         ("build_engine", ("c", "--target", "cpu", "--gpu-layers", "9" * 5000)),
         ("build_engine", ("c", "--target", "cpu", "--gpu-layers", "²")),
         ("bench", ("--table", "--contexts", "0," + "9" * 5000)),

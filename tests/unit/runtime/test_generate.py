@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,18 @@ def test_a_repetition_penalty_weighs_on_what_was_said() -> None:
     assert logits[0] == 4.0
     sampler = TokenSampler(SamplingParams(repetition_penalty=2.0), prompt_tokens=(0, 999))
     assert [sampler.choose(logits) for _ in range(3)] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("penalty", [1e-40, 1e-300])
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1e-320])
+def test_tiny_settings_choose_a_token(penalty: float, temperature: float) -> None:
+    """Quotients beyond float32 would be infinite, and their differences no numbers."""
+    logits = np.array([4.0, 3.0, -1.0, 0.0], np.float32)
+    params = SamplingParams(repetition_penalty=penalty, temperature=temperature)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sampler = TokenSampler(params, prompt_tokens=(0, 1, 2, 3))
+        assert sampler.choose(logits) in (0, 1)
 
 
 def test_a_slot_that_generate_has_filled_is_not_reused(checkpoint: Path) -> None:

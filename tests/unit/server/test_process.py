@@ -123,6 +123,7 @@ def test_wrong_options_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (["--api-key-file", tmp_path / "none"], "no such file"),
         (["--api-key-file", tmp_path / "empty"], "holds no key"),
         (["--api-key-file", tmp_path / "binary"], "is not UTF-8"),
+        (["--api-key-file", "/dev/zero"], "is larger than 1048576 bytes"),
         (["--cors-origin", "*"], "is no origin"),
         (["--cors-origin", "chat.example"], "is no origin"),
         (["--cors-origin", "https://a.org/path"], "is no origin"),
@@ -133,7 +134,9 @@ def test_wrong_options_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ]
     for options, message in cases:
         assert message in fails(*options, folder=tmp_path)
-    assert "no such folder" in fails(folder=tmp_path / "nowhere")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    for name in ("nowhere", "circle"):
+        assert "no such folder" in fails(folder=tmp_path / name)
 
 
 def test_a_folder_whose_name_is_no_utf8(tmp_path: Path) -> None:

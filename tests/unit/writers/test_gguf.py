@@ -263,3 +263,11 @@ def test_checksums_find_every_change(tmp_path: Path) -> None:
     file.write_bytes(content)
     with pytest.raises(VilaDeployError, match="content has changed"):
         open_checkpoint(tmp_path / "gguf")
+
+
+@pytest.mark.parametrize("model", ["new\nline", "x" * 250, "a b/../c".replace("/", "\\")])
+def test_the_name_of_a_folder_makes_a_plain_file_name(model: str, tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / model, quantized=True)
+    file = to_gguf(root, tmp_path / "gguf")
+    assert re.fullmatch(r"[\w.+-]{1,64}-Q4_1\.gguf", file.name, re.ASCII)
+    assert f"FROM ./{file.name}\n" in (file.parent / "Modelfile").read_text("utf-8")
