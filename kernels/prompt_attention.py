@@ -107,5 +107,5 @@ def prompt_attention(
             "INT8": scales is not None, "DIM": dim, "DIM_BLOCK": max(16, next_power_of_2(dim)),
             "QUERIES": queries, "BLOCK": block, "STAGES": 2 if dim <= WIDE_DIM else 1,
         },
-        4,
+        8,
     )  # fmt: skip

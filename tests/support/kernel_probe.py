@@ -62,7 +62,7 @@ def bound() -> list[dict[str, Any]]:
         LaunchMode(fuse_layers=True),
     ):
         for module_precision in (ALL_FP16, ModulePrecision(lm_head="int8", kv_cache="int8")):
-            for launch in engine_launches(CONFIG, 64, H100, module_precision, mode):
+            for launch in engine_launches(CONFIG, 512, H100, module_precision, mode):
                 launch()
                 rows.append(_compared(launch, *seen.pop()))
     return rows

@@ -30,12 +30,13 @@ KERNELS = {
     "embed_kernel", "norm_qkv_kernel", "rope_kv_kernel", "attention_split_kernel",
     "attention_merge_kernel", "add_residual_kernel", "gate_up_kernel", "head_kernel",
     "argmax_kernel", "gemm_kernel", "dequantize_kernel", "sample_kernel",
+    "prompt_attention_kernel", "prompt_norm_kernel", "swiglu_kernel",
 }  # fmt: skip
 
 # What only a prompt or a step of several tokens launches, or a step without PDL.
 NOT_IN_A_STEP = {
     "rope_kv_kernel", "gemm_kernel", "dequantize_kernel", "attention_split_kernel",
-    "attention_merge_kernel",
+    "attention_merge_kernel", "prompt_attention_kernel", "prompt_norm_kernel", "swiglu_kernel",
 }  # fmt: skip
 # Of a multiprocessor: CUDA's documented limits.
 REGISTERS = 1 << 16

@@ -26,9 +26,10 @@ from vila_deploy.kernels.tile_config import TOKENS, WIDEST_GEMM
 from vila_deploy.utils.estimates import MemoryItem, PlanStep
 
 # Tokens that go through the decoder at a time, padded to one of the lengths: at most half more
-# from 48 tokens on. Below, a product costs the same for fewer.
+# from 48 tokens on. Below, a product costs the same for fewer. A lone token has products of its
+# own, as `chunk_size` knows.
 PREFILL_TOKENS = 1024
-PROMPT_LENGTHS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, PREFILL_TOKENS)
+PROMPT_LENGTHS = (1, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, PREFILL_TOKENS)
 # Of a kernel in a CUDA graph, on the GPU: assumed. Kernels of a layer in a prompt's graph.
 GRAPH_KERNEL_BYTES, PROMPT_KERNELS = 16 << 10, 13
 # Our kernels keep every zero point as float16.
