@@ -71,6 +71,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-beside": serving.serving_beside,
     "serving-kinds": serving.serving_kinds,
     "kernel-instructions": kernels.kernel_instructions,
+    "kernel-attention": kernels.kernel_attention,
     "predicted-modes": predicted.predicted_modes,
     "predicted-sequences": predicted.predicted_sequences,
     "prompt-launches": kernels.prompt_launches,

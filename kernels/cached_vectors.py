@@ -12,37 +12,27 @@ from vila_deploy.kernels.kv_int8 import dequantize_int8, int8_scale, quantize_in
 def append_token(
     source_ptr: tl.tensor, keys_ptr: tl.tensor, values_ptr: tl.tensor, key_scales_ptr: tl.tensor,
     value_scales_ptr: tl.tensor, cos_ptr: tl.tensor, sin_ptr: tl.tensor, newest: tl.tensor,
-    start: tl.tensor, end: tl.tensor, kv_heads: tl.tensor, dim: tl.tensor, in_dim: tl.tensor,
+    kv_heads: tl.tensor, dim: tl.tensor, in_dim: tl.tensor,
     INT8: tl.constexpr, DIM: tl.constexpr,
-) -> tl.tuple:  # fmt: skip
-    """Return the new token's key, rotated, and value; write them if they belong to this split."""
+) -> None:  # fmt: skip
+    """Write the new token's key, rotated, and value to its position."""
     key = rotate(source_ptr, dim, cos_ptr, sin_ptr, newest, in_dim, DIM)
     value = tl.load(source_ptr + kv_heads * DIM + dim, mask=in_dim, other=0.0)
-    in_split = (start <= newest) & (newest < end)
-    key = append_vector(key, keys_ptr, key_scales_ptr, newest, dim, in_dim, in_split, INT8, DIM)
-    value = append_vector(
-        value, values_ptr, value_scales_ptr, newest, dim, in_dim, in_split, INT8, DIM
-    )  # fmt: skip
-    return key, value
+    append_vector(key, keys_ptr, key_scales_ptr, newest, dim, in_dim, INT8, DIM)
+    append_vector(value, values_ptr, value_scales_ptr, newest, dim, in_dim, INT8, DIM)
 
 
 @triton.jit
 def append_vector(
     vector: tl.tensor, cache_ptr: tl.tensor, scales_ptr: tl.tensor, newest: tl.tensor,
-    dim: tl.tensor, in_dim: tl.tensor, in_split: tl.tensor, INT8: tl.constexpr, DIM: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Write the new token's vector to its position if `in_split`; return it as it is read later."""
+    dim: tl.tensor, in_dim: tl.tensor, INT8: tl.constexpr, DIM: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write the new token's vector to its position."""
     if INT8:
         scale = int8_scale(tl.max(tl.abs(vector.to(tl.float32)), 0))
-        quantized = quantize_int8(vector, scale)
-        if in_split:
-            tl.store(cache_ptr + newest * DIM + dim, quantized, mask=in_dim)
-            tl.store(scales_ptr + newest, scale)
-        return dequantize_int8(quantized, scale)
-    else:
-        if in_split:
-            tl.store(cache_ptr + newest * DIM + dim, vector, mask=in_dim)
-        return vector
+        vector = quantize_int8(vector, scale)
+        tl.store(scales_ptr + newest, scale)
+    tl.store(cache_ptr + newest * DIM + dim, vector, mask=in_dim)
 
 
 @triton.jit

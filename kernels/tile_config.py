@@ -18,6 +18,10 @@ SHARED_BYTES = {16: 3136, 32: 4224}
 RESERVED_SHARED_BYTES = 1024  # of each program, by CUDA
 # Warps → programs on a multiprocessor, as registers allow (80 and 92 a thread).
 RESIDENT = {4: 6, 8: 2}
+ATTENTION_WARPS = 8
+MOST_SPLITS = 16  # that the last program of a key head merges
+# Of attention: a key or value of a head, and what a program has besides its loads (compiled size).
+HEAD_BYTES, ATTENTION_BYTES = 2 * 128, 6 << 10
 WIDEST_GEMM = 256  # tokens up to which `gemm` is used on a GPU
 GEMM_TOKENS = (16, 32, 64)  # of one of its programs
 
@@ -196,13 +200,22 @@ def attention_block(capability: ComputeCapability) -> int:
     return 256 if capability == INTERPRETER else 64
 
 
-def attention_splits(capability: ComputeCapability, kv_heads: int, max_seq_len: int) -> int:
-    """Return into how many splits the cache is cut: a power of 2, two programs a multiprocessor."""
+def attention_shared_bytes(capability: ComputeCapability) -> int:
+    """Return the shared memory of a program of attention over a float16 cache, as compiled."""
+    loads = 2 * attention_block(capability) * HEAD_BYTES
+    return (device(capability).attention_stages - 1) * loads + ATTENTION_BYTES
+
+
+def attention_splits(
+    capability: ComputeCapability, kv_heads: int, max_seq_len: int, programs: int = 1
+) -> int:
+    """Return into how many splits the cache is cut at most.
+
+    Args:
+        programs: for each multiprocessor.
+    """
     if capability == INTERPRETER:
         return 1
-    for_all = max(1, 2 * device(capability).processors // kv_heads)
-    longest = max(1, max_seq_len // attention_block(capability))
-    splits = 1
-    while splits * 2 <= min(for_all, longest, 16):
-        splits *= 2
-    return splits
+    longest = -(-max_seq_len // attention_block(capability))
+    wanted = programs * device(capability).processors // kv_heads
+    return max(1, min(wanted, longest, MOST_SPLITS))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from benchmarks.page_tables.predicted import CONTEXT, MODELS, TARGET
 from benchmarks.page_tables.sources import markdown, results
+from vila_deploy.bench.predict import AttentionCode, step_model
 from vila_deploy.bench.predict_prompt import KERNELS_OF_TORCH, PromptModel
 from vila_deploy.checkpoint.presets import preset
 
-MODELS = {
-    "3B": "VILA1.5-3b", "8B": "Llama-3-VILA1.5-8B", "13B": "VILA1.5-13b", "40B": "VILA1.5-40b",
-}  # fmt: skip
 PROMPTS = (256, 1024)
 
 
@@ -53,5 +52,30 @@ def prompt_launches() -> str:
     titles = [
         "model", "tokens", "by torch: launches, ms", "our kernels one by one: launches, ms",
         "as a graph: ms",
+    ]  # fmt: skip
+    return markdown(titles, rows)
+
+
+def kernel_attention() -> str:
+    """Return attention's parts on 9.0 by warps and splits, and what that is predicted to take."""
+    rows = []
+    for row in results("gpu-attention"):
+        code = AttentionCode(
+            row["warps"], row["ahead"], row["loop"], row["behind"] + row["merging"], split=0
+        )
+        step = step_model(preset(MODELS[row["model"]], "int4").llm, TARGET, "merged-attention")
+        seconds = step.attention_seconds(CONTEXT, code=code, splits=row["splits"])
+        rows.append(
+            [
+                row["model"],
+                f"{row['warps']}, {row['splits']}",
+                f"{row['registers']}, {row['shared_bytes'] / 1024:.0f} KB",
+                f"{row['ahead']}, {row['loop']}, {row['behind']}, {row['merging']}",
+                f"{seconds * 1e6:.2f} µs",
+            ]
+        )
+    titles = [
+        "model", "warps, splits", "registers, shared memory",
+        "instructions ahead of the loop, in it, behind it, merging", "predicted",
     ]  # fmt: skip
     return markdown(titles, rows)

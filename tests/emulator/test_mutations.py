@@ -28,7 +28,6 @@ from tests.support.ptx.parse import Instruction, Kernel
 TRIED = 2
 PROGRAMS = 8
 ATTENTION = {
-    "attention.py: k = tl.where(at[None, :] == newest, new_key[:, None], k)",
     "cached_vectors.py: vectors = tl.load(cells_ptr, mask=filled & in_dim, other=0)",
 }
 # Kernel → statements of which a barrier, or the wait behind the last copy, isn't needed at these

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from vila_deploy.backends.native import compile_ahead as module
+from vila_deploy.backends.native.compile import ONE_BY_ONE
 from vila_deploy.backends.native.compile_ahead import KernelSet, compile_ahead
 from vila_deploy.backends.native.decode_step import Cache, DecodeStep, StepConfig
 from vila_deploy.backends.native.prompts import Prompts
@@ -25,19 +26,22 @@ from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.kernels.aot import distinct
 from vila_deploy.kernels.capability import ComputeCapability
 from vila_deploy.kernels.launch import Launch
+from vila_deploy.kernels.launch_mode import LAUNCH_MODES, PREFERRED, LaunchMode
 
 H100, MAX_SEQ_LEN = ComputeCapability(9, 0), 1024
 LENGTHS = (1, 2, 9, 17, 33, 48, 213, 256, 300)
 
 
-def missing(model: str, modules: ModulePrecision, *, several: bool = False) -> list[str]:
+def missing(
+    model: str, modules: ModulePrecision, mode: LaunchMode = ONE_BY_ONE, *, several: bool = False
+) -> list[str]:
     config = preset(model, "int4").llm
-    compiled = KernelSet(config, MAX_SEQ_LEN, H100, modules, several=several).launches()
+    compiled = KernelSet(config, MAX_SEQ_LEN, H100, modules, mode, several=several).launches()
     launched: list[Launch] = []
     call, Launch.__call__ = Launch.__call__, lambda self: launched.append(self)
     config = replace(config, num_layers=2)
     llm = empty_llm(config, MAX_SEQ_LEN, lm_head=modules.lm_head)
-    step_config = StepConfig(config, MAX_SEQ_LEN, H100, "meta")
+    step_config = StepConfig(config, MAX_SEQ_LEN, H100, "meta", mode)
     steps: list[DecodeStep]
     if several:
         caches = SlotCaches(config, MAX_SEQ_LEN, 8, "meta", modules.kv_cache)
@@ -79,5 +83,6 @@ if __name__ == "__main__":
         missing("VILA1.5-3b", ModulePrecision()),
         missing("NVILA-8B", small),
         missing("NVILA-8B", small, several=True),
+        missing("NVILA-8B", small, LAUNCH_MODES[PREFERRED], several=True),
     ]
     print(json.dumps({"missing": rows, "counts": counts()}))

@@ -97,15 +97,34 @@ PROGRAM_SHARED_BYTES = {
 }  # fmt: skip
 STAGE_BYTES = 8 * KB  # of weights: 128 channels of 16 rows in 4 bits for 8 warps
 
-# Of attention's first kernel, from the code for 9.0: before its loop, and for 64 positions in it;
-# and merging in the last program, assumed.
-PROLOGUE, BLOCK_INSTRUCTIONS, MERGE = 637, 630, 600
 CYCLES_AN_INSTRUCTION = 2.44  # of a warp that mostly waits for itself: assumed
 SMALL_KERNEL_S = 0.55e-6  # one that reads a few kilobytes, besides its gap: assumed
 MAX_SEQ_LEN = 1024
 BITS = {FP16: 16, INT8: 8, INT4: 4}
 # Bits a weight with a 32-bit scale and zero point for every 128.
 STORED_BITS = {16: 16.0, 8: 8.25, 4: 4.25}
+
+
+@dataclass(frozen=True)
+class AttentionCode:
+    """Attention as compiled: the instructions that a warp of one program goes through.
+
+    Args:
+        ahead: of its loop.
+        loop: for 64 positions.
+        behind: the loop, merging included but for what each split adds to that.
+        split: for each split that is merged.
+    """
+
+    warps: int
+    ahead: int
+    loop: int
+    behind: int
+    split: int
+
+
+# From the code for 9.0 (docs/kernels.md), alike in all models.
+ATTENTION = AttentionCode(tile_config.ATTENTION_WARPS, ahead=372, loop=215, behind=163, split=24)
 
 
 def issued_rounds(tile: tile_config.GemvTile, blocks: int) -> float:
@@ -169,22 +188,46 @@ class StepModel:
         """Return seconds of the output head."""
         return self._product(self.llm.vocab_size, self.llm.hidden_size, bits=self.head_bits)
 
-    def attention_seconds(self, context: int, sequences: int = 1) -> float:
-        """Return seconds of attention, with the merge as the mode has it."""
-        llm, gpu = self.llm, self.gpu
-        splits = tile_config.attention_splits(gpu.capability, llm.num_kv_heads, MAX_SEQ_LEN)
-        blocks = -(-(context + 1) // tile_config.attention_block(gpu.capability))
+    def attention_seconds(
+        self,
+        context: int,
+        sequences: int = 1,
+        code: AttentionCode | None = None,
+        splits: int | None = None,
+    ) -> float:
+        """Return seconds of attention, with the merge as the mode has it.
+
+        Args:
+            code, splits: of a form other than today's.
+        """
+        llm, gpu, code = self.llm, self.gpu, code or ATTENTION
+        kv_heads, capability = llm.num_kv_heads, gpu.capability
+        splits = splits or tile_config.attention_splits(capability, kv_heads, MAX_SEQ_LEN)
+        blocks = -(-(context + 1) // tile_config.attention_block(capability))
         rounds = -(-blocks // splits)
-        # More programs than a multiprocessor has room for at once take turns.
-        turns = -(-sequences * llm.num_kv_heads * splits // (2 * gpu.processors))
-        instructions = turns * (PROLOGUE + BLOCK_INSTRUCTIONS * rounds) + MERGE
-        latency = instructions * CYCLES_AN_INSTRUCTION / gpu.clock_hz
+        # Splits without positions end at once.
+        busiest = -(-sequences * kv_heads * -(-blocks // rounds) // gpu.processors)
+        instructions = code.ahead + code.loop * rounds
+        # One warp waits for itself; all that a multiprocessor has share its issue slots.
+        cycles = max(
+            -(-busiest // self._attention_resident) * instructions * CYCLES_AN_INSTRUCTION,
+            busiest * code.warps * instructions / ISSUE_PER_CYCLE / ISSUE_SHARE,
+        )
+        cycles += (code.behind + code.split * splits) * CYCLES_AN_INSTRUCTION
+        latency = cycles / gpu.clock_hz
         values = 2 * sequences * (context + 1) * llm.num_kv_heads * llm.head_dim
         stream = values * self.cache_bits / 8 / gpu.bandwidth * STREAM_OVERHEAD
         seconds = max(latency, stream) + self._boundary
         if not self.mode.merge_attention:
             seconds += self._gap + SMALL_KERNEL_S
         return seconds
+
+    @property
+    def _attention_resident(self) -> int:
+        """Programs of attention that a multiprocessor holds: two, by registers, if they fit."""
+        room = tile_config.attention_shared_bytes(self.gpu.capability)
+        room += tile_config.RESERVED_SHARED_BYTES
+        return min(2, max(1, self.gpu.shared_bytes // room))
 
     @property
     def _gap(self) -> float:

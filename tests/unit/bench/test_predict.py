@@ -51,6 +51,8 @@ def _tiles_of_the_review(monkeypatch: pytest.MonkeyPatch) -> None:
     instructions = {(4, 16): 3.47, (4, 32): 2.34, (16, 32): 1.45}
     monkeypatch.setattr(predict, "INSTRUCTIONS", instructions)
     monkeypatch.setattr(predict, "issued_rounds", lambda tile, blocks: 1.0)
+    code = predict.AttentionCode(warps=4, ahead=637, loop=630, behind=600, split=0)
+    monkeypatch.setattr(predict, "ATTENTION", code)
 
 
 def test_eight_sequences_share_what_the_products_cost() -> None:

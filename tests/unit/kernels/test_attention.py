@@ -25,6 +25,7 @@ from vila_deploy.kernels.rope_kv import rope_kv
         (1, 7, 1, 128, 64, 2),
         (3, 2, 1, 48, 190, 4),
         (1, 16, 1, 32, 199, 8),
+        (1, 4, 2, 64, 199, 3),
     ],
 )
 def test_equals_plain_attention(
@@ -96,7 +97,9 @@ def test_with_rotation_inside_it_gives_the_same_bits(
     assert torch.equal(inside, apart)
 
 
-@pytest.mark.parametrize(("int8", "splits", "position"), [(False, 4, 190), (True, 2, 70)])
+@pytest.mark.parametrize(
+    ("int8", "splits", "position"), [(False, 4, 190), (True, 2, 70), (False, 3, 5)]
+)
 def test_merged_by_its_last_program_gives_the_same_bits(
     int8: bool, splits: int, position: int
 ) -> None:

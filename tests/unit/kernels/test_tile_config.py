@@ -8,8 +8,12 @@ from tests.support.kernel_cases import model_table
 from vila_deploy.kernels.capability import ComputeCapability
 from vila_deploy.kernels.tile_config import (
     DEVICES,
+    RESERVED_SHARED_BYTES,
     ROW_BYTES,
     GemvTile,
+    attention_block,
+    attention_shared_bytes,
+    attention_splits,
     gate_up_tile,
     gemv_programs,
     gemv_tile,
@@ -51,3 +55,24 @@ def test_programs_are_those_of_the_tile() -> None:
         for (rows, columns), tile in tiles(capability).items():
             if tile == gemv_tile(capability, rows, columns // BLOCK):
                 assert gemv_programs(capability, rows) == -(-rows // tile.rows)
+
+
+@pytest.mark.parametrize("capability", DEVICES, ids=str)
+def test_attention_has_a_program_for_each_multiprocessor_at_most(
+    capability: ComputeCapability,
+) -> None:
+    """All at once, each with a block at least; more heads than that can't be helped."""
+    processors = DEVICES[capability].processors
+    for model in model_table():
+        for max_seq_len in (1, 64, 65, 1024, 32768):
+            splits = attention_splits(capability, model.num_kv_heads, max_seq_len)
+            assert splits == 1 or splits * model.num_kv_heads <= processors
+            assert (splits - 1) * attention_block(capability) < max_seq_len
+            assert splits <= 16
+    room = DEVICES[capability].shared_kib * KIB
+    assert attention_shared_bytes(capability) + RESERVED_SHARED_BYTES <= room
+
+
+def test_splits_of_the_h200() -> None:
+    """Of 132 multiprocessors, behind 20, 40 and 8 key heads."""
+    assert [attention_splits(H200, heads, 1024) for heads in (20, 40, 8)] == [6, 3, 16]

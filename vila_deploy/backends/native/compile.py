@@ -172,16 +172,19 @@ def _rows_launches(
     config: LlmConfig, step_config: StepConfig, module_precision: ModulePrecision
 ) -> list[Launch]:
     """Return what steps over one and over more sequences launch, and what follows their prompts."""
+    from vila_deploy.backends.native.memory import row_counts
     from vila_deploy.backends.native.rows_step import RowsStep
     from vila_deploy.backends.native.slot_caches import SlotCaches
     from vila_deploy.backends.native.weights import empty_llm
+    from vila_deploy.kernels.tile_config import TOKENS
 
     max_seq_len = step_config.max_seq_len
     llm = empty_llm(config, max_seq_len, lm_head=module_precision.lm_head)
     caches = SlotCaches(config, max_seq_len, 2, "meta", module_precision.kv_cache)
-    # Kernels of 2, 4 and 8 rows are the same.
-    alone, together = (RowsStep(replace(step_config, llm=config), llm, caches, n) for n in (1, 2))
-    return [*alone.sampled, *together.sampled, *alone.after_prompt()]
+    steps = [
+        RowsStep(replace(step_config, llm=config), llm, caches, rows) for rows in row_counts(TOKENS)
+    ]
+    return [*(launch for step in steps for launch in step.sampled), *steps[0].after_prompt()]
 
 
 def _prompt_launches(

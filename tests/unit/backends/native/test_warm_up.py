@@ -30,7 +30,7 @@ def probed() -> dict[str, Any]:
 
 
 def test_no_prompt_or_step_launches_another_kernel(probed: dict[str, Any]) -> None:
-    assert probed["missing"] == [[], [], []]
+    assert probed["missing"] == [[], [], [], []]
 
 
 def test_what_is_in_the_cache_is_found_and_said_nothing_about(probed: dict[str, Any]) -> None:
