@@ -18,6 +18,8 @@ from vila_deploy.kernels.tile_config import attention_splits
 from vila_deploy.onnx_export.rotary import rotary_tables
 
 MAX_SEQ_LEN = 1024
+# Of 3B on an H100, no power of two; small shapes would have as many as there are at most.
+SMALL_SPLITS = 6
 # Whose splits a rehearsal takes, since the interpreter has none to check.
 H100 = ComputeCapability(9, 0)
 
@@ -26,7 +28,7 @@ def check_rope_attention(run: Run, sizes: LlmConfig) -> Iterator[tuple[Tensor, T
     """Yield outputs and stored vectors with their references: merged or not, begun early or not."""
     heads, kv_heads, dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
     cos, sin = (table.to(run.device) for table in rotary_tables(sizes, MAX_SEQ_LEN))
-    splits = attention_splits(H100 if run.rehearsed else run.capability, kv_heads, MAX_SEQ_LEN)
+    splits = _splits(run, kv_heads)
     scratch = SplitScratch(1, heads, dim, splits, run.device)
     early = (False, True) if run.capability >= PDL_CAPABILITY else (False,)
     for at in (0, 100 if run.small else 777):
@@ -57,7 +59,7 @@ def check_slots_attention(run: Run, sizes: LlmConfig) -> Iterator[tuple[Tensor, 
     heads, kv_heads, dim = sizes.num_heads, sizes.num_kv_heads, sizes.head_dim
     device, tables = run.device, rotary_tables(sizes, MAX_SEQ_LEN)
     cos, sin = (table.to(device) for table in tables)
-    splits = attention_splits(H100 if run.rehearsed else run.capability, kv_heads, MAX_SEQ_LEN)
+    splits = _splits(run, kv_heads)
     # The row in between has no sequence; slot 1 belongs to none of the rows.
     slots, lengths = [2, -1, 0], [100 if run.small else 777, 5, 0]
     slot, position = (
@@ -90,3 +92,9 @@ def check_slots_attention(run: Run, sizes: LlmConfig) -> Iterator[tuple[Tensor, 
         for new, before in zip((keys, values), old, strict=True):
             yield (new != before).any(3).any(1)[untouched].int(), untouched[untouched].int() * 0
     yield scratch.done, torch.zeros_like(scratch.done)
+
+
+def _splits(run: Run, kv_heads: int) -> int:
+    if run.small:
+        return SMALL_SPLITS
+    return attention_splits(H100 if run.rehearsed else run.capability, kv_heads, MAX_SEQ_LEN)

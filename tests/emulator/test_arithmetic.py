@@ -101,6 +101,8 @@ def test_products() -> None:
     for kind, wide in (("s32", "s64"), ("u32", "u64")):
         a, b = operands(kind, 2)
         check(f"mul.wide.{kind}", kind, wide, lambda a, b, w=wide: a.astype(DTYPES[w]) * b, [a, b])
+        high = [int(x) * int(y) >> 32 for x, y in zip(a, b, strict=True)]
+        check(f"mul.hi.{kind}", kind, kind, lambda *_, high=high: high, [a, b])
     check("mad.lo.s32", "s32", "s32", lambda a, b, c: a * b + c, operands("s32", 3))
 
 
@@ -279,7 +281,7 @@ def test_two_floats_become_a_pair_of_halves() -> None:
         "sin.approx.f32 %r0, %r1;",
         "add.sat.f32 %r0, %r1, %r1;",
         "cvt.sat.f16.f32 %rs0, %r1;",
-        "mul.hi.s32 %r0, %r1, %r1;",
+        "mul24.lo.s32 %r0, %r1, %r1;",
     ],
 )
 def test_what_is_not_known_is_a_fault(body: str) -> None:

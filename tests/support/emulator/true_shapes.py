@@ -1,15 +1,17 @@
 """The kernels of a layer of 3B and 8B at their true shapes, compiled and executed without a GPU.
 
 $ python -m tests.support.emulator.true_shapes     # writes a results file; about half an hour
+$ python -m tests.support.emulator.true_shapes attention     # writes the rows of that kernel anew
 
 A row is one kernel for one compute capability against its float32 reference, without race checks.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import date
 from itertools import islice
 from pathlib import Path
@@ -80,17 +82,17 @@ KERNELS: dict[str, Callable[[Run, LlmConfig], Pairs]] = {
 }
 
 
-def rows(device: EmulatedDevice) -> Iterator[dict[str, Any]]:
-    """Execute every kernel of every model for every compute capability."""
+def rows(device: EmulatedDevice, kernels: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Execute those of KERNELS, of every model for every compute capability."""
     for capability in (NEWEST, *OTHERS):
         device.capability = capability
         run = Run("cpu", capability, 1e9, Path("/dev/null"))
         for model in MODELS:
             sizes = config(model, "int4", small=False)
-            for name, check in KERNELS.items():
+            for name in kernels:
                 torch.manual_seed(0)
                 begun = time.perf_counter()
-                worst = max(relative_error(*pair) for pair in check(run, sizes))
+                worst = max(relative_error(*pair) for pair in KERNELS[name](run, sizes))
                 device.records.clear()
                 yield {
                     "kind": "check", "label": "emulated", "model": model, "kernel": name,
@@ -102,12 +104,21 @@ def rows(device: EmulatedDevice) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    """Write the results file, row by row."""
+    """Write the results file, row by row; of named kernels in the place of their old rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kernels", nargs="*", choices=[*KERNELS, []], metavar="KERNEL")
+    wanted = parser.parse_args().kernels or list(KERNELS)
+    kept = RESULTS.read_text("utf-8").splitlines() if len(wanted) < len(KERNELS) else []
+    others = [line for line in kept if json.loads(line)["kernel"] not in wanted]
     device = EmulatedDevice(NEWEST, races=False)
     install(device)
-    with torch.inference_mode(), RESULTS.open("w", encoding="utf-8") as file:
-        for row in rows(device):
+    partial = RESULTS.with_suffix(".partial")
+    with torch.inference_mode(), partial.open("w", encoding="utf-8") as file:
+        for line in others:
+            print(line, file=file)
+        for row in rows(device, wanted):
             print(json.dumps(row), file=file, flush=True)
+    partial.replace(RESULTS)
 
 
 if __name__ == "__main__":

@@ -70,11 +70,11 @@ _register("fma", "rn ftz", _fused)
 
 
 def _wide(instruction: Instruction) -> str:
-    """Return the type of the result of `mul.wide` and `mad.wide`."""
+    """Return the type of the whole product of two numbers of the instruction's type."""
     return f"{instruction.kind[0]}{2 * bits_of(instruction.kind)}"
 
 
-@executes("mul", "lo wide rn ftz")
+@executes("mul", "lo hi wide rn ftz")
 def multiply(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     to, *operands = instruction.operands
     if instruction.kind == "f16x2":
@@ -83,6 +83,9 @@ def multiply(machine: Machine, instruction: Instruction, mask: Mask) -> None:
     a, b = (machine.get(operand, instruction.kind) for operand in operands)
     if "wide" in instruction.opcode:
         a = a.astype(DTYPES[_wide(instruction)])
+    elif "hi" in instruction.opcode:
+        whole = a.astype(DTYPES[_wide(instruction)]) * b
+        return machine.put(to, (whole >> bits_of(instruction.kind)).astype(a.dtype), mask)
     return machine.put(to, a * b, mask)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tests.support.session_contract import check_session
 from tests.support.tiny import make_checkpoint
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.engine.sampling import SamplingParams
-from vila_deploy.engine.session import OneSlot
+from vila_deploy.engine.session import OneSlot, choices_of
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.runtime.generate import generate
 from vila_deploy.utils.errors import VilaDeployError
@@ -34,6 +35,15 @@ def test_a_full_slot_takes_no_token(root: Path) -> None:
     with pytest.raises(VilaDeployError, match="25 tokens don't fit into the 24 positions"):
         session.decode([0], [5])
     assert session.length(0) == 24
+
+
+def test_what_a_session_decided_is_read_through_its_slot(root: Path) -> None:
+    class Decided(ReferenceSession):
+        choices = MappingProxyType({"kernel_launch": {"mode": "separate"}})
+
+    checkpoint = open_checkpoint(root)
+    assert choices_of(OneSlot(ReferenceSession(checkpoint))) == {}
+    assert choices_of(OneSlot(Decided(checkpoint)))["kernel_launch"]["mode"] == "separate"
 
 
 class DrawsOnDevice(ReferenceSession):
