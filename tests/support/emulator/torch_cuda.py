@@ -21,6 +21,7 @@ from tests.support.emulator.device import EmulatedDevice
 
 MEMORY_BYTES = 139 << 30
 USED_BYTES = 1 << 30
+ALIGNMENT = 64  # of tensors, on the host that stands in
 PROPERTIES = SimpleNamespace(
     L2_cache_size=1 << 16, multi_processor_count=132, total_memory=MEMORY_BYTES
 )
@@ -73,7 +74,9 @@ class OnHost(TorchFunctionMode):
         if func is torch.Tensor.pin_memory:
             return args[0]
         if func is torch.Tensor.to:
-            args = tuple(map(_host, args))
+            found = func(*map(_host, args), **kwargs)
+            # CUDA's memory is aligned; a tensor in a file that is mapped need not be.
+            return found.clone() if found.data_ptr() % ALIGNMENT else found
         return func(*args, **kwargs)
 
 
