@@ -28,7 +28,7 @@ test-ptx: $(VENV)/.installed-dev $(if $(TRITON),.triton-$(TRITON)/.installed)  #
 	  tests/unit/backends/native/test_slotted_session.py tests/unit/backends/native/test_kernel_launch.py
 
 # SLOWER=40 gives stages more time on a busy computer; 15 by default.
-test-first-run: $(VENV)/.installed-dev  ## the first quarter of an hour on a GPU, rehearsed on an emulated one: about an hour
+test-first-run: $(VENV)/.installed-dev  ## the first quarter of an hour on a GPU, rehearsed on an emulated one: about a quarter of an hour
 	OMP_NUM_THREADS=1 FIRST_RUN=1 $(BIN)/pytest tests/emulator/test_first_run.py
 
 test-web: $(VENV)/.installed-web  ## vila-serve's page in Chromium

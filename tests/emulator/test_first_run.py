@@ -26,7 +26,7 @@ LIBRARY_BYTES = 1 << 30
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(2 * LIMIT_S),
-    pytest.mark.skipif("FIRST_RUN" not in os.environ, reason="about an hour: make test-first-run"),
+    pytest.mark.skipif("FIRST_RUN" not in os.environ, reason="15 minutes: make test-first-run"),
 ]
 Rows = list[dict[str, Any]]
 Call = Callable[..., tuple[int, Rows]]
