@@ -36,11 +36,15 @@ NOT_SHOWN = {
     "gemm_kernel": {"gemm.py: for block in tl.range(0, blocks, num_stages=STAGES):"},
     "attention_split_kernel": ATTENTION,
     "attention_kernel": ATTENTION,
+    "prompt_attention_kernel": {
+        "prompt_attention.py: for begin in tl.range(0, end, BLOCK, num_stages=STAGES):",
+    },
 }
 # Case of the checks → kernels of which it has all that is named.
 HAS_ALL = {
     "gemm": {"gemm_kernel"},
     "rope_attention": {"attention_split_kernel", "attention_kernel"},
+    "prompt_attention": {"prompt_attention_kernel"},
 }
 DEPENDENT = {
     "embed_kernel", "norm_qkv_kernel", "attention_kernel", "add_residual_kernel",
