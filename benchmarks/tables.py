@@ -54,6 +54,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablation-error": accuracy.ablation_error,
     "rounding-kl": accuracy.rounding_kl,
     "rounding-ideas": accuracy.rounding_ideas,
+    "mixed-bits": accuracy.mixed_bits,
     "tiny-vila": accuracy.tiny_vila,
     "tiny-vila-kinds": accuracy.tiny_vila_kinds,
     "headline": accuracy.headline,

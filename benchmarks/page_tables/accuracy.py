@@ -161,6 +161,27 @@ def rounding_ideas() -> str:
     return markdown(["", "weighted", "layer", *kinds], rows)
 
 
+def mixed_bits() -> str:
+    """Return the KL of linears in several numbers of bits, and its share of that of 4 bits."""
+    mixes = list(dict.fromkeys(row["mix"] for row in results("quantization-mixed-bits")))
+    found: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in results("quantization-mixed-bits"):
+        algorithm = f"`{row['algorithm']}`" + ", symmetric" * row["symmetric"]
+        for data, kl in row["kl"].items():
+            found.setdefault((row["model"], algorithm, data), {})[row["mix"]] = kl
+    rows = [
+        [*names, *(_share(kl.get(mix), kl[mixes[0]]) for mix in mixes)]
+        for names, kl in found.items()
+    ]
+    return markdown(["", "algorithm", "data", *mixes], rows)
+
+
+def _share(kl: float | None, of: float) -> str:
+    if kl is None:
+        return ""
+    return f"{kl:.4f}" if kl == of else f"{kl:.4f} ({kl / of:.2f})"
+
+
 def _step(row: Row) -> str:
     return f"*rejected:* {row['step']}" if row["rejected"] else row["step"]
 

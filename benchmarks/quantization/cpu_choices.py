@@ -34,11 +34,11 @@ from vila_deploy.bench.measure import commit, device_name
 from vila_deploy.builder.calibration_prompts import builtin_prompts
 from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD
+from vila_deploy.formats.int8_linear import round_int8
 from vila_deploy.formats.module_dtypes import head_group_size
 from vila_deploy.onnx_export.dialects.onnxruntime import INT8_TERMS, OnnxRuntimeDialect
 from vila_deploy.onnx_export.graph_writer import WeightFile
 from vila_deploy.onnx_export.llm import StoredLlm, build_llm_graph, store_llm
-from vila_deploy.onnx_export.rounding import round_int8
 
 BLOCK = 512
 # Activations of the decoder layers; cache; dtype of the head and int8 terms of its activations, 0:

@@ -2,11 +2,13 @@
 
 $ python benchmarks/quantization/tiny_vila.py          # default algorithm, and rtn to compare
 $ python benchmarks/quantization/tiny_vila.py --algorithm awq --symmetric
+$ python benchmarks/quantization/tiny_vila.py --group-size 64 --bits-per-weight 4.5
 
 Calibrates on tiny-vila's calibration questions, once with their images and once without. Prints
 a JSON line for fp32 and for each quantization: exact answers to 500 held-out questions by kind, and
 perplexity, KL and top-1 agreement on their answers, as in report.json. The lines go into
-benchmarks/results/tiny-vila-quantization.jsonl too.
+benchmarks/results/tiny-vila-quantization.jsonl too. With --bits-per-weight it compares 4 bits with
+mixed precision instead, calibrated on the built-in data, for quantization-mixed-bits.jsonl.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from vila_deploy.formats.base import QuantScheme
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.processing.chat_template import IMAGE_MARKER
 from vila_deploy.processing.tokenizer import load_tokenizer
-from vila_deploy.quantize.options import ALGORITHMS, QuantizeOptions
+from vila_deploy.quantize.options import ALGORITHMS, MODULES, QuantizeOptions
 from vila_deploy.quantize.pipeline import quantize
 from vila_deploy.quantize.report import versions
 from vila_deploy.runtime.conversation import Conversation
@@ -42,7 +44,15 @@ from vila_deploy.utils.progress import progress
 ROOT = Path(__file__).resolve().parents[2]
 TINY_VILA, RESULTS = ROOT / "examples" / "tiny-vila", ROOT / "benchmarks" / "results"
 OUTPUT = RESULTS / "tiny-vila-quantization.jsonl"
+MIXED_BITS = RESULTS / "quantization-mixed-bits.jsonl"
 CALIBRATION_QUESTIONS = 256
+# Formats whose widths are chosen from, and what stays float16 beside the layers.
+MIXES = {
+    "4 bits": ("awq", MODULES),
+    "4 and 8 bits": ("compressed-tensors", MODULES),
+    "4, 5 and 8 bits": ("gguf", MODULES),
+    "4, 5 and 8 bits, head and tower too": ("gguf", ()),
+}
 sys.path.insert(0, str(TINY_VILA))
 
 from tiny_vila.questions import Question, calibration, held_out  # noqa: E402
@@ -131,6 +141,45 @@ def rows(
             }
 
 
+def mixed_rows(
+    algorithm: str,
+    symmetric: bool,
+    group_size: int,
+    mean_bits: float,
+    questions: Sequence[Question],
+) -> Iterator[dict[str, Any]]:
+    """One for 4 bits and for each of MIXES, with as many bits on average."""
+    checkpoint = TINY_VILA / "checkpoint"
+    original = open_checkpoint(checkpoint)
+    data = EvaluationData(original, examples(questions), own=True, max_sequences=len(questions))
+    for name, (format, kept) in MIXES.items():
+        mixed = format != "awq"
+        options = QuantizeOptions(
+            QuantScheme(group_size, symmetric), algorithm, formats=(format,),
+            bits_per_weight=mean_bits if mixed else None, keep_fp16=kept if mixed else (),
+        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            report = quantize(checkpoint, Path(folder) / "out", options)
+            quantized = open_checkpoint(Path(folder) / "out")
+            found = evaluate(original, quantized, data).to_json()
+            answers = exact_answers(Path(folder) / "out", questions)
+        quality = report["evaluation"]["quality"]
+        yield {
+            "mix": name,
+            "mean_bits": report["bit_choice"]["mean_bits"] if mixed else 4,
+            "algorithm": algorithm,
+            "group_size": group_size,
+            "symmetric": symmetric,
+            "kl": {
+                "built-in text": quality["text"]["kl_mean"],
+                "built-in questions about images": quality["image"]["kl_mean"],
+                f"{len(questions)} questions about images": found["quality"]["image"]["kl_mean"],
+            },
+            "output_bytes": report["output_bytes"],
+            **answers,
+        }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -139,12 +188,17 @@ def main() -> None:
     parser.add_argument("--symmetric", action="store_true")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--questions", type=int, default=500)
+    parser.add_argument("--bits-per-weight", type=float)
     options = parser.parse_args()
     questions = held_out(options.questions)
     common = {"label": "measured", "model": "tiny-vila", "device": device_name()}
     common |= {"versions": versions(), "commit": commit()}
-    with OUTPUT.open("a", encoding="utf-8") as file:
-        for row in rows(options.algorithm, options.symmetric, options.group_size, questions):
+    asked = (options.algorithm, options.symmetric, options.group_size)
+    found, output = rows(*asked, questions), OUTPUT
+    if options.bits_per_weight is not None:
+        found, output = mixed_rows(*asked, options.bits_per_weight, questions), MIXED_BITS
+    with output.open("a", encoding="utf-8") as file:
+        for row in found:
             line = json.dumps({**common, **row})
             print(line, flush=True)
             file.write(line + "\n")

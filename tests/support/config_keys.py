@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vila_deploy.checkpoint.int8_tower import int8_config
+
 HONOURED, REFUSED, NO_EFFECT = "honoured", "refused", "no effect"
 ROOT, LLM, TOWER, PROJECTOR = (
     "config.json", "llm/config.json", "vision_tower/config.json", "mm_projector/config.json",
@@ -192,6 +194,8 @@ _ROWS = (
     _Rows(TOWER, HONOURED, SIGLIP, {"num_hidden_layers": 5, "num_attention_heads": 2,
           "intermediate_size": 64, "hidden_act": "gelu", "layer_norm_eps": 1e-4}),
     _Rows(TOWER, HONOURED, INTERN, {"qkv_bias": True, "qk_normalization": False}, "internvit"),
+    _Rows(TOWER, HONOURED, PRETRAINED, {"quantization_config": int8_config(
+          ["vision_model.encoder.layers.0.mlp.fc1"])}),
     _Rows(TOWER, REFUSED, SIGLIP, {"hidden_size": 7, "image_size": 28, "patch_size": 99,
           "num_channels": 1}),
     _Rows(TOWER, REFUSED, VILA_TOWER, {"architectures": ["CLIPVisionModel"]}),

@@ -57,10 +57,10 @@ class Backend(ABC):
                 fix="leave them out, or use --backend tensorrt-llm",
             )
         quantization = config.llm.quantization
-        if quantization is not None and not quantization.scheme.widths <= set(self.linear_bits):
+        if quantization is not None and not quantization.layer_bits <= set(self.linear_bits):
             raise VilaDeployError(
                 f"backend {self.name} takes linears in 4 bits, this checkpoint has some in "
-                f"{max(quantization.scheme.widths)}",
+                f"{max(quantization.layer_bits)}",
                 where="llm/config.json: quantization_config",
                 fix="use --target cpu or --backend llamacpp, or quantize without --bits-per-weight",
             )

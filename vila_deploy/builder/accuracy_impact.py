@@ -24,6 +24,7 @@ from vila_deploy.backends.onnxruntime.inference import load_graph, run_each, vis
 from vila_deploy.backends.tensorrt import files, graphs
 from vila_deploy.builder.calibration_prompts import builtin_prompts
 from vila_deploy.builder.resolve import ResolvedBuild
+from vila_deploy.builder.tower_errors import layer_errors, write_hidden_states
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD
 from vila_deploy.data.embed import TokenSequence, length_limit
@@ -44,11 +45,14 @@ from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.progress import Advance, progress
 
 MAX_SEQUENCES = 16
+LAYER_IMAGES = 3
 # Rows of logits in memory at a time.
 LOGIT_ROWS = 64
 # Otherwise onnxruntime would round activations to int8 where TensorRT does not.
 EXACT_ACTIVATIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
 AS_ASKED, PLAIN = "asked", "plain"
+# Of hidden states behind the tower's layers.
+STATES = "states"
 CACHE_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 
 
@@ -59,6 +63,12 @@ class AccuracyImpact:
     KL is KL(fp16 ‖ as asked) in nats, per token; `kl_p99` its 99th percentile. Top-1 agreement is
     the share of tokens for which both find the same one most likely. `sha256` is of the data,
     `own_data` whether it is the user's.
+
+    Args:
+        image_feature_error: of a tower in fewer bits: norm of the difference of the images'
+            embeddings over their norm.
+        tower_layer_errors: the same of the hidden states behind each of its layers, on a tile of
+            each of the first LAYER_IMAGES images.
     """
 
     kl_mean: float
@@ -69,6 +79,8 @@ class AccuracyImpact:
     images: int
     own_data: bool
     sha256: str
+    image_feature_error: float | None = None
+    tower_layer_errors: Sequence[float] = ()
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -133,6 +145,8 @@ def measure_accuracy_impact(
         images=held_out.images,
         own_data=held_out.own,
         sha256=held_out.sha256,
+        image_feature_error=graphs.image_feature_error,
+        tower_layer_errors=graphs.tower_layer_errors,
     )
 
 
@@ -141,7 +155,13 @@ def _steps(checkpoint: Checkpoint, held_out: EvaluationData) -> int:
 
 
 class _GraphPair:
-    """The graphs of a checkpoint in a temporary folder, with modules as asked and in fp16."""
+    """The graphs of a checkpoint in a temporary folder, with modules as asked and in fp16.
+
+    `compare` leaves what it has measured of a quantized tower in the attributes.
+    """
+
+    image_feature_error: float | None = None
+    tower_layer_errors: tuple[float, ...] = ()
 
     def __init__(
         self,
@@ -190,9 +210,11 @@ class _GraphPair:
         """Return the figures of every predicted token, without losses."""
         prompts = {PLAIN: [embeds.numpy() for embeds in data.embeds(self._checkpoint)]}
         if self._module_precision.vision != FP16:
+            features = {}
             for name, dtype in ((PLAIN, FP16), (AS_ASKED, self._module_precision.vision)):
-                features = self._features(data.sequences, name, dtype)
-                prompts[name] = [self._embeds(sequence, features) for sequence in data.sequences]
+                features[name] = self._features(data.sequences, name, dtype)
+                prompts[name] = [self._embeds(each, features[name]) for each in data.sequences]
+            self._compare_towers(features)
         masks = [data.predicted(index) for index in range(len(data.sequences))]
         metrics, first = TokenMetrics.zeros(sum(int(mask.sum()) for mask in masks)), 0
         for index, mask in enumerate(masks):
@@ -211,6 +233,19 @@ class _GraphPair:
                 first += len(expected)
             self._advance(f"sequence {index + 1}")
         return metrics
+
+    def _compare_towers(self, features: Mapping[str, Mapping[str, Floats]]) -> None:
+        """Keep the errors of the tower as asked; without images there are none."""
+        if not features[PLAIN]:
+            return
+        expected, found = (
+            np.concatenate([features[name][image] for image in features[PLAIN]])
+            for name in (PLAIN, AS_ASKED)
+        )
+        error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+        self.image_feature_error = float(error)
+        folders = (self._folder / name / STATES for name in (AS_ASKED, PLAIN))
+        self.tower_layer_errors = layer_errors(*folders)
 
     def _logits(self, states: Mapping[str, Floats], name: str, rows: slice) -> Floats:
         """Logits of some rows; a module that is not quantized is the same in both."""
@@ -257,21 +292,31 @@ class _GraphPair:
     ) -> dict[str, Floats]:
         """Features [tokens, hidden] of each image, by its name, from a tower in `dtype`."""
         config, by_name = self._checkpoint.config, {}
-        tower, projector = self._vision_graphs(self._folder / name, dtype)
+        paths, options = self._write_vision(self._folder / name, dtype)
+        tower = load_graph(paths[0], options=options)
+        projector = _load(paths[1]) if paths[1].exists() else None
+        tiles: list[Floats] = []
         images = {image.name: image for sequence in sequences for image in sequence.images}
         for image in images.values():
             (pixels,) = preprocess([image.load()], config.image, config.tiling, alone=False)
             features = run_each(tower, pixels.tiles)
+            tiles.append(pixels.tiles[:1])
             if projector is not None:
                 blocks = s2_features(features, config.tiling, pixels.grid)
                 features = merge_s2_blocks(run_each(projector, blocks), config.tiling, pixels.grid)
             by_name[image.name] = features[0]
+        states = self._folder / name / STATES
+        write_hidden_states(paths[0], tiles[:LAYER_IMAGES], options, states)
         return by_name
 
-    def _vision_graphs(
+    def _write_vision(
         self, folder: Path, dtype: str
-    ) -> tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession | None]:
-        """Return the vision graph with a tower in `dtype`, and the projector if it is another."""
+    ) -> tuple[tuple[Path, Path], Mapping[str, str]]:
+        """Write the vision graph with a tower in `dtype`, and the projector if it is another.
+
+        Returns:
+            the paths of both, and onnxruntime's options for the former.
+        """
         folder.mkdir()
         checkpoint, on_cpu = self._checkpoint, isinstance(self._emitter, OnnxRuntimeDialect)
         parts = checkpoint.config, checkpoint.vision, checkpoint.projector
@@ -284,9 +329,7 @@ class _GraphPair:
             tower, projector = (
                 folder / part / files.GRAPH for part in (files.VISION, files.PROJECTOR)
             )
-        options = vision_options() if on_cpu else EXACT_ACTIVATIONS
-        loaded = load_graph(tower, options=options)
-        return loaded, _load(projector) if projector.exists() else None
+        return (tower, projector), vision_options() if on_cpu else EXACT_ACTIVATIONS
 
 
 def _load(path: Path) -> onnxruntime.InferenceSession:

@@ -22,7 +22,7 @@ from vila_deploy.engine.precision import (
     option_of,
 )
 from vila_deploy.engine.target import Target, get_target
-from vila_deploy.formats.module_dtypes import FP16
+from vila_deploy.formats.module_dtypes import FP16, INT8
 from vila_deploy.processing.own_template import follow_tokenizer
 from vila_deploy.processing.vocabulary import check_vocabulary
 from vila_deploy.quantize.options import BUILTIN, OLD_BUILTIN
@@ -219,7 +219,7 @@ def _request(
     modules, activations = options.module_precision, options.activations
     defaults: dict[str, DefaultChoice] = {}
     for module in (name for name, dtype in modules.to_json().items() if dtype == AUTO):
-        defaults[module] = backend.default_dtype(module, config, precision)
+        defaults[module] = _default_dtype(module, config, target, backend, precision)
         modules = replace(modules, **{module: defaults[module].value})
     takes_activations = "activations" in BACKENDS[backend.name].options
     if activations is None and takes_activations and precision != FP16:
@@ -241,6 +241,17 @@ def _request(
         {name: choice.reason for name, choice in defaults.items() if choice.reason},
         options.gpu_layers,
     )
+
+
+def _default_dtype(
+    module: str, config: VilaConfig, target: Target, backend: Backend, precision: str
+) -> DefaultChoice:
+    """Return the backend's choice; where it has no reason, int8 for what the checkpoint has so."""
+    choice = backend.default_dtype(module, config, precision)
+    int8 = {"vision": bool(config.vision.int8_linears), "lm_head": config.llm.head_is_quantized}
+    if choice.reason or not int8.get(module) or not backend.supports(target, module, INT8):
+        return choice
+    return DefaultChoice(INT8, "as in the checkpoint")
 
 
 def _check_precision(found: str, asked: str | None, target: Target) -> None:

@@ -13,7 +13,7 @@ from vila_deploy.checkpoint.config import VilaConfig, config_of
 from vila_deploy.checkpoint.folder_layout import PARTS, Layout, find_layout, split_flat
 from vila_deploy.checkpoint.gguf_reader import GgufReader, gguf_files
 from vila_deploy.checkpoint.llm_config import LlmConfig
-from vila_deploy.checkpoint.reader import TensorReader, find_tensors, llm_reader
+from vila_deploy.checkpoint.reader import Int8TowerReader, TensorReader, find_tensors, llm_reader
 from vila_deploy.checkpoint.safetensors_header import TensorInfo
 from vila_deploy.checkpoint.tensor_schema import check_projector, check_tower
 from vila_deploy.checkpoint.weight_source import ModelWeights, WeightSource
@@ -175,7 +175,8 @@ def _open_vision(
     tower, projector = tensors["vision_tower"], tensors["mm_projector"]
     check_tower(config, tower, layout.folder("vision_tower"))
     check_projector(config, projector, layout.folder("mm_projector"))
-    return TensorReader(tower), TensorReader(projector)
+    tower_reader = Int8TowerReader if config.vision.int8_linears else TensorReader
+    return tower_reader(tower), TensorReader(projector)
 
 
 def _open_llm(

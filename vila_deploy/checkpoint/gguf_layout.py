@@ -17,6 +17,7 @@ from vila_deploy.checkpoint.llm_config import (
     LlmConfig,
     layer_prefix,
 )
+from vila_deploy.formats.base import HEAD_LINEAR
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,13 +60,14 @@ def tensor_specs(
         table_types: of the embedding and the head.
         linear_types: of the decoder's linears.
         head_types: of the head where it differs, beside the embedding even where the two are tied.
-        types_of: of linears that differ from `linear_types`, by full name.
+        types_of: of linears that differ from `linear_types`, by full name, and of a quantized head.
     """
     table = (config.vocab_size, config.hidden_size)
     yield GgufSpec(EMBEDDING, ENDS[EMBEDDING], table, table_types)
     yield GgufSpec(FINAL_NORM, ENDS[FINAL_NORM], (config.hidden_size,), ("F32",))
     if head_types or not config.tie_word_embeddings:
-        yield GgufSpec(HEAD, ENDS[HEAD], table, head_types or table_types)
+        quantized = (types_of or {}).get(HEAD_LINEAR, ())
+        yield GgufSpec(HEAD, ENDS[HEAD], table, quantized or head_types or table_types)
     for index in range(config.num_layers):
         ours, theirs = layer_prefix(index), f"blk.{index}"
         for norm in NORMS:

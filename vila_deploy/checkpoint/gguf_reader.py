@@ -19,7 +19,7 @@ from vila_deploy.checkpoint.gguf_layout import (
 )
 from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD, LlmConfig
 from vila_deploy.checkpoint.safetensors_header import TensorInfo
-from vila_deploy.formats.base import QuantizedLinear
+from vila_deploy.formats.base import HEAD_LINEAR, QuantizedLinear
 from vila_deploy.formats.gguf import GGUF_BLOCKS, dtype, linear_types_of
 from vila_deploy.formats.gguf_file import FIX, TENSOR_TYPES, GgufHeader, read_header
 from vila_deploy.utils.errors import VilaDeployError, short
@@ -110,11 +110,15 @@ class GgufReader:
         return TensorInfo(name, tensor.dtype, tensor.shape, tensor.begin, end, file)
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor that is not quantized to 4 bits.
+        """Return a tensor that is no quantized linear of a layer; a quantized head in float32.
 
         Raises:
             VilaDeployError: NaN or Inf among its values.
         """
+        if name == HEAD and self._config.head_is_quantized:
+            head = self.linear(HEAD_LINEAR)
+            assert isinstance(head, QuantizedLinear)
+            return head.dequantize()
         spec = self._spec(name)
         tensor = self._in_our_order(self._read(spec), name)
         kind = self._narrow_type(spec)
@@ -128,7 +132,8 @@ class GgufReader:
         """
         quantization = self._config.quantization
         spec = self._spec(f"{prefix}.weight")
-        if quantization is None or prefix == HEAD.removesuffix(".weight"):
+        plain_head = prefix == HEAD_LINEAR and not self._config.head_is_quantized
+        if quantization is None or plain_head:
             return self.tensor(spec.source)
         rows = self._bytes(spec).unflatten(1, (-1, TENSOR_TYPES[spec.types[0]].block_bytes))
         bits = quantization.scheme.of(prefix).bits

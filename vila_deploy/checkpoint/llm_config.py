@@ -7,12 +7,19 @@ from dataclasses import dataclass
 
 from vila_deploy.checkpoint.quantization import load_quantization
 from vila_deploy.checkpoint.variants import LLM_FAMILIES, LlmFamily
-from vila_deploy.formats.base import BITS, QuantizationConfig, QuantScheme
+from vila_deploy.formats.base import (
+    BITS,
+    HEAD_LINEAR,
+    SYMMETRIC_BITS,
+    QuantizationConfig,
+    QuantScheme,
+)
 from vila_deploy.utils.errors import short
 from vila_deploy.utils.fields import Fields
 
 # Tensors outside the decoder layers.
-EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+EMBEDDING, FINAL_NORM = "model.embed_tokens.weight", "model.norm.weight"
+HEAD = f"{HEAD_LINEAR}.weight"
 # "linear" divides positions by a factor.
 ROPE_TYPES = ("default", "linear")
 # Modules of a decoder layer; each norm has one weight [hidden_size].
@@ -83,6 +90,11 @@ class LlmConfig:
         """Mean bits of a quantized value; 4 for a model that is not quantized yet."""
         return BITS if self.quantization is None else self.mean_bits(self.quantization.scheme)
 
+    @property
+    def head_is_quantized(self) -> bool:
+        """Whether the output head is stored like a linear of the layers, in bits of its own."""
+        return self.quantization is not None and HEAD_LINEAR in self.quantization.linear_bits
+
     def has_bias(self, linear: str) -> bool:
         """Return whether a linear of `linears` has a bias."""
         return self.family.qkv_bias and linear in QKV
@@ -151,10 +163,16 @@ def check_quantized_linears(config: LlmConfig, fields: Fields) -> None:
     if config.quantization is None:
         return
     known = {name for index in range(config.num_layers) for name in config.layer_linears(index)}
+    if not config.tie_word_embeddings:
+        known.add(HEAD_LINEAR)
     for name in config.quantization.linear_bits:
         if name not in known:
             what = f"has bits for {short(name)}, a linear that this model lacks"
             raise fields.error("quantization_config", what)
+    head_bits = config.quantization.linear_bits.get(HEAD_LINEAR, SYMMETRIC_BITS)
+    if head_bits != SYMMETRIC_BITS:
+        what = f"has {head_bits} bits for {HEAD_LINEAR}, which may have {SYMMETRIC_BITS}"
+        raise fields.error("quantization_config", what)
     group = config.quantization.group_size
     inputs = {
         "hidden_size": config.hidden_size,

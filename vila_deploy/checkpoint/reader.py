@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vila_deploy.checkpoint.int8_tower import SCALE
 from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD, LlmConfig
 from vila_deploy.checkpoint.safetensors_header import TensorInfo, read_header
 from vila_deploy.checkpoint.tensor_schema import check_llm
 from vila_deploy.checkpoint.torch_load import PickledFile, SearchResultError, is_search_result
-from vila_deploy.formats.base import BITS, Packing, QuantizedLinear
+from vila_deploy.formats.base import BITS, HEAD_LINEAR, Packing, QuantizedLinear
 from vila_deploy.formats.registry import format_of
 from vila_deploy.formats.tinychat import SUFFIX as TINYCHAT_SUFFIX
 from vila_deploy.utils.errors import VilaDeployError, short
@@ -180,7 +181,7 @@ class TensorReader:
         info = self.info(name)
         dtypes = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
         dtypes |= {"F64": torch.float64, "I16": torch.int16, "I32": torch.int32}
-        dtypes |= {"I64": torch.int64}
+        dtypes |= {"I64": torch.int64, "I8": torch.int8}
         if info.dtype not in dtypes:
             raise _unreadable(info, f"dtype {info.dtype} is not supported")
         return dtypes[info.dtype]
@@ -232,6 +233,31 @@ class TensorReader:
             raise VilaDeployError(error.what, where=where, fix=error.fix) from error
 
 
+class QuantizedHeadReader(TensorReader):
+    """A TensorReader of an llm/ whose output head is quantized, and read as floats on demand."""
+
+    def tensor(self, name: str) -> Tensor:
+        if name != HEAD:
+            return super().tensor(name)
+        head = self.linear(HEAD_LINEAR)
+        assert isinstance(head, QuantizedLinear)
+        return head.dequantize()
+
+
+class Int8TowerReader(TensorReader):
+    """A TensorReader of a tower with linears in int8, which are read as float32, exactly."""
+
+    def tensor(self, name: str) -> Tensor:
+        tensor = super().tensor(name)
+        if tensor.is_floating_point():
+            return tensor
+        return tensor.float() * super().tensor(name + SCALE).float()
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return all tensors as they are stored, by name."""
+        return {name: super(Int8TowerReader, self).tensor(name) for name in self.names()}
+
+
 def llm_reader(tensors: Mapping[str, TensorInfo], config: LlmConfig, folder: Path) -> TensorReader:
     """Return a reader of llm/ in `folder` whose tensors have been checked against `config`.
 
@@ -240,7 +266,8 @@ def llm_reader(tensors: Mapping[str, TensorInfo], config: LlmConfig, folder: Pat
     """
     check_llm(config, tensors, folder)
     quantization = config.quantization
-    return TensorReader(
+    reader = QuantizedHeadReader if config.head_is_quantized else TensorReader
+    return reader(
         tensors,
         packing=format_of(quantization).packing if quantization else None,
         group_size=quantization.group_size if quantization else 0,

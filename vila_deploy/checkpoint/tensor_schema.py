@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.int8_tower import SCALE
 from vila_deploy.checkpoint.llm_config import (
     EMBEDDING,
     FINAL_NORM,
@@ -18,9 +19,10 @@ from vila_deploy.checkpoint.llm_config import (
 )
 from vila_deploy.checkpoint.safetensors_header import TensorInfo
 from vila_deploy.checkpoint.vision_config import VisionConfig
-from vila_deploy.formats.base import QuantizationConfig, TensorSpec
+from vila_deploy.formats.base import HEAD_LINEAR, QuantizationConfig, TensorSpec
+from vila_deploy.formats.module_dtypes import is_tower_linear
 from vila_deploy.formats.registry import format_of
-from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.errors import VilaDeployError, short
 
 # What released checkpoints carry although nothing uses it; any other extra tensor is an error.
 UNUSED_LLM = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
@@ -45,10 +47,39 @@ def check_llm(config: LlmConfig, tensors: Mapping[str, TensorInfo], folder: Path
 
 def check_tower(config: VilaConfig, tensors: Mapping[str, TensorInfo], folder: Path) -> None:
     """Compare vision_tower/ with its config; layers behind the selected one may be absent."""
-    known = _check_specs(tower_tensor_specs(config), tensors, folder)
+    linears = tower_linears(config)
+    for name in config.vision.int8_linears:
+        if name not in linears:
+            raise VilaDeployError(
+                f"has int8 for {short(name)}, a linear that this tower lacks",
+                where=f"{folder / 'config.json'}: quantization_config",
+                fix="correct this key",
+            )
+    known = _check_specs(_stored_tower_specs(config), tensors, folder)
     for name in tensors:
         if name not in known and not unused_tensor(config, name):
             raise _unknown(tensors[name], folder)
+
+
+def tower_linears(config: VilaConfig) -> dict[str, tuple[int, ...]]:
+    """Return name → shape [out, in] of the linears in a tower's layers, those that int8 is for."""
+    specs = tower_tensor_specs(config)
+    return {
+        spec.name.removesuffix(".weight"): spec.shape
+        for spec in specs
+        if is_tower_linear(spec.name, spec.shape)
+    }
+
+
+def _stored_tower_specs(config: VilaConfig) -> Iterator[TensorSpec]:
+    """Yield the tensors of vision_tower/ as stored, with the scales of those in int8."""
+    int8 = {f"{name}.weight" for name in config.vision.int8_linears}
+    for spec in tower_tensor_specs(config):
+        if spec.name not in int8:
+            yield spec
+        else:
+            yield TensorSpec(spec.name, spec.shape, ("I8",))
+            yield TensorSpec(spec.name + SCALE, (spec.shape[0], 1))
 
 
 def unused_tensor(config: VilaConfig, name: str) -> bool:
@@ -70,7 +101,11 @@ def check_projector(config: VilaConfig, tensors: Mapping[str, TensorInfo], folde
 def llm_tensor_specs(config: LlmConfig) -> Iterator[TensorSpec]:
     """Yield every tensor of llm/, decoder linears in fp or in the format that its config names."""
     yield TensorSpec(EMBEDDING, (config.vocab_size, config.hidden_size))
-    if not config.tie_word_embeddings:
+    if config.head_is_quantized:
+        assert config.quantization is not None
+        head = config.vocab_size, config.hidden_size
+        yield from _quantized_specs(HEAD_LINEAR, *head, config.quantization)
+    elif not config.tie_word_embeddings:
         yield TensorSpec(HEAD, (config.vocab_size, config.hidden_size))
     yield TensorSpec(FINAL_NORM, (config.hidden_size,))
     linears = config.linears

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from vila_deploy.checkpoint.int8_tower import read_int8_linears
 from vila_deploy.checkpoint.variants import ACTIVATIONS, IMAGE_MODES, TOWER_FAMILIES, TowerFamily
 from vila_deploy.utils.errors import short
 from vila_deploy.utils.fields import Fields
@@ -15,7 +16,10 @@ MAX_SCALES, MAX_TILES = 8, 64
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """A tower; `qkv_bias` and `qk_norm` vary only in InternViT."""
+    """A tower; `qkv_bias` and `qk_norm` vary only in InternViT.
+
+    `int8_linears`: full names of the linears that the checkpoint stores in int8.
+    """
 
     family: TowerFamily
     hidden_size: int
@@ -28,6 +32,7 @@ class VisionConfig:
     layer_norm_eps: float
     qkv_bias: bool = True
     qk_norm: bool = False
+    int8_linears: tuple[str, ...] = ()
 
     @property
     def grid(self) -> int:
@@ -155,6 +160,7 @@ def load_vision_config(fields: Fields) -> VisionConfig:
         layer_norm_eps=fields.number("layer_norm_eps", family.norm_epsilon, low=1e-12, high=1.0),
         qkv_bias=fields.boolean("qkv_bias", False) if internvit else True,
         qk_norm=fields.boolean("qk_normalization", True) if internvit else False,
+        int8_linears=read_int8_linears(fields),
     )
 
 

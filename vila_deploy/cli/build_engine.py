@@ -269,6 +269,12 @@ def _show_engine(out: Path, manifest: Manifest, as_json: bool) -> None:
                 f"Against {plain}: mean KL {impact['kl_mean']:.2g} nats, top-1 agreement "
                 f"{impact['top1_agreement']:.2%} over {impact['tokens']} tokens"
             )
+            if impact.get("tower_layer_errors"):
+                click.echo(
+                    "The int8 tower moves images' embeddings by "
+                    f"{impact['image_feature_error']:.2%} of their norm, hidden states behind its "
+                    f"layers by up to {max(impact['tower_layer_errors']):.2%}"
+                )
         if manifest.pending_steps:
             from vila_deploy.backends.registry import get_backend
 

@@ -23,7 +23,7 @@ from vila_deploy.cli.common import (
 )
 from vila_deploy.cli.formats import FormatNames
 from vila_deploy.formats.registry import FORMATS
-from vila_deploy.quantize.options import ALGORITHMS, BUILTIN, DEVICES, quantize_options
+from vila_deploy.quantize.options import ALGORITHMS, BUILTIN, DEVICES, MODULES, quantize_options
 from vila_deploy.utils.errors import VilaDeployError
 
 if TYPE_CHECKING:
@@ -50,10 +50,14 @@ FILE = FilePath()
 @click.option("--symmetric", is_flag=True, help="No zero points: all are 8.")
 @click.option(
     "--bits-per-weight", type=float, metavar="B", callback=no_nan,
-    help="Mixed precision: mean bits of a value, from 4 to 8, scales not counted. Linears of the "
-    "LLM's layers that cost the most KL, as measured on calibration data, get 8 bits (5 or 8 in "
-    "gguf), the rest 4; the head and the vision tower are not in the search. For --format "
-    "compressed-tensors and gguf.",
+    help="Mixed precision, for --format compressed-tensors and gguf: mean bits of a value over the "
+    "linears of the LLM's layers, from 4 to 8, scales not counted. Those that cost the most KL, as "
+    "measured on calibration data, get 8 bits (5 or 8 in gguf), the rest 4. Head and vision tower "
+    "are in the search: their linears get 8 bits beside B, or 16, whose other 8 count in B.",
+)  # fmt: skip
+@click.option(
+    "--keep-fp16", type=click.Choice(MODULES), multiple=True,
+    help="Leave this out of the search of --bits-per-weight: it stays float16. May be given twice.",
 )  # fmt: skip
 @click.option(
     "--calib", type=FILE, metavar="FILE_OR_DIR",
@@ -115,6 +119,7 @@ def main(
     group_size: int,
     symmetric: bool,
     bits_per_weight: float | None,
+    keep_fp16: tuple[str, ...],
     calib: Path | None,
     calib_images: Path | None,
     text_only: bool,
@@ -147,7 +152,7 @@ def main(
     try:
         options = quantize_options(
             algorithm=algorithm, group_size=group_size, symmetric=symmetric,
-            bits_per_weight=bits_per_weight,
+            bits_per_weight=bits_per_weight, keep_fp16=keep_fp16,
             calib=calib, calib_images=calib_images, text_only=text_only,
             eval=BUILTIN if eval_data is None and max_kl is not None else eval_data,
             no_eval=no_eval, formats=formats, device=device, prompt_template=prompt_template,

@@ -54,6 +54,7 @@ class EvaluationData:
         about_images = about_images[:half]
         self.image_sequences = len(about_images)
         self.sequences = about_images + others[: max_sequences - len(about_images)]
+        self._device = device
         self._embedder = MultimodalEmbedder(checkpoint, self.sequences, device)
         self.images, self.sha256 = self._embedder.num_images, self._embedder.sha256
         self.ids = [self._embedder.ids(sequence) for sequence in self.sequences]
@@ -63,8 +64,14 @@ class EvaluationData:
             )
 
     def embeds(self, checkpoint: Checkpoint) -> list[Tensor]:
-        """Return float32 [positions, hidden] of each sequence, by this checkpoint's embeddings."""
-        return [self._embedder.embeds(sequence, checkpoint) for sequence in self.sequences]
+        """Return float32 [positions, hidden] of each sequence, by this checkpoint's embeddings.
+
+        Images are encoded again where its vision tower is in int8.
+        """
+        embedder = self._embedder
+        if checkpoint.config.vision.int8_linears:
+            embedder = MultimodalEmbedder(checkpoint, self.sequences, self._device)
+        return [embedder.embeds(sequence, checkpoint) for sequence in self.sequences]
 
     def predicted(self, index: int) -> Tensor:
         """Return bool [positions] of a sequence: where the next-token distribution is compared."""

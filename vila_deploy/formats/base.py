@@ -14,14 +14,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BITS = 4  # of a quantized linear, unless it says otherwise
-MAX_VALUE = 2**BITS - 1  # 15
-SYMMETRIC_ZERO = 2 ** (BITS - 1)  # 8
+SYMMETRIC_ZERO = 2 ** (BITS - 1)  # 8, in 4 bits
 # At this width zero points gain nothing, and GGUF's Q8_0 has none.
 SYMMETRIC_BITS = 8
+# The output head, among the names of quantized linears.
+HEAD_LINEAR = "lm_head"
 # What the engines' 4-bit kernels take as a group of input channels.
 GROUP_SIZES = (16, 32, 64, 128, 256)
 # Dtypes of unquantized tensors, as safetensors spells them.
 FLOATS = ("F16", "BF16", "F32")
+
+
+def symmetric_zero(bits: int) -> int:
+    """Return the zero point of all values of a symmetric quantization to `bits`."""
+    return 2 ** (bits - 1)
 
 
 class TensorSpec(NamedTuple):
@@ -39,7 +45,8 @@ class QuantScheme:
     Symmetric means that every zero point is 2^(bits−1), so that w = scale · (q − 8) in 4 bits.
 
     Args:
-        linear_bits: of the linears that have other than `bits`, by full name (mixed precision).
+        linear_bits: of the linears that have other than `bits`, by full name (mixed precision); an
+            output head, `lm_head`, is quantized only where it is among them.
     """
 
     group_size: int = 128
@@ -65,7 +72,7 @@ class QuantScheme:
     @property
     def symmetric_zero(self) -> int:
         """The zero point of a symmetric quantization."""
-        return 2 ** (self.bits - 1)
+        return symmetric_zero(self.bits)
 
     @property
     def bits_per_weight(self) -> float:
@@ -89,6 +96,12 @@ class QuantizationConfig:
     zero_point: bool
     version: str
     linear_bits: Mapping[str, int] = field(default_factory=dict, hash=False)
+
+    @property
+    def layer_bits(self) -> set[int]:
+        """Every number of bits that some linear of the layers has."""
+        others = {bits for name, bits in self.linear_bits.items() if name != HEAD_LINEAR}
+        return {self.bits, *others}
 
     @property
     def scheme(self) -> QuantScheme:
@@ -138,7 +151,7 @@ class QuantizedLinear:
 
     @property
     def symmetric(self) -> bool:
-        return bool((self.zero == 2 ** (self.bits - 1)).all())
+        return bool((self.zero == symmetric_zero(self.bits)).all())
 
     def cpu(self) -> QuantizedLinear:
         """Return the same in host memory."""

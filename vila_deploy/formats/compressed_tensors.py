@@ -10,7 +10,8 @@ themselves. With N output and K input channels, groups of G, and in 4 bits:
   is none if the quantization is symmetric, as in 8 bits it always is here.
 - weight_shape int64 [2]: N, K.
 
-Linears in 8 bits are named in a second config group; the first is for all others.
+Linears in 8 bits are named in a second config group, the output head among them if it is quantized;
+the first is for all others.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from vila_deploy.formats.base import (
     BITS,
     FLOATS,
+    HEAD_LINEAR,
     SYMMETRIC_BITS,
     Packing,
     QuantizationConfig,
@@ -34,6 +36,7 @@ from vila_deploy.formats.base import (
     no_prequant_scale,
     pack_words,
     stored,
+    symmetric_zero,
     unpack_words,
 )
 from vila_deploy.utils.errors import VilaDeployError, short
@@ -44,7 +47,8 @@ if TYPE_CHECKING:
 
 PER_WORD = 32 // BITS  # 8
 # Linears that a group may name, and how many at most.
-LINEAR, MAX_TARGETS = re.compile(r"model\.layers\.\d{1,4}\.(self_attn|mlp)\.[a-z]+_proj"), 1 << 14
+LINEAR = re.compile(rf"{HEAD_LINEAR}|model\.layers\.\d{{1,4}}\.(self_attn|mlp)\.[a-z]+_proj")
+MAX_TARGETS = 1 << 14
 MAX_GROUP_NAME = 64
 FORMAT = "pack-quantized"
 FIX = "this is not a pack-quantized checkpoint of that group size"
@@ -75,8 +79,10 @@ class PackQuantized(Packing):
         """Return the tensors of one linear; without zero points they must all be 8 (128)."""
         import torch
 
+        stores_zero = zero_point and linear.bits != SYMMETRIC_BITS
         for size, side in ((linear.out_features, "output"), (linear.in_features, "input")):
-            if size % PER_WORD:
+            # A head's outputs, as many as the vocabulary is large, may be any number.
+            if size % PER_WORD and (side == "input" or stores_zero):
                 raise VilaDeployError(
                     f"{size} {side} channels don't fill words of {PER_WORD}",
                     where="weight_packed",
@@ -90,11 +96,11 @@ class PackQuantized(Packing):
             "weight_scale": linear.scale,
             "weight_shape": torch.tensor([linear.out_features, linear.in_features]),
         }
-        if zero_point and linear.bits != SYMMETRIC_BITS:
+        if stores_zero:
             tensors["weight_zero_point"] = pack_words(linear.zero.T).T.contiguous()
         elif not linear.symmetric:
             raise VilaDeployError(
-                f"must all be {2 ** (linear.bits - 1)} in a symmetric quantization",
+                f"must all be {symmetric_zero(linear.bits)} in a symmetric quantization",
                 where="zero points",
                 fix="correct zero_point in quantization_config",
             )
@@ -128,7 +134,7 @@ class PackQuantized(Packing):
             raise _unfit("weight_shape", f"says {shape}, weight_packed holds {[rows, columns]}")
         if packed_zero is None:
             groups = columns // group_size
-            zero = torch.full((rows, groups), 2 ** (bits - 1), dtype=torch.uint8)
+            zero = torch.full((rows, groups), symmetric_zero(bits), dtype=torch.uint8)
         else:
             zero = unpack_words(packed_zero.T, bits=bits).T.contiguous()
         bias = tensors.get("bias")
@@ -151,7 +157,7 @@ class PackQuantized(Packing):
             "format": FORMAT,
             "quantization_status": "compressed",
             "config_groups": {f"group_{index}": group for index, group in enumerate(groups)},
-            "ignore": ["lm_head"],
+            "ignore": [] if HEAD_LINEAR in scheme.linear_bits else [HEAD_LINEAR],
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }

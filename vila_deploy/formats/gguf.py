@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vila_deploy.formats.base import (
     BITS,
+    HEAD_LINEAR,
     SYMMETRIC_BITS,
     Packing,
     QuantizationConfig,
@@ -22,6 +23,7 @@ from vila_deploy.formats.base import (
     check_stored,
     no_prequant_scale,
     stored,
+    symmetric_zero,
 )
 from vila_deploy.formats.gguf_file import FIX, TENSOR_TYPES
 from vila_deploy.utils.errors import VilaDeployError, short
@@ -67,7 +69,7 @@ class GgufBlocks(Packing):
                 )
         elif not linear.symmetric:
             raise VilaDeployError(
-                f"must all be {2 ** (linear.bits - 1)} in a symmetric quantization",
+                f"must all be {symmetric_zero(linear.bits)} in a symmetric quantization",
                 where="zero points",
                 fix="correct zero_point in quantization_config",
             )
@@ -95,7 +97,7 @@ class GgufBlocks(Packing):
             q, scale, minimum = read_blocks(blocks, group_size, bits)
         except ValueError as error:
             raise VilaDeployError(str(error), where="blocks", fix=FIX) from error
-        zero = torch.full_like(scale, 2 ** (bits - 1))
+        zero = torch.full_like(scale, symmetric_zero(bits))
         if minimum is not None:
             zero = torch.round(-minimum.float() / scale.float()).nan_to_num(0)
         expected = minimum is None or (-zero.float() * scale.float()).half() == minimum
@@ -160,6 +162,13 @@ def dtype(zero_point: bool, bits: int = BITS) -> str:
 def linear_types_of(scheme: QuantScheme) -> dict[str, tuple[str, ...]]:
     """Return the tensor type of each linear that has other than the scheme's bits."""
     return {name: (dtype(not scheme.symmetric, bits),) for name, bits in scheme.linear_bits.items()}
+
+
+def layer_types_of(scheme: QuantScheme) -> dict[str, tuple[str, ...]]:
+    """Return the same of the linears of the layers, without a quantized head."""
+    types = linear_types_of(scheme)
+    types.pop(HEAD_LINEAR, None)
+    return types
 
 
 def _block_bytes(zero_point: bool, bits: int) -> int:

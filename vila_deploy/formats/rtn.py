@@ -12,6 +12,7 @@ from vila_deploy.utils.errors import VilaDeployError
 # the smallest that gives a float16 scale, times the largest quantized value.
 MIN_RANGE = 1e-5
 LEAST_SCALE = 2.0**-24
+TABLE_ROWS = 4096
 
 
 def quantize_groups(
@@ -100,5 +101,20 @@ def round_to_nearest(
         scale=scale.squeeze(-1).to(torch.float16),
         zero=zero.squeeze(-1).to(torch.uint8),
         bias=None if bias is None else to_float16(bias, f"{name}.bias"),
+        bits=scheme.bits,
+    )
+
+
+def round_table(weight: Tensor, scheme: QuantScheme, name: str) -> QuantizedLinear:
+    """Quantize `weight` [out, in] of any dtype and many rows, a part in float32 at a time.
+
+    Raises:
+        VilaDeployError: a group's range is too large for a float16 scale.
+    """
+    parts = [round_to_nearest(rows.float(), scheme, name) for rows in weight.split(TABLE_ROWS)]
+    return QuantizedLinear(
+        q=torch.cat([part.q for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        zero=torch.cat([part.zero for part in parts]),
         bits=scheme.bits,
     )

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 from vila_deploy.formats.base import (
     BITS,
-    MAX_VALUE,
     Packing,
     QuantizationConfig,
     QuantizedLinear,
@@ -46,6 +45,7 @@ FLOATS = ("F16", "BF16")
 GROUPS_PER_BLOCK = 8
 ROW_MULTIPLE, ROWS_PER_TILE, COLUMNS_PER_TILE = 8, 4, 64
 NIBBLES = 4
+LARGEST = QuantScheme().max_value  # 15
 # How far from an integer a zero point may lie that the dtype of the file has rounded: 15 · 2⁻¹⁰ in
 # float16, even if the scale that it was multiplied with was rounded apart from it, and 15 · 2⁻⁸ in
 # bfloat16.
@@ -190,12 +190,12 @@ def _zero_points(scale: Tensor, scaled_zeros: Tensor) -> Tensor:
     zero = ratio.round()
     # Negated, so that NaN is refused too.
     tolerance = ZERO_TOLERANCES[str(scale.dtype)]
-    wrong = ~((ratio - zero).abs() <= tolerance) | (zero < 0) | (zero > MAX_VALUE)
+    wrong = ~((ratio - zero).abs() <= tolerance) | (zero < 0) | (zero > LARGEST)
     if bool(wrong.any()):
         row, group = wrong.nonzero()[0].tolist()
         raise _unfit(
             "scaled_zeros",
-            f"must be −scale times an integer in 0..{MAX_VALUE}, found "
+            f"must be −scale times an integer in 0..{LARGEST}, found "
             f"{float(ratio[row, group]):.4g} for channel {row}, group {group}",
         )
     return zero.byte().contiguous()
@@ -240,7 +240,7 @@ def _unpack_tiles(qweight: Tensor) -> Tensor:
     words = qweight.reshape(rows, tiles, ROWS_PER_TILE, 2, 8)
     values = torch.empty(rows, ROWS_PER_TILE, tiles, 2, NIBBLES, 8, dtype=torch.uint8)
     for t in range(NIBBLES):
-        values[..., t, :] = ((words >> (BITS * t)) & MAX_VALUE).transpose(1, 2).byte()
+        values[..., t, :] = ((words >> (BITS * t)) & LARGEST).transpose(1, 2).byte()
     return values.reshape(ROWS_PER_TILE * rows, columns)
 
 

@@ -17,7 +17,7 @@ from vila_deploy.checkpoint.tensor_schema import (
     tower_tensor_specs,
 )
 from vila_deploy.checkpoint.weight_source import ModelWeights
-from vila_deploy.formats.base import MAX_VALUE, QuantizedLinear
+from vila_deploy.formats.base import BITS, QuantizedLinear
 
 # A prime, so that the rows of a weight differ although the block repeats.
 BLOCK = 1_048_573
@@ -36,7 +36,7 @@ class RandomWeights:
         self._group_size = llm.quantization.group_size if llm and llm.quantization else None
         self._generator = torch.Generator().manual_seed(seed)
         self._normal = torch.randn(BLOCK, generator=self._generator)
-        self._values = self._integers(0, MAX_VALUE + 1)
+        self._values = self._integers(0, 2**BITS)
         self._zeros = self._integers(6, 10)
 
     def _integers(self, low: int, high: int) -> Tensor:

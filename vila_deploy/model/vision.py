@@ -49,6 +49,10 @@ class VisionEncoder(nn.Module):
             grid: None: every tile is an image of its own. (rows, columns): the tiles are one image
                 at all its scales, and this is how those of the largest lie.
         """
+        return self.encode(pixels, grid)
+
+    def encode(self, pixels: Tensor, grid: Grid | None = None) -> Tensor:
+        """Return what `forward` does, with a gradient for parameters that ask for it."""
         features = self.tower(pixels)
         if not self.tiling.uses_s2:
             return self.projector(features)

@@ -6,10 +6,10 @@ import numpy as np
 
 from vila_deploy.checkpoint.vision_config import VisionConfig
 from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.formats.int8_linear import round_int8
 from vila_deploy.formats.module_dtypes import is_tower_linear
 from vila_deploy.onnx_export.arrays import float32
 from vila_deploy.onnx_export.graph_writer import MICROSOFT, GraphWriter, WeightFile
-from vila_deploy.onnx_export.rounding import round_int8
 from vila_deploy.onnx_export.towers import ModuleEmitter
 
 # A row of zeros is divided by this instead of its largest magnitude.

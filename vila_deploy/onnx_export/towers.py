@@ -9,11 +9,11 @@ from onnx import TensorProto
 
 from vila_deploy.checkpoint.vision_config import VisionConfig
 from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.formats.int8_linear import round_int8
 from vila_deploy.formats.module_dtypes import is_tower_linear
 from vila_deploy.onnx_export.arrays import float16, float32
 from vila_deploy.onnx_export.graph_writer import GraphWriter, WeightFile
 from vila_deploy.onnx_export.matrix_pieces import column_ranges
-from vila_deploy.onnx_export.rounding import round_int8
 from vila_deploy.utils.progress import Advance
 
 GELU = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}

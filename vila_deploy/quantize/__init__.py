@@ -34,6 +34,7 @@ def quantize_checkpoint(
     lora: str | Path | None = None,
     layers: str | None = None,
     bits_per_weight: float | None = None,
+    keep_fp16: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the 4-bit checkpoint `out` and return its report, as in `out`/report.json.
 
@@ -60,6 +61,7 @@ def quantize_checkpoint(
         lora=lora,
         layers=layers,
         bits_per_weight=bits_per_weight,
+        keep_fp16=keep_fp16,
     )
     from vila_deploy.quantize.pipeline import quantize, quantize_layers
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.data.embed import IMAGE_TOKEN_ID, MultimodalEmbedder, SampleTokenizer
-from vila_deploy.data.examples import Example
+from vila_deploy.data.examples import Example, LazyImage
 from vila_deploy.utils.device import CPU
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.limits import MAX_CALIBRATION_SEQUENCES as MAX_SEQUENCES
@@ -23,6 +23,7 @@ class Calibration:
 
     Args:
         is_image: bool [tokens of all sequences], whether an embedding is an image's.
+        images_of: the images of each sequence.
     """
 
     embeds: list[Tensor]
@@ -33,6 +34,7 @@ class Calibration:
     tokens: int
     image_tokens: int
     sha256: str
+    images_of: tuple[tuple[LazyImage, ...], ...] = ()
 
 
 def calibrate(
@@ -70,4 +72,5 @@ def calibrate(
         tokens=len(is_image),
         image_tokens=int(is_image.sum()),
         sha256=embedder.sha256,
+        images_of=tuple(sequence.images for sequence in sequences),
     )

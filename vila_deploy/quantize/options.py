@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from vila_deploy.utils.errors import VilaDeployError, check_choice
 
 ALGORITHMS = ("awq-gptq", "awq", "rtn")
 DEVICES = ("auto", "cpu", "cuda")
+# What --bits-per-weight gives bits to beside the linears of the LLM's layers.
+LM_HEAD, VISION = MODULES = ("lm-head", "vision")
 # In place of a path to held-out data: this package's own; its name in version 0.1.0 was "shipped".
 BUILTIN, OLD_BUILTIN = "builtin", "shipped"
 
@@ -28,6 +31,7 @@ class QuantizeOptions:
         layers: the only ones to quantize, into the work folder that `--resume` joins; None: all.
         bits_per_weight: mean bits of a quantized value, scales not counted, for mixed precision;
             None: 4 for all.
+        keep_fp16: of MODULES, those that `bits_per_weight` leaves in float16.
     """
 
     scheme: QuantScheme = field(default_factory=QuantScheme)
@@ -44,6 +48,7 @@ class QuantizeOptions:
     lora: Path | None = None
     layers: LayerRange | None = None
     bits_per_weight: float | None = None
+    keep_fp16: tuple[str, ...] = ()
 
     @property
     def calibrates(self) -> bool:
@@ -84,6 +89,7 @@ def quantize_options(
     lora: str | Path | None,
     layers: str | None = None,
     bits_per_weight: float | None = None,
+    keep_fp16: Sequence[str] = (),
 ) -> QuantizeOptions:
     """Return the options that flags of `vila-quantize`, or keywords of the same names, ask for.
 
@@ -94,6 +100,13 @@ def quantize_options(
     check_choice("--device", device, DEVICES)
     for name in formats:
         check_choice("--format", name, FORMATS)
+    for name in keep_fp16:
+        check_choice("--keep-fp16", name, MODULES)
+    if keep_fp16 and bits_per_weight is None:
+        raise VilaDeployError(
+            "--keep-fp16 is for --bits-per-weight, without which head and tower stay fp16",
+            fix="leave it out",
+        )
     if bits_per_weight is not None:
         _check_bits(bits_per_weight, formats, divided=layers is not None)
     elif algorithm == "rtn" and (calib or calib_images):
@@ -126,6 +139,7 @@ def quantize_options(
         lora=None if lora is None else Path(lora),
         layers=None if layers is None else LayerRange.parse(layers),
         bits_per_weight=bits_per_weight,
+        keep_fp16=tuple(sorted({*keep_fp16})),
     )
 
 
@@ -134,7 +148,7 @@ def _check_bits(bits_per_weight: float, formats: tuple[str, ...], *, divided: bo
     if not BITS <= bits_per_weight <= SYMMETRIC_BITS:
         raise VilaDeployError(
             f"--bits-per-weight must be from {BITS} to {SYMMETRIC_BITS}, found {bits_per_weight:g}",
-            fix="it is the mean over all linears; scales come on top",
+            fix="it is the mean over the linears of the LLM's layers; scales come on top",
         )
     if divided:
         raise VilaDeployError(

@@ -17,13 +17,12 @@ from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import config_of
 from vila_deploy.checkpoint.folder_layout import find_layout
 from vila_deploy.checkpoint.hub import fetch_checkpoint
-from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, LlmConfig, layer_prefix
+from vila_deploy.checkpoint.llm_config import EMBEDDING, LlmConfig, layer_prefix
 from vila_deploy.checkpoint.lora import Adapter, open_adapter
 from vila_deploy.data.examples import Example, load_examples, load_held_out
 from vila_deploy.engine.memory import MemoryRow
 from vila_deploy.eval.data import evaluation_data
 from vila_deploy.eval.fidelity import evaluate
-from vila_deploy.formats.base import to_float16
 from vila_deploy.formats.registry import FORMATS
 from vila_deploy.processing.own_template import follow_tokenizer
 from vila_deploy.processing.vocabulary import check_vocabulary
@@ -50,6 +49,7 @@ from vila_deploy.quantize.report_markdown import markdown
 from vila_deploy.quantize.resume import WorkFolder, refuse_finished_layers, work_folder
 from vila_deploy.quantize.sensitivity import search_bits
 from vila_deploy.quantize.shared_work_folder import shared_work_folder
+from vila_deploy.quantize.unquantized import with_int8_tower, write_unquantized
 from vila_deploy.utils.device import choose_device
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import canonical_json, check_new, new_folder
@@ -97,8 +97,9 @@ def quantize(
         checkpoint.digests((EMBEDDING,))
         calibration = _calibrated(checkpoint, examples, options, device, disk, work)
         options, choice, more = _with_bits(checkpoint, calibration, options, device, folder, work)
-        outputs = CheckpointWriter(checkpoint, folder, options.formats, options.scheme)
-        _write_unquantized(checkpoint, outputs)
+        written = with_int8_tower(checkpoint, choice)
+        outputs = CheckpointWriter(written, folder, options.formats, options.scheme)
+        write_unquantized(checkpoint, outputs, options.scheme)
         held_out_data = evaluation_data(checkpoint, held_out, options.eval is not None, device)
         quantizer = _layer_quantizer(checkpoint, options, calibration, device, folder)
         layers, saved_seconds = _write_layers(checkpoint.config.llm, quantizer, outputs, work)
@@ -313,14 +314,6 @@ def _with_bits(
     scheme = choice.scheme(options.scheme)
     said = (FORMATS[name].packing.warning(scheme) for name in options.formats)
     return replace(options, scheme=scheme), choice, [warning for warning in said if warning]
-
-
-def _write_unquantized(checkpoint: Checkpoint, outputs: CheckpointWriter) -> None:
-    names = [EMBEDDING, FINAL_NORM]
-    if not checkpoint.config.llm.tie_word_embeddings:
-        names.append(HEAD)
-    for name in names:
-        outputs.add(name, to_float16(checkpoint.llm.tensor(name), name))
 
 
 def _write_layers(

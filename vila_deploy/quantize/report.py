@@ -12,14 +12,17 @@ from typing import Any
 
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.checksums import WEIGHT_SUFFIXES
+from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.hub import hub_source
 from vila_deploy.checkpoint.lora import Adapter
-from vila_deploy.engine.memory import MemoryRow
+from vila_deploy.checkpoint.tensor_schema import tower_linears
+from vila_deploy.engine.memory import Items, MemoryRow
 from vila_deploy.eval.fidelity import IMAGE, TEXT, Evaluation
-from vila_deploy.quantize.bit_choice import BitChoice
+from vila_deploy.formats.base import HEAD_LINEAR, SYMMETRIC_BITS
+from vila_deploy.quantize.bit_choice import FLOAT16_BITS, BitChoice
 from vila_deploy.quantize.calibrate import Calibration
 from vila_deploy.quantize.estimate.plan import LLM_ROWS, output_items
-from vila_deploy.quantize.options import QuantizeOptions
+from vila_deploy.quantize.options import LM_HEAD, VISION, QuantizeOptions
 from vila_deploy.utils.estimates import MemoryItem
 
 LIBRARIES = ("vila-deploy", "torch", "transformers", "safetensors")
@@ -74,7 +77,8 @@ def build_report(
     input_bytes = sum(file.stat().st_size for reader in readers for file in reader.files())
     files = [file for file in out.rglob("*") if file.suffix in WEIGHT_SUFFIXES]
     output_bytes = sum(file.stat().st_size for file in files)
-    items = output_items(checkpoint.config, options.scheme)
+    int8 = () if choice is None else choice.int8_tower_linears
+    items = output_items(checkpoint.config, options.scheme, int8_tower_linears=int8)
     source = hub_source(checkpoint.root)
     llm_items = [item for row, item in items.items() if row in LLM_ROWS]
     return {
@@ -93,11 +97,7 @@ def build_report(
         "input_bytes": input_bytes,
         "output_bytes": output_bytes,
         "components": [vars(item) for item in items.values()],
-        "not_quantized": [
-            {"name": item.name, "parameters": item.parameters, "reason": REASONS[row]}
-            for row, item in items.items()
-            if row in REASONS
-        ],
+        "not_quantized": _not_quantized(checkpoint.config, items, choice),
         "calibration": None if calibration is None else _calibration(calibration),
         "layers": layers,
         "evaluation": None if evaluation is None else evaluation.to_json(),
@@ -105,6 +105,30 @@ def build_report(
         **asdict(cost),
         "versions": versions(),
     }
+
+
+def _not_quantized(
+    config: VilaConfig, items: Items, choice: BitChoice | None
+) -> list[dict[str, Any]]:
+    """Return what stays in float16, with the reason."""
+    reasons = dict(REASONS)
+    float16 = {row: item.parameters for row, item in items.items()}
+    if choice is not None:
+        for module, row in ((LM_HEAD, MemoryRow.HEAD), (VISION, MemoryRow.VISION)):
+            reasons[row] = choice.float16.get(module, f"the search gave it {FLOAT16_BITS} bits")
+        if choice.module_bits.get(HEAD_LINEAR) == SYMMETRIC_BITS:
+            del reasons[MemoryRow.HEAD]
+        shapes, int8 = tower_linears(config), choice.int8_tower_linears
+        if int8:
+            kept = len(shapes) - len(int8)
+            linears = f" and {kept} of {len(shapes)} linears" if kept else ""
+            reasons[MemoryRow.VISION] = f"embeddings, norms, biases{linears}; the rest is in int8"
+            float16[MemoryRow.VISION] -= sum(math.prod(shapes[name]) for name in int8)
+    return [
+        {"name": item.name, "parameters": float16[row], "reason": reasons[row]}
+        for row, item in items.items()
+        if row in reasons
+    ]
 
 
 def versions() -> dict[str, str]:
@@ -117,7 +141,8 @@ def _mean_bits(items: list[MemoryItem]) -> float:
 
 
 def _calibration(calibration: Calibration) -> dict[str, Any]:
-    counts = {k: v for k, v in vars(calibration).items() if k not in ("embeds", "is_image")}
+    left_out = ("embeds", "is_image", "images_of")
+    counts = {k: v for k, v in vars(calibration).items() if k not in left_out}
     return {**counts, "sequences": calibration.text_sequences + calibration.image_sequences}
 
 

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from vila_deploy.checkpoint.hub import HubSource
+from vila_deploy.formats.base import HEAD_LINEAR
 from vila_deploy.formats.registry import FORMATS
 from vila_deploy.quantize.report import PREDICTED
 from vila_deploy.utils.progress import clock
@@ -28,6 +29,7 @@ def markdown(report: dict[str, Any]) -> str:
         _cost_line(report),
         f"- seed {report['seed']}; parent checkpoint {report['checkpoint_fingerprint'][:16]}"
         + (f", {source}" if (source := HubSource.from_json(report.get("source"))) else ""),
+        *_module_lines(report["bit_choice"]),
         *_adapter_lines(report.get("lora")),
         "- versions: " + ", ".join(f"{k} {v}" for k, v in report["versions"].items()),
         *_calibration_lines(report["calibration"]),
@@ -61,35 +63,80 @@ def bits_text(report: dict[str, Any]) -> str:
     return f"{' or '.join(map(str, widths))} bits, {choice['mean_bits']:.3g} on average"
 
 
+def _module_lines(choice: dict[str, Any] | None) -> list[str]:
+    """Return what the search gave head and vision tower."""
+    if choice is None:
+        return []
+    head, tower = [], []
+    for name, row in choice["head_and_tower"].items():
+        (head if name == HEAD_LINEAR else tower).append(row["bits"])
+    counts = ", ".join(f"{tower.count(bits)} in {bits} bits" for bits in sorted({*tower}))
+    return [
+        *(f"- output head in {bits} bits" for bits in head),
+        *([f"- linears of the vision tower: {counts}"] if tower else []),
+        *(f"- {name} in float16: {reason}" for name, reason in choice["float16"].items()),
+    ]
+
+
 def _bits_table(choice: dict[str, Any] | None) -> list[str]:
     """Return the bits of each linear and what they were given for."""
     if choice is None:
         return []
-    layers: dict[str, dict[str, dict[str, Any]]] = {}
-    for full, row in choice["linears"].items():
-        layer, _, name = full.removeprefix("model.layers.").partition(".")
-        layers.setdefault(layer, {})[name.partition(".")[2]] = row
-    titles = ["layer", *next(iter(layers.values()))]
     return [
         "",
         "## Bits of each linear",
         "",
         "Where they save the most KL for a bit of storage. In brackets the KL, in 10⁻³ nats per "
-        "token, that the linear alone was predicted to cost in 4 bits; all together "
-        f"{choice['predicted_kl_4_bits']:.3g} nats in 4 bits, {choice['predicted_kl']:.3g} as "
-        "given. To second order, from gradients and inputs on calibration data.",
+        "token, that the linear alone was predicted to cost in its fewest bits, 4 in the LLM's "
+        f"layers; all of these together {choice['predicted_kl_4_bits']:.3g} nats in 4 bits, "
+        f"{choice['predicted_kl']:.3g} as given. To second order, from gradients and inputs on "
+        "calibration data.",
         "",
+        *_bits_by_layer(choice["linears"], "predicted_kl_4_bits"),
+        *_module_table(choice),
+    ]
+
+
+def _module_table(choice: dict[str, Any]) -> list[str]:
+    if not choice["head_and_tower"]:
+        return []
+    return [
+        "",
+        "Head and tower, whose fewest bits are 8, were predicted to cost "
+        f"{choice['predicted_kl_head_and_tower']:.3g} nats as given.",
+        "",
+        *_bits_by_layer(choice["head_and_tower"], "predicted_kl_8_bits"),
+    ]
+
+
+def _bits_by_layer(linears: dict[str, dict[str, Any]], first: str) -> list[str]:
+    """Return a table with a row for each layer, and one for a linear outside of all layers."""
+    layers: dict[str, dict[str, dict[str, Any]]] = {}
+    for full, row in linears.items():
+        layer, _, name = full.rpartition("layers.")[2].partition(".")
+        layers.setdefault(layer, {})[name.rpartition(".")[2]] = row
+    inside = [rows for rows in layers.values() if "" not in rows]
+    lines = [
+        f"{name}: {_bits_cell(rows[''], first)}" for name, rows in layers.items() if "" in rows
+    ]
+    if not inside:
+        return lines
+    titles = ["layer", *inside[0]]
+    return [
+        *lines,
+        *([""] if lines else []),
         f"| {' | '.join(titles)} |",
         f"|{'---|' * len(titles)}",
         *(
-            f"| {layer} | "
-            + " | ".join(
-                f"{row['bits']} ({1e3 * row['predicted_kl_4_bits']:.2g})" for row in rows.values()
-            )
-            + " |"
+            f"| {layer} | {' | '.join(_bits_cell(row, first) for row in rows.values())} |"
             for layer, rows in layers.items()
+            if "" not in rows
         ),
     ]
+
+
+def _bits_cell(row: dict[str, Any], first: str) -> str:
+    return f"{row['bits']} ({1e3 * row[first]:.2g})"
 
 
 def _cost_line(report: dict[str, Any]) -> str:

@@ -250,6 +250,7 @@ def state_of(
         "--group-size": options.scheme.group_size,
         "--symmetric": options.scheme.symmetric,
         "--bits-per-weight": options.bits_per_weight,
+        "--keep-fp16": list(options.keep_fp16),
         "bits of --format": list(options.widths),
         "--seed": options.seed,
         "--prompt-template": options.prompt_template,

@@ -10,7 +10,8 @@ algorithm, with the tokens weighted by their gradients: those that nothing depen
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +20,17 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from vila_deploy.checkpoint import Checkpoint
-from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, LINEARS, layer_prefix
-from vila_deploy.formats.base import QuantScheme
-from vila_deploy.formats.rtn import quantize_groups
+from vila_deploy.checkpoint.config import VilaConfig
+from vila_deploy.checkpoint.llm_config import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    LINEARS,
+    layer_prefix,
+)
+from vila_deploy.checkpoint.tensor_schema import tower_linears
+from vila_deploy.data.examples import LazyImage
+from vila_deploy.formats.base import HEAD_LINEAR, QuantScheme
 from vila_deploy.model.layerwise import PackedHiddenStates, mlp
 from vila_deploy.model.llm import load_decoder_layer
 from vila_deploy.quantize.algorithms.awq_scales import GROUPS, ScaleGroup, weight_of
@@ -29,7 +38,10 @@ from vila_deploy.quantize.algorithms.hessian import HessianAccumulator, HessianF
 from vila_deploy.quantize.algorithms.learned_scales import learn_scales
 from vila_deploy.quantize.bit_choice import BitChoice, choose_bits
 from vila_deploy.quantize.calibrate import Calibration
-from vila_deploy.quantize.options import QuantizeOptions
+from vila_deploy.quantize.head_sensitivity import HeadStatistics
+from vila_deploy.quantize.options import LM_HEAD, MODULES, VISION, QuantizeOptions
+from vila_deploy.quantize.rounding_kl import grouped_rounding_kl
+from vila_deploy.quantize.tower_sensitivity import tower_sensitivities
 from vila_deploy.utils.limits import HEAD_ROWS, LOGIT_ROWS, MAX_TOKENS, SENSITIVITY_TOKENS
 from vila_deploy.utils.progress import progress
 
@@ -51,7 +63,10 @@ def search_bits(
         scratch: folder for activations that are too large for memory.
     """
     assert options.bits_per_weight is not None
-    sensitivities = measure_sensitivities(
+    config, float16 = checkpoint.config, kept_in_float16(checkpoint.config, options)
+    if VISION not in float16 and not any(calibration.images_of):
+        float16[VISION] = "there are no images among the calibration data to measure it on"
+    found = measure_sensitivities(
         checkpoint,
         calibration,
         options.scheme,
@@ -60,11 +75,26 @@ def search_bits(
         seed=options.seed,
         device=device,
         scratch=scratch,
+        modules={*MODULES} - {*float16},
     )
-    llm = checkpoint.config.llm
-    linears = (item for i in range(llm.num_layers) for item in llm.layer_linears(i).items())
-    sizes = {name: math.prod(shape) for name, shape in linears}
-    return choose_bits(sensitivities, sizes, options.widths, options.bits_per_weight)
+    llm = config.llm
+    linears = {name: s for i in range(llm.num_layers) for name, s in llm.layer_linears(i).items()}
+    shapes = {HEAD_LINEAR: (llm.vocab_size, llm.hidden_size), **linears, **tower_linears(config)}
+    return choose_bits(
+        {name: kl for name, kl in found.items() if name in linears},
+        {name: math.prod(shapes[name]) for name in found},
+        options.bits_per_weight,
+        {name: kl for name, kl in found.items() if name not in linears},
+        float16,
+    )
+
+
+def kept_in_float16(config: VilaConfig, options: QuantizeOptions) -> dict[str, str]:
+    """Return which of MODULES the search leaves out, as the configs and options tell, and why."""
+    reasons = dict.fromkeys(options.keep_fp16, "asked for by --keep-fp16")
+    if config.llm.tie_word_embeddings:
+        reasons[LM_HEAD] = "it is the embedding table, which is looked up in float16"
+    return reasons
 
 
 def measure_sensitivities(
@@ -77,6 +107,7 @@ def measure_sensitivities(
     seed: int,
     device: torch.device,
     scratch: Path,
+    modules: Collection[str] = (),
 ) -> Sensitivities:
     """Return the KL that each linear of the decoder costs in each of `widths` bits.
 
@@ -84,11 +115,13 @@ def measure_sensitivities(
         calibration: its embeddings are only read.
         algorithm: the one that will round: all but RTN scale channels, and GPTQ corrects errors.
         scratch: folder for activations that are too large for memory.
+        modules: of MODULES, what is measured beside them, in MODULE_WIDTHS.
     """
     llm = checkpoint.config.llm
-    embeds, predicts = _sample(calibration)
-    schemes = {b: QuantScheme(scheme.group_size, scheme.symmetric, b).of("") for b in widths}
-    states = PackedHiddenStates.on_host(llm, embeds, scratch, device, MAX_TOKENS)
+    chosen = _sample(calibration)
+    predicts = chosen.predicts()
+    predicted = int(predicts.sum())
+    states = PackedHiddenStates.on_host(llm, chosen.embeds, scratch, device, MAX_TOKENS)
     inputs: list[Tensor] = []
     found: Sensitivities = {}
     with progress(2 * llm.num_layers + 1, "measuring sensitivity") as advance:
@@ -97,47 +130,91 @@ def measure_sensitivities(
             layer = load_decoder_layer(llm, checkpoint.llm, index).to(device)
             states.advance(layer)
             advance(f"layer {index + 1}/{llm.num_layers} forward")
-        gradient = _head_gradient(checkpoint, states, predicts, seed)
+        head = HeadStatistics(llm, device) if LM_HEAD in modules else None
+        gradient = _head_gradient(checkpoint, states, predicts, seed, head)
         advance("head")
         for index in reversed(range(llm.num_layers)):
             layer = load_decoder_layer(llm, checkpoint.llm, index).to(device)
             statistics = _backward(layer, states, inputs.pop(), gradient)
             for name in LINEARS:
-                squared_gradient = statistics.squared_gradients[name] / int(predicts.sum())
-                scales = statistics.scales(layer, name, algorithm, scheme)
-                weight = weight_of(layer, name) * scales
-                importance = statistics.importance(name, algorithm) / scales**2
-                found[f"{layer_prefix(index)}.{name}"] = {
-                    bits: _expected_kl(weight, squared_gradient, importance, width)
-                    for bits, width in schemes.items()
-                }
+                kl = statistics.kl(layer, name, algorithm, scheme, widths)
+                whole = {bits: cost / predicted for bits, cost in kl.items()}
+                found[f"{layer_prefix(index)}.{name}"] = whole
             advance(f"layer {index + 1}/{llm.num_layers} backward")
-    return {name: found[name] for i in range(llm.num_layers) for name in llm.layer_linears(i)}
+    found = {name: found[name] for i in range(llm.num_layers) for name in llm.layer_linears(i)}
+    if head is not None:
+        found[HEAD_LINEAR] = head.kl(checkpoint.llm.tensor(HEAD), predicted, scheme.group_size)
+    if VISION in modules and any(chosen.images_of):
+        shown, gradients = chosen.image_gradients(gradient)
+        found |= tower_sensitivities(checkpoint, shown, gradients, predicted, device)
+    return found
 
 
-def _sample(calibration: Calibration) -> tuple[list[Tensor], Tensor]:
-    """Return sequences from all over the calibration data, and which of their tokens predict.
+@dataclass(frozen=True)
+class _Sample:
+    """Some sequences of the calibration data.
 
-    Predictions within an image count for nothing: bool [tokens].
+    Args:
+        is_image: bool [tokens] of each, whether an embedding is an image's.
+        images_of: the images of each.
     """
+
+    embeds: list[Tensor]
+    is_image: tuple[Tensor, ...]
+    images_of: tuple[tuple[LazyImage, ...], ...]
+
+    def predicts(self) -> Tensor:
+        """Return which tokens predict, bool [tokens of all]; those within an image do not."""
+        return ~torch.cat(self.is_image)
+
+    def image_gradients(self, gradient: Tensor) -> tuple[list[tuple[LazyImage, ...]], list[Tensor]]:
+        """Return the images of each sequence that has some, and the gradient of their embeddings.
+
+        Args:
+            gradient: [tokens of all sequences, hidden].
+        """
+        rows_of = gradient.split([len(is_image) for is_image in self.is_image])
+        parts = zip(self.images_of, rows_of, self.is_image, strict=True)
+        shown = [(images, rows[image]) for images, rows, image in parts if images]
+        return [images for images, _ in shown], [rows for _, rows in shown]
+
+
+def _sample(calibration: Calibration) -> _Sample:
+    """Return sequences from all over the calibration data."""
     count = len(calibration.embeds)
     starts = torch.tensor([0, *map(len, calibration.embeds)]).cumsum(0).tolist()
     chosen: list[int] = []
     # Neighbours in this order are far apart, so any number of them covers all kinds.
-    for index in sorted(range(count), key=lambda index: (index * 0.618034) % 1):
+    order = sorted(range(count), key=lambda index: (index * 0.618034) % 1)
+    for index in order:
         if chosen and sum(len(calibration.embeds[i]) for i in chosen) >= SENSITIVITY_TOKENS:
             break
         chosen.append(index)
+    images_of = calibration.images_of or ((),) * count
+    if not any(images_of[index] for index in chosen):
+        chosen += [index for index in order if images_of[index]][:1]
     chosen.sort(key=lambda index: len(calibration.embeds[index]))
-    text = [~calibration.is_image[starts[i] : starts[i + 1]] for i in chosen]
-    return [calibration.embeds[index] for index in chosen], torch.cat(text)
+    return _Sample(
+        [calibration.embeds[index] for index in chosen],
+        tuple(calibration.is_image[starts[i] : starts[i + 1]] for i in chosen),
+        tuple(images_of[index] for index in chosen),
+    )
 
 
 @torch.no_grad()
 def _head_gradient(
-    checkpoint: Checkpoint, states: PackedHiddenStates, predicts: Tensor, seed: int
+    checkpoint: Checkpoint,
+    states: PackedHiddenStates,
+    predicts: Tensor,
+    seed: int,
+    statistics: HeadStatistics | None = None,
 ) -> Tensor:
-    """Return the gradient [tokens, hidden] of drawn tokens' log-probabilities, before the norm."""
+    """Return the gradient [tokens, hidden] of drawn tokens' log-probabilities, before the norm.
+
+    Args:
+        predicts: bool [tokens]; predictions within an image count for nothing.
+        statistics: take note of these tokens.
+    """
     llm, device = checkpoint.config.llm, states.device
     norm = LlamaRMSNorm(llm.hidden_size, eps=llm.rms_norm_eps)
     weight = checkpoint.llm.tensor(FINAL_NORM).float().to(device)
@@ -154,6 +231,8 @@ def _head_gradient(
         parts = [part.to(device).float() for part in head.split(HEAD_ROWS)]
         logits = torch.cat([normed.detach() @ part.T for part in parts], 1)
         probability = torch.softmax(logits, 1)
+        if statistics is not None:
+            statistics.add(normed.detach(), probability, predicts[rows].to(device))
         drawn = torch.multinomial(probability.cpu(), 1, generator=generator).to(device)
         error = probability.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float))
         error *= predicts[rows, None].to(device)
@@ -169,7 +248,7 @@ class _Statistics:
 
     def __init__(self, layer: nn.Module, device: torch.device):
         weights = {name: weight_of(layer, name) for name in LINEARS}
-        self.squared_gradients = {n: w.new_zeros(len(w)) for n, w in weights.items()}
+        self._squared_gradients = {n: w.new_zeros(len(w)) for n, w in weights.items()}
         self._weighted_squares = {n: w.new_zeros(w.shape[1]) for n, w in weights.items()}
         self._group_of = {name: group for group in GROUPS for name in group.linears}
         self._hessians = {
@@ -182,15 +261,38 @@ class _Statistics:
     def add(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
         """Add the next tokens: inputs [.., in] of a linear and the gradient [.., out]."""
         inputs, squares = inputs.flatten(0, -2), gradient.flatten(0, -2).square()
-        self.squared_gradients[name] += squares.sum(0)
+        self._squared_gradients[name] += squares.sum(0)
         self._weighted_squares[name] += squares.sum(1) @ inputs.square()
         group = self._group_of[name]
         if name == group.linears[0]:
             self._hessians[group].add(inputs)
 
-    def importance(self, name: str, algorithm: str) -> Tensor:
+    def kl(
+        self,
+        layer: nn.Module,
+        name: str,
+        algorithm: str,
+        scheme: QuantScheme,
+        widths: Sequence[int],
+    ) -> dict[int, float]:
+        """Return the KL of the linear `name` in each of `widths`, summed over the tokens."""
+        scales = self._scales_of(layer, name, algorithm, scheme)
+        weight = weight_of(layer, name) * scales
+        importance = self._importance(name, algorithm) / scales**2
+        squares = self._squared_gradients[name]
+        return {
+            bits: grouped_rounding_kl(
+                weight,
+                squares,
+                importance,
+                QuantScheme(scheme.group_size, scheme.symmetric, bits).of(name),
+            )
+            for bits in widths
+        }
+
+    def _importance(self, name: str, algorithm: str) -> Tensor:
         """Return what an error of each input channel [in] costs in an output's mean square."""
-        total = self.squared_gradients[name].sum().clamp(min=torch.finfo(torch.float32).tiny)
+        total = self._squared_gradients[name].sum().clamp(min=torch.finfo(torch.float32).tiny)
         weighted = self._weighted_squares[name] / total
         if algorithm != "awq-gptq":
             return weighted
@@ -198,7 +300,7 @@ class _Statistics:
         # GPTQ's share of the mean square, as it is over all tokens.
         return factor.d * weighted / factor.hessian.diagonal()
 
-    def scales(
+    def _scales_of(
         self, layer: nn.Module, name: str, algorithm: str, scheme: QuantScheme
     ) -> Tensor | float:
         """Return scales [in] like those that the algorithm will find, for the linear's inputs."""
@@ -248,18 +350,3 @@ def _backward(
     for hook in hooks:
         hook.remove()
     return statistics
-
-
-def _expected_kl(
-    weight: Tensor, squared_gradient: Tensor, importance: Tensor, scheme: QuantScheme
-) -> float:
-    """Return the KL that rounding `weight` [out, in] costs.
-
-    Args:
-        squared_gradient: mean over tokens [out].
-        importance: of each input channel [in].
-    """
-    scale = quantize_groups(weight, scheme)[1].squeeze(-1)
-    channels = importance.unflatten(0, (-1, scheme.group_size)).sum(-1)
-    errors = (scale.square() / 12) @ channels
-    return float(0.5 * (squared_gradient * errors).sum(dtype=torch.float64))

@@ -12,7 +12,7 @@ from vila_deploy.checkpoint import Checkpoint, open_checkpoint
 from vila_deploy.checkpoint.config import load_config
 from vila_deploy.checkpoint.hub import fetch_checkpoint
 from vila_deploy.checkpoint.llm_config import EMBEDDING, FINAL_NORM, HEAD, NORMS, layer_prefix
-from vila_deploy.formats.base import QuantizedLinear, QuantScheme, to_float16
+from vila_deploy.formats.base import HEAD_LINEAR, QuantizedLinear, QuantScheme, to_float16
 from vila_deploy.formats.registry import FORMATS
 from vila_deploy.processing.vocabulary import check_vocabulary
 from vila_deploy.utils.errors import VilaDeployError
@@ -64,7 +64,8 @@ def _check(root: Path, out: Path, formats: Sequence[str]) -> QuantScheme | None:
 def _contents(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor | QuantizedLinear]]:
     """Yield everything in llm/ under its name, one linear in memory at a time."""
     llm, reader = checkpoint.config.llm, checkpoint.llm
-    names = [EMBEDDING, FINAL_NORM] + ([] if llm.tie_word_embeddings else [HEAD])
+    own_head = not (llm.tie_word_embeddings or llm.head_is_quantized)
+    names = [EMBEDDING, FINAL_NORM, *([HEAD] if own_head else [])]
 
     def tensor(name: str) -> tuple[str, Tensor]:
         stored = reader.tensor(name)
@@ -73,6 +74,8 @@ def _contents(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor | QuantizedL
     with progress(llm.num_layers + 1, "converting") as advance:
         for name in names:
             yield tensor(name)
+        if llm.head_is_quantized:
+            yield HEAD_LINEAR, reader.linear(HEAD_LINEAR)
         advance("embeddings")
         for index in range(llm.num_layers):
             prefix = layer_prefix(index)

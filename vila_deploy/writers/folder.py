@@ -14,11 +14,14 @@ from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.checksums import write_checksums
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.folder_layout import PARTS, llm_config_values, part_configs
+from vila_deploy.checkpoint.int8_tower import INT8_BITS
 from vila_deploy.checkpoint.lora import MergedReader
-from vila_deploy.checkpoint.reader import INDEX_FILE, SINGLE_FILE, TensorReader
+from vila_deploy.checkpoint.reader import INDEX_FILE, SINGLE_FILE, Int8TowerReader, TensorReader
+from vila_deploy.checkpoint.rounded_tower import RoundedTower
 from vila_deploy.formats.base import Packing, QuantizedLinear, QuantScheme
 from vila_deploy.formats.registry import FORMATS, Format
 from vila_deploy.processing.tokenizer import TOKENIZER_FILES
+from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.files import canonical_json, read_json_object, sha256_file
 
 if TYPE_CHECKING:
@@ -44,6 +47,12 @@ def check_formats(formats: Sequence[str], config: VilaConfig, scheme: QuantSchem
     for name in formats:
         writer = FORMATS[name].writer
         writer.check_model(config)
+        if config.vision.int8_linears and INT8_BITS not in FORMATS[name].packing.widths:
+            raise VilaDeployError(
+                f"{name} holds no vision tower in int8, as this checkpoint has",
+                where="vision_tower/config.json: quantization_config",
+                fix="choose format compressed-tensors or gguf, or convert the original checkpoint",
+            )
         if scheme is not None:
             writer.check(FORMATS[name].packing, config, scheme)
 
@@ -239,6 +248,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 def copy_parts(checkpoint: Checkpoint, root: Path) -> None:
     """Copy the tower, the projector, their configs and the tokenizer, in VILA layout.
 
+    Of a RoundedTower some linears are written in int8.
+
     Raises:
         VilaDeployError: NaN or Inf in a tensor of the tower or projector.
     """
@@ -254,6 +265,10 @@ def copy_parts(checkpoint: Checkpoint, root: Path) -> None:
         shutil.copyfile(checkpoint.root / "config.json", root / "config.json")
         for part, reader in readers.items():
             _copy_part(reader, checkpoint.root / part, root / part)
+    if isinstance(checkpoint.vision, RoundedTower):
+        file = root / "vision_tower" / "config.json"
+        quantization = {"quantization_config": checkpoint.vision.quantization_config()}
+        file.write_text(canonical_json({**read_json_object(file), **quantization}), "utf-8")
     _write_prompt_template(checkpoint, root / "config.json")
     copy_llm_files(checkpoint, root / "llm")
 
@@ -267,11 +282,11 @@ def copy_llm_files(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _copy_part(reader: TensorReader, source: Path, destination: Path) -> None:
-    merged = isinstance(reader, MergedReader)
+    changed = isinstance(reader, MergedReader | RoundedTower)
     for file in sorted(source.glob("*.json")):
-        if file.is_file() and not (merged and file.name == INDEX_FILE):
+        if file.is_file() and not (changed and file.name == INDEX_FILE):
             shutil.copyfile(file, destination / file.name)
-    if merged:
+    if changed:
         _save_all(reader, destination)
         return
     for name in reader.names():
@@ -281,7 +296,11 @@ def _copy_part(reader: TensorReader, source: Path, destination: Path) -> None:
 
 
 def _save_all(reader: TensorReader, folder: Path) -> None:
-    tensors = {name: reader.tensor(name).contiguous() for name in reader.names()}
+    if isinstance(reader, RoundedTower | Int8TowerReader):
+        tensors = reader.stored()
+    else:
+        tensors = {name: reader.tensor(name) for name in reader.names()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_tensors(tensors, folder / SINGLE_FILE, {"format": "pt"})
 
 

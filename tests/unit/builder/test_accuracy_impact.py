@@ -21,7 +21,9 @@ from vila_deploy.data.examples import load_held_out
 from vila_deploy.engine.manifest import load_manifest
 from vila_deploy.engine.precision import ModulePrecision
 from vila_deploy.eval.data import EvaluationData
+from vila_deploy.model.towers import VisionTower
 from vila_deploy.model.vila import ReferenceSession
+from vila_deploy.processing.images import preprocess
 
 TEXT = "The ferry leaves at nine.\n\nNobody had seen the letter that lay under the old clock."
 
@@ -99,6 +101,28 @@ def test_tower_s_impact_goes_through_the_llm(tmp_path: Path) -> None:
     assert (found.images, found.tokens) == (1, len(logits[0]))
     # float16 arithmetic of the tower is part of both sides and not of the reference's.
     assert 0.3 * expected < found.kl_mean < 3 * expected
+    states = [hidden_states(each, data) for each in (checkpoint, other)]
+    errors = [float((b - a).norm() / a.norm()) for a, b in zip(*states, strict=True)]
+    assert found.tower_layer_errors == pytest.approx(errors, rel=0.3)
+    assert found.image_feature_error is not None
+    assert 0.3 * errors[-1] < found.image_feature_error < 3 * errors[-1]
+
+
+def hidden_states(checkpoint: Any, data: Path) -> list[torch.Tensor]:
+    """Behind each layer of the reference's tower, of the first image in `data`."""
+    config, found = checkpoint.config, []
+    tower = VisionTower(config.vision, config.vision_layers_used, checkpoint.vision)
+    for layer in tower.encoder.get_submodule("layers").children():
+        layer.register_forward_hook(
+            lambda module, given, output: found.append(
+                output[0] if isinstance(output, tuple) else output
+            )
+        )
+    (image,) = load_held_out(data)[0].images
+    (pixels,) = preprocess([image.load()], config.image, config.tiling, alone=False)
+    with torch.inference_mode():
+        tower(torch.from_numpy(pixels.tiles[:1]))
+    return found
 
 
 def test_command_writes_it_into_the_manifest(tmp_path: Path, texts: Path) -> None:
@@ -121,6 +145,8 @@ def test_int8_tower_of_a_cpu_is_measured(tmp_path: Path) -> None:
     impact = measure_accuracy_impact(checkpoint, asked, "onnxruntime", None, tmp_path)
     assert impact.images > 0
     assert 0 < impact.kl_mean < 1e-2
+    assert len(impact.tower_layer_errors) == checkpoint.config.vision_layers_used
+    assert all(0 < error < 0.05 for error in impact.tower_layer_errors)
 
 
 def test_int8_cache_of_a_cpu_is_measured(tmp_path: Path, texts: Path) -> None:

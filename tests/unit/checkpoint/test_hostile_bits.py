@@ -21,7 +21,7 @@ STRANGERS = (
     "model.layers.2.mlp.up_proj",
     "model.layers.00.mlp.up_proj",
     "model.layers.0.mlp.q_proj",
-    "lm_head",
+    "lm_head.weight",
     "",
     "\n" + 999 * "x",
 )
@@ -70,6 +70,17 @@ def test_gguf_of_unknown_linears(name: str, made: dict[str, Path], tmp_path: Pat
     assert "a linear that this model lacks" in line
 
 
+@pytest.mark.parametrize(
+    ("bits", "message"), [(4, "has 4 bits for lm_head, which may have 8"), (8, "output.weight")]
+)
+def test_gguf_of_a_head_that_is_not_so(
+    bits: int, message: str, made: dict[str, Path], tmp_path: Path
+) -> None:
+    assert message in changed(
+        made["gguf"], tmp_path, lambda q: q["linear_bits"].update({"lm_head": bits})
+    )
+
+
 @pytest.mark.parametrize("value", [8, [NAME], "8", True])
 def test_gguf_of_no_object(value: object, made: dict[str, Path], tmp_path: Path) -> None:
     line = changed(made["gguf"], tmp_path, lambda q: q.update(linear_bits=value))
@@ -90,6 +101,7 @@ TARGETS: dict[str, tuple[object, str]] = {
     **{short(name): ([NAME, name], "lack|must be Linear or names") for name in STRANGERS},
     "a pattern for nothing": (["re:no_such_.*"], "must be Linear or names of linears"),
     "a pattern for all": (["re:.*"], "must be Linear or names of linears"),
+    "a head that is not so": ([NAME, "lm_head"], "tensor lm_head.weight_packed is missing"),
     "a linear twice": ([NAME, NAME], f"names {NAME} twice"),
     "all": (["Linear"], "must be one for all linears"),
     "none": ([], "must be Linear or names of linears"),

@@ -22,6 +22,7 @@ from vila_deploy.builder.resolve import BuildOptions
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.engine.manifest import load_manifest
 from vila_deploy.engine.precision import ModulePrecision
+from vila_deploy.formats.int8_linear import round_int8
 from vila_deploy.model.vila import ReferenceSession
 from vila_deploy.onnx_export.dialects.base import Dialect
 from vila_deploy.onnx_export.dialects.onnxruntime import OnnxRuntimeDialect
@@ -29,7 +30,7 @@ from vila_deploy.onnx_export.dialects.tensorrt import LARGEST_OF_PAIR
 from vila_deploy.onnx_export.dialects.tensorrt_10_3 import TensorRt10_3Dialect
 from vila_deploy.onnx_export.dialects.tensorrt_10_15 import TensorRt10_15Dialect
 from vila_deploy.onnx_export.graph_writer import GraphWriter, WeightFile
-from vila_deploy.onnx_export.rounding import round_int4, round_int8
+from vila_deploy.onnx_export.rounding import round_int4
 from vila_deploy.runtime.open_engine import open_engine
 from vila_deploy.utils.errors import VilaDeployError
 

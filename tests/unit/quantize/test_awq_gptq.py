@@ -7,7 +7,7 @@ import torch
 
 from tests.support.awq_case import CASES, llm_config, packed_states, random_layer
 from vila_deploy.checkpoint.llm_config import LINEARS, NORMS
-from vila_deploy.formats.base import MAX_VALUE, QuantScheme
+from vila_deploy.formats.base import QuantScheme
 from vila_deploy.formats.rtn import fake_quantize
 from vila_deploy.model import layerwise
 from vila_deploy.model.layerwise import PackedHiddenStates
@@ -112,7 +112,7 @@ def textbook_gptq(weight, hessian, scale, zero, order):
         inverse = torch.linalg.inv(hessian[later][:, later])
         group = channel // GROUP
         q = (work[:, channel] / scale[:, group]).round() + zero[:, group]
-        qweight[:, channel] = q.clamp(0, MAX_VALUE)
+        qweight[:, channel] = q.clamp(0, QuantScheme().max_value)
         stored = (qweight[:, channel] - zero[:, group]) * scale[:, group]
         lost = (work[:, channel] - stored) / inverse[0, 0]
         work[:, later] -= torch.outer(lost, inverse[0])

@@ -24,7 +24,7 @@ def case(seed: int, widths: tuple[int, ...]) -> tuple[dict[str, dict[int, float]
 def test_within_the_budget_and_near_the_best(widths: tuple[int, ...]) -> None:
     for seed in range(5):
         kl, sizes = case(seed, widths)
-        found = choose_bits(kl, sizes, widths, 4.9)
+        found = choose_bits(kl, sizes, 4.9)
         allowed = {}
         for bits in itertools.product(widths, repeat=len(NAMES)):
             given = dict(zip(NAMES, bits, strict=True))
@@ -37,13 +37,13 @@ def test_within_the_budget_and_near_the_best(widths: tuple[int, ...]) -> None:
 
 def test_the_ends_of_the_range() -> None:
     kl, sizes = case(0, (4, 5, 8))
-    assert set(choose_bits(kl, sizes, (4, 5, 8), 4).bits.values()) == {4}
-    assert set(choose_bits(kl, sizes, (4, 5, 8), 8).bits.values()) == {8}
+    assert set(choose_bits(kl, sizes, 4).bits.values()) == {4}
+    assert set(choose_bits(kl, sizes, 8).bits.values()) == {8}
 
 
 def test_it_is_kept_as_json() -> None:
     kl, sizes = case(1, (4, 8))
-    choice = choose_bits(kl, sizes, (4, 8), 5)
+    choice = choose_bits(kl, sizes, 5)
     assert BitChoice.from_json(choice.to_json()) == choice
     scheme = choice.scheme(QuantScheme(64))
     assert {name: scheme.of(name).bits for name in NAMES} == choice.bits

@@ -21,8 +21,8 @@ from vila_deploy.checkpoint.llm_config import (
 )
 from vila_deploy.checkpoint.weight_source import ModelWeights, WeightSource
 from vila_deploy.engine.build_request import BuildRequest, BuildResult
-from vila_deploy.formats.base import QuantizedLinear, to_float16
-from vila_deploy.formats.gguf import linear_types_of
+from vila_deploy.formats.base import HEAD_LINEAR, QuantizedLinear, to_float16
+from vila_deploy.formats.gguf import layer_types_of
 from vila_deploy.formats.module_dtypes import FP16, INT4
 from vila_deploy.utils.progress import Advance, progress
 from vila_deploy.utils.version import __version__
@@ -53,20 +53,16 @@ def write_llm(
     llm, head = config.llm, request.module_precision.lm_head
     kind = _linear_type(llm, request)
     heads = () if head == FP16 else (HEAD_TYPES[head],)
-    types_of = linear_types_of(llm.quantization.scheme) if llm.quantization else {}
+    types_of = layer_types_of(llm.quantization.scheme) if llm.quantization else {}
     specs = list(tensor_specs(llm, ("F16",), (kind,), heads, types_of))
     metadata = _metadata(llm, request.limits.max_seq_len, kind)
     with GgufFiles(folder, files.MODEL.removesuffix(".gguf"), metadata, specs) as file:
         for index in range(llm.num_layers):
             _add_layer(file, llm, weights, layer_prefix(index))
             advance(f"decoder layer {index}")
-        table = to_float16(weights.tensor(EMBEDDING), EMBEDDING)
-        add_tensor(file, llm, EMBEDDING, table)
+        add_tensor(file, llm, EMBEDDING, to_float16(weights.tensor(EMBEDDING), EMBEDDING))
         add_tensor(file, llm, FINAL_NORM, weights.tensor(FINAL_NORM))
-        if not llm.tie_word_embeddings:
-            table = weights.tensor(HEAD) if heads else to_float16(weights.tensor(HEAD), HEAD)
-        if heads or not llm.tie_word_embeddings:
-            add_tensor(file, llm, HEAD, table)
+        _add_head(file, llm, weights, head)
         file.finish()
         advance("lm_head")
 
@@ -88,6 +84,19 @@ def _add_layer(file: GgufFiles, config: LlmConfig, weights: WeightSource, prefix
         add_tensor(file, config, f"{name}.weight", to_float16(value, name))
         if config.has_bias(linear):
             add_tensor(file, config, f"{name}.bias", weights.tensor(f"{name}.bias"))
+
+
+def _add_head(file: GgufFiles, config: LlmConfig, weights: WeightSource, dtype: str) -> None:
+    """Write the head, unless it is the embedding as that is stored."""
+    quantized = weights.linear(HEAD_LINEAR) if config.head_is_quantized else None
+    if dtype != FP16 and isinstance(quantized, QuantizedLinear):
+        add_tensor(file, config, HEAD_LINEAR, quantized)
+    elif config.tie_word_embeddings:
+        if dtype != FP16:
+            add_tensor(file, config, HEAD, to_float16(weights.tensor(EMBEDDING), EMBEDDING))
+    else:
+        table = weights.tensor(HEAD)
+        add_tensor(file, config, HEAD, to_float16(table, HEAD) if dtype == FP16 else table)
 
 
 def _metadata(config: LlmConfig, max_seq_len: int, kind: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from vila_deploy.engine.memory import (
     weight_items,
 )
 from vila_deploy.engine.target import Target
-from vila_deploy.formats.gguf import dtype, linear_types_of
+from vila_deploy.formats.gguf import dtype, layer_types_of
 from vila_deploy.formats.gguf_file import TENSOR_TYPES, tensor_bytes
 from vila_deploy.formats.module_dtypes import FP16, INT8
 from vila_deploy.utils.estimates import MemoryItem, PlanStep
@@ -82,7 +82,7 @@ def bytes_per_step(config: LlmConfig, kind: str, head: str) -> int:
         head: a key of HEAD_TYPES, or FP16.
     """
     heads = (HEAD_TYPES.get(head, "F16"),)
-    types_of = linear_types_of(config.quantization.scheme) if config.quantization else {}
+    types_of = layer_types_of(config.quantization.scheme) if config.quantization else {}
     specs = tensor_specs(config, ("F16",), (kind,), heads, types_of)
     return sum(
         tensor_bytes(spec.shape, spec.types[0]) for spec in specs if spec.source != EMBEDDING
@@ -193,7 +193,7 @@ def _items(
 
 def _linear_bits(config: LlmConfig, kind: str) -> float:
     """Return the mean bits of a value of the layers' linears, most of which are of type `kind`."""
-    types = linear_types_of(config.quantization.scheme) if config.quantization else {}
+    types = layer_types_of(config.quantization.scheme) if config.quantization else {}
     if not types:
         return bits(kind)
     sizes, total = 0, 0.0

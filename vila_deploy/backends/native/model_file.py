@@ -42,6 +42,8 @@ def write_model(path: Path, model: ModelFile) -> None:
     config = model.config
     llm, vision = asdict(config.llm), asdict(config.vision)
     llm["family"] = _key(LLM_FAMILIES, config.llm.family)
+    # Of the checkpoint's files; this engine has its own.
+    del vision["int8_linears"]
     vision["family"] = _key(TOWER_FAMILIES, config.vision.family)
     content = {
         "config": {

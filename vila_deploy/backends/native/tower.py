@@ -11,9 +11,9 @@ from torch.nn.functional import linear
 from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.tensor_schema import projector_tensor_specs, tower_tensor_specs
 from vila_deploy.checkpoint.weight_source import WeightSource
+from vila_deploy.formats.int8_linear import round_int8
 from vila_deploy.formats.module_dtypes import FP16, is_tower_linear
 from vila_deploy.model.vision import VisionEncoder
-from vila_deploy.onnx_export.rounding import round_int8
 
 # Behind the name of a matrix in int8.
 SCALE = ".scale"

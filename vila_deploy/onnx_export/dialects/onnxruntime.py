@@ -13,6 +13,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from vila_deploy.formats.base import BITS, GROUP_SIZES, QuantizedLinear
+from vila_deploy.formats.int8_linear import Int8Linear, round_int8
 from vila_deploy.formats.module_dtypes import FP32, INT8, INT8X2, head_group_size
 from vila_deploy.onnx_export.arrays import float16, float32
 from vila_deploy.onnx_export.dialects.base import (
@@ -24,7 +25,7 @@ from vila_deploy.onnx_export.dialects.base import (
     pack_nibbles,
 )
 from vila_deploy.onnx_export.graph_writer import MICROSOFT, OPSET, GraphWriter, WeightFile
-from vila_deploy.onnx_export.rounding import Int8Linear, round_head, round_int8
+from vila_deploy.onnx_export.rounding import round_head
 from vila_deploy.utils.errors import VilaDeployError
 
 ACCURACY_FLOAT32, ACCURACY_INT8 = 1, 4

@@ -14,6 +14,7 @@ from onnx import TensorProto
 from torch import Tensor
 
 from vila_deploy.formats.base import SYMMETRIC_ZERO, QuantizedLinear
+from vila_deploy.formats.int8_linear import Int8Linear
 from vila_deploy.formats.module_dtypes import head_group_size
 from vila_deploy.onnx_export.arrays import float16
 from vila_deploy.onnx_export.dialects.base import (
@@ -25,7 +26,7 @@ from vila_deploy.onnx_export.dialects.base import (
 )
 from vila_deploy.onnx_export.graph_writer import GraphWriter, StoredTensor, WeightFile
 from vila_deploy.onnx_export.matrix_pieces import column_ranges
-from vila_deploy.onnx_export.rounding import Int8Linear, round_head
+from vila_deploy.onnx_export.rounding import round_head
 from vila_deploy.utils.errors import VilaDeployError
 
 SIGN_BIT = 8  # q ^ 8 is the two's complement nibble of q − 8

@@ -81,6 +81,17 @@ class MemoryEstimate:
         images = FLOAT32 * (sum(parts) + inner) if tiles else 0
         return PROGRAM_BYTES + self.pending + images + 2 * tokens * hidden * FLOAT32
 
+    def measure_tower(self, tiles: int) -> int:
+        """Return the peak of the gradient's way back through the tower, a layer at a time."""
+        vision, layers = self.config.vision, self.config.vision_layers_used
+        weights = parameters(tower_tensor_specs(self.config))
+        weights += parameters(projector_tensor_specs(self.config))
+        within = 3 * (2 * vision.intermediate_size + 6 * vision.hidden_size)
+        values = tiles * vision.positions * (layers * vision.hidden_size + within)
+        # The weights of a layer and their gradients beside all weights.
+        gradients = 2 * vision.hidden_size * (4 * vision.hidden_size + 2 * vision.intermediate_size)
+        return PROGRAM_BYTES + FLOAT32 * (weights + values + gradients)
+
     def round_to_nearest(self) -> int:
         """Return the peak of RTN: a linear, two copies, and the layer's quantized linears."""
         return PROGRAM_BYTES + self.pending + 3 * self.largest + self.rounded_layer

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ from vila_deploy.checkpoint.config import VilaConfig
 from vila_deploy.checkpoint.tensor_schema import (
     parameters,
     projector_tensor_specs,
+    tower_linears,
     tower_tensor_specs,
 )
 from vila_deploy.data.data_size import DataSize, data_size
 from vila_deploy.data.examples import load_examples, load_held_out
 from vila_deploy.engine.memory import Items, MemoryRow
-from vila_deploy.formats.base import QuantScheme, check_scheme
+from vila_deploy.formats.base import HEAD_LINEAR, SYMMETRIC_BITS, QuantScheme, check_scheme
 from vila_deploy.quantize.estimate import time
 from vila_deploy.quantize.estimate.memory import MemoryEstimate, spilled
 from vila_deploy.quantize.estimate.time import OperationCost, Speed
-from vila_deploy.quantize.options import QuantizeOptions
+from vila_deploy.quantize.options import LM_HEAD, VISION, QuantizeOptions
 from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.utils.estimates import MemoryItem, PlanStep, available_memory_bytes
 from vila_deploy.utils.limits import (
@@ -96,7 +98,7 @@ def plan(
     check_scheme(options.scheme, config.llm.layer_linears(0))
     check_formats(options.formats, config, options.scheme)
     layers = planned_layers(config, options)
-    items = output_items(config, options.scheme, options.bits_per_weight)
+    items = planned_items(config, options)
     calibration = calibration or DataSize(MAX_CALIBRATION_SEQUENCES * MAX_TOKENS)
     steps = _steps(
         config,
@@ -149,6 +151,12 @@ def work_path(out: Path) -> Path:
 def check_not_quantized(config: VilaConfig) -> None:
     """Raise VilaDeployError if llm/ holds 4-bit weights."""
     quantization = config.llm.quantization
+    if config.vision.int8_linears:
+        raise VilaDeployError(
+            "has a vision tower in int8, which is quantized already",
+            where="vision_tower/config.json: quantization_config",
+            fix="give the original fp16 checkpoint",
+        )
     if quantization is not None:
         raise VilaDeployError(
             f"is quantized already ({quantization.bits} bits, group size "
@@ -158,11 +166,32 @@ def check_not_quantized(config: VilaConfig) -> None:
         )
 
 
-def output_items(config: VilaConfig, scheme: QuantScheme, mean_bits: float | None = None) -> Items:
+def planned_items(config: VilaConfig, options: QuantizeOptions) -> Items:
+    """Return the parts of the quantized checkpoint as far as the options tell their sizes.
+
+    Head and tower are taken to be in int8 where `--bits-per-weight` may leave them so.
+    """
+    scheme = options.scheme
+    if options.bits_per_weight is None:
+        return output_items(config, scheme)
+    kept = VISION in options.keep_fp16 or options.text_only
+    int8 = () if kept else tuple(tower_linears(config))
+    if LM_HEAD not in options.keep_fp16 and not config.llm.tie_word_embeddings:
+        bits = {**scheme.linear_bits, HEAD_LINEAR: SYMMETRIC_BITS}
+        scheme = replace(scheme, linear_bits=bits)
+    return output_items(config, scheme, options.bits_per_weight, int8)
+
+
+def output_items(
+    config: VilaConfig,
+    scheme: QuantScheme,
+    mean_bits: float | None = None,
+    int8_tower_linears: Collection[str] = (),
+) -> Items:
     """Return the parts of the quantized checkpoint, with their sizes.
 
     Args:
-        mean_bits: of a value; by default what `scheme` gives.
+        mean_bits: of a value in the layers; by default what `scheme` gives.
     """
     llm = config.llm
     linears = llm.num_layers * sum(map(math.prod, llm.linears.values()))
@@ -179,10 +208,24 @@ def output_items(config: VilaConfig, scheme: QuantScheme, mean_bits: float | Non
         MemoryRow.VISION: parameters(tower_tensor_specs(config)),
         MemoryRow.PROJECTOR: parameters(projector_tensor_specs(config)),
     }
+    bits = dict.fromkeys(float16, 16.0)
+    if HEAD_LINEAR in scheme.linear_bits:
+        head = scheme.of(HEAD_LINEAR)
+        bits[MemoryRow.HEAD] = head.bits + 16 / head.group_size
+    bits[MemoryRow.VISION] = _tower_bits(config, int8_tower_linears)
     row = MemoryRow.DECODER_LINEARS
     return {row: MemoryItem.of(row.value, linears, bits_per_weight)} | {
-        row: MemoryItem.of(row.value, count, 16) for row, count in float16.items() if count
+        row: MemoryItem.of(row.value, count, bits[row]) for row, count in float16.items() if count
     }
+
+
+def _tower_bits(config: VilaConfig, int8_linears: Collection[str]) -> float:
+    """Return the mean bits of a weight of the tower, scales of int8 linears counted."""
+    total = 16 * parameters(tower_tensor_specs(config))
+    shapes = tower_linears(config)
+    for name in int8_linears:
+        total += 16 * shapes[name][0] - 8 * math.prod(shapes[name])
+    return total / parameters(tower_tensor_specs(config))
 
 
 def measured_plan(config: VilaConfig, options: QuantizeOptions) -> QuantizePlan:
@@ -211,7 +254,7 @@ def _steps(
     speed: Speed | None,
 ) -> tuple[PlanStep, ...]:
     llm, group_size = config.llm, options.scheme.group_size
-    items = output_items(config, options.scheme, options.bits_per_weight)
+    items = planned_items(config, options)
     linears = items[MemoryRow.DECODER_LINEARS].bytes
     # A shard of each format waits in memory until it is full.
     pending = min(SHARD_BYTES, linears) * len(options.formats)
@@ -233,6 +276,12 @@ def _steps(
         measured = min(tokens, SENSITIVITY_TOKENS)
         cost = time.measure_sensitivities(config, measured)
         steps.append(step("measure sensitivities", memory.measure_sensitivities(measured), cost))
+        if calibration.tiles and VISION not in options.keep_fp16:
+            tiles = math.ceil(calibration.tiles * measured / tokens)
+            # Forward, forward again and back.
+            cost = time.encode(config, tiles) * 4
+            peak = memory.measure_tower(calibration.tiles_at_once)
+            steps.append(step("measure the vision tower", peak, cost))
     if options.algorithm == "rtn":
         name, peak, cost = "round", memory.round_to_nearest(), time.round_to_nearest(config)
     elif options.algorithm == "awq":
