@@ -100,16 +100,8 @@ def quantize_options(
     check_choice("--device", device, DEVICES)
     for name in formats:
         check_choice("--format", name, FORMATS)
-    for name in keep_fp16:
-        check_choice("--keep-fp16", name, MODULES)
-    if keep_fp16 and bits_per_weight is None:
-        raise VilaDeployError(
-            "--keep-fp16 is for --bits-per-weight, without which head and tower stay fp16",
-            fix="leave it out",
-        )
-    if bits_per_weight is not None:
-        _check_bits(bits_per_weight, formats, divided=layers is not None)
-    elif algorithm == "rtn" and (calib or calib_images):
+    _check_bits(bits_per_weight, keep_fp16, formats, divided=layers is not None)
+    if algorithm == "rtn" and bits_per_weight is None and (calib or calib_images):
         raise VilaDeployError(
             "--calib and --calib-images are of no use to --algorithm rtn", fix="leave them out"
         )
@@ -123,7 +115,6 @@ def quantize_options(
         )
     if layers is not None:
         _check_layers(algorithm, compares=no_eval or eval is not None)
-    own_data = None if eval is None or str(eval) in (BUILTIN, OLD_BUILTIN) else Path(eval)
     return QuantizeOptions(
         scheme=QuantScheme(group_size, symmetric),
         algorithm=algorithm,
@@ -134,7 +125,7 @@ def quantize_options(
         formats=formats,
         text_only=text_only,
         evaluate=False if no_eval else True if eval else None,
-        eval=own_data,
+        eval=None if eval is None or str(eval) in (BUILTIN, OLD_BUILTIN) else Path(eval),
         device=device,
         lora=None if lora is None else Path(lora),
         layers=None if layers is None else LayerRange.parse(layers),
@@ -143,8 +134,23 @@ def quantize_options(
     )
 
 
-def _check_bits(bits_per_weight: float, formats: tuple[str, ...], *, divided: bool) -> None:
+def _check_bits(
+    bits_per_weight: float | None,
+    keep_fp16: Sequence[str],
+    formats: tuple[str, ...],
+    *,
+    divided: bool,
+) -> None:
     """Refuse a budget that no choice of bits meets, and formats that hold 4 bits only."""
+    for name in keep_fp16:
+        check_choice("--keep-fp16", name, MODULES)
+    if keep_fp16 and bits_per_weight is None:
+        raise VilaDeployError(
+            "--keep-fp16 is for --bits-per-weight, without which head and tower stay fp16",
+            fix="leave it out",
+        )
+    if bits_per_weight is None:
+        return
     if not BITS <= bits_per_weight <= SYMMETRIC_BITS:
         raise VilaDeployError(
             f"--bits-per-weight must be from {BITS} to {SYMMETRIC_BITS}, found {bits_per_weight:g}",
