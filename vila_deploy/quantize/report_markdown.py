@@ -67,7 +67,8 @@ def _module_lines(choice: dict[str, Any] | None) -> list[str]:
     """Return what the search gave head and vision tower."""
     if choice is None:
         return []
-    head, tower = [], []
+    head: list[int] = []
+    tower: list[int] = []
     for name, row in choice["head_and_tower"].items():
         (head if name == HEAD_LINEAR else tower).append(row["bits"])
     counts = ", ".join(f"{tower.count(bits)} in {bits} bits" for bits in sorted({*tower}))

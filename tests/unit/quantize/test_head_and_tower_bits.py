@@ -47,7 +47,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(8):
         noise = torch.randint(0, 256, (42, 42, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(noise.numpy()).save(folder / f"{number}.png")
-        answer = "the red house on the hill by the sea " * 3
+        answer = "the red house on the hill by the sea"
         rows.append({"text": "what is this?", "answer": answer, "image": f"{number}.png"})
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "questions.jsonl").write_text(text, "utf-8")
@@ -236,19 +236,14 @@ def test_more_than_8_bits_is_paid_from_the_budget() -> None:
     assert BitChoice.from_json(json.loads(json.dumps(choice.to_json()))) == choice
 
 
-@pytest.mark.parametrize("mean_bits", [4.0, 4.5])
-def test_engines_take_them(mean_bits: float, root: Path, questions: Path, tmp_path: Path) -> None:
-    """GPU backends where the layers are all in 4 bits; modules that they have are int8."""
+def test_engines_take_them(root: Path, questions: Path, tmp_path: Path) -> None:
+    """GPU backends too, as the layers are all in 4 bits; modules that they have are int8."""
     out = tmp_path / "out"
-    scheme = QuantScheme(64)
-    pipeline.quantize(root, out, options_of(questions, bits_per_weight=mean_bits, scheme=scheme))
+    options = options_of(questions, bits_per_weight=4, scheme=QuantScheme(64))
+    pipeline.quantize(root, out, options)
     for target, backend in (("rtx4090", "native"), ("rtx4090", "tensorrt"), ("orin", "tensorrt")):
-        options = BuildOptions(target, backend)
-        if mean_bits > 4:
-            with pytest.raises(VilaDeployError, match="takes linears in 4 bits"):
-                resolve_build(out, options)
-            continue
-        modules = resolve_build(out, options).request.module_precision
+        build = resolve_build(out, BuildOptions(target, backend))
+        modules = build.request.module_precision
         assert modules.vision == ("fp16" if target == "orin" else "int8")
         assert modules.lm_head == "int8"
     session = ReferenceSession(open_checkpoint(out))
