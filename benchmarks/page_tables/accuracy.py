@@ -179,7 +179,7 @@ def mixed_bits() -> str:
 def _share(kl: float | None, of: float) -> str:
     if kl is None:
         return ""
-    return f"{kl:.4f}" if kl == of else f"{kl:.4f} ({kl / of:.2f})"
+    return f"{kl:.3g}" if kl == of else f"{kl:.3g} ({kl / of:.2f})"
 
 
 def _step(row: Row) -> str:
