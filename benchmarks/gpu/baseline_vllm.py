@@ -66,13 +66,14 @@ def load(*operators: str) -> str:
     Raises:
         Missing: it isn't there, doesn't load, or registers other operators than SCHEMAS.
     """
-    path = unpacked()
+    path, version = unpacked(), brought(VERSION, "vllm").read_text("utf-8").strip()
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        raise Missing(f"the library does not load: {error.__cause__ or error}") from error
+        reason = f"{error.__cause__ or error}; it is {version}, this is torch {torch.__version__}"
+        raise Missing(f"the library does not load: {reason}") from error
     check_schemas(*operators)
-    return brought(VERSION, "vllm").read_text("utf-8").strip()
+    return version
 
 
 def check_schemas(*operators: str) -> None:

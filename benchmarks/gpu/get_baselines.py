@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import lzma
+import re
 import shutil
 import struct
 import subprocess
@@ -73,7 +74,10 @@ def _download(source: Source, scratch: Path) -> Path:
 def _keep_vllm(archive: Path, folder: Path, sm: int | None) -> None:
     with zipfile.ZipFile(archive) as wheel:
         library = bytearray(wheel.read("vllm/_C_stable_libtorch.abi3.so"))
+        (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        needs = re.search(r"^Requires-Dist: torch==(\S+)", wheel.read(metadata).decode(), re.M)
     said = SOURCES["vllm"].requirement.replace("==", " ")
+    said += f", for torch {needs[1]}" if needs else ""
     if sm is not None:
         kept, dropped = drop_other_code(library, sm)
         said += f", machine code of sm_{sm} alone"

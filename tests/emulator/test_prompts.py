@@ -86,7 +86,10 @@ def test_graphs_give_the_bits_of_launches(tokens: int, emulated_device: Emulated
     torch.manual_seed(0)
     case = small(NEWEST, max(64, tokens + 2))
     parts = replace(case.config, device="cuda"), case.llm, torch.nn.Identity(), ALL_FP16
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_fp16_reduced_precision_reduction = True
     session = NativeSession.of_parts(*parts)  # type: ignore[arg-type]
+    assert not matmul.allow_fp16_reduced_precision_reduction, "cuBLAS might add in float16"
     prompts = session._prompts
     embeds = np.random.default_rng(0).standard_normal((tokens, 128), np.float32)
     logits = session.prefill(embeds)

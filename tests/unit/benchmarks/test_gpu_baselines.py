@@ -8,6 +8,7 @@ import json
 import struct
 import sys
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,6 +129,18 @@ def test_marlin_is_called_as_the_library_wants_it(operators: Any) -> None:
     flags = {k: v for k, v in given.items() if isinstance(v, bool)}
     assert [name for name, value in flags.items() if value] == ["is_k_full", "use_fp32_reduce"]
     assert prepared.size_bytes == 192 * 256 // 2 + 192 * 2 * 2 + 192 * 2 // 2
+
+
+def test_a_library_that_does_not_load_says_for_which_torch_it_is(folder: Path) -> None:
+    wheel = folder.parent / "vllm-0.whl"
+    with zipfile.ZipFile(wheel, "w") as written:
+        written.writestr("vllm/_C_stable_libtorch.abi3.so", b"no library")
+        written.writestr("vllm-0.dist-info/METADATA", "Name: vllm\nRequires-Dist: torch==2.11.0\n")
+    get_baselines._keep_vllm(wheel, folder, None)
+    baseline_vllm.unpacked.cache_clear()
+    with pytest.raises(Missing, match=r"does not load: .*, for torch 2\.11\.0, this is torch 2"):
+        baseline_vllm.load("marlin_gemm")
+    baseline_vllm.unpacked.cache_clear()
 
 
 def test_operators_of_another_version_are_left_alone(
