@@ -36,15 +36,15 @@ from vila_deploy.utils.errors import VilaDeployError
 from vila_deploy.writers.convert import convert
 
 SCHEME = QuantScheme(32)
-TOWER = {"siglip": {}, "clip": {"tower": "clip"}, "internvit": {"tower": "internvit"}}
+TOWER = {"siglip": {}, "internvit": {"tower": "internvit"}}
 
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Questions about eight images."""
+    """Questions about four images."""
     folder = tmp_path_factory.mktemp("data")
     generator, rows = torch.Generator().manual_seed(0), []
-    for number in range(8):
+    for number in range(4):
         noise = torch.randint(0, 256, (42, 42, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(noise.numpy()).save(folder / f"{number}.png")
         answer = "the red house on the hill by the sea"
