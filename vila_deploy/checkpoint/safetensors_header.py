@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vila_deploy.utils.errors import VilaDeployError, short
+from vila_deploy.utils.errors import VilaDeployError, short, unreadable
 from vila_deploy.utils.files import parse_json_object
 
 MAX_HEADER_BYTES = 16 << 20  # a 70B model in 4 bits needs about 300 kB
@@ -99,8 +99,7 @@ def _header_bytes(path: Path) -> tuple[int, bytes]:
                 raise _error(path, f"has an impossible header of {length} bytes in {size} bytes")
             return size, file.read(length)
     except OSError as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else error.strerror
-        raise _error(path, f"{reason}") from error
+        raise unreadable(error, path) from error
 
 
 def _tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vila_deploy.checkpoint.safetensors_header import MAX_DIMENSIONS, MAX_HEADER_BYTES, TensorInfo
-from vila_deploy.utils.errors import VilaDeployError, short
+from vila_deploy.utils.errors import VilaDeployError, short, unreadable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,10 +98,8 @@ def _check_archive(path: Path) -> None:
                 )
         with zipfile.ZipFile(path) as archive:
             content = _pickle_bytes(path, archive)
-    except FileNotFoundError as error:
-        raise _error(path, "is missing") from error
     except OSError as error:
-        raise _error(path, f"cannot be read ({error.strerror or error})") from error
+        raise unreadable(error, path) from error
     except (zipfile.BadZipFile, NotImplementedError, ValueError, RuntimeError) as error:
         raise _error(
             path, f"is truncated, or not a zip archive as torch.save writes it ({error})"

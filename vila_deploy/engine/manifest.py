@@ -206,9 +206,8 @@ def read_manifest(folder: Path) -> Manifest:
 def _read_fields(folder: Path) -> Fields:
     path = folder / MANIFEST
     if not path.is_file():
-        raise VilaDeployError(
-            f"holds no {MANIFEST}", where=folder, fix="give a folder that vila-build-engine made"
-        )
+        what = f"holds no {MANIFEST}" if folder.is_dir() else "no such folder"
+        raise VilaDeployError(what, where=folder, fix="give a folder that vila-build-engine made")
     content = read_json_object(path)
     values = Fields(content, path)
     version = values.integer("format_version", low=0)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from vila_deploy.utils.errors import VilaDeployError, short
+from vila_deploy.utils.errors import VilaDeployError, short, unreadable
 
 MAGIC, VERSION = b"GGUF", 3
 ALIGNMENT = 32
@@ -165,8 +165,7 @@ def read_header(path: Path) -> GgufHeader:
         with path.open("rb") as file:
             return _Reader(file, path).header()
     except OSError as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else error.strerror
-        raise _error(path, f"{reason}") from error
+        raise unreadable(error, path) from error
 
 
 class _Reader:

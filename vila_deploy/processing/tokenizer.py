@@ -23,7 +23,7 @@ from vila_deploy.processing.token_bytes import (
     byte_level_bytes,
     is_byte_level,
 )
-from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.errors import VilaDeployError, unreadable
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -142,9 +142,12 @@ def _open(path: Path) -> Tokenizer:
     try:
         if path.stat().st_size > MAX_TOKENIZER_BYTES:
             raise VilaDeployError(f"larger than {MAX_TOKENIZER_BYTES} bytes", where=path)
-        return _KINDS[path.name](path)
+        with path.open("rb"):  # the libraries say less of what can't be read
+            return _KINDS[path.name](path)
     except (VilaDeployError, ModuleNotFoundError):
         raise
+    except OSError as error:
+        raise unreadable(error, path) from error
     # Both libraries raise plain Exception or RuntimeError for whatever is wrong in the file.
     except Exception as error:
         if isinstance(error, UnicodeEncodeError) and error.object == str(path):

@@ -39,6 +39,17 @@ def check_at_least(name: str, value: float | None, low: float) -> None:
         raise VilaDeployError(f"{name} is {short(value)}", fix=f"give at least {low}")
 
 
+def unreadable(error: OSError, where: str | Path) -> VilaDeployError:
+    """Return the error for a file that is missing, or that the system doesn't let us read."""
+    if isinstance(error, FileNotFoundError):
+        return VilaDeployError("is missing", where=where, fix="download this file again")
+    return VilaDeployError(
+        f"cannot be read ({error.strerror or error})",
+        where=where,
+        fix="check its permissions and its disk",
+    )
+
+
 OUT_OF_MEMORY = "out of memory; close other programs or use a computer with more memory"
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vila_deploy.utils.errors import VilaDeployError
+from vila_deploy.utils.errors import VilaDeployError, unreadable
 
 CHUNK_BYTES = 8 << 20
 FULL_BELOW_BYTES = 1 << 20
@@ -88,6 +88,12 @@ def check_new(destination: Path, kind: str = "folder") -> None:
     if not os.path.isdir(destination.parent):  # noqa: PTH112  Path.is_dir raises on EACCES
         raise VilaDeployError(
             "folder does not exist", where=destination.parent, fix="create it or choose another -o"
+        )
+    if not os.access(destination.parent, os.W_OK | os.X_OK):
+        raise VilaDeployError(
+            "cannot write: its folder is read-only for you",
+            where=destination,
+            fix="check the folder's permissions and its disk, or choose another -o",
         )
 
 
@@ -249,10 +255,8 @@ def read_small_file(path: Path, *, limit_bytes: int) -> bytes:
             raise VilaDeployError("is no regular file", where=path, fix=fix)
         with path.open("rb") as file:
             content = file.read(limit_bytes + 1)
-    except FileNotFoundError as error:
-        raise VilaDeployError("is missing", where=path, fix=fix) from error
     except OSError as error:
-        raise VilaDeployError(f"cannot be read ({error.strerror})", where=path, fix=fix) from error
+        raise unreadable(error, path) from error
     if len(content) > limit_bytes:
         raise VilaDeployError(f"larger than {limit_bytes} bytes", where=path, fix=fix)
     return content
