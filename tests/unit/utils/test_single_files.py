@@ -1,4 +1,4 @@
-"""Single files: written whole or not at all; what is said of those that can't be read or written."""
+"""Single files: written whole or not at all, and the errors of those that can't be."""
 
 from __future__ import annotations
 
