@@ -186,7 +186,7 @@ def test_a_worker_that_dies(code: int, text: str) -> None:
     ("arguments", "text"),
     [
         (["--target", "orion"], "unknown target 'orion'; choose from"),
-        (["no-such-engine"], "no-such-engine: holds no manifest.json"),
+        (["no-such-engine"], "no-such-engine: no such folder"),
     ],
 )
 def test_wrong_names_are_one_line_before_any_work(

@@ -52,7 +52,7 @@ def test_a_name_with_quotes_stays_one_string() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing", "--to", "triton-repository"], "holds no manifest.json"),
+        (["nothing", "--to", "triton-repository"], "nothing: no such folder"),
         (["nothing", "--to", "awq,triton-repository"], "is of an engine, the formats of a"),
         (["nothing", "--to", "triton"], "triton-repository"),
     ],
