@@ -29,7 +29,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("served")
     make_checkpoint(root / "c", heads=2, kv_heads=1, layers=1, quantized=True)
     options = BuildOptions(
-        "h100", backend="native", max_seq_len=200, kernel_launch="merged-attention"
+        "h100", backend="native", max_seq_len=256, kernel_launch="merged-attention"
     )  # fmt: skip
     build_engine(root / "c", root / "engine", options)
     return root / "engine"
