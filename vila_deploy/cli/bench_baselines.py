@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +17,8 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 CPU_MODULE, GPU_MODULE = "benchmarks.cpu_baselines", "benchmarks.gpu"
 # Shapes that are taken where no row has been measured, and whose engines are the smallest.
 MODEL, PRECISIONS = "VILA1.5-3b", ("int4", "fp16")
+# For programs to end, and their engines to be removed, after an interruption.
+GRACE_S = 10.0
 
 
 def check_checkout() -> None:
@@ -38,16 +42,31 @@ def cpu_rows(measured: Sequence[dict[str, Any]], work: Path) -> Iterator[dict[st
     command = [sys.executable, "-m", CPU_MODULE, "--model", model, "--work", str(work.resolve())]
     for precision in sorted(precisions, reverse=True):
         command += ["--precision", precision]
-    process = subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True)
+    # A group of its own, which the other programs are in: an interruption ends them all.
+    process = subprocess.Popen(
+        command, cwd=CHECKOUT, stdout=subprocess.PIPE, text=True, process_group=0
+    )
     assert process.stdout is not None
     try:
         for line in process.stdout:
             yield json.loads(line)
+    except BaseException:
+        _interrupt(process)
+        raise
     finally:
         process.stdout.close()
         code = process.wait()
     if code:
         yield {"what": CPU_MODULE, "label": "skipped", "reason": f"ended with code {code}"}
+
+
+def _interrupt(process: subprocess.Popen[str]) -> None:
+    """End the group of `process`, which removes what it has written unless it takes too long."""
+    os.killpg(process.pid, signal.SIGINT)
+    try:
+        process.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_on_gpu(out: Path) -> str:

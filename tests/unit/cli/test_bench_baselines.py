@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,24 @@ os._exit(3)
     assert "- benchmarks.cpu_baselines: skipped: ended with code 3" in output
     lines = (tmp_path / "results" / "baselines.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines][:2] == ROWS
+
+
+def test_an_interruption_ends_the_benchmark_which_cleans_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cleaned = tmp_path / "cleaned"
+    program = f"""
+import pathlib, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    print("{{}}", flush=True)
+    time.sleep(600)
+except KeyboardInterrupt:
+    pathlib.Path({str(cleaned)!r}).touch()
+"""
+    monkeypatch.setattr(bench_baselines, "CHECKOUT", checkout(tmp_path, program))
+    rows = bench_baselines.cpu_rows([], tmp_path)
+    assert isinstance(rows, Generator)
+    assert next(rows) == {}
+    rows.close()
+    assert cleaned.exists()
