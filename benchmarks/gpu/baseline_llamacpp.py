@@ -242,7 +242,9 @@ def build_for(capability: ComputeCapability) -> None:
     """Build for a GPU of this compute capability, or for this CPU if it is INTERPRETER."""
     sources, project = (BUILD / "sources").resolve(), BUILD / "project"
     with tarfile.open(brought(SOURCES, "llamacpp")) as packed:
-        packed.extractall(sources, filter="data")
+        # Python before 3.11.4 has no filters, and takes the package index's files as they are.
+        packed.extraction_filter = getattr(tarfile, "data_filter", None)
+        packed.extractall(sources)
     project.mkdir(parents=True, exist_ok=True)
     (project / "CMakeLists.txt").write_text(CMAKE, "utf-8")
     flags = ["-DCMAKE_BUILD_TYPE=Release", f"-DSOURCES={sources}"]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import lzma
+import shutil
 import tarfile
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from benchmarks.gpu.folders import PACKED_CACHE, triton_cache
@@ -47,7 +48,7 @@ def unpack_cache(path: Path) -> str | None:
     with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
         try:
             with tarfile.open(path, "r:xz") as packed:
-                packed.extractall(unpacked, filter="data")
+                _extract(packed, Path(unpacked))
         except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
             return f"{path}: {error or type(error).__name__}; its kernels are compiled again"
         inner = Path(unpacked, INNER)
@@ -55,3 +56,17 @@ def unpack_cache(path: Path) -> str | None:
             if not (folder / entry.name).exists():
                 entry.rename(folder / entry.name)
     return None
+
+
+def _extract(packed: tarfile.TarFile, folder: Path) -> None:
+    """Write the plain files of `packed`; `extractall` has no filter before Python 3.11.4."""
+    for member in packed:
+        name = PurePosixPath(member.name)
+        if name.is_absolute() or ".." in name.parts:
+            raise tarfile.TarError(f"{member.name!r} would lie outside")
+        source = packed.extractfile(member) if member.isfile() else None
+        if source is not None:
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with source, path.open("xb") as target:
+                shutil.copyfileobj(source, target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,12 @@ def test_a_broken_file_brings_nothing_and_is_named(packed: Path) -> None:
         assert warning.startswith(f"{packed}: ")
         assert "compiled again" in warning
         assert kernels(packed.parent / "other") == {"a": "there before"}
+
+
+def test_nothing_is_written_outside(packed: Path) -> None:
+    with tarfile.open(packed, "w:xz") as made:
+        made.addfile(tarfile.TarInfo("cache/../../outside"))
+    warning = unpack_cache(packed)
+    assert warning is not None
+    assert "outside" in warning
+    assert not list(packed.parent.rglob("outside"))

@@ -190,7 +190,7 @@ CASES: dict[str, tuple[dict[str, Any], Damage, str]] = {
             (root / "config.json").unlink(),
             (root / "config.json").symlink_to("config.json"),
         ),
-        r"config\.json: cannot be read \(.*; download",
+        r"config\.json: cannot be read \(.*; check its permissions",
     ),
     "part is a file": (
         {},
