@@ -36,6 +36,8 @@ class Backend(ABC):
     offloads: ClassVar[bool] = False
     # Whether an engine may be opened while its large files of numbers are still being checked.
     opens_while_checking: ClassVar[bool] = False
+    # Whether `build` smooths a tower that it stores in int8; else it gets a smoothed one.
+    smooths_tower: ClassVar[bool] = False
     # Of a value in a key/value cache that is not quantized.
     cache_bits: ClassVar[int] = 16
     linear_bits: ClassVar[tuple[int, ...]] = (4,)

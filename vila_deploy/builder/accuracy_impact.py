@@ -24,9 +24,11 @@ from vila_deploy.backends.onnxruntime.inference import load_graph, run_each, vis
 from vila_deploy.backends.tensorrt import files, graphs
 from vila_deploy.builder.calibration_prompts import builtin_prompts
 from vila_deploy.builder.resolve import ResolvedBuild
+from vila_deploy.builder.smoothed_tower import smoothed_tower
 from vila_deploy.builder.tower_errors import layer_errors, write_hidden_states
 from vila_deploy.checkpoint import Checkpoint
 from vila_deploy.checkpoint.llm_config import EMBEDDING, HEAD
+from vila_deploy.checkpoint.weight_source import WeightSource
 from vila_deploy.data.embed import TokenSequence, length_limit
 from vila_deploy.data.examples import load_held_out
 from vila_deploy.engine.precision import ModulePrecision
@@ -319,17 +321,23 @@ class _GraphPair:
         """
         folder.mkdir()
         checkpoint, on_cpu = self._checkpoint, isinstance(self._emitter, OnnxRuntimeDialect)
-        parts = checkpoint.config, checkpoint.vision, checkpoint.projector
+        config, projector = checkpoint.config, checkpoint.projector
+        tower: WeightSource = checkpoint.vision
         if on_cpu:
-            cpu_vision.write_vision(folder, *parts, dtype, lambda *_: None)
+            cpu_vision.write_vision(folder, config, tower, projector, dtype, lambda *_: None)
             names = files.GRAPH, cpu_files.PROJECTOR_GRAPH
-            tower, projector = (folder / cpu_files.VISION / name for name in names)
+            encoder, rest = (folder / cpu_files.VISION / name for name in names)
         else:
-            graphs.write_vision(folder, *parts, self._dialect, lambda text="", steps=1: None, dtype)
-            tower, projector = (
+            if dtype == INT8:
+                tower = smoothed_tower(config, tower, projector, folder)
+            graphs.write_vision(
+                folder, config, tower, projector, self._dialect, lambda text="", steps=1: None,
+                dtype,
+            )  # fmt: skip
+            encoder, rest = (
                 folder / part / files.GRAPH for part in (files.VISION, files.PROJECTOR)
             )
-        return (tower, projector), vision_options() if on_cpu else EXACT_ACTIVATIONS
+        return (encoder, rest), vision_options() if on_cpu else EXACT_ACTIVATIONS
 
 
 def _load(path: Path) -> onnxruntime.InferenceSession:

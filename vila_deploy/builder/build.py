@@ -31,6 +31,7 @@ from vila_deploy.checkpoint.weight_source import ModelWeights
 from vila_deploy.engine.manifest import TOKENIZER_FOLDER, Manifest, write_manifest
 from vila_deploy.engine.model_info import ModelInfo
 from vila_deploy.engine.precision import DEFAULT_MODULES, ModulePrecision
+from vila_deploy.formats.module_dtypes import INT8
 from vila_deploy.processing.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from vila_deploy.utils.arrays import Floats
 from vila_deploy.utils.files import check_new, new_folder
@@ -186,6 +187,11 @@ def _write(
     prompts: Callable[[], Sequence[Floats]],
 ) -> Manifest:
     request = replace(build.request, prompts=prompts, random_weights=build.root is None)
+    if build.root and request.module_precision.vision == INT8 and not build.backend.smooths_tower:
+        from vila_deploy.builder.smoothed_tower import smoothed_tower
+
+        tower = smoothed_tower(build.config, weights.tower, weights.projector, folder)
+        weights = weights._replace(tower=tower)
     result = build.backend.build(folder, build.config, weights, request)
     manifest = replace(
         manifest,

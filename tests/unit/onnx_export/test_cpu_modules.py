@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from tests.support.module_precision_cases import Replaced
+from tests.support.outliers import with_outliers
 from tests.support.tiny import make_checkpoint
 from vila_deploy.backends.onnxruntime import vision
 from vila_deploy.backends.onnxruntime.inference import load_graph, vision_options
@@ -91,20 +91,6 @@ def test_rows_are_rounded_by_their_own_extent(tmp_path: Path) -> None:
     assert not found[2].any()
     for row in (0, 1, 3, 4, 5):
         assert error(found[row], expected[row]) < INT8_TOLERANCE
-
-
-def with_outliers(checkpoint: Any) -> Any:
-    """Return a checkpoint of the same function with some channels behind norms 200 times wider."""
-    readers = readers_of(checkpoint.config)
-    channels = checkpoint.config.vision.hidden_size
-    factor = torch.ones(channels)
-    factor[[3, 17]] = 1 / 200
-    factors = {norm: factor for norm in readers.values()}
-    return SimpleNamespace(
-        config=checkpoint.config,
-        vision=SmoothedTower(checkpoint.vision, factors, readers),
-        projector=checkpoint.projector,
-    )
 
 
 @pytest.mark.parametrize("name", TOWERS)

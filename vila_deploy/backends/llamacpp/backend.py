@@ -26,7 +26,7 @@ class LlamaCppBackend(Backend):
     """Implements `Backend` for CPUs and for GPUs through CUDA, Metal and Vulkan."""
 
     name, device = "llamacpp", "GPU or processor"
-    offloads = True
+    offloads = smooths_tower = True
     linear_bits = (4, 5, 8)
 
     def check_model(self, config: VilaConfig, request: BuildRequest) -> None:

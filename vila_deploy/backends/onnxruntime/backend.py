@@ -46,7 +46,7 @@ class OnnxRuntimeBackend(Backend):
     name, device = "onnxruntime", "processor"
     cache_bits = 32
     linear_bits = (4, 5, 8)
-    opens_while_checking = True
+    opens_while_checking = smooths_tower = True
 
     def check_model(self, config: VilaConfig, request: BuildRequest) -> None:
         llm = config.llm

@@ -59,19 +59,29 @@ def write_vision(
     if available_memory_bytes() < float_tower_bytes(config):
         write_graphs(folder / files.VISION, config, tower, projector, cpu_options(INT8), advance)
         return None
-    calibration = _tiles(config, drawn_scenes.SCENES[:CALIBRATION_IMAGES])
-    held_out = _tiles(config, drawn_scenes_eval.SCENES[:HELD_OUT_IMAGES])
-    readers = readers_of(config)
-    norms = frozenset(readers.values())
+    held_out = held_out_tiles(config)
     scratch = folder / SCRATCH
-    write_graphs(scratch, config, tower, projector, cpu_options(FP16, norms), lambda *_: None)
-    _, extents = run_tiles(scratch, calibration, norms)
+    smoothed = smooth_tower(scratch, config, tower, projector)
     expected, _ = run_tiles(scratch, held_out)
     shutil.rmtree(scratch)
-    smoothed = SmoothedTower(tower, smoothing_factors(tower, readers, extents), readers)
     write_graphs(folder / files.VISION, config, smoothed, projector, cpu_options(INT8), advance)
     found, _ = run_tiles(folder / files.VISION, held_out)
-    return max(map(_relative_error, found, expected))
+    return largest_error(found, expected)
+
+
+def smooth_tower(
+    scratch: Path, config: VilaConfig, tower: WeightSource, projector: WeightSource
+) -> SmoothedTower:
+    """Return the tower with its channels smoothed by what a few drawn images show.
+
+    The graphs in float32 that show it stay in the new folder `scratch`.
+    """
+    readers = readers_of(config)
+    norms = frozenset(readers.values())
+    write_graphs(scratch, config, tower, projector, cpu_options(FP16, norms), lambda *_: None)
+    calibration = _tiles(config, drawn_scenes.SCENES[:CALIBRATION_IMAGES])
+    _, extents = run_tiles(scratch, calibration, norms)
+    return SmoothedTower(tower, smoothing_factors(tower, readers, extents), readers)
 
 
 def cpu_options(dtype: str, extents: frozenset[str] = frozenset()) -> VisionGraphOptions:
@@ -98,6 +108,11 @@ def write_graphs(
         graph.save(folder / files.PROJECTOR_GRAPH)
 
 
+def held_out_tiles(config: VilaConfig) -> list[Floats]:
+    """Return a tile [1, 3, size, size] of each drawn image that errors are measured on."""
+    return _tiles(config, drawn_scenes_eval.SCENES[:HELD_OUT_IMAGES])
+
+
 def _tiles(config: VilaConfig, scenes: Sequence[Scene]) -> list[Floats]:
     """Return the first tile [1, 3, size, size] of each scene."""
     images = [scene.image() for scene in scenes]
@@ -121,5 +136,7 @@ def run_tiles(
     return features, extents
 
 
-def _relative_error(found: Floats, expected: Floats) -> float:
-    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+def largest_error(found: Sequence[Floats], expected: Sequence[Floats]) -> float:
+    """Return the largest relative norm of the difference between features of an image."""
+    pairs = zip(found, expected, strict=True)
+    return max(float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in pairs)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from vila_deploy.backends.native import files, open_session
 from vila_deploy.backends.native.memory import EMBEDDINGS, VISION
 from vila_deploy.backends.native.tower import Int8Linear, load_encoder, tower_tensors
 from vila_deploy.builder.memory_plan import EnginePlan
+from vila_deploy.builder.smoothed_tower import smoothed_tower
 from vila_deploy.checkpoint import open_checkpoint
 from vila_deploy.checkpoint.presets import preset
 from vila_deploy.checkpoint.tensor_schema import tower_tensor_specs
@@ -139,7 +141,13 @@ def test_command_builds_and_measures_it(tmp_path: Path, monkeypatch: pytest.Monk
     checkpoint = open_checkpoint(TINY_VILA)
     pixels = pixels_of(checkpoint, 1)
     found = open_session(tmp_path / "engine", manifest).encode_images(pixels)
-    expected = VisionEncoder(checkpoint.config, dequantized(checkpoint), checkpoint.projector)
+    parts = checkpoint.config, checkpoint.vision, checkpoint.projector
+    tower = SimpleNamespace(config=parts[0], vision=smoothed_tower(*parts, tmp_path))
+    source = dequantized(tower)
+    specs = tower_tensor_specs(checkpoint.config)
+    others = {t.name: source.tensor(t.name) for t in specs if t.name not in source.other}
+    stored = {name: tensor.half().float() for name, tensor in others.items()}
+    expected = VisionEncoder(parts[0], Changed(source, stored), checkpoint.projector)
     assert np.array_equal(found, expected(torch.from_numpy(pixels)).numpy())
 
 
