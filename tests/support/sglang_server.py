@@ -33,6 +33,8 @@ from vila_deploy.utils.arrays import Floats
 # Stands for kernels that SGLang has for GPUs only.
 STAND_IN = REPOSITORY / "tests" / "integrations" / "sglang" / "stand_in"
 START_S, ANSWER_S, TOP = 900, 1500, 5
+# A free port may be another program's before SGLang opens it.
+PORTS, TAKEN = 3, "address already in use"
 FLAGS = [
     "--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch",
     "--disable-overlap-schedule", "--disable-cuda-graph", "--skip-server-warmup",
@@ -50,31 +52,40 @@ def sglang_server(log: Path, *options: str) -> Iterator[str]:
         log: file for what it says.
         options: of SGLang, the model's path among them.
     """
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
     path = os.pathsep.join(filter(None, (str(STAND_IN), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {
         "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path,
     }  # fmt: skip
-    command = [sys.executable, "-m", "sglang.launch_server", "--port", str(port), *FLAGS, *options]
-    with log.open("w") as output:
-        server = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-        try:
-            address = f"http://127.0.0.1:{port}"
-            _wait(server, address, log)
-            yield address
-        finally:
-            server.terminate()
-            server.wait(60)
+    for _ in range(PORTS):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+        arguments = ["-m", "sglang.launch_server", "--port", str(port), *FLAGS, *options]
+        with log.open("w") as output:
+            server = subprocess.Popen(
+                [sys.executable, *arguments], env=environment, stdout=output, stderr=output
+            )
+            try:
+                address = f"http://127.0.0.1:{port}"
+                if _started(server, address, log):
+                    yield address
+                    return
+            finally:
+                server.terminate()
+                server.wait(60)
+    pytest.fail(f"{PORTS} ports in turn were taken by others")
 
 
-def _wait(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
+def _started(server: subprocess.Popen[bytes], address: str, log: Path) -> bool:
+    """Wait until it answers; return False if another program has taken its port meanwhile."""
     end = time.monotonic() + START_S
     while time.monotonic() < end:
-        assert server.poll() is None, log.read_text()[-3000:]
+        if server.poll() is not None:
+            said = log.read_text()
+            assert TAKEN in said, said[-3000:]
+            return False
         try:
             with urllib.request.urlopen(f"{address}/health", timeout=10):
-                return
+                return True
         except OSError:
             time.sleep(2)
     pytest.fail(log.read_text()[-3000:])
