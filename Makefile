@@ -96,6 +96,9 @@ $(VENV)/.installed-web: $(VENV)/.installed-dev
 $(LMMS_VENV)/.installed: setup.py pyproject.toml
 	test -x $(LMMS_VENV)/bin/pip || $(PYTHON) -m venv $(LMMS_VENV)
 	$(LMMS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep ^torch== constraints.txt)" -e '.[lmms-eval]' pytest pytest-timeout
+	# PyPI's torchvision is for CUDA: beside a CPU's torch it doesn't load, and transformers neither.
+	$(LMMS_VENV)/bin/python -c 'import torchvision' 2>/dev/null \
+	  || $(LMMS_VENV)/bin/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
 $(VLLM_VENV)/.installed: setup.py pyproject.toml tests/integrations/vllm/install.sh
