@@ -7,7 +7,6 @@ Writes the results file.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import triton
 
 from benchmarks.gpu.environment import REPOSITORY, commit
 from benchmarks.gpu.inputs import MODELS, config
-from benchmarks.gpu.instructions import BRANCH, INSTRUCTION, disassemble
+from benchmarks.gpu.instructions import BRANCH, INSTRUCTION, disassemble, write_rows
 from vila_deploy.backends.native.compile import engine_launches
 from vila_deploy.kernels.aot import compile_launch
 from vila_deploy.kernels.capability import ComputeCapability
@@ -107,8 +106,7 @@ def rows() -> list[dict[str, Any]]:
 
 def main() -> None:
     """Write the results file."""
-    written = "".join(json.dumps(row) + "\n" for row in rows())
-    RESULTS.write_text(written, encoding="utf-8")
+    write_rows(RESULTS, rows())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -139,10 +140,14 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a results file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def main() -> None:
     """Write the results file."""
-    written = "".join(json.dumps(row) + "\n" for row in rows())
-    RESULTS.write_text(written, encoding="utf-8")
+    write_rows(RESULTS, rows())
 
 
 if __name__ == "__main__":

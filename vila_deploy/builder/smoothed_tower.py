@@ -47,7 +47,7 @@ def smoothed_tower(
         errors = []
         for number, candidate in enumerate((tower, smoothed)):
             rounded = Path(name, f"rounded-{number}")
-            weights = _RoundedTower(candidate), projector
+            weights = _Int8Tower(candidate), projector
             write_graphs(rounded, config, *weights, cpu_options(FP16), lambda *_: None)
             found, _ = run_tiles(rounded, images)
             errors.append(largest_error(found, expected))
@@ -56,7 +56,7 @@ def smoothed_tower(
 
 
 @dataclass(frozen=True)
-class _RoundedTower:
+class _Int8Tower:
     """A tower's WeightSource with the weights that int8 rounds, rounded."""
 
     source: WeightSource
@@ -65,8 +65,7 @@ class _RoundedTower:
         tensor = self.source.tensor(name)
         if not is_tower_linear(name, tuple(tensor.shape)):
             return tensor
-        rounded = round_int8(tensor, name)
-        return rounded.q.float() * rounded.scale.float()[:, None]
+        return round_int8(tensor, name).dequantize()
 
     def linear(self, prefix: str) -> Tensor | QuantizedLinear:
         return self.tensor(f"{prefix}.weight")
